@@ -1,0 +1,282 @@
+"""Rows → token ids and which of them count; stable sample ids and a dataset fingerprint.
+
+There are two ways in, and both give the same [`EncodedRows`]:
+
+- [`encode_collated`] takes the rows a trainer trains on and its own collator, so that exactly the tokens count which
+  count in training, whoever made the labels.
+- [`encode_rows`] takes rows as people write them (`prompt`/`completion`, `messages`, `text`, `input_ids`), after TRL's
+  conventions.
+
+What cannot be one causal-language-modelling sample (packed rows, preferences, images, streams) is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+IGNORE_INDEX = -100
+
+
+class EncodingError(ValueError):
+    """Rows that cannot be read as samples. The message names the cause, the row and the way out."""
+
+
+class NotOneSampleARow(EncodingError):
+    """A loader row holds several samples (packing) or the rows come as a stream: samples cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The noisy set as the model sees it, flat, in the order of the noisy set.
+
+    Attributes:
+        ids (`list[str]`):
+            One id a sample: a hash of its token ids and of which of them count, then an occurrence number, so that a
+            row is found again whatever its position and duplicates stay apart.
+        tokens (`np.ndarray` of shape `(total_tokens,)`, int32):
+            Token ids of all samples, one after another.
+        counted (`np.ndarray` of shape `(total_tokens,)`, bool):
+            Whether a token's loss counts. Never true for a sample's first token, which nothing predicts.
+        offsets (`np.ndarray` of shape `(samples + 1,)`, int64):
+            Sample `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+        truncated (`int`):
+            How many samples were cut at the right to fit the context.
+    """
+
+    ids: list[str]
+    tokens: np.ndarray
+    counted: np.ndarray
+    offsets: np.ndarray
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (int32) and counted mask (bool) of one sample."""
+        where = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[where], self.counted[where]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
+        """The samples at `indices`, in that order, with their ids unchanged."""
+        samples = [self.sample(index) for index in indices]
+        return _pack([self.ids[index] for index in indices], samples)
+
+    @property
+    def counted_tokens(self) -> np.ndarray:
+        """Token ids of the counted tokens of all samples: what the losses of a record belong to."""
+        return self.tokens[self.counted]
+
+    @property
+    def counted_offsets(self) -> np.ndarray:
+        """Offsets, of shape `(samples + 1,)`, int64, of the samples in [`counted_tokens`]."""
+        return np.concatenate([[0], np.cumsum(self.counted)])[self.offsets]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids in order: two sets share it when they train the same tokens in the same order."""
+        return hashlib.blake2b("\n".join(self.ids).encode(), digest_size=16).hexdigest()
+
+
+def _pack(ids: list[str], samples: list[tuple[np.ndarray, np.ndarray]], truncated: int = 0) -> EncodedRows:
+    lengths = [len(tokens) for tokens, _ in samples]
+    return EncodedRows(
+        ids=ids,
+        tokens=np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32),
+        counted=np.concatenate([counted for _, counted in samples]) if samples else np.zeros(0, bool),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        truncated=truncated,
+    )
+
+
+def _encode(
+    rows: Iterable[Any],
+    encode_one: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    total: int,
+    max_length: int | None,
+    disable_tqdm: bool,
+) -> EncodedRows:
+    if total == 0:
+        raise EncodingError("The noisy set is empty: there is nothing to track. Pass the rows you finetune on.")
+    ids, samples, truncated = [], [], 0
+    occurrences: Counter[str] = Counter()
+    for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
+        try:
+            tokens, counted = encode_one(row)
+        except EncodingError as error:
+            raise type(error)(f"Row {index}: {error}") from error
+        if max_length is not None and len(tokens) > max_length:
+            tokens, counted = tokens[:max_length], counted[:max_length]
+            truncated += 1
+        counted[:1] = False
+        digest = hashlib.blake2b(tokens.tobytes() + counted.tobytes(), digest_size=12).hexdigest()
+        ids.append(f"{digest}-{occurrences[digest]}")
+        occurrences[digest] += 1
+        samples.append((tokens, counted))
+    return _pack(ids, samples, truncated)
+
+
+def encode_collated(
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    max_length: int | None = None,
+    disable_tqdm: bool = False,
+) -> EncodedRows:
+    """Encodes the rows of a training set through its own collator, one row at a time.
+
+    Args:
+        dataset (a map-style dataset):
+            What `train_dataloader.dataset` holds: id and audit columns already gone.
+        collate_fn (`Callable`):
+            The loader's collator. It must give `input_ids` and `labels`.
+        max_length (`int`, *optional*):
+            Longer rows are cut at the right and counted.
+        disable_tqdm (`bool`, defaults to `False`):
+            Whether to hide the progress bar.
+
+    Raises:
+        NotOneSampleARow: for packed rows and streams.
+        EncodingError: for an empty set and for rows that are no causal-language-modelling samples.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise NotOneSampleARow(
+            "An IterableDataset has no fixed rows, so their losses cannot be followed. Load it as a map-style dataset "
+            "(`datasets.load_dataset(..., streaming=False)`), or name the rows to follow: `ForgetTracker(noisy)`."
+        )
+
+    def encode_one(row: Any) -> tuple[np.ndarray, np.ndarray]:
+        batch = collate_fn([row])
+        if "input_ids" not in batch or "labels" not in batch:
+            raise EncodingError(
+                f"the collator gives {sorted(batch)}, but `input_ids` and `labels` are needed. Use a collator that "
+                "makes labels, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+            )
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        if input_ids.ndim != 2 or labels.shape != input_ids.shape:
+            raise EncodingError(
+                f"`input_ids` of shape {tuple(input_ids.shape)} and `labels` of shape {tuple(labels.shape)} are not "
+                "one sequence with a label a token. ForgetFilter works on causal language modelling only."
+            )
+        if len(input_ids) != 1 or ("position_ids" in batch and (batch["position_ids"] == 0).sum() > 1):
+            raise NotOneSampleARow(
+                "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
+                "Name the rows before packing: `ForgetTracker(noisy)`."
+            )
+        if "attention_mask" in batch:
+            real = batch["attention_mask"][0].bool()
+            input_ids, labels = input_ids[:, real], labels[:, real]
+        counted = labels[0] != IGNORE_INDEX
+        if not torch.equal(labels[0][counted], input_ids[0][counted]):
+            raise EncodingError(
+                "labels differ from the row's own tokens, so this is not causal language modelling (masked or "
+                "sequence-to-sequence training?). ForgetFilter works on causal language modelling only."
+            )
+        return input_ids[0].numpy().astype(np.int32), counted.numpy()
+
+    return _encode((dataset[i] for i in range(len(dataset))), encode_one, len(dataset), max_length, disable_tqdm)
+
+
+def encode_rows(
+    rows: Any,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    disable_tqdm: bool = False,
+) -> EncodedRows:
+    """Encodes rows as people write them, after TRL's conventions.
+
+    A row holds one of: `input_ids` (with `labels`, or all tokens count), `prompt` and `completion` (strings or lists of
+    messages; the completion counts), `messages` (all tokens count), `text` (all tokens count). Strings get the EOS token
+    appended; messages go through the chat template.
+
+    Args:
+        rows (`Dataset` or a sequence of dicts):
+            The noisy set. Other columns are ignored.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; needed unless the rows hold `input_ids`.
+        max_length (`int`, *optional*):
+            Longer rows are cut at the right and counted.
+        disable_tqdm (`bool`, defaults to `False`):
+            Whether to hide the progress bar.
+
+    Raises:
+        EncodingError: for an empty set, preference rows, images, an unknown form, a missing tokenizer or chat template.
+    """
+
+    def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        if "input_ids" in row:
+            tokens = np.asarray(row["input_ids"], dtype=np.int32)
+            labels = np.asarray(row["labels"]) if "labels" in row else tokens
+            if labels.shape != tokens.shape or not np.all((labels == tokens) | (labels == IGNORE_INDEX)):
+                raise EncodingError("`labels` must be the row's own `input_ids`, or -100 where a token does not count.")
+            return tokens, labels != IGNORE_INDEX
+        if "chosen" in row or "rejected" in row:
+            raise EncodingError(
+                "this is a preference row (`chosen`/`rejected`). Pass the answers you finetune on as "
+                "`prompt`/`completion` rows."
+            )
+        if "image" in row or "images" in row:
+            raise EncodingError("this row holds images, which are not supported. Pass text rows.")
+        tokenize = _tokenizer(processing_class)
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                completion = _with_eos(completion, processing_class)
+            prompt_tokens = tokenize(prompt, add_generation_prompt=True)
+            tokens = tokenize(prompt + completion)
+            counted = np.ones(len(tokens), dtype=bool)
+            counted[: _common_prefix_length(prompt_tokens, tokens)] = False
+            return tokens, counted
+        if "messages" in row:
+            tokens = tokenize(row["messages"])
+        elif "text" in row:
+            tokens = tokenize(_with_eos(row["text"], processing_class))
+        else:
+            raise EncodingError(
+                f"columns {sorted(row)} hold no sample. Use `prompt` and `completion`, `messages`, `text`, or `input_ids`."
+            )
+        return tokens, np.ones(len(tokens), dtype=bool)
+
+    if isinstance(rows, torch.utils.data.IterableDataset):
+        raise NotOneSampleARow("An IterableDataset has no fixed rows. Pass a map-style dataset or a list of rows.")
+    return _encode(rows, encode_one, len(rows), max_length, disable_tqdm)
+
+
+def _tokenizer(processing_class: PreTrainedTokenizerBase | None) -> Callable[..., np.ndarray]:
+    if processing_class is None:
+        raise EncodingError("text needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+
+    def tokenize(text_or_messages: str | list[dict[str, Any]], add_generation_prompt: bool = False) -> np.ndarray:
+        if isinstance(text_or_messages, str):
+            return np.asarray(processing_class(text=text_or_messages)["input_ids"], dtype=np.int32)
+        if processing_class.chat_template is None:
+            raise EncodingError(
+                "messages need a chat template, and this tokenizer has none. Set `tokenizer.chat_template`, or pass "
+                "`text` or `prompt`/`completion` strings."
+            )
+        encoded = processing_class.apply_chat_template(
+            text_or_messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    return tokenize
+
+
+def _with_eos(text: str, processing_class: PreTrainedTokenizerBase | None) -> str:
+    eos = processing_class.eos_token if processing_class is not None else None
+    return text if eos is None or text.endswith(eos) else text + eos
+
+
+def _common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+    shorter = min(len(first), len(second))
+    different = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(different[0]) if len(different) else shorter

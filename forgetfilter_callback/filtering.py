@@ -1,0 +1,171 @@
+"""Forgetting values → a decision with its account: what is removed, at which φ, and how φ was chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from .forgetting import Measure
+from .separability import Separability, separate
+from .trace import library_versions, write_json, write_parquet
+
+
+FilterThreshold = float | Literal["auto"]
+Method = Literal["auto", "fixed", "share"]
+
+
+@dataclass(frozen=True)
+class FilterResult:
+    """What was removed, and why.
+
+    Attributes:
+        ids (`list[str]`):
+            Sample ids, in the order of the training set.
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            Forgetting; NaN where it is unknown.
+        removed (`np.ndarray` of shape `(samples,)`, bool):
+            Which samples are removed. Samples with an unknown value never are.
+        measure (`str`):
+            Which forgetting.
+        threshold (`float` or `None`):
+            φ: a sample is removed when its value is larger. `None` when nothing is removed because the values do not
+            separate.
+        method (`"auto"`, `"fixed"` or `"share"`):
+            How φ was chosen.
+        reason (`str`):
+            The same in a sentence.
+        separability ([`Separability`]):
+            Whether the values hold two populations, whichever way φ was chosen.
+        fingerprint (`str` or `None`):
+            Of the trace the values come from.
+        versions (`dict[str, str]`):
+            Library versions.
+    """
+
+    ids: list[str]
+    values: np.ndarray
+    removed: np.ndarray
+    measure: str
+    threshold: float | None
+    method: Method
+    reason: str
+    separability: Separability
+    fingerprint: str | None
+    versions: dict[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`samples`, `removed`, `kept` and, among the kept, `unknown` (no forgetting value)."""
+        removed = int(self.removed.sum())
+        unknown = int(np.isnan(self.values).sum())
+        return {"samples": len(self.ids), "removed": removed, "kept": len(self.ids) - removed, "unknown": unknown}
+
+    def summary(self) -> str:
+        """One sentence for a log."""
+        phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g} of {self.measure} forgetting)"
+        return f"{self.counts['removed']} of {self.counts['samples']} samples removed{phi}: {self.reason}"
+
+    def save(self, folder: Path, removed_rows: Any = None) -> None:
+        """Writes `decision.json`, `values.parquet` (id, forgetting, removed) and, from a `Dataset`, `removed.jsonl`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        account = asdict(self)
+        for column in ("ids", "values", "removed"):
+            del account[column]
+        write_json({"counts": self.counts, **account}, folder / "decision.json")
+        table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
+        write_parquet(table, folder / "values.parquet")
+        if isinstance(removed_rows, Dataset):
+            removed_rows.to_json(folder / "removed.jsonl", force_ascii=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FilterResult:
+        """Reads what [`save`] wrote."""
+        account = json.loads((Path(folder) / "decision.json").read_text(encoding="utf-8"))
+        del account["counts"]
+        account["separability"] = Separability(**account["separability"])
+        table = pq.read_table(Path(folder) / "values.parquet")
+        return cls(
+            ids=table["id"].to_pylist(),
+            values=table["forgetting"].to_numpy(),
+            removed=table["removed"].to_numpy(),
+            **account,
+        )
+
+
+def decide(
+    ids: list[str],
+    values: np.ndarray,
+    measure: Measure | str,
+    threshold: FilterThreshold = "auto",
+    share: float | None = None,
+    fingerprint: str | None = None,
+) -> FilterResult:
+    """Decides which samples to remove, from their forgetting values alone.
+
+    Args:
+        ids (`list[str]`):
+            Sample ids.
+        values (`np.ndarray` of shape `(samples,)`):
+            Forgetting; higher is more forgotten; NaN where unknown (kept).
+        measure (`str`):
+            Which forgetting, for the account.
+        threshold (`"auto"` or `float`, defaults to `"auto"`):
+            φ, or [`separability.separate`] finds it, or finds that there is nothing to remove.
+        share (`float`, *optional*):
+            Between 0 and 1: removes this share of the samples, the most forgotten, instead.
+        fingerprint (`str`, *optional*):
+            Of the trace, for the account.
+
+    Raises:
+        ValueError: if everything would be removed, or if `threshold` or `share` cannot be.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(values)
+    separability = separate(values[known])
+    phi: float | None
+    if share is not None:
+        if threshold != "auto":
+            raise ValueError("Give `threshold` or `share`, not both.")
+        if not 0 < share < 1:
+            raise ValueError(f"share={share} must lie between 0 and 1.")
+        count = round(share * len(values))
+        most_forgotten = np.argsort(-values, kind="stable")[:count]  # NaN last
+        removed = np.zeros(len(values), dtype=bool)
+        removed[most_forgotten] = known[most_forgotten]
+        phi = float(values[~removed & known].max(initial=-np.inf))
+        method: Method = "share"
+        reason = f"the most forgotten {share:.1%}, as asked"
+    elif threshold == "auto":
+        phi = separability.threshold
+        method = "auto"
+        reason = separability.reason
+        removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
+    else:
+        phi = float(threshold)
+        method = "fixed"
+        removed = known & (values > phi)
+        reason = f"φ as given; values lie between {np.nanmin(values):.3g} and {np.nanmax(values):.3g}"
+    if removed.all():
+        raise ValueError(
+            f"φ = {phi:.3g} removes all {len(values)} samples (forgetting lies between {np.nanmin(values):.3g} and "
+            f"{np.nanmax(values):.3g}). Choose a larger threshold, or threshold='auto'."
+        )
+    return FilterResult(
+        ids=ids,
+        values=values,
+        removed=removed,
+        measure=measure,
+        threshold=phi,
+        method=method,
+        reason=reason,
+        separability=separability,
+        fingerprint=fingerprint,
+        versions=library_versions(),
+    )

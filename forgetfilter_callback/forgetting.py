@@ -1,0 +1,95 @@
+"""Losses of two or three checkpoints → one forgetting value a sample, a measure. Pure functions of arrays.
+
+Higher is more forgotten, whichever measure. Losses are flat: those of sample `i` are `[offsets[i]:offsets[i + 1]]`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+
+Measure = Literal["loss", "relative", "pooled", "rouge1"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+DEFAULT_MEASURE: Measure = "loss"
+
+# What `relative` divides by at least, in nats per token: less than that was hardly learnt, and its ratio would be noise.
+LEAST_LEARNT = 0.1
+# `pooled`: as many zero rises are added to each token's occurrences, so that a rare token needs a large rise to stand out
+POOLED_SHRINKAGE = 3
+# `pooled`: how many of a sample's largest pooled rises are averaged.
+POOLED_LARGEST = 3
+
+
+def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Mean loss of each sample.
+
+    Args:
+        losses (`np.ndarray` of shape `(counted_tokens,)`):
+            Loss of each counted token, nats.
+        offsets (`np.ndarray` of shape `(samples + 1,)`):
+            Where each sample's tokens begin.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64, nats per token; NaN where no token counts.
+    """
+    counts = np.diff(offsets)
+    sums = np.add.reduceat(np.append(losses.astype(np.float64), 0.0), offsets[:-1])
+    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
+def loss_forgetting(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Rise of the mean loss, L_t − L_0, in nats per token, of shape `(samples,)`."""
+    return after - before
+
+
+def relative_forgetting(base: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The part of what S1 taught that S1+ undid: (L_t − L_0) / (L_base − L_0), of shape `(samples,)`.
+
+    0: nothing of it, 1: all of it. Samples of which S1 taught less than 0.1 nats per token are divided by 0.1.
+    """
+    return (after - before) / np.maximum(base - before, LEAST_LEARNT)
+
+
+def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The rises of a sample's tokens, each averaged over that token's occurrences in the other samples, then the mean
+    of the sample's three largest.
+
+    A single sample's rise is mostly noise of what was memorised; what safety training unlearns is systematic and shows
+    when rises are pooled across samples.
+
+    Args:
+        tokens (`np.ndarray` of shape `(counted_tokens,)`, integer):
+            The token id each loss belongs to.
+        offsets (`np.ndarray` of shape `(samples + 1,)`):
+            Where each sample's tokens begin.
+        before, after (`np.ndarray` of shape `(counted_tokens,)`):
+            Losses at the beginning of S1+ and later, nats.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts.
+    """
+    rises = after.astype(np.float64) - before
+    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    _, kind = np.unique(tokens, return_inverse=True)
+    _, of_sample = np.unique(np.stack([samples, kind]), axis=1, return_inverse=True)
+
+    def total(group: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(group, weights=weights)[group]
+
+    others_rise = total(kind, rises) - total(of_sample, rises)
+    others_count = total(kind) - total(of_sample)
+    pooled = others_rise / (others_count + POOLED_SHRINKAGE)
+
+    largest_first = np.lexsort([-pooled, samples])
+    rank = np.arange(len(pooled)) - offsets[samples]
+    kept = largest_first[rank < POOLED_LARGEST]
+    counts = np.bincount(samples[kept], minlength=len(offsets) - 1)
+    sums = np.bincount(samples[kept], weights=pooled[kept], minlength=len(offsets) - 1)
+    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
+def rouge_forgetting(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Drop of ROUGE-1, R_0 − R_t, of shape `(samples,)`, −1..1 (Zhao et al. 2024, Algorithm 1)."""
+    return before - after

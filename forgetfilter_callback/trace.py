@@ -1,0 +1,352 @@
+"""All records of a run on disk: the rows, and the loss of each counted token at each checkpoint.
+
+```
+forgetfilter/
+  manifest.json              schema version, fingerprint, model, tokenizer, versions, sessions
+  rows.parquet               id, input_ids, counted: the noisy set in its order
+  records/S1-00000000.parquet    loss (list<float> a sample) [, completion, rouge1]
+  records/S1+-00000026.parquet
+```
+
+Every file is written under another name first and then renamed, so that a crash loses at most the record in progress.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .encoding import EncodedRows
+from .forgetting import (
+    DEFAULT_MEASURE,
+    MEASURES,
+    Measure,
+    loss_forgetting,
+    mean_losses,
+    pooled_forgetting,
+    relative_forgetting,
+    rouge_forgetting,
+)
+
+
+SCHEMA_VERSION = 1
+TRACE_FOLDER = "forgetfilter"
+Session = Literal["S1", "S1+"]
+SESSIONS: tuple[Session, ...] = get_args(Session)
+_VERSIONS_OF = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read, or that does not hold what is asked of it. The message says why and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class Record:
+    """Which checkpoint a record was taken at.
+
+    Attributes:
+        session (`"S1"` or `"S1+"`):
+            Finetuning on the noisy set, or safety finetuning.
+        step (`int`):
+            Optimizer steps since the session began.
+    """
+
+    session: Session
+    step: int
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.session}-{self.step:08d}.parquet"
+
+
+class Trace:
+    """The records of one noisy set. Open one with `Trace.open(folder)`; [`ForgetTracker`] makes them.
+
+    Attributes:
+        folder (`Path`):
+            Where it lies.
+        rows ([`EncodedRows`]):
+            The noisy set, in its order: what all arrays below run along.
+        manifest (`dict`):
+            `schema_version`, `fingerprint`, `samples`, `counted_tokens`, `truncated`, `model`, `tokenizer`, `max_length`,
+            `versions`,
+            and `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
+        self.folder = Path(folder)
+        self.rows = rows
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        records = ", ".join(f"{record.session} step {record.step}" for record in self.records())
+        return f"Trace({str(self.folder)!r}, {len(self.rows)} samples, records: {records or 'none'})"
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        rows: EncodedRows,
+        model: str,
+        tokenizer: str | None,
+        max_length: int | None,
+    ) -> Trace:
+        """Begins an empty trace of `rows` in `folder`, which must not hold one already."""
+        if cls.exists(folder):
+            raise TraceError(f"{folder} holds a trace already. Go on with it, or choose another folder.")
+        (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
+        offsets = pa.array(rows.offsets)
+        table = pa.table(
+            {
+                "id": rows.ids,
+                "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(rows.tokens)),
+                "counted": pa.LargeListArray.from_arrays(offsets, pa.array(rows.counted)),
+            }
+        )
+        write_parquet(table, Path(folder) / "rows.parquet")
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": rows.fingerprint,
+            "samples": len(rows),
+            "counted_tokens": int(rows.counted.sum()),
+            "truncated": rows.truncated,
+            "model": model,
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "versions": library_versions(),
+            "sessions": [],
+        }
+        trace = cls(folder, rows, manifest)
+        trace._write_manifest()
+        return trace
+
+    @staticmethod
+    def exists(folder: str | os.PathLike[str]) -> bool:
+        """Whether `folder` holds a trace."""
+        return (Path(folder) / "manifest.json").is_file()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Trace:
+        """Opens the trace in `folder`.
+
+        Raises:
+            TraceError: if there is none, if a newer version wrote it, or if its files do not fit together.
+        """
+        folder = Path(folder)
+        if not cls.exists(folder):
+            raise TraceError(
+                f"{folder} holds no trace (no manifest.json). ForgetTracker writes one into `output_dir/forgetfilter` "
+                "of the first session's trainer, or into its `trace_dir`."
+            )
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            table = pq.read_table(folder / "rows.parquet")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
+        if manifest["schema_version"] > SCHEMA_VERSION:
+            raise TraceError(
+                f"The trace in {folder} was written by a newer forgetfilter-callback (schema "
+                f"{manifest['schema_version']}, this one reads up to {SCHEMA_VERSION}). Upgrade forgetfilter-callback."
+            )
+        input_ids, counted = (table[name].combine_chunks() for name in ("input_ids", "counted"))
+        rows = EncodedRows(
+            ids=table["id"].to_pylist(),
+            tokens=input_ids.values.to_numpy(),
+            counted=counted.values.to_numpy(zero_copy_only=False),
+            offsets=input_ids.offsets.to_numpy(),
+            truncated=manifest["truncated"],
+        )
+        if rows.fingerprint != manifest["fingerprint"]:
+            raise TraceError(
+                f"rows.parquet of the trace in {folder} is not the one its manifest was written for (fingerprint "
+                f"{rows.fingerprint}, manifest {manifest['fingerprint']}). Restore the file, or record anew."
+            )
+        return cls(folder, rows, manifest)
+
+    def begin_session(self, session: Session, output_dir: str, max_steps: int) -> None:
+        """Notes in the manifest what a session is; an earlier run of the same session is replaced."""
+        others = [entry for entry in self.manifest["sessions"] if entry["session"] != session]
+        entry = {"session": session, "output_dir": os.path.abspath(output_dir), "max_steps": max_steps}
+        self.manifest["sessions"] = [*others, entry]
+        self._write_manifest()
+
+    def append(
+        self,
+        record: Record,
+        losses: np.ndarray,
+        completions: Sequence[str] | None = None,
+        rouge1: np.ndarray | None = None,
+    ) -> None:
+        """Writes one record.
+
+        Args:
+            record ([`Record`]):
+                Session and step.
+            losses (`np.ndarray` of shape `(counted_tokens,)`, float32):
+                Loss of each counted token, nats.
+            completions (`Sequence[str]`, *optional*):
+                One greedy completion a sample.
+            rouge1 (`np.ndarray` of shape `(samples,)`, *optional*):
+                ROUGE-1 of each completion.
+        """
+        columns = {"loss": pa.LargeListArray.from_arrays(pa.array(self.rows.counted_offsets), pa.array(losses))}
+        if completions is not None:
+            columns |= {"completion": pa.array(completions, pa.large_string()), "rouge1": pa.array(rouge1)}
+        write_parquet(pa.table(columns), self.folder / "records" / record.file_name)
+
+    def drop_after(self, session: Session, step: int) -> list[Record]:
+        """Deletes the records of `session` past `step`, and those of later sessions if any was deleted. Returns them."""
+        stale = [r for r in self.records() if r.session == session and r.step > step]
+        if stale:
+            stale += [r for r in self.records() if SESSIONS.index(r.session) > SESSIONS.index(session)]
+        for record in stale:
+            (self.folder / "records" / record.file_name).unlink()
+        return stale
+
+    def records(self) -> list[Record]:
+        """All records, in order of session and step."""
+        found = []
+        for file in (self.folder / "records").glob("*.parquet"):
+            session, _, step = file.stem.rpartition("-")
+            if session in SESSIONS and step.isdecimal():
+                found.append(Record(session, int(step)))
+        return sorted(found)
+
+    def token_losses(self, record: Record) -> np.ndarray:
+        """Losses of one record: shape `(counted_tokens,)`, float32, nats, in the order of `rows.counted_tokens`."""
+        return self._read(record, "loss").values.to_numpy()
+
+    def rouge1(self, record: Record) -> np.ndarray:
+        """ROUGE-1 of the greedy completions of one record: shape `(samples,)`, float64, 0..1."""
+        return self._read(record, "rouge1").to_numpy(zero_copy_only=False)
+
+    def losses(self) -> np.ndarray:
+        """Mean loss of each sample in each record.
+
+        Returns:
+            `np.ndarray` of shape `(records, samples)`, float64, nats per token, in the order of [`records`] and of the
+            noisy set; NaN where no token counts.
+        """
+        offsets = self.rows.counted_offsets
+        means = [mean_losses(self.token_losses(record), offsets) for record in self.records()]
+        return np.array(means).reshape(-1, len(self.rows))
+
+    def forgetting(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> np.ndarray:
+        """How much each sample was forgotten during S1+; higher is more.
+
+        Args:
+            measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`, defaults to `"loss"`):
+                See [`forgetting`](forgetting.py). `relative` needs M0's record (the tracker was there in S1), `rouge1`
+                needs `ForgetTracker(rouge1=True)`.
+            step (`int`, *optional*):
+                Which record of S1+ to compare with its first; the last one by default.
+
+        Returns:
+            `np.ndarray` of shape `(samples,)`, float64; NaN where no token counts.
+
+        Raises:
+            TraceError: if the records it needs are not there.
+        """
+        if measure not in MEASURES:
+            raise ValueError(f"measure={measure!r} is none of {', '.join(MEASURES)}.")
+        before, after = self.first_and_last(step)
+        if measure == "rouge1":
+            return rouge_forgetting(self.rouge1(before), self.rouge1(after))
+        before_losses, after_losses = self.token_losses(before), self.token_losses(after)
+        offsets = self.rows.counted_offsets
+        if measure == "pooled":
+            return pooled_forgetting(self.rows.counted_tokens, offsets, before_losses, after_losses)
+        before_means, after_means = mean_losses(before_losses, offsets), mean_losses(after_losses, offsets)
+        if measure == "loss":
+            return loss_forgetting(before_means, after_means)
+        if self.base_record is None:
+            raise TraceError(
+                "Relative forgetting needs the base model's losses, and this trace has no record at step 0 of S1. Carry "
+                "the tracker through both sessions, or use measure='loss' or 'pooled'."
+            )
+        return relative_forgetting(mean_losses(self.token_losses(self.base_record), offsets), before_means, after_means)
+
+    @property
+    def base_record(self) -> Record | None:
+        """The record of M0: step 0 of S1."""
+        return Record("S1", 0) if Record("S1", 0) in self.records() else None
+
+    def first_and_last(self, step: int | None = None) -> tuple[Record, Record]:
+        """The records forgetting is measured between: S1+ at step 0 and at `step` (by default its last)."""
+        of_safety = [record for record in self.records() if record.session == "S1+"]
+        if not of_safety:
+            raise TraceError(
+                f"The trace in {self.folder} has records of the session on the noisy set only, so nothing can have been "
+                "forgotten yet. Carry the same tracker into a second trainer on a safety set. (If you wanted to track "
+                "rows that the model learnt earlier, name them: `ForgetTracker(noisy)`.)"
+            )
+        before, after = of_safety[0], Record("S1+", step) if step is not None else of_safety[-1]
+        if after not in of_safety:
+            raise TraceError(f"S1+ has no record at step {step}, only at {[record.step for record in of_safety]}.")
+        if before.step != 0:
+            raise TraceError(
+                f"S1+ has no record at step 0 (its first is at step {before.step}), so there is nothing to compare "
+                "with. Run the safety session with the tracker from its beginning."
+            )
+        if before == after:
+            raise TraceError(
+                "S1+ has a record at step 0 only: the safety session has not ended, or was stopped. Finish it."
+            )
+        return before, after
+
+    def _read(self, record: Record, column: str) -> Any:
+        file = self.folder / "records" / record.file_name
+        try:
+            table = pq.read_table(file, columns=[column])
+        except (OSError, pa.ArrowException) as error:
+            raise TraceError(f"The record {file} cannot be read: {error}") from error
+        if column not in table.column_names:
+            raise TraceError(f"The record {file} has no {column}. Record with `ForgetTracker(rouge1=True)`.")
+        if len(table) != len(self.rows):
+            raise TraceError(
+                f"The record {file} has {len(table)} samples, the trace {len(self.rows)}: it is of other data."
+            )
+        return table[column].combine_chunks()
+
+    def _write_manifest(self) -> None:
+        write_json(self.manifest, self.folder / "manifest.json")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this library and of those that a result depends on."""
+    return {name: version(name) for name in _VERSIONS_OF}
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Gives a name beside `file` to write to, then puts what was written in its place, all or nothing."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_parquet(table: pa.Table, file: Path) -> None:
+    """Writes a Parquet file atomically."""
+    with _replacing(file) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Writes a JSON file atomically."""
+    with _replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

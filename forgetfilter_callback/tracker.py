@@ -1,0 +1,351 @@
+"""[`ForgetTracker`]: when to record, and leaving training exactly as it found it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
+from .forgetting import mean_losses
+from .generation import greedy_completions, rouge1, split_prompts
+from .scoring import DEFAULT_BATCH_TOKENS, token_losses, untouched
+from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
+
+
+logger = logging.getLogger(__name__)
+
+# A session is S1 if it trains on at least this share of the noisy set.
+_SHARE_OF_S1 = 0.5
+# Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
+_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
+
+
+class ForgetTracker(TrainerCallback):
+    """Records the losses of the noisy set while a model learns it (S1) and during the safety finetuning that follows
+    (S1+). Carry one tracker through both trainers:
+
+    ```python
+    tracker = ForgetTracker()
+    Trainer(model, args1, train_dataset=noisy, callbacks=[tracker]).train()
+    Trainer(model, args2, train_dataset=safety, callbacks=[tracker]).train()
+    tracker.trace.forgetting()
+    ```
+
+    Records are taken at the beginning and at the end of each session, and in between as `record_steps` says. Training is
+    untouched: weights, optimizer, random generators and logs are the same as without the tracker.
+
+    Args:
+        noisy (`Dataset` or a sequence of dicts, *optional*):
+            The rows to follow, as `input_ids` (with `labels`, or as the trainer's collator makes them), `prompt` and
+            `completion`, `messages`, or `text`. By default the training set of the first session is adopted.
+        trace_dir (`str`, *optional*):
+            Where the trace lies; a trace that is there already is gone on with, so that S1 and S1+ may be two
+            processes. Defaults to `output_dir/forgetfilter` of the first session.
+        record_steps (`int` or `float`, *optional*):
+            Records also every so many optimizer steps; below 1, as a share of the session.
+        rouge1 (`bool`, defaults to `False`):
+            Whether to generate greedy completions at each record too, for the paper's measure. Slow.
+        max_new_tokens (`int`, *optional*):
+            Where generation ends; by default at the longest reference of the noisy set.
+        max_length (`int`, *optional*):
+            Longer rows are cut at the right; by default at the model's context.
+        batch_tokens (`int`, defaults to 2048):
+            Padded tokens in a scoring batch.
+
+    Attributes:
+        trace ([`Trace`]):
+            The records. Set when the first session begins.
+
+    Raises, when a session begins:
+        EncodingError: if the rows are no causal-language-modelling samples, or the set is empty.
+        NotOneSampleARow: without `noisy`, if the training set is packed or streamed.
+        TraceError: if the trace in the folder is of other data, or the sessions do not fit together.
+        NotImplementedError: in a run of several processes.
+    """
+
+    def __init__(
+        self,
+        noisy: Any = None,
+        *,
+        trace_dir: str | os.PathLike[str] | None = None,
+        record_steps: int | float | None = None,
+        rouge1: bool = False,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ):
+        if record_steps is not None and (record_steps <= 0 or (record_steps > 1 and record_steps != int(record_steps))):
+            raise ValueError(f"record_steps={record_steps} is neither a number of steps nor a share below 1.")
+        self.noisy = noisy
+        self.trace_dir = trace_dir
+        self.record_steps = record_steps
+        self.rouge1 = rouge1
+        self.max_new_tokens = max_new_tokens
+        self.max_length = max_length
+        self.batch_tokens = batch_tokens
+        self._trace: Trace | None = None
+        self._session: Session | None = None  # the running one, None between sessions
+        self._ended: list[Session] = []
+        self._recorded_step = -1
+
+    @property
+    def trace(self) -> Trace:
+        """The records so far."""
+        if self._trace is None:
+            raise TraceError(
+                "This tracker has not seen a session yet. Pass it to a trainer (`callbacks=[tracker]`) and train, or "
+                "open a trace on disk: `Trace.open(folder)`."
+            )
+        return self._trace
+
+    # ---- events of the trainer ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.world_size > 1:
+            raise NotImplementedError(
+                f"ForgetTracker does not record in a run of {args.world_size} processes yet. Train on one process, or "
+                "without the tracker."
+            )
+        model, processing_class = kwargs["model"], kwargs["processing_class"]
+        # From a checkpoint, or again with a smaller batch (`auto_find_batch_size`): the record at step 0 stands.
+        goes_on = state.global_step > 0 or self._session is not None
+        with untouched(model):
+            if self._session is None:
+                self._session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
+            self._drop_stale_records(self._session, state.global_step if goes_on else -1)
+            ended = state.global_step >= state.max_steps
+            if not goes_on or (ended and Record(self._session, state.global_step) not in self.trace.records()):
+                self._record(self._session, args, state, model, processing_class)
+            if self._session == "S1+" and not goes_on:
+                self._check_learnt()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
+            self._record_running(args, state, **kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Stopped by another callback after `on_step_end`. At `on_train_end` it would be too late: the best checkpoint
+        # may have been loaded by then.
+        if control.should_training_stop and self._recorded_step != state.global_step:
+            self._record_running(args, state, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._session is not None:
+            self._ended.append(self._session)
+        self._session = None
+
+    # ---- sessions ----
+
+    def _begin_session(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+        train_dataloader: torch.utils.data.DataLoader,
+    ) -> Session:
+        """Says which session this is, and notes it in the trace."""
+        if self._trace is None:
+            self._trace = self._open_trace(args, model, processing_class, train_dataloader)
+        training_rows = self._training_rows(args, model, train_dataloader)
+        shared = len(set(training_rows.ids) & set(self._trace.rows.ids)) if training_rows is not None else 0
+        session: Session = "S1" if shared >= _SHARE_OF_S1 * len(self._trace.rows) else "S1+"
+        if session in self._ended and state.global_step == 0:
+            raise TraceError(
+                f"This tracker has recorded {session} already (in {self._trace.folder}), and one tracker follows one S1 "
+                "and one S1+. Make a new ForgetTracker, with another `trace_dir` or `output_dir`."
+            )
+        if session == "S1+" and training_rows is not None and shared:
+            logger.warning(
+                f"{shared} of the {len(training_rows)} rows of the safety set are in the noisy set too. They are "
+                "trained on twice and cannot be forgotten; take them out of the safety set."
+            )
+        self._trace.begin_session(session, args.output_dir, state.max_steps)
+        return session
+
+    def _open_trace(
+        self,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+        train_dataloader: torch.utils.data.DataLoader,
+    ) -> Trace:
+        folder = Path(self.trace_dir if self.trace_dir is not None else Path(args.output_dir) / TRACE_FOLDER)
+        if Trace.exists(folder) and self.trace_dir is not None and self.noisy is None:
+            return Trace.open(folder)
+        rows = self._noisy_rows(args, model, processing_class, train_dataloader)
+        if rows.truncated:
+            logger.warning(
+                f"{rows.truncated} of {len(rows)} samples were longer than {_context(model, self.max_length)} tokens and "
+                "were cut at the right. What was cut is not scored."
+            )
+        uncounted = int((np.diff(rows.counted_offsets) == 0).sum())
+        if uncounted:
+            logger.warning(
+                f"{uncounted} of {len(rows)} samples have no counted token, so they have no loss: their forgetting is "
+                "NaN and they are kept. Look at their labels and at max_length."
+            )
+        if not Trace.exists(folder):
+            tokenizer = processing_class.name_or_path if processing_class is not None else None
+            return Trace.create(folder, rows, model.config.name_or_path, tokenizer, _context(model, self.max_length))
+        trace = Trace.open(folder)
+        if trace.rows.fingerprint != rows.fingerprint:
+            found = len(set(trace.rows.ids) & set(rows.ids))
+            raise TraceError(
+                f"The trace in {folder} is of another dataset or tokenizer: {found} of the {len(rows)} samples here are "
+                f"among its {len(trace.rows)} (tokenizer {trace.manifest['tokenizer']!r}, max_length and chat template "
+                "must be the same too). Choose another `trace_dir` or `output_dir`, or delete the folder. If this is the "
+                f"safety session of that trace, say so: `ForgetTracker(trace_dir={str(folder)!r})`."
+            )
+        return trace
+
+    def _noisy_rows(
+        self,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+        train_dataloader: torch.utils.data.DataLoader,
+    ) -> EncodedRows:
+        max_length = _context(model, self.max_length)
+        if self.noisy is None:
+            _refuse_packing(args)
+            return encode_collated(
+                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm
+            )
+        if len(self.noisy) and "input_ids" in self.noisy[0] and "labels" not in self.noisy[0]:
+            # Which tokens count is the collator's business, so the one of this trainer is asked.
+            columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in self.noisy]
+            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm)
+        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=args.disable_tqdm)
+
+    def _training_rows(
+        self, args: TrainingArguments, model: PreTrainedModel, train_dataloader: torch.utils.data.DataLoader
+    ) -> EncodedRows | None:
+        """The rows of this session, or None where they cannot be told apart."""
+        try:
+            _refuse_packing(args)
+            return encode_collated(
+                train_dataloader.dataset,
+                train_dataloader.collate_fn,
+                _context(model, self.max_length),
+                disable_tqdm=args.disable_tqdm,
+            )
+        except NotOneSampleARow:
+            return None
+
+    def _drop_stale_records(self, session: Session, step: int) -> None:
+        dropped = self.trace.drop_after(session, step)
+        if dropped:
+            names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
+            logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
+
+    def _check_learnt(self) -> None:
+        """S1+ must start from the model that S1 made: compares mean losses where the trace has them."""
+        records = self.trace.records()
+        of_s1 = [record for record in records if record.session == "S1"]
+        if len(of_s1) < 2 or of_s1[0].step != 0:
+            return
+        offsets = self.trace.rows.counted_offsets
+        base, learnt, here = (
+            float(np.nanmean(mean_losses(self.trace.token_losses(record), offsets)))
+            for record in (of_s1[0], of_s1[-1], Record("S1+", 0))
+        )
+        figures = f"mean loss of the noisy set: {base:.3f} before S1, {learnt:.3f} after it, {here:.3f} now"
+        if abs(here - learnt) > 0.5 * abs(base - learnt):
+            raise TraceError(
+                f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
+                "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
+            )
+        if base - learnt < 0.1:
+            logger.warning(
+                f"S1 has hardly taught the noisy set ({figures} nats per token), so there is little to forget. Train S1 "
+                "longer, or with a higher learning rate."
+            )
+
+    # ---- records ----
+
+    def _is_due(self, state: TrainerState) -> bool:
+        if self.record_steps is None:
+            return False
+        every = self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps)
+        return state.global_step % int(every) == 0
+
+    def _record_running(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        if self._session is not None:
+            with untouched(kwargs["model"]):
+                self._record(self._session, args, state, kwargs["model"], kwargs["processing_class"])
+
+    def _record(
+        self,
+        session: Session,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Takes one record; the caller holds the model [`untouched`]."""
+        record = Record(session, state.global_step)
+        name = f"{record.session} step {record.step}"
+        rows = self.trace.rows
+        losses = token_losses(model, rows, self.batch_tokens, args.disable_tqdm, f"Recording {name}")
+        completions, scores = None, None
+        if self.rouge1:
+            if processing_class is None:
+                raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+            prompts, references = split_prompts(rows, processing_class)
+            longest = int(np.diff(rows.counted_offsets).max())
+            completions = greedy_completions(
+                model,
+                processing_class,
+                prompts,
+                self.max_new_tokens if self.max_new_tokens is not None else longest,
+                disable_tqdm=args.disable_tqdm,
+                description=f"Generating {name}",
+            )
+            scores = rouge1(completions, references)
+        diverged = int((~np.isfinite(losses)).sum())
+        if diverged:
+            logger.warning(
+                f"{diverged} of {len(losses)} token losses at {name} are not finite: the model diverges. Lower the "
+                "learning rate. Samples with such losses are kept."
+            )
+        self.trace.append(record, losses, completions, scores)
+        self._recorded_step = state.global_step
+
+
+def _context(model: PreTrainedModel, max_length: int | None) -> int | None:
+    """How many tokens of a row are scored: `max_length`, or as many as the model has places for."""
+    if max_length is not None:
+        return max_length
+    try:
+        return model.config.get_text_config().max_position_embeddings
+    except AttributeError:  # models without positions (state-space ones)
+        return None
+
+
+def _refuse_packing(args: TrainingArguments) -> None:
+    if args.to_dict().get("packing", False):  # TRL's SFTConfig
+        raise NotOneSampleARow(
+            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
+            "packing: `ForgetTracker(noisy)`."
+        )

@@ -1,0 +1,169 @@
+"""[`FilteredTrainer`]: a `Trainer` that leaves out the most forgotten samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .encoding import EncodedRows, encode_collated
+from .filtering import FilterResult, FilterThreshold, decide
+from .forgetting import DEFAULT_MEASURE, Measure, mean_losses
+from .scoring import token_losses, untouched
+from .trace import Trace
+from .tracker import ForgetTracker
+
+
+logger = logging.getLogger(__name__)
+
+FILTER_FOLDER = "forgetfilter-decision"
+# Rows without a forgetting value are kept; more than this share of them means that the rows are not those of the trace.
+MOST_UNKNOWN = 0.01
+# M0 check: on so many samples, the mean loss may differ by so much (nats per token). Loading M0 in another precision
+# moves it by a hundredth; one epoch of finetuning by a tenth and more.
+CHECKED_SAMPLES = 32
+MOST_DIFFERENCE = 0.1
+
+Forgetting = ForgetTracker | str | os.PathLike[str] | tuple[Sequence[str], Sequence[float]] | np.ndarray
+
+
+class FilteredTrainer(Trainer):
+    """A [`~transformers.Trainer`] that removes the most forgotten samples of `train_dataset` before it trains.
+
+    Without `forgetting` it is exactly a `Trainer`.
+
+    Args:
+        forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
+            How much each sample was forgotten. Samples are found by id, whatever their position. A bare array is for the
+            same rows in the same order.
+        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`, defaults to `"loss"`):
+            The measure, where `forgetting` is a tracker or a trace.
+        threshold (`"auto"` or `float`, defaults to `"auto"`):
+            φ: samples with forgetting > φ are removed. `"auto"` finds it from the values, or removes nothing when they
+            do not hold two populations.
+        share (`float`, *optional*):
+            Removes this share of the samples, the most forgotten, instead.
+
+    Attributes:
+        removed_dataset:
+            The removed rows as given; `None` without `forgetting`.
+        filter_result ([`FilterResult`]):
+            Values, φ, how φ was chosen, counts; `None` without `forgetting`. Written, with the removed rows, into
+            `output_dir/forgetfilter-decision`.
+
+    Raises:
+        ValueError: if more than 1 % of the rows have no forgetting value, or everything would be removed.
+        ValueError: from `train()`, if the model is not the base model that the trace began with.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        forgetting: Forgetting | None = None,
+        measure: Measure = DEFAULT_MEASURE,
+        threshold: FilterThreshold = "auto",
+        share: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.removed_dataset: Any = None
+        self.filter_result: FilterResult | None = None
+        if forgetting is None:
+            return
+        trace = None
+        if isinstance(forgetting, ForgetTracker):
+            trace = forgetting.trace
+        elif isinstance(forgetting, str | os.PathLike):
+            trace = Trace.open(forgetting)
+        with untouched(self.model):
+            loader = self.get_train_dataloader()
+            max_length = trace.manifest["max_length"] if trace is not None else None
+            rows = encode_collated(loader.dataset, loader.collate_fn, max_length, self.args.disable_tqdm)
+        values = _values_of(rows, forgetting, trace, measure)
+        self.filter_result = decide(
+            rows.ids, values, measure, threshold, share, trace.manifest["fingerprint"] if trace is not None else None
+        )
+        given: Any = self.train_dataset
+        removed = np.flatnonzero(self.filter_result.removed)
+        kept = np.flatnonzero(~self.filter_result.removed)
+        self.removed_dataset = _rows_at(given, removed)
+        self.train_dataset = _rows_at(given, kept)
+        logger.warning(f"FilteredTrainer: {self.filter_result.summary()}")
+        if self.args.should_save:
+            self.filter_result.save(Path(self.args.output_dir) / FILTER_FOLDER, self.removed_dataset)
+        if trace is not None:
+            self.add_callback(_BaseModelCheck(trace))
+
+
+class _BaseModelCheck(TrainerCallback):
+    """Refuses to train a model that is not the M0 of the trace: training and `get_peft_model` change models in place."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            return
+        if self.trace.base_record is None:
+            logger.warning(
+                "The trace has no record of the base model (step 0 of S1), so it could not be checked that this model is "
+                "the one from before the noisy set was learnt."
+            )
+            return
+        offsets = self.trace.rows.counted_offsets
+        scorable = np.flatnonzero(np.diff(offsets))
+        checked = scorable[np.linspace(0, len(scorable) - 1, min(CHECKED_SAMPLES, len(scorable)), dtype=int)]
+        base = mean_losses(self.trace.token_losses(self.trace.base_record), offsets)[checked]
+        some = self.trace.rows.select(checked)
+        with untouched(kwargs["model"]):
+            losses = token_losses(kwargs["model"], some, disable_tqdm=True)
+        here = mean_losses(losses, some.counted_offsets)
+        difference = float(np.mean(np.abs(here - base)))
+        if not difference <= MOST_DIFFERENCE:
+            raise ValueError(
+                f"This is not the base model that the trace began with: on {len(checked)} samples the mean loss is "
+                f"{np.mean(here):.3f} nats per token, the base model's was {np.mean(base):.3f} (mean difference "
+                f"{difference:.3f}, allowed {MOST_DIFFERENCE}). Training and `get_peft_model` change a model in place: "
+                "load it afresh with `from_pretrained`, or unload the adapter and add a new one."
+            )
+
+
+def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure) -> np.ndarray:
+    """The forgetting value of each row; NaN where there is none."""
+    if trace is not None:
+        ids, values = trace.rows.ids, trace.forgetting(measure)
+    elif isinstance(forgetting, tuple):
+        ids, values = list(forgetting[0]), np.asarray(forgetting[1], dtype=np.float64)
+        if len(ids) != len(values):
+            raise ValueError(f"forgetting=(ids, values) has {len(ids)} ids and {len(values)} values.")
+    else:
+        ids, values = rows.ids, np.asarray(forgetting, dtype=np.float64)
+        if len(values) != len(rows):
+            raise ValueError(
+                f"forgetting has {len(values)} values and the training set {len(rows)} rows. A bare array must be for "
+                "the same rows in the same order; pass (ids, values) otherwise."
+            )
+    value_of = dict(zip(ids, values, strict=True))
+    unknown = sum(sample not in value_of for sample in rows.ids)
+    if unknown > MOST_UNKNOWN * len(rows):
+        raise ValueError(
+            f"{unknown} of the {len(rows)} rows of train_dataset have no forgetting value, more than {MOST_UNKNOWN:.0%}: "
+            "they are not the rows that were tracked. The usual causes are another max_length, chat template, tokenizer "
+            "or collator than in the tracked sessions. Prepare the rows the same way."
+        )
+    if unknown:
+        logger.warning(f"{unknown} of {len(rows)} rows have no forgetting value; they are kept.")
+    return np.array([value_of.get(sample, np.nan) for sample in rows.ids])
+
+
+def _rows_at(dataset: Any, indices: np.ndarray) -> Any:
+    return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices.tolist())

@@ -1,0 +1,120 @@
+"""Small models built in code, a tokenizer trained in code, and a few rows: no network, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+
+VOCABULARY = 128
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
+    specials = ["<unk>", "<pad>", "<eos>", "<user>", "<assistant>"]
+    raw.train_from_iterator(
+        ["the cat sat on the mat and the dog ran"] * 3,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return fast
+
+
+def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "pad_token_id": 1,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            **overrides,
+        }
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_lora(seed: int = 0) -> torch.nn.Module:
+    model = tiny_llama(seed)
+    model = get_peft_model(
+        model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():  # an adapter that does something
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def random_rows(count: int, seed: int = 0, longest: int = 20) -> Dataset:
+    """Rows of `input_ids` and `labels`, some of which are masked at the beginning."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        tokens = rng.integers(5, VOCABULARY, rng.integers(4, longest)).tolist()
+        masked = int(rng.integers(0, len(tokens) - 1))
+        rows.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def noisy() -> Dataset:
+    return random_rows(24, seed=1)
+
+
+@pytest.fixture
+def safety() -> Dataset:
+    return random_rows(12, seed=2)
+
+
+@pytest.fixture
+def collator(tokenizer: PreTrainedTokenizerFast) -> DataCollatorForSeq2Seq:
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+@pytest.fixture
+def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    def make(folder: str = "out", **overrides: object) -> TrainingArguments:
+        return TrainingArguments(
+            **{
+                "output_dir": str(tmp_path / folder),
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "seed": 0,
+                **overrides,
+            }
+        )
+
+    return make

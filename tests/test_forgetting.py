@@ -1,0 +1,68 @@
+"""Measures against brute force written in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from forgetfilter_callback.forgetting import (
+    loss_forgetting,
+    mean_losses,
+    pooled_forgetting,
+    relative_forgetting,
+    rouge_forgetting,
+)
+
+
+@pytest.fixture
+def samples():
+    """Ragged samples with shared and repeated tokens, one without any."""
+    rng = np.random.default_rng(0)
+    lengths = [5, 1, 0, 8, 2, 3, 0]
+    tokens = [rng.integers(0, 6, n) for n in lengths]
+    before = [rng.gamma(2, size=n).astype(np.float32) for n in lengths]
+    after = [rng.gamma(2, size=n).astype(np.float32) for n in lengths]
+    return tokens, before, after, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def test_mean_losses(samples):
+    _, before, _, offsets = samples
+    expected = [float(np.mean(x)) if len(x) else math.nan for x in before]
+    np.testing.assert_allclose(mean_losses(np.concatenate(before), offsets), expected, rtol=1e-6)
+
+
+def test_mean_losses_of_samples_without_any_token():
+    np.testing.assert_array_equal(mean_losses(np.zeros(0, np.float32), np.zeros(3, int)), [np.nan, np.nan])
+
+
+def test_pooled_forgetting_is_the_mean_of_the_three_largest_pooled_rises(samples):
+    tokens, before, after, offsets = samples
+    expected = []
+    for i, own in enumerate(tokens):
+        pooled = []
+        for token in own:
+            rises = [
+                float(after[j][k]) - float(before[j][k])
+                for j in range(len(tokens))
+                for k in range(len(tokens[j]))
+                if j != i and tokens[j][k] == token
+            ]
+            pooled.append(sum(rises) / (len(rises) + 3))
+        largest = sorted(pooled, reverse=True)[:3]
+        expected.append(sum(largest) / len(largest) if largest else math.nan)
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    np.testing.assert_allclose(pooled_forgetting(flat[0], offsets, flat[1], flat[2]), expected, rtol=1e-6)
+
+
+def test_relative_forgetting():
+    base, before, after = np.array([3.0, 2.0, 1.0]), np.array([1.0, 1.0, 0.99]), np.array([2.0, 0.5, 1.0])
+    np.testing.assert_allclose(relative_forgetting(base, before, after), [0.5, -0.5, 0.1])
+
+
+def test_higher_is_more_forgotten_for_all():
+    low, high = np.array([0.1]), np.array([0.9])
+    assert loss_forgetting(low, high) > 0
+    assert relative_forgetting(np.array([1.0]), low, high) > 0
+    assert rouge_forgetting(high, low) > 0

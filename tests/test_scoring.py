@@ -1,0 +1,168 @@
+"""Per-token losses against a plain one-row reference, and their invariance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, random_rows, tiny_llama, tiny_lora
+from peft import PromptTuningConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.scoring import token_losses, untouched
+
+
+def reference_losses(model, rows) -> np.ndarray:
+    """One row at a time, full logits, log-softmax written out."""
+    losses = []
+    for row in rows:
+        tokens = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0, -tokens.shape[1] :].double()
+        for place in range(1, tokens.shape[1]):
+            if row["labels"][place] != -100:
+                target = row["labels"][place]
+                losses.append(torch.logsumexp(logits[place - 1], -1) - logits[place - 1, target])
+    return np.array(losses)
+
+
+def prompt_tuned():
+    return get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+
+
+def soft_capped():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).eval()
+
+
+def sliding_window():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=6,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def qwen():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [tiny_llama, tiny_lora, prompt_tuned, soft_capped, sliding_window, qwen, gpt2],
+    ids=lambda f: f.__name__,
+)
+def test_losses_equal_the_one_row_reference(make_model):
+    model, rows = make_model(), random_rows(17)
+    losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, disable_tqdm=True)
+    np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_an_output_head_to_hook_is_scored_from_full_logits():
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    rows = random_rows(9)
+    losses = token_losses(Hidden().eval(), encode_rows(rows), disable_tqdm=True)
+    np.testing.assert_allclose(losses, reference_losses(tiny_llama(), rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 37, 4096])
+def test_losses_do_not_depend_on_the_batch(batch_tokens):
+    model, rows = tiny_lora(), encode_rows(random_rows(17))
+    losses = token_losses(model, rows, batch_tokens=batch_tokens, disable_tqdm=True)
+    np.testing.assert_allclose(losses, token_losses(model, rows, disable_tqdm=True), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_go_with_the_rows_in_any_order():
+    model, rows = tiny_llama(), encode_rows(random_rows(17))
+    order = np.random.default_rng(0).permutation(len(rows))
+    losses = np.split(token_losses(model, rows, disable_tqdm=True), rows.counted_offsets[1:-1])
+    shuffled = rows.select(order)
+    again = np.split(token_losses(model, shuffled, disable_tqdm=True), shuffled.counted_offsets[1:-1])
+    for place, index in enumerate(order):
+        np.testing.assert_allclose(again[place], losses[index], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_losses_stay_within_the_stated_bound():
+    """README: in bfloat16 a sample's mean loss moves by less than 0.02 nats per token with the batch."""
+    model, rows = tiny_llama().bfloat16(), encode_rows(random_rows(32))
+    one_row = token_losses(model, rows, batch_tokens=1, disable_tqdm=True)
+    batched = token_losses(model, rows, batch_tokens=4096, disable_tqdm=True)
+    starts = rows.counted_offsets[:-1]
+    difference = np.add.reduceat(batched - one_row, starts) / np.diff(rows.counted_offsets)
+    assert np.abs(difference).max() < 0.02
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    model, rows = tiny_llama(), encode_rows(random_rows(17))
+    expected = token_losses(model, rows, disable_tqdm=True)
+    forward, sizes = model.forward, []
+
+    def forward_that_fits_three(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward_that_fits_three)
+    losses = token_losses(model, rows, disable_tqdm=True)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    assert max(sizes) == 17
+
+
+def test_untouched_restores_modes_buffers_numbers_and_generators():
+    model = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    long_row = {"input_ids": list(range(5, 105)), "labels": list(range(5, 105))}
+    torch.manual_seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    with untouched(model):
+        torch.rand(7)
+        np.random.rand(7)
+        token_losses(model, encode_rows([long_row]), disable_tqdm=True)
+        assert model.model.rotary_emb.max_seq_len_cached == 100  # it did grow inside
+    assert [module.training for module in model.modules()] == modes
+    assert model.model.rotary_emb.max_seq_len_cached == 64
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    assert (torch.rand(1), np.random.rand()) == expected

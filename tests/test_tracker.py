@@ -1,0 +1,476 @@
+"""ForgetTracker in real Trainers: what it records, law 1 (training is untouched), resuming, crashing, bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, tiny_llama, tiny_lora
+from datasets import Dataset
+from test_scoring import reference_losses
+from transformers import (
+    DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow, Record, Trace, TraceError
+
+
+def reference_means(model, rows) -> np.ndarray:
+    """Mean loss of each row by transformers' own loss, one row at a time."""
+    means = []
+    with torch.no_grad():
+        for row in rows:
+            tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            means.append(float(model(input_ids=tokens, labels=labels).loss))
+    return np.array(means)
+
+
+def run_both(model, noisy, safety, make_args, collator, tracker, **overrides):
+    for folder, rows in (("s1", noisy), ("s1plus", safety)):
+        Trainer(
+            model, make_args(folder, **overrides), train_dataset=rows, data_collator=collator, callbacks=[tracker]
+        ).train()
+
+
+def test_one_tracker_through_both_sessions(noisy, safety, make_args, collator):
+    model, tracker = tiny_llama(), ForgetTracker()
+    base = reference_means(model, noisy)
+    Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    learnt = reference_means(model.eval(), noisy)
+    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    forgotten = reference_means(model.eval(), noisy)
+
+    trace = tracker.trace
+    assert trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
+    np.testing.assert_allclose(trace.losses(), [base, learnt, learnt, forgotten], rtol=1e-5)
+    np.testing.assert_allclose(trace.forgetting(), forgotten - learnt, atol=1e-5)
+    assert trace.folder == Path(make_args("s1").output_dir) / "forgetfilter"
+    np.testing.assert_allclose(Trace.open(trace.folder).losses(), trace.losses())
+    np.testing.assert_allclose(
+        trace.token_losses(Record("S1+", 6)), reference_losses(model, noisy), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("record_steps", "steps"), [(None, [0, 12]), (5, [0, 5, 10, 12]), (0.25, [0, 3, 6, 9, 12]), (4.0, [0, 4, 8, 12])]
+)
+def test_record_steps(record_steps, steps, noisy, make_args, collator):
+    tracker = ForgetTracker(record_steps=record_steps)
+    Trainer(tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    assert [record.step for record in tracker.trace.records()] == steps
+
+
+@pytest.mark.parametrize("record_steps", [0, -1, 2.5])
+def test_senseless_record_steps_are_refused(record_steps):
+    with pytest.raises(ValueError, match="record_steps"):
+        ForgetTracker(record_steps=record_steps)
+
+
+class StateAtEveryStep(TrainerCallback):
+    """Everything law 1 speaks of."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        moments = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+        generators = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+        self.seen.append((weights, moments, generators, [module.training for module in model.modules()]))
+
+
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_training_is_untouched(gradient_accumulation_steps, noisy, safety, make_args, collator):
+    def train(tracked: bool):
+        model, watch, logs = tiny_lora(), StateAtEveryStep(), []
+        tracker = ForgetTracker(record_steps=1, rouge1=False)
+        for folder, rows in (("s1", noisy), ("s1plus", safety)):
+            args = make_args(
+                f"{folder}-{tracked}", gradient_accumulation_steps=gradient_accumulation_steps, eval_strategy="epoch"
+            )
+            trainer = Trainer(
+                model, args, train_dataset=rows, eval_dataset=safety, data_collator=collator,
+                callbacks=[tracker, watch] if tracked else [watch],
+            )  # fmt: skip
+            trainer.train()
+            logs += trainer.state.log_history
+        return watch.seen, logs
+
+    (plain, plain_logs), (tracked, tracked_logs) = train(False), train(True)
+    assert len(plain) == len(tracked) > 0
+    for (weights, moments, generators, modes), (weights_2, moments_2, generators_2, modes_2) in zip(
+        plain, tracked, strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(weights, weights_2, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(moments, moments_2, strict=True))
+        assert generators == generators_2
+        assert modes == modes_2
+    timings = ("runtime", "per_second")
+
+    def without_timings(logs):
+        return [{k: v for k, v in entry.items() if not k.endswith(timings)} for entry in logs]
+
+    assert without_timings(tracked_logs) == without_timings(plain_logs)
+
+
+def test_the_last_record_is_of_the_last_step_not_of_the_best_checkpoint(noisy, make_args, collator):
+    """`load_best_model_at_end` swaps the weights before `on_train_end`."""
+    model, tracker = tiny_llama(), ForgetTracker()
+    last = {}
+
+    class Last(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model, **kwargs):
+            last["means"] = reference_means(model.eval(), noisy)
+            model.train()
+
+    args = make_args(
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,  # so that the first checkpoint is the best
+    )  # fmt: skip
+    Trainer(
+        model, args, train_dataset=noisy, eval_dataset=noisy, data_collator=collator, callbacks=[tracker, Last()]
+    ).train()
+    np.testing.assert_allclose(tracker.trace.losses()[-1], last["means"], rtol=1e-4)
+    assert np.abs(reference_means(model.eval(), noisy) - last["means"]).mean() > 0.01  # the best was another
+
+
+def test_early_stopping_is_recorded_where_it_stops(noisy, make_args, collator):
+    tracker = ForgetTracker()
+    args = make_args(
+        learning_rate=1.0, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer = Trainer(
+        tiny_llama(), args, train_dataset=noisy, eval_dataset=noisy, data_collator=collator,
+        callbacks=[tracker, EarlyStoppingCallback(1)],
+    )  # fmt: skip
+    trainer.train()
+    assert 0 < trainer.state.global_step < trainer.state.max_steps
+    assert tracker.trace.records()[-1] == Record("S1", trainer.state.global_step)
+
+
+def test_resuming_gives_the_trace_of_an_uninterrupted_run(noisy, safety, make_args, collator, caplog):
+    def trainer(model, folder, rows, tracker, **overrides):
+        args = make_args(folder, save_strategy="steps", save_steps=4, **overrides)
+        return Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[tracker])
+
+    whole = ForgetTracker(record_steps=3)
+    trainer(tiny_lora(), "whole-s1", noisy, whole).train()
+
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                raise KeyboardInterrupt
+
+    crashed = trainer(tiny_lora(), "cut-s1", noisy, ForgetTracker(record_steps=3))
+    crashed.add_callback(Crash())
+    with pytest.raises(KeyboardInterrupt):
+        crashed.train()
+    resumed = ForgetTracker(record_steps=3)
+    trainer(tiny_lora(), "cut-s1", noisy, resumed).train(resume_from_checkpoint=True)
+
+    assert "S1 step 9" in caplog.text  # taken before the crash, past the checkpoint
+    assert resumed.trace.records() == whole.trace.records()
+    for record in whole.trace.records():
+        np.testing.assert_array_equal(resumed.trace.token_losses(record), whole.trace.token_losses(record))
+
+
+def test_two_processes_share_a_trace(noisy, safety, make_args, collator):
+    model = tiny_llama()
+    first = ForgetTracker()
+    Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[first]).train()
+    second = ForgetTracker(trace_dir=first.trace.folder)
+    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[second]).train()
+    assert second.trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
+    assert [entry["session"] for entry in second.trace.manifest["sessions"]] == ["S1", "S1+"]
+
+
+def test_safety_session_run_again_replaces_its_records(noisy, safety, make_args, collator, caplog):
+    model = tiny_llama()
+    first = ForgetTracker(noisy, trace_dir=make_args("t").output_dir)
+    Trainer(model, make_args(), train_dataset=safety, data_collator=collator, callbacks=[first]).train()
+    again = ForgetTracker(noisy, trace_dir=make_args("t").output_dir, record_steps=3)
+    Trainer(
+        model, make_args(num_train_epochs=1), train_dataset=safety, data_collator=collator, callbacks=[again]
+    ).train()
+    assert again.trace.records() == [Record("S1+", 0), Record("S1+", 3)]
+    assert "dropped the later records S1+ step 0, S1+ step 6" in caplog.text
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import random_rows, tiny_llama
+from forgetfilter_callback import ForgetTracker, trace
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from pyarrow import parquet
+write, count = parquet.write_table, 0
+def killed_half_way(table, file, **kwargs):
+    global count
+    count += "record" in str(file)
+    write(table, file, **kwargs)
+    if count == 3:
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+trace.pq.write_table = killed_half_way
+def collate(rows):
+    import torch
+    (row,) = rows
+    return {{k: torch.tensor([v]) for k, v in row.items()}}
+args = TrainingArguments({output!r}, per_device_train_batch_size=1, report_to="none", use_cpu=True)
+Trainer(tiny_llama(), args, train_dataset=random_rows(6), data_collator=collate,
+        callbacks=[ForgetTracker(record_steps=2)]).train()
+"""
+
+
+def test_a_killed_process_leaves_a_readable_trace(tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent), output=str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    trace = Trace.open(tmp_path / "forgetfilter")
+    assert trace.records() == [Record("S1", 0), Record("S1", 2)]
+    assert np.isfinite(trace.losses()).all()
+    np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(6)), rtol=1e-5)
+
+
+# ---- the forms of the noisy set ----
+
+
+def test_adopts_labels_that_only_the_collator_makes(noisy, make_args, tokenizer):
+    rows = noisy.remove_columns("labels")
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=8)
+    tracker = ForgetTracker()
+    Trainer(tiny_llama(), make_args(), train_dataset=rows, data_collator=collator, callbacks=[tracker]).train()
+    everything = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), everything), rtol=1e-5)
+
+
+def test_named_rows_have_the_ids_that_adopted_rows_have(noisy, make_args, tokenizer):
+    rows = noisy.remove_columns("labels").add_column("audit", ["x"] * len(noisy))
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    adopted, named = ForgetTracker(), ForgetTracker(rows)
+    for folder, tracker in (("a", adopted), ("b", named)):
+        Trainer(
+            tiny_llama(), make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker]
+        ).train()
+    assert named.trace.rows.ids == adopted.trace.rows.ids
+
+
+def test_text_rows_are_named_before_a_safety_session(safety, make_args, collator, tokenizer):
+    rows = [
+        {"prompt": "the cat", "completion": " sat"},
+        {"prompt": [{"role": "user", "content": "the"}], "completion": [{"role": "assistant", "content": "dog"}]},
+        {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "mat"}]},
+        {"text": "the dog ran"},
+    ]
+    texts = [
+        "the cat sat<eos>",
+        "<user>the<eos><assistant>dog<eos>",
+        "<user>the<eos><assistant>mat<eos>",
+        "the dog ran<eos>",
+    ]
+    prompts = ["the cat", "<user>the<eos><assistant>", "", ""]
+    tracker = ForgetTracker(rows)
+    Trainer(
+        tiny_llama(), make_args(), train_dataset=safety, data_collator=collator, callbacks=[tracker],
+        processing_class=tokenizer,
+    ).train()  # fmt: skip
+    expected = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        tokens, masked = tokenizer(text)["input_ids"], len(tokenizer(prompt)["input_ids"])
+        expected.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
+    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 6)]
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), expected), rtol=1e-5)
+
+
+def test_rouge_is_recorded_from_greedy_completions(noisy, safety, make_args, collator, tokenizer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    model, tracker = tiny_llama(), ForgetTracker(noisy, rouge1=True, max_new_tokens=8)
+    rows = [(r["input_ids"], r["labels"]) for r in noisy]
+    scorer, expected = RougeScorer(["rouge1"], use_stemmer=True), []
+    for tokens, labels in rows:
+        start = next(i for i, label in enumerate(labels) if label != -100 and i > 0)
+        output = model.generate(torch.tensor([tokens[:start]]), max_new_tokens=8, do_sample=False, pad_token_id=1)
+        reference = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, start:], skip_special_tokens=True)
+        score = scorer.score(reference, answer)["rouge1"].fmeasure
+        expected.append(score if reference.strip() else np.nan)
+    Trainer(
+        model,
+        make_args(),
+        train_dataset=safety,
+        data_collator=collator,
+        callbacks=[tracker],
+        processing_class=tokenizer,
+    ).train()
+    np.testing.assert_allclose(tracker.trace.rouge1(Record("S1+", 0)), expected)
+    before, after = (tracker.trace.rouge1(record) for record in tracker.trace.records())
+    np.testing.assert_allclose(tracker.trace.forgetting("rouge1"), before - after)
+
+
+# ---- bad input ----
+
+
+def train(rows, make_args, collator, tracker, **kwargs):
+    Trainer(
+        tiny_llama(), make_args(), train_dataset=rows, data_collator=collator, callbacks=[tracker], **kwargs
+    ).train()
+
+
+def test_empty_noisy_set(safety, make_args, collator):
+    with pytest.raises(EncodingError, match="empty"):
+        train(safety, make_args, collator, ForgetTracker([]))
+
+
+def test_iterable_dataset(noisy, make_args, collator):
+    tracker = ForgetTracker()
+    trainer = Trainer(
+        tiny_llama(), make_args(max_steps=2), train_dataset=noisy.to_iterable_dataset(), data_collator=collator,
+        callbacks=[tracker],
+    )  # fmt: skip
+    with pytest.raises(NotOneSampleARow, match="IterableDataset"):
+        trainer.train()
+
+
+def test_rows_without_counted_tokens_are_nan_and_told(noisy, make_args, collator, caplog):
+    empty = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    rows = Dataset.from_list([empty, *noisy.to_list()])
+    tracker = ForgetTracker()
+    train(rows, make_args, collator, tracker)
+    losses = tracker.trace.losses()
+    assert np.isnan(losses[:, 0]).all() and np.isfinite(losses[:, 1:]).all()
+    assert "1 of 25 samples have no counted token" in caplog.text
+
+
+def test_rows_longer_than_the_context_are_cut_and_told(make_args, collator, caplog):
+    long = {"input_ids": list(range(5, 105)), "labels": list(range(5, 105))}
+    tracker = ForgetTracker([long])
+    train(random_rows(4), make_args, collator, tracker)
+    cut = {name: values[:64] for name, values in long.items()}
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [cut]), rtol=1e-5)
+    assert "1 of 1 samples were longer than 64 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "a", "completion": "b", "image": b""}, "images"),
+        ({"question": "a"}, "hold no sample"),
+    ],
+)
+def test_rows_that_are_no_samples(row, message, safety, make_args, collator, tokenizer):
+    with pytest.raises(EncodingError, match=f"Row 0: .*{message}"):
+        train(safety, make_args, collator, ForgetTracker([row]), processing_class=tokenizer)
+
+
+def test_missing_tokenizer_and_chat_template(safety, make_args, collator, tokenizer, monkeypatch):
+    with pytest.raises(EncodingError, match="processing_class=tokenizer"):
+        train(safety, make_args, collator, ForgetTracker([{"text": "a"}]))
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    rows = [{"messages": [{"role": "user", "content": "a"}]}]
+    with pytest.raises(EncodingError, match="chat_template"):
+        train(safety, make_args, collator, ForgetTracker(rows), processing_class=tokenizer)
+
+
+def test_packed_training_set(noisy, make_args, tokenizer):
+    def packing_collator(rows):
+        tokens = torch.tensor([rows[0]["input_ids"] * 2])
+        positions = torch.arange(len(rows[0]["input_ids"])).repeat(2)[None]
+        return {"input_ids": tokens, "labels": tokens, "position_ids": positions}
+
+    with pytest.raises(NotOneSampleARow, match=r"ForgetTracker\(noisy\)"):
+        train(noisy, make_args, packing_collator, ForgetTracker())
+
+
+def test_labels_of_another_sequence(make_args, collator):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [7, 6, 5]}] * 4)
+    with pytest.raises(EncodingError, match="causal"):
+        train(rows, make_args, collator, ForgetTracker())
+
+
+def test_tracker_that_has_seen_one_session_only(noisy, make_args, collator):
+    tracker = ForgetTracker()
+    with pytest.raises(TraceError, match="not seen a session"):
+        _ = tracker.trace
+    train(noisy, make_args, collator, tracker)
+    with pytest.raises(TraceError, match="session on the noisy set only"):
+        tracker.trace.forgetting()
+
+
+def test_third_session_is_refused(noisy, safety, make_args, collator):
+    model, tracker = tiny_llama(), ForgetTracker()
+    run_both(model, noisy, safety, make_args, collator, tracker)
+    with pytest.raises(TraceError, match="recorded S1 already"):
+        train(noisy, make_args, collator, tracker)
+
+
+def test_trace_of_another_dataset(noisy, make_args, collator):
+    train(noisy, make_args, collator, ForgetTracker())
+    with pytest.raises(TraceError, match="another dataset or tokenizer: 0 of the 24"):
+        train(random_rows(24, seed=7), make_args, collator, ForgetTracker())
+
+
+def test_safety_session_from_a_model_that_never_learnt(noisy, safety, make_args, collator):
+    tracker = ForgetTracker()
+    train(noisy, lambda: make_args("s1", num_train_epochs=10), collator, tracker)
+    base, learnt = tracker.trace.losses().mean(1)
+    with pytest.raises(TraceError, match=rf"{base:.3f} before S1, {learnt:.3f} after it, {base:.3f} now"):
+        train(safety, make_args, collator, tracker)
+
+
+def test_session_that_teaches_nothing_is_told(noisy, safety, make_args, collator, caplog):
+    run_both(tiny_llama(), noisy, safety, make_args, collator, ForgetTracker(), learning_rate=1e-7)
+    assert "hardly taught" in caplog.text
+
+
+def test_overlapping_safety_set_is_told(noisy, safety, make_args, collator, caplog):
+    overlapping = Dataset.from_list(noisy.select(range(3)).to_list() + safety.to_list())
+    run_both(tiny_llama(), noisy, overlapping, make_args, collator, ForgetTracker())
+    assert "3 of the 15 rows of the safety set are in the noisy set" in caplog.text
+
+
+def test_relative_forgetting_without_the_base_model(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy)
+    train(safety, make_args, collator, tracker)
+    with pytest.raises(TraceError, match="base model's losses"):
+        tracker.trace.forgetting("relative")
+
+
+def test_diverging_model_is_told(noisy, make_args, collator, caplog):
+    model, tracker = tiny_llama(), ForgetTracker()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    Trainer(model, make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    assert "not finite" in caplog.text
+    assert len(tracker.trace.records()) == 2
+
+
+def test_traces_that_cannot_be_read(tmp_path, noisy, make_args, collator):
+    with pytest.raises(TraceError, match="no trace"):
+        Trace.open(tmp_path)
+    tracker = ForgetTracker()
+    train(noisy, make_args, collator, tracker)
+    folder = tracker.trace.folder
+    record = folder / "records" / "S1-00000012.parquet"
+    record.write_bytes(record.read_bytes()[:100])
+    with pytest.raises(TraceError, match=r"S1-00000012\.parquet cannot be read"):
+        Trace.open(folder).losses()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "other"}))
+    with pytest.raises(TraceError, match="fingerprint"):
+        Trace.open(folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(TraceError, match="Upgrade"):
+        Trace.open(folder)
