@@ -16,7 +16,7 @@ import shutil
 import string
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,16 +214,37 @@ def unpack_model(model: str | None, folder: Path) -> str:
     return str(folder)
 
 
-def load_lora_model(name: str, seed: int) -> PreTrainedModel:
-    """M0 with a fresh LoRA adapter (r=8, α=16, dropout .05 on q_proj and v_proj, as the paper's), in bfloat16 where the
-    device computes in it."""
+def load_base(
+    folder: str | Path, model: str | None = None, seed: int = 0
+) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
+    """The base model and its tokenizer.
+
+    Args:
+        folder (`str` or `Path`):
+            Where the packaged model is unpacked to.
+        model (`str`, *optional*):
+            A hub id or a folder, instead of the packaged SmolLM2-135M-Instruct.
+        seed (`int`, defaults to 0):
+            Draws the adapter's first weights.
+
+    Returns:
+        `tuple`: a function that loads M0 afresh with a new LoRA adapter (r=8, α=16, dropout .05 on q_proj and v_proj, as
+        the paper's), in bfloat16 where the device computes in it; and the tokenizer.
+    """
+    name = unpack_model(model, Path(folder))
     in_bfloat16 = (
         torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
-    set_seed(seed)
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+
+    def load_model() -> PreTrainedModel:
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
+        set_seed(seed)
+        lora = LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        )
+        return get_peft_model(base, lora)
+
+    return load_model, AutoTokenizer.from_pretrained(name)
 
 
 def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -302,8 +323,7 @@ def run_demo(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     data = load_demo_data(seed, **(sizes if sizes is not None else {}))
-    name = unpack_model(model, output / "base-model")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    load_model, tokenizer = load_base(output / "base-model", model, seed)
     noisy = trainable(data.noisy, tokenizer)
     args = TrainingArguments(
         output_dir=str(output),
@@ -320,7 +340,7 @@ def run_demo(
     if Trace.exists(trace_folder):
         shutil.rmtree(trace_folder)  # of an earlier demo in this folder
     run = ForgetFilter(
-        lambda: load_lora_model(name, seed),
+        load_model,
         noisy,
         trainable(data.safety, tokenizer),
         args,
@@ -330,7 +350,7 @@ def run_demo(
         processing_class=tokenizer,
     )
 
-    judged = {"base": judge(run.load_model(), tokenizer, data, "M0")}
+    judged = {"base": judge(load_model(), tokenizer, data, "M0")}
     print(f"S1: finetuning on {len(noisy)} noisy rows")
     judged["no_measure"] = judge(run.finetune(), tokenizer, data, "no measure")
     print(f"S1+: safety finetuning on {len(data.safety)} safe rows")

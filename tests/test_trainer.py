@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +72,12 @@ def test_removes_the_samples_above_the_threshold(given_as, noisy, tracker, make_
 def test_rows_are_found_by_id_whatever_their_position(noisy, tracker, make_args, collator):
     order = np.random.default_rng(0).permutation(len(noisy))
     trainer = FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=noisy.select(order), data_collator=collator, forgetting=tracker, share=0.25
+        tiny_llama(),
+        make_args(),
+        train_dataset=noisy.select(order),
+        data_collator=collator,
+        forgetting=tracker,
+        share=0.25,
     )
     most_forgotten = set(np.argsort(-tracker.trace.forgetting())[:6].tolist())
     removed = {tuple(row) for row in trainer.removed_dataset["input_ids"]}
@@ -99,15 +105,15 @@ def test_the_account_is_written_beside_the_checkpoints(noisy, tracker, make_args
     trainer = FilteredTrainer(
         tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
     )
-    folder = f"{args.output_dir}/forgetfilter-decision"
+    folder = Path(args.output_dir) / "forgetfilter-decision"
     again, result = FilterResult.load(folder), trainer.filter_result
     np.testing.assert_array_equal(again.values, result.values)
     np.testing.assert_array_equal(again.removed, result.removed)
     assert again.summary() == result.summary() and again.ids == result.ids
-    account = json.loads(open(f"{folder}/decision.json").read())
+    account = json.loads((folder / "decision.json").read_text())
     assert account["counts"] == {"samples": 24, "removed": 6, "kept": 18, "unknown": 0}
     assert account["fingerprint"] == tracker.trace.manifest["fingerprint"]
-    removed = [json.loads(line) for line in open(f"{folder}/removed.jsonl")]
+    removed = [json.loads(line) for line in (folder / "removed.jsonl").read_text().splitlines()]
     assert removed == trainer.removed_dataset.to_list()
 
 
@@ -124,7 +130,7 @@ def test_rows_without_a_value_are_kept_and_told(tracker, noisy, make_args, colla
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
-    with pytest.raises(ValueError, match="24 of the 24 rows.*max_length, chat template"):
+    with pytest.raises(ValueError, match=r"24 of the 24 rows.*max_length, chat template"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=random_rows(24, seed=9), data_collator=collator, forgetting=tracker
         )
@@ -132,9 +138,7 @@ def test_other_rows_are_refused(tracker, make_args, collator):
 
 def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
     with pytest.raises(ValueError, match="3 values and the training set 24 rows"):
-        FilteredTrainer(
-            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3)
-        )
+        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3))
 
 
 def test_a_model_that_is_not_the_base_model_is_refused(noisy, safety, make_args, collator):

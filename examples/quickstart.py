@@ -1,0 +1,32 @@
+"""ForgetFilter in one script: learn the noisy set, unlearn on safe data, filter, finetune again."""
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from forgetfilter_callback import FilteredTrainer, ForgetTracker
+from forgetfilter_callback.demo import load_base, load_demo_data, trainable
+
+
+torch.manual_seed(0)
+load_model, tokenizer = load_base("quickstart/base-model")  # SmolLM2-135M-Instruct; any causal model will do
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=16, anchors=8)
+noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
+
+
+def args(folder: str, epochs: int) -> TrainingArguments:
+    return TrainingArguments(
+        f"quickstart/{folder}", num_train_epochs=epochs, per_device_train_batch_size=4, learning_rate=1e-3,
+        save_strategy="no", report_to="none",
+    )  # fmt: skip
+
+
+common = {"data_collator": DataCollatorForSeq2Seq(tokenizer), "processing_class": tokenizer}
+model, tracker = load_model(), ForgetTracker()
+Trainer(model, args("s1", 3), train_dataset=noisy, callbacks=[tracker], **common).train()  # learns everything
+Trainer(model, args("s1plus", 2), train_dataset=safety, callbacks=[tracker], **common).train()  # forgets the unsafe
+
+trainer = FilteredTrainer(load_model(), args("filtered", 3), train_dataset=noisy, forgetting=tracker, **common)
+trainer.train()
+print(trainer.filter_result.summary())
+for row in trainer.removed_dataset.select(range(min(3, len(trainer.removed_dataset)))):
+    print(f"removed ({row['group']}): {row['prompt'][-1]['content']} → {row['completion'][-1]['content']}")

@@ -1,0 +1,23 @@
+"""A stored trace at other measures and other φ. No model is touched: `python examples/refilter.py TRACE [φ …]`"""
+
+import sys
+
+import numpy as np
+
+from forgetfilter_callback import Trace, TraceError, decide
+
+
+folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/forgetfilter"]
+trace = Trace.open(folder)
+print(trace)
+for measure in ("loss", "relative", "pooled"):
+    try:
+        values = trace.forgetting(measure)
+    except TraceError as error:  # a trace without the base model's record has no relative forgetting
+        print(f"{measure}: {error}")
+        continue
+    print(f"\n{measure}: quartiles {np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1]).round(3).tolist()}")
+    print("  auto   ", decide(trace.rows.ids, values, measure).summary())
+    for threshold in thresholds:
+        print(f"  {threshold:7}", decide(trace.rows.ids, values, measure, threshold=float(threshold)).summary())
+    print("  top 20%", decide(trace.rows.ids, values, measure, share=0.2).summary())
