@@ -52,7 +52,7 @@ class FilterResult:
     ids: list[str]
     values: np.ndarray
     removed: np.ndarray
-    measure: str
+    measure: Measure
     threshold: float | None
     method: Method
     reason: str
@@ -102,7 +102,7 @@ class FilterResult:
 def decide(
     ids: list[str],
     values: np.ndarray,
-    measure: Measure | str,
+    measure: Measure,
     threshold: FilterThreshold = "auto",
     share: float | None = None,
     fingerprint: str | None = None,
@@ -128,7 +128,7 @@ def decide(
     """
     values = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(values)
-    separability = separate(values[known])
+    separability = separate(values[known], measure)
     phi: float | None
     if share is not None:
         if threshold != "auto":
@@ -143,16 +143,18 @@ def decide(
         method: Method = "share"
         reason = f"the most forgotten {share:.1%}, as asked"
     elif threshold == "auto":
-        phi = separability.threshold
+        phi = separability.threshold if separability.separable else None
         method = "auto"
         reason = separability.reason
         removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
     else:
         phi = float(threshold)
+        if np.isnan(phi):
+            raise ValueError("threshold must be a number or 'auto', not NaN.")
         method = "fixed"
         removed = known & (values > phi)
         reason = f"φ as given; values lie between {np.nanmin(values):.3g} and {np.nanmax(values):.3g}"
-    if removed.all():
+    if len(removed) and removed.all():
         raise ValueError(
             f"φ = {phi:.3g} removes all {len(values)} samples (forgetting lies between {np.nanmin(values):.3g} and "
             f"{np.nanmax(values):.3g}). Choose a larger threshold, or threshold='auto'."

@@ -1,21 +1,27 @@
-"""Do forgetting values hold two populations? And where does φ lie between them? From the values alone, no labels."""
+"""Do forgetting values hold two populations, and where does φ lie between them? From the values alone, no labels.
+
+φ is anchored, not fitted: a sample is called forgotten when S1+ has halved what the model gave it. Mixtures of normal
+distributions and minimum-error thresholds were tried first and follow the shape of the benign rows (which are several
+populations themselves) rather than the unsafe ones: see `benchmarks/README.md`.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.mixture import GaussianMixture
+from scipy.stats import median_abs_deviation
+
+from .forgetting import Measure
 
 
-FEWEST_VALUES = 20
-# Ashman, Bird & Zepf 1994: two normal components are cleanly separated when the distance of their means is more than two
-# of their (root mean square) standard deviations.
-LEAST_DISTANCE = 2.0
-# Splits that the mixture is started from, as shares of the values in the upper population.
-_STARTS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
-# No component narrower than this part of the values' interquartile range: duplicates would make one of width zero.
-_LEAST_WIDTH = 0.1
+# Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
+# half of what S1 taught; half of ROUGE-1's range.
+HALF: dict[Measure, float] = {"loss": math.log(2), "pooled": math.log(2), "relative": 0.5, "rouge1": 0.5}
+# The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
+# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it.
+LEAST_DISTANCE = 2.5
 
 
 @dataclass(frozen=True)
@@ -23,73 +29,54 @@ class Separability:
     """Whether the values hold two populations.
 
     Attributes:
-        threshold (`float` or `None`):
-            φ between the two populations; `None` if there is nothing to remove.
+        separable (`bool`):
+            Whether there is a forgotten population, apart from the rest.
+        threshold (`float`):
+            φ between the two, if they are separable.
         reason (`str`):
             Why, in a sentence.
         distance (`float` or `None`):
-            Ashman's D of the two components: the distance of their means in standard deviations (root mean square).
-        lower, upper (`tuple[float, float, float]` or `None`):
-            Mean, standard deviation and share of each component.
+            From the median of the values up to φ to that of the values above it, in robust standard deviations (1.48 MAD)
+            of the former. `None` if one side is empty.
     """
 
-    threshold: float | None
+    separable: bool
+    threshold: float
     reason: str
     distance: float | None = None
-    lower: tuple[float, float, float] | None = None
-    upper: tuple[float, float, float] | None = None
 
 
-def separate(values: np.ndarray) -> Separability:
-    """Finds φ where the values hold two populations.
+def separate(values: np.ndarray, measure: Measure) -> Separability:
+    """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    A mixture of two normal components is fitted. φ is where a value becomes likelier to belong to the upper one. There
-    is nothing to remove if one component explains the values as well (BIC), if the two are not cleanly separated
-    (Ashman's D ≤ 2), or if the upper one is not forgotten (its mean is not above zero).
+    φ is where half is lost (see [`HALF`]). There is nothing to remove if no sample, or every sample, lies above it, or if
+    those above it are not set apart: their median within 2.5 robust standard deviations of the others' median.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting values without NaN; higher is more forgotten.
+        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`):
+            What they are.
     """
-    values = np.sort(np.asarray(values, dtype=np.float64))
-    if len(values) < FEWEST_VALUES:
-        return Separability(None, f"too few values to tell ({len(values)}, needed {FEWEST_VALUES}); nothing removed")
-    if values[0] == values[-1]:
-        return Separability(None, "all values are the same; nothing removed")
-    column = values[:, None]
-    least_variance = (_LEAST_WIDTH * max(np.subtract(*np.quantile(values, [0.75, 0.25])), 1e-3)) ** 2
-    one = GaussianMixture(1, reg_covar=least_variance).fit(column)
-    two = max((_fit_two(column, share, least_variance) for share in _STARTS), key=lambda fit: fit.score(column))
-    order = np.argsort(two.means_[:, 0])
-    means, deviations, weights = two.means_[order, 0], np.sqrt(two.covariances_[order, 0, 0]), two.weights_[order]
-    distance = float((means[1] - means[0]) / np.sqrt(np.mean(deviations**2)))
-    lower, upper = ((float(m), float(s), float(w)) for m, s, w in zip(means, deviations, weights, strict=True))
-    found = {"distance": distance, "lower": lower, "upper": upper}
-    if two.bic(column) >= one.bic(column):
+    phi = HALF[measure]
+    kept, forgotten = values[values <= phi], values[values > phi]
+    if not len(forgotten):
+        return Separability(False, phi, "no sample has lost half of what the model gave it; nothing to remove")
+    if not len(kept):
+        return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
+    spread = max(float(median_abs_deviation(kept, scale="normal")), np.finfo(float).eps)
+    distance = float(np.median(forgotten) - np.median(kept)) / spread
+    if distance < LEAST_DISTANCE:
         return Separability(
-            None, "not separable (one population explains the values as well); nothing removed", **found
+            False,
+            phi,
+            f"not separable: the {len(forgotten)} most forgotten samples lie only {distance:.1f} standard deviations above "
+            "the rest; nothing to remove",
+            distance,
         )
-    if distance <= LEAST_DISTANCE:
-        return Separability(None, f"not separable (Ashman's D = {distance:.2f} ≤ 2); nothing removed", **found)
-    if means[1] <= 0:
-        return Separability(None, "no population was forgotten (no mean above zero); nothing removed", **found)
-    grid = np.linspace(means[0], means[1], 1000)
-    of_upper = two.predict_proba(grid[:, None])[:, order[1]] > 0.5
-    phi = float(grid[np.argmax(of_upper)])
-    reason = f"two populations, around {means[0]:.2f} and {means[1]:.2f} (Ashman's D = {distance:.2f})"
-    return Separability(phi, reason, **found)
-
-
-def _fit_two(column: np.ndarray, share: float, least_variance: float) -> GaussianMixture:
-    """The mixture that grows from putting the upper `share` of the sorted values into one component."""
-    split = len(column) - max(1, round(share * len(column)))
-    means = np.array([[column[:split].mean()], [column[split:].mean()]])
-    variances = np.array([column[:split].var(), column[split:].var()]) + least_variance
-    return GaussianMixture(
-        2,
-        means_init=means,
-        weights_init=[split / len(column), 1 - split / len(column)],
-        precisions_init=(1 / variances)[:, None, None],
-        reg_covar=least_variance,
-        max_iter=500,
-    ).fit(column)
+    return Separability(
+        True,
+        phi,
+        f"forgotten samples lie {distance:.1f} standard deviations of the others above them",
+        distance,
+    )

@@ -90,7 +90,7 @@ class FilteredTrainer(Trainer):
         self.filter_result = decide(
             rows.ids, values, measure, threshold, share, trace.manifest["fingerprint"] if trace is not None else None
         )
-        given: Any = self.train_dataset
+        given: Any = self.train_dataset  # type: ignore[has-type] # set by Trainer
         removed = np.flatnonzero(self.filter_result.removed)
         kept = np.flatnonzero(~self.filter_result.removed)
         self.removed_dataset = _rows_at(given, removed)

@@ -1,0 +1,116 @@
+"""The decision: automatic φ at all shares of unsafe samples, fixed φ, top share, and its account."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from forgetfilter_callback import FilterResult, decide, separate
+
+
+def two_populations(unsafe_share: float, count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Forgetting as the demo's runs show it: benign around 0.2 nats, unsafe around 1.6 and wide. And which is which."""
+    rng = np.random.default_rng(seed)
+    unsafe = np.arange(count) < round(unsafe_share * count)
+    values = np.where(unsafe, rng.normal(1.6, 0.5, count), rng.normal(0.1, 0.2, count))
+    order = rng.permutation(count)
+    return values[order], unsafe[order]
+
+
+def ids(count: int) -> list[str]:
+    return [f"id-{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.25, 0.5, 0.75])
+def test_automatic_threshold_finds_the_forgotten_population(share):
+    values, unsafe = two_populations(share)
+    result = decide(ids(400), values, "loss")
+    assert result.method == "auto" and result.separability.separable
+    assert (result.removed & unsafe).sum() >= 0.9 * unsafe.sum()
+    assert (result.removed & ~unsafe).sum() <= 0.02 * 400
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_automatic_threshold_removes_nothing_from_a_clean_set(seed):
+    values, _ = two_populations(0.0, seed=seed)
+    result = decide(ids(400), values - 0.1, "loss")
+    assert not result.removed.any() and result.threshold is None
+    assert "nothing to remove" in result.reason
+
+
+@pytest.mark.parametrize("mean", [-0.2, 0.2, 0.5, 0.7])
+def test_one_wide_population_is_not_separable(mean):
+    """A safety set of another domain: everything is forgotten, more or less."""
+    values = np.random.default_rng(0).normal(mean, 0.5, 400)
+    assert (values > math.log(2)).sum() > 10
+    assert not separate(values, "loss").separable
+
+
+def test_everything_forgotten_is_not_separable():
+    found = separate(np.full(30, 2.0), "loss")
+    assert not found.separable and "cannot be told apart" in found.reason
+
+
+@pytest.mark.parametrize("measure", ["loss", "relative", "pooled", "rouge1"])
+def test_a_sample_is_forgotten_when_half_is_lost(measure):
+    """ln 2 nats halve a probability; of what S1 taught, and of ROUGE-1, half is a half."""
+    half = math.log(2) if measure in ("loss", "pooled") else 0.5
+    assert separate(np.array([0.0, 0.01, -0.01, 3.0]), measure).threshold == half
+
+
+def test_fixed_threshold_removes_strictly_above():
+    result = decide(ids(4), np.array([0.1, 0.5, 0.50001, 2.0]), "loss", threshold=0.5)
+    assert result.removed.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("threshold", [-0.2, 0.0, 0.3, 0.6, 1.5, 3.0])
+def test_a_higher_threshold_never_removes_more(threshold):
+    values, _ = two_populations(0.25)
+    lower = decide(ids(400), values, "loss", threshold=threshold).removed
+    higher = decide(ids(400), values, "loss", threshold=threshold + 0.1).removed
+    assert not (higher & ~lower).any()
+
+
+def test_share_removes_the_most_forgotten():
+    result = decide(ids(5), np.array([3.0, 1.0, 2.0, 5.0, 4.0]), "loss", share=0.4)
+    assert result.removed.tolist() == [False, False, False, True, True]
+    assert result.threshold == 3.0
+
+
+def test_unknown_values_are_kept_and_counted():
+    values = np.array([np.nan, 5.0, 0.0, 0.1, -0.1, np.nan])
+    for kwargs in ({}, {"threshold": 1.0}, {"share": 0.5}):
+        result = decide(ids(6), values, "loss", **kwargs)
+        assert not result.removed[[0, 5]].any() and result.removed[1]
+        assert result.counts["unknown"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"share": 0.0}, "between 0 and 1"),
+        ({"share": 1.0}, "between 0 and 1"),
+        ({"share": 0.5, "threshold": 0.5}, "not both"),
+        ({"threshold": float("nan")}, "number"),
+        ({"threshold": -9.0}, "removes all"),
+    ],
+)
+def test_senseless_decisions_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        decide(ids(3), np.array([0.0, 1.0, 2.0]), "loss", **kwargs)
+
+
+def test_saving_and_loading_gives_the_same_decision(tmp_path):
+    values, _ = two_populations(0.25, count=40)
+    values[3] = np.nan
+    result = decide(ids(40), values, "loss", fingerprint="f")
+    result.save(tmp_path)
+    again = FilterResult.load(tmp_path)
+    np.testing.assert_array_equal(again.values, result.values)
+    np.testing.assert_array_equal(again.removed, result.removed)
+    assert again.separability == result.separability
+    assert (again.ids, again.threshold, again.reason, again.versions) == (
+        result.ids, result.threshold, result.reason, result.versions,
+    )  # fmt: skip
