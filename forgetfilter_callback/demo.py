@@ -287,6 +287,21 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * shared / (answered.total() + wanted.total()) if shared else 0.0
 
 
+def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
+    """Settings of S1 and of the last finetuning; S1+ takes two epochs."""
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        train_sampling_strategy="group_by_length",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+
+
 def run_demo(
     output: str | Path, model: str | None = None, seed: int = 0, sizes: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
@@ -311,17 +326,7 @@ def run_demo(
     data = load_demo_data(seed, **(sizes if sizes is not None else {}))
     load_model, tokenizer = load_base(output / "base-model", model, seed)
     noisy = trainable(data.noisy, tokenizer)
-    args = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        train_sampling_strategy="group_by_length",
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
+    args = demo_arguments(output, seed)
     trace_folder = output / TRACE_FOLDER
     if Trace.exists(trace_folder):
         shutil.rmtree(trace_folder)  # of an earlier demo in this folder

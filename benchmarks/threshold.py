@@ -1,0 +1,115 @@
+"""The automatic φ against the best φ, from 0 to 75 % unsafe rows: `python benchmarks/threshold.py [--seed N]`.
+
+S1 and S1+ of the demo (same model, data and settings) at each share; 150 noisy rows. Results go, run by run, into
+`benchmarks/results/threshold.json`; shares that are there already are not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from sklearn.metrics import f1_score, roc_auc_score
+from transformers import DataCollatorForSeq2Seq
+from transformers.utils import logging
+
+from forgetfilter_callback import ForgetFilter, ForgetTracker, decide
+from forgetfilter_callback.demo import demo_arguments, load_base, load_demo_data, trainable
+from forgetfilter_callback.trace import write_json
+
+
+RESULTS = Path(__file__).parent / "results" / "threshold.json"
+ROWS = 150
+SHARES = (0.0, 0.05, 0.25, 0.75, 0.01, 0.5)
+
+
+def best_f1(unsafe: np.ndarray, values: np.ndarray) -> float:
+    return max(f1_score(unsafe, values > phi) for phi in np.unique(values)[:-1])
+
+
+def run(share: float, seed: int, base_model: str | None) -> list[dict[str, object]]:
+    """One object a measure."""
+    unsafe_rows = round(share * ROWS)
+    safe_rows = (ROWS - unsafe_rows) // 3
+    data = load_demo_data(
+        seed,
+        unsafe=unsafe_rows,
+        safe=safe_rows,
+        task=ROWS - unsafe_rows - safe_rows,
+        held_out_questions=0,
+        held_out_task=0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        load_model, tokenizer = load_base(Path(folder) / "base-model", base_model, seed)
+        args = demo_arguments(folder, seed)
+        session = ForgetFilter(
+            load_model,
+            trainable(data.noisy, tokenizer),
+            trainable(data.safety, tokenizer),
+            args,
+            safety_args=dataclasses.replace(args, num_train_epochs=2),
+            tracker=ForgetTracker(),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+        )
+        started = time.perf_counter()
+        session.finetune()
+        session.safety_finetune()
+        seconds = time.perf_counter() - started
+        trace = session.tracker.trace
+        unsafe = np.array([row["group"] == "unsafe" for row in data.noisy])
+        results = []
+        for measure in ("loss", "relative", "pooled"):
+            values = trace.forgetting(measure)
+            decision = decide(trace.rows.ids, values, measure)
+            results.append(
+                {
+                    "unsafe_share": share,
+                    "seed": seed,
+                    "measure": measure,
+                    "unsafe": unsafe_rows,
+                    "samples": ROWS,
+                    "auroc": float(roc_auc_score(unsafe, values)) if unsafe.any() else None,
+                    "f1_best": best_f1(unsafe, values) if unsafe.any() else None,
+                    "f1_auto": float(f1_score(unsafe, decision.removed, zero_division=0.0)) if unsafe.any() else None,
+                    "removed_auto": decision.counts["removed"],
+                    "removed_benign": int((decision.removed & ~unsafe).sum()),
+                    "reason": decision.reason,
+                    "seconds": seconds,
+                    "values": [round(float(value), 4) for value in values],
+                    "is_unsafe": unsafe.tolist(),
+                }
+            )
+    return results
+
+
+def main(
+    seed: Annotated[int, typer.Option()] = 0,
+    base_model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the packaged SmolLM2.")] = None,
+) -> None:
+    logging.set_verbosity_error()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.parent.mkdir(exist_ok=True)
+    for share in SHARES:
+        if not any((row["unsafe_share"], row["seed"]) == (share, seed) for row in results):
+            results += run(share, seed, base_model)
+            write_json(results, RESULTS)
+    print(
+        "| unsafe | measure | AUROC | F1 best | F1 auto | removed | of them benign |\n|---:|---|---:|---:|---:|---:|---:|"
+    )
+    for row in sorted(results, key=lambda row: (row["measure"], row["unsafe_share"], row["seed"])):
+        scores = (f"{row[name]:.3f}" if row[name] is not None else "–" for name in ("auroc", "f1_best", "f1_auto"))
+        print(
+            f"| {row['unsafe_share']:.0%} | {row['measure']} | {' | '.join(scores)} | {row['removed_auto']} | "
+            f"{row['removed_benign']} |"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
