@@ -29,11 +29,13 @@ def demo(
 ) -> None:
     """Run ForgetFilter end to end: a small aligned model, real questions with biased answers among them."""
     # Imported here, so that `--help` answers at once.
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     from .demo import run_demo
 
     transformers_logging.set_verbosity_error()
+    disable_progress_bars()  # those of writing JSON; training and recording keep theirs
     try:
         run_demo(output, model, seed)
     except (OSError, ValueError) as error:

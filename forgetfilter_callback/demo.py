@@ -299,6 +299,7 @@ def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
         save_strategy="no",
         report_to="none",
         seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
