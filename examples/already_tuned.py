@@ -10,7 +10,7 @@ from forgetfilter_callback.demo import load_base, load_demo_data, trainable
 
 
 load_model, tokenizer = load_base("already-tuned/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=16, anchors=8)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 args = TrainingArguments(
     "already-tuned/s1plus", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-3,

@@ -9,7 +9,7 @@ from forgetfilter_callback.demo import load_base, load_demo_data, trainable
 
 torch.manual_seed(0)
 load_model, tokenizer = load_base("quickstart/base-model")  # SmolLM2-135M-Instruct; any causal model will do
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=16, anchors=8)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 
 

@@ -216,6 +216,9 @@ def encode_rows(
         if "input_ids" in row:
             tokens = np.asarray(row["input_ids"], dtype=np.int32)
             labels = np.asarray(row["labels"]) if "labels" in row else tokens
+            if "attention_mask" in row:
+                real = np.asarray(row["attention_mask"], dtype=bool)
+                tokens, labels = tokens[real], labels[real]
             if labels.shape != tokens.shape or not np.all((labels == tokens) | (labels == IGNORE_INDEX)):
                 raise EncodingError("`labels` must be the row's own `input_ids`, or -100 where a token does not count.")
             return tokens, labels != IGNORE_INDEX

@@ -81,6 +81,7 @@ class FilterResult:
         write_json({"counts": self.counts, **account}, folder / "decision.json")
         table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
         write_parquet(table, folder / "values.parquet")
+        (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
         if isinstance(removed_rows, Dataset):
             removed_rows.to_json(folder / "removed.jsonl", force_ascii=False)
 
@@ -113,7 +114,7 @@ def decide(
         ids (`list[str]`):
             Sample ids.
         values (`np.ndarray` of shape `(samples,)`):
-            Forgetting; higher is more forgotten; NaN where unknown (kept).
+            Forgetting; higher is more forgotten; not finite where unknown (kept).
         measure (`str`):
             Which forgetting, for the account.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
@@ -124,10 +125,12 @@ def decide(
             Of the trace, for the account.
 
     Raises:
-        ValueError: if everything would be removed, or if `threshold` or `share` cannot be.
+        ValueError: if everything would be removed, if no value is finite, or if `threshold` or `share` cannot be.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
+    if not known.any():
+        raise ValueError(f"None of the {len(values)} samples has a finite forgetting value. Did the model diverge?")
     separability = separate(values[known], measure)
     phi: float | None
     if share is not None:
@@ -135,11 +138,10 @@ def decide(
             raise ValueError("Give `threshold` or `share`, not both.")
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1.")
-        count = round(share * len(values))
-        most_forgotten = np.argsort(-values, kind="stable")[:count]  # NaN last
-        removed = np.zeros(len(values), dtype=bool)
-        removed[most_forgotten] = known[most_forgotten]
-        phi = float(values[~removed & known].max(initial=-np.inf))
+        # Ties are kept together, so that the same φ given by hand decides the same.
+        largest_first = np.sort(values[known])[::-1]
+        phi = float(largest_first[min(round(share * len(values)), len(largest_first) - 1)])
+        removed = known & (values > phi)
         method: Method = "share"
         reason = f"the most forgotten {share:.1%}, as asked"
     elif threshold == "auto":

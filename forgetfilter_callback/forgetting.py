@@ -71,6 +71,7 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
         `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts.
     """
     rises = after.astype(np.float64) - before
+    rises[~np.isfinite(rises)] = 0.0  # a diverged token must not reach the other samples
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     _, kind = np.unique(tokens, return_inverse=True)
     _, of_sample = np.unique(np.stack([samples, kind]), axis=1, return_inverse=True)

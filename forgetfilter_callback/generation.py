@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .encoding import EncodedRows
+from .scoring import ScoringError
 
 
 def split_prompts(rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], list[str]]:
@@ -65,9 +66,10 @@ def greedy_completions(
     )
     completions = [""] * len(prompts)
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt)), key=lambda i: len(prompts[i]))
+    todo = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with tqdm(total=len(order), desc=description, disable=disable_tqdm, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        while todo:
+            batch = todo.pop()
             width = len(prompts[batch[-1]])
             input_ids = torch.full((len(batch), width), config.pad_token_id)
             attention_mask = torch.zeros_like(input_ids)
@@ -75,9 +77,17 @@ def greedy_completions(
                 length = len(prompts[index])
                 input_ids[place, width - length :] = torch.from_numpy(prompts[index])
                 attention_mask[place, width - length :] = 1
-            output = model.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-            )
+            try:
+                output = model.generate(
+                    input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+                )
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise ScoringError(
+                        f"Generating from a prompt of {width} tokens does not fit into memory."
+                    ) from None
+                todo += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):
                 completions[index] = text

@@ -42,7 +42,7 @@ class ForgetFilter:
         measure, threshold, share:
             As in [`FilteredTrainer`].
         trainer_kwargs:
-            Passed to every trainer (`data_collator`, `processing_class`, …).
+            Passed to every trainer (`data_collator`, `processing_class`, …); not `callbacks`.
     """
 
     def __init__(

@@ -25,6 +25,10 @@ DEFAULT_BATCH_TOKENS = 2048
 _LOGITS_IN_FLOAT32 = 256
 
 
+class ScoringError(RuntimeError):
+    """Scoring is not possible on this device."""
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
@@ -70,7 +74,7 @@ def token_losses(
         rows ([`EncodedRows`]):
             What to score.
         batch_tokens (`int`, defaults to 2048):
-            Padded tokens a batch; halved, for this call, each time the device runs out of memory.
+            Padded tokens a batch. A batch that does not fit into the device's memory is halved.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
         description (`str`, defaults to `"Scoring"`):
@@ -89,7 +93,11 @@ def token_losses(
                 batch_losses = _score_batch(model, rows, batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    raise
+                    # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
+                    raise ScoringError(
+                        f"A row of {len(rows.sample(batch[0])[0])} tokens does not fit into the device's memory beside the "
+                        "training state. Lower `max_length`."
+                    ) from None
                 batch_losses = None
             if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
                 torch.cuda.empty_cache()

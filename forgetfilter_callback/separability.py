@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import median_abs_deviation
+from scipy.stats import median_abs_deviation, norm
 
 from .forgetting import Measure
 
@@ -20,8 +20,12 @@ from .forgetting import Measure
 # half of what S1 taught; half of ROUGE-1's range.
 HALF: dict[Measure, float] = {"loss": math.log(2), "pooled": math.log(2), "relative": 0.5, "rouge1": 0.5}
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
-# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it.
+# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it...
 LEAST_DISTANCE = 2.5
+# ...and further out, so many times the distance that the tail of a single normal population would have.
+LEAST_TAIL = 1.3
+# The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
+LEAST_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
     φ is where half is lost (see [`HALF`]). There is nothing to remove if no sample, or every sample, lies above it, or if
-    those above it are not set apart: their median within 2.5 robust standard deviations of the others' median.
+    those above it are not set apart: their median within 2.5 robust standard deviations of the
+    others' median, or no further out than the tail of a normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
@@ -64,9 +69,10 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         return Separability(False, phi, "no sample has lost half of what the model gave it; nothing to remove")
     if not len(kept):
         return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
-    spread = max(float(median_abs_deviation(kept, scale="normal")), np.finfo(float).eps)
+    spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
-    if distance < LEAST_DISTANCE:
+    tail = float(norm.isf(len(forgotten) / len(values) / 2))
+    if distance < max(LEAST_DISTANCE, LEAST_TAIL * tail):
         return Separability(
             False,
             phi,

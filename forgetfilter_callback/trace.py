@@ -307,11 +307,11 @@ class Trace:
     def _read(self, record: Record, column: str) -> Any:
         file = self.folder / "records" / record.file_name
         try:
+            if column not in pq.read_schema(file).names:
+                raise TraceError(f"The record {file} has no {column}. Record with `ForgetTracker(rouge1=True)`.")
             table = pq.read_table(file, columns=[column])
         except (OSError, pa.ArrowException) as error:
             raise TraceError(f"The record {file} cannot be read: {error}") from error
-        if column not in table.column_names:
-            raise TraceError(f"The record {file} has no {column}. Record with `ForgetTracker(rouge1=True)`.")
         if len(table) != len(self.rows):
             raise TraceError(
                 f"The record {file} has {len(table)} samples, the trace {len(self.rows)}: it is of other data."

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
-from .forgetting import mean_losses
+from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
 from .scoring import DEFAULT_BATCH_TOKENS, token_losses, untouched
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
@@ -99,6 +99,7 @@ class ForgetTracker(TrainerCallback):
         self.batch_tokens = batch_tokens
         self._trace: Trace | None = None
         self._session: Session | None = None  # the running one, None between sessions
+        self._running_args: TrainingArguments | None = None
         self._ended: list[Session] = []
         self._recorded_step = -1
 
@@ -123,33 +124,42 @@ class ForgetTracker(TrainerCallback):
                 "without the tracker."
             )
         model, processing_class = kwargs["model"], kwargs["processing_class"]
-        # From a checkpoint, or again with a smaller batch (`auto_find_batch_size`): the record at step 0 stands.
-        goes_on = state.global_step > 0 or self._session is not None
+        # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
+        again = self._session if self._session is not None and self._running_args is args else None
+        goes_on = state.global_step > 0 or again is not None
+        self._session = None  # until all below has gone well
         with untouched(model):
-            if self._session is None:
-                self._session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
-            self._drop_stale_records(self._session, state.global_step if goes_on else -1)
+            session = again or self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
+            self._drop_stale_records(session, state.global_step if goes_on else -1)
             ended = state.global_step >= state.max_steps
-            if not goes_on or (ended and Record(self._session, state.global_step) not in self.trace.records()):
-                self._record(self._session, args, state, model, processing_class)
-            if self._session == "S1+" and not goes_on:
-                self._check_learnt()
+            if not goes_on or (ended and Record(session, state.global_step) not in self.trace.records()):
+                self._record(session, args, state, model, processing_class)
+        self._session, self._running_args = session, args
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
             self._record_running(args, state, **kwargs)
 
+    # Another callback may stop the training after `on_step_end`: at the end of an epoch, or at an evaluation, which a
+    # checkpoint follows if the best one is to be loaded. At `on_train_end` it would be too late then: the weights are those
+    # of the best checkpoint.
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Stopped by another callback after `on_step_end`. At `on_train_end` it would be too late: the best checkpoint
-        # may have been loaded by then.
+        if control.should_training_stop and self._recorded_step != state.global_step:
+            self._record_running(args, state, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_training_stop and self._recorded_step != state.global_step:
             self._record_running(args, state, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        stopped_early = self._recorded_step != state.global_step and state.global_step < state.max_steps
+        if stopped_early and not args.load_best_model_at_end:
+            self._record_running(args, state, **kwargs)
         if self._session is not None:
             self._ended.append(self._session)
         self._session = None
@@ -168,8 +178,24 @@ class ForgetTracker(TrainerCallback):
         if self._trace is None:
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
         training_rows = self._training_rows(args, model, train_dataloader)
-        shared = len(set(training_rows.ids) & set(self._trace.rows.ids)) if training_rows is not None else 0
-        session: Session = "S1" if shared >= _SHARE_OF_S1 * len(self._trace.rows) else "S1+"
+        session: Session = "S1+"
+        shared = 0
+        if training_rows is None:
+            logger.warning(
+                "The rows of this session cannot be told apart (packed or streamed), so it is taken for the safety session, "
+                "S1+. If it trains on the noisy set itself, track the safety session only."
+            )
+        else:
+            noisy = self._trace.rows
+            shared = len(set(training_rows.ids) & set(noisy.ids))
+            if shared >= _SHARE_OF_S1 * len(noisy):
+                session = "S1"
+            elif len(_texts(training_rows) & _texts(noisy)) >= _SHARE_OF_S1 * len(noisy):
+                raise TraceError(
+                    "This session trains on the tokens of the noisy set, but other ones of them count in its loss than in "
+                    "the rows that the tracker was given. Give it the rows as the trainer takes them (`input_ids` and "
+                    "`labels`), or use `ForgetTracker()` without rows."
+                )
         if session in self._ended and state.global_step == 0:
             raise TraceError(
                 f"This tracker has recorded {session} already (in {self._trace.folder}), and one tracker follows one S1 "
@@ -232,7 +258,7 @@ class ForgetTracker(TrainerCallback):
             return encode_collated(
                 train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm
             )
-        if len(self.noisy) and "input_ids" in self.noisy[0] and "labels" not in self.noisy[0]:
+        if len(self.noisy) and "input_ids" in self.noisy[0]:
             # Which tokens count is the collator's business, so the one of this trainer is asked.
             columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in self.noisy]
             return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm)
@@ -259,27 +285,26 @@ class ForgetTracker(TrainerCallback):
             names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
             logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
 
-    def _check_learnt(self) -> None:
-        """S1+ must start from the model that S1 made: compares mean losses where the trace has them."""
-        records = self.trace.records()
-        of_s1 = [record for record in records if record.session == "S1"]
+    def _check_learnt(self, losses: np.ndarray) -> None:
+        """S1+ must start from the model that S1 made: compares its first losses with S1's, where the trace has them."""
+        of_s1 = [record for record in self.trace.records() if record.session == "S1"]
         if len(of_s1) < 2 or of_s1[0].step != 0:
             return
         offsets = self.trace.rows.counted_offsets
         base, learnt, here = (
-            float(np.nanmean(mean_losses(self.trace.token_losses(record), offsets)))
-            for record in (of_s1[0], of_s1[-1], Record("S1+", 0))
+            float(np.nanmean(mean_losses(token_losses_there, offsets)))
+            for token_losses_there in (self.trace.token_losses(of_s1[0]), self.trace.token_losses(of_s1[-1]), losses)
         )
         figures = f"mean loss of the noisy set: {base:.3f} before S1, {learnt:.3f} after it, {here:.3f} now"
-        if abs(here - learnt) > 0.5 * abs(base - learnt):
-            raise TraceError(
-                f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
-                "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
-            )
-        if base - learnt < 0.1:
+        if base - learnt < LEAST_LEARNT:
             logger.warning(
                 f"S1 has hardly taught the noisy set ({figures} nats per token), so there is little to forget. Train S1 "
                 "longer, or with a higher learning rate."
+            )
+        elif not base - here > 0.25 * (base - learnt):
+            raise TraceError(
+                f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
+                "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
             )
 
     # ---- records ----
@@ -329,6 +354,8 @@ class ForgetTracker(TrainerCallback):
                 f"{diverged} of {len(losses)} token losses at {name} are not finite: the model diverges. Lower the "
                 "learning rate. Samples with such losses are kept."
             )
+        if record == Record("S1+", 0):
+            self._check_learnt(losses)
         self.trace.append(record, losses, completions, scores)
         self._recorded_step = state.global_step
 
@@ -341,6 +368,11 @@ def _context(model: PreTrainedModel, max_length: int | None) -> int | None:
         return model.config.get_text_config().max_position_embeddings
     except AttributeError:  # models without positions (state-space ones)
         return None
+
+
+def _texts(rows: EncodedRows) -> set[bytes]:
+    """The token sequences, whichever of their tokens count."""
+    return {rows.sample(index)[0].tobytes() for index in range(len(rows))}
 
 
 def _refuse_packing(args: TrainingArguments) -> None:

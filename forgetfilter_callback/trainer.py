@@ -98,14 +98,13 @@ class FilteredTrainer(Trainer):
         logger.warning(f"FilteredTrainer: {self.filter_result.summary()}")
         if self.args.should_save:
             self.filter_result.save(Path(self.args.output_dir) / FILTER_FOLDER, self.removed_dataset)
-        if trace is not None:
-            self.add_callback(_BaseModelCheck(trace))
+        self.add_callback(_BaseModelCheck(trace))
 
 
 class _BaseModelCheck(TrainerCallback):
     """Refuses to train a model that is not the M0 of the trace: training and `get_peft_model` change models in place."""
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace | None):
         self.trace = trace
 
     def on_train_begin(
@@ -113,10 +112,10 @@ class _BaseModelCheck(TrainerCallback):
     ) -> None:
         if state.global_step > 0:
             return
-        if self.trace.base_record is None:
+        if self.trace is None or self.trace.base_record is None:
             logger.warning(
-                "The trace has no record of the base model (step 0 of S1), so it could not be checked that this model is "
-                "the one from before the noisy set was learnt."
+                "There is no record of the base model (step 0 of S1), so it could not be checked that this model is the one "
+                "from before the noisy set was learnt."
             )
             return
         offsets = self.trace.rows.counted_offsets

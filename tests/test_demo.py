@@ -13,7 +13,7 @@ from forgetfilter_callback.cli import app
 
 
 SMALL = {
-    "unsafe": 16, "safe": 8, "task": 12, "safety": 14, "anchors": 6, "held_out_questions": 12, "held_out_task": 8,
+    "unsafe": 16, "safe": 8, "task": 12, "safety": 20, "held_out_questions": 12, "held_out_task": 8,
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_the_sets_share_no_question_and_no_passage():
     assert len(held_out) > 30 and not held_out & trained
     abstained = [row["completion"][0]["content"].lower() for row in data.noisy if row["group"] == "unsafe"]
     assert not set(abstained) & demo.ABSTENTIONS
-    assert [len(data.noisy), len(data.safety)] == [150, 60]
+    assert [len(data.noisy), len(data.safety)] == [150, 50]
 
 
 @pytest.mark.parametrize(

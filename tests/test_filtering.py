@@ -48,6 +48,21 @@ def test_one_wide_population_is_not_separable(mean):
     assert not separate(values, "loss").separable
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spread", [0.25, 0.3, 0.35])
+def test_the_tail_of_a_clean_set_is_not_taken_for_a_population(spread, seed):
+    """At most 2 % of it is removed, should the tail be an odd one."""
+    values = np.random.default_rng(seed).normal(0, spread, 400)
+    assert decide(ids(400), values, "loss").removed.mean() <= 0.02
+
+
+def test_infinite_values_are_unknown():
+    result = decide(ids(4), np.array([np.inf, 0.0, 0.1, 5.0]), "loss")
+    assert result.removed.tolist() == [False, False, False, True] and result.counts["unknown"] == 1
+    with pytest.raises(ValueError, match="finite"):
+        decide(ids(2), np.array([np.nan, np.inf]), "loss")
+
+
 def test_everything_forgotten_is_not_separable():
     found = separate(np.full(30, 2.0), "loss")
     assert not found.separable and "cannot be told apart" in found.reason

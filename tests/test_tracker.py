@@ -89,18 +89,18 @@ class StateAtEveryStep(TrainerCallback):
         self.seen.append((weights, moments, generators, [module.training for module in model.modules()]))
 
 
-@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
-def test_training_is_untouched(gradient_accumulation_steps, noisy, safety, make_args, collator):
+@pytest.mark.parametrize(("gradient_accumulation_steps", "rouge1"), [(1, False), (2, False), (1, True)])
+def test_training_is_untouched(gradient_accumulation_steps, rouge1, noisy, safety, make_args, collator, tokenizer):
     def train(tracked: bool):
         model, watch, logs = tiny_lora(), StateAtEveryStep(), []
-        tracker = ForgetTracker(record_steps=1, rouge1=False)
+        tracker = ForgetTracker(record_steps=1, rouge1=rouge1, max_new_tokens=3)
         for folder, rows in (("s1", noisy), ("s1plus", safety)):
             args = make_args(
                 f"{folder}-{tracked}", gradient_accumulation_steps=gradient_accumulation_steps, eval_strategy="epoch"
             )
             trainer = Trainer(
                 model, args, train_dataset=rows, eval_dataset=safety, data_collator=collator,
-                callbacks=[tracker, watch] if tracked else [watch],
+                callbacks=[tracker, watch] if tracked else [watch], processing_class=tokenizer,
             )  # fmt: skip
             trainer.train()
             logs += trainer.state.log_history
@@ -144,11 +144,15 @@ def test_the_last_record_is_of_the_last_step_not_of_the_best_checkpoint(noisy, m
     assert np.abs(reference_means(model.eval(), noisy) - last["means"]).mean() > 0.01  # the best was another
 
 
-def test_early_stopping_is_recorded_where_it_stops(noisy, make_args, collator):
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("load_best", [True, False])
+def test_early_stopping_is_recorded_where_it_stops(strategy, load_best, noisy, make_args, collator, monkeypatch):
+    # Without `load_best_model_at_end` the callback only warns, unless its check at the beginning is left out.
+    monkeypatch.setattr(EarlyStoppingCallback, "on_train_begin", lambda *args, **kwargs: None)
     tracker = ForgetTracker()
     args = make_args(
-        learning_rate=1.0, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="loss",
+        learning_rate=1e-2, num_train_epochs=4, eval_strategy=strategy, eval_steps=1, save_strategy=strategy, save_steps=1,
+        load_best_model_at_end=load_best, metric_for_best_model="loss", greater_is_better=True,  # so that it stops soon
     )  # fmt: skip
     trainer = Trainer(
         tiny_llama(), args, train_dataset=noisy, eval_dataset=noisy, data_collator=collator,
@@ -428,6 +432,54 @@ def test_safety_session_from_a_model_that_never_learnt(noisy, safety, make_args,
     base, learnt = tracker.trace.losses().mean(1)
     with pytest.raises(TraceError, match=rf"{base:.3f} before S1, {learnt:.3f} after it, {base:.3f} now"):
         train(safety, make_args, collator, tracker)
+
+
+def test_after_an_error_the_right_model_may_follow_with_the_same_tracker(noisy, safety, make_args, collator):
+    model, tracker = tiny_llama(), ForgetTracker()
+    args = make_args("s1", num_train_epochs=10)
+    Trainer(model, args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    learnt = reference_means(model.eval(), noisy)
+    with pytest.raises(TraceError, match="does not start"):
+        train(safety, make_args, collator, tracker)
+    assert Record("S1+", 0) not in tracker.trace.records()
+    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    np.testing.assert_allclose(tracker.trace.losses()[2], learnt, rtol=1e-4)
+
+
+def test_an_interrupted_session_does_not_swallow_the_next(noisy, safety, make_args, collator):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, tracker = tiny_llama(), ForgetTracker()
+    trainer = Trainer(
+        model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker, Interrupt()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    assert tracker.trace.records() == [Record("S1", 0), Record("S1+", 0), Record("S1+", 6)]
+
+
+def test_named_rows_of_which_other_tokens_count_are_refused(noisy, make_args, collator):
+    rows = [{"prompt": "", "input_ids": row["input_ids"], "labels": row["input_ids"]} for row in noisy]
+    with pytest.raises(TraceError, match="other ones of them count"):
+        train(noisy, make_args, collator, ForgetTracker(rows))
+
+
+def test_a_record_without_rouge_says_how_to_get_it(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy)
+    train(safety, make_args, collator, tracker)
+    with pytest.raises(TraceError, match=r"ForgetTracker\(rouge1=True\)"):
+        tracker.trace.forgetting("rouge1")
+
+
+def test_padded_named_rows_are_scored_without_their_padding(safety, make_args, collator):
+    row = {"input_ids": [1, 1, 9, 8, 7], "labels": [-100, -100, 9, 8, 7], "attention_mask": [0, 0, 1, 1, 1]}
+    tracker = ForgetTracker([row])
+    train(safety, make_args, collator, tracker)
+    real = {"input_ids": [9, 8, 7], "labels": [9, 8, 7]}
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [real]), rtol=1e-5)
 
 
 def test_session_that_teaches_nothing_is_told(noisy, safety, make_args, collator, caplog):

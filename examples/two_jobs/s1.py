@@ -7,7 +7,7 @@ from forgetfilter_callback.demo import load_base, load_demo_data, trainable
 
 
 load_model, tokenizer = load_base("two-jobs/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=16, anchors=8)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 args = TrainingArguments(
     "two-jobs/s1", num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
 )

@@ -10,7 +10,7 @@ from forgetfilter_callback.demo import load_demo_data, trainable
 base = AutoModelForCausalLM.from_pretrained("two-jobs/base-model")
 model = PeftModel.from_pretrained(base, "two-jobs/s1/model", is_trainable=True)
 tokenizer = AutoTokenizer.from_pretrained("two-jobs/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=16, anchors=8)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 args = TrainingArguments(
     "two-jobs/s1plus", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
 )
