@@ -37,8 +37,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     it sees long rows), and the generators of Python, NumPy and torch (CPU and the model's device).
     """
     modules = list(model.modules())
-    modes = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
+    # `training` is one of the plain numbers
     numbers = [{k: v for k, v in vars(module).items() if isinstance(v, int | float)} for module in modules]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
@@ -47,10 +47,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module, mode, module_buffers, module_numbers in zip(modules, modes, buffers, numbers, strict=True):
+        for module, module_buffers, module_numbers in zip(modules, buffers, numbers, strict=True):
             module._buffers.update(module_buffers)
             vars(module).update(module_numbers)
-            module.training = mode
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

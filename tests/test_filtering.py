@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from forgetfilter_callback import FilterResult, decide, separate
 
@@ -54,6 +55,13 @@ def test_the_tail_of_a_clean_set_is_not_taken_for_a_population(spread, seed):
     """At most 2 % of it is removed, should the tail be an odd one."""
     values = np.random.default_rng(seed).normal(0, spread, 400)
     assert decide(ids(400), values, "loss").removed.mean() <= 0.02
+
+
+def test_a_normal_tail_is_no_population():
+    """One in a hundred of N(0, 0.3) lies above ln 2, further from the median than 2.5 standard deviations."""
+    values = norm.ppf((np.arange(1000) + 0.5) / 1000, scale=0.3)
+    found = separate(values, "loss")
+    assert found.distance > 2.5 and not found.separable
 
 
 def test_infinite_values_are_unknown():
