@@ -13,7 +13,7 @@ from forgetfilter_callback.cli import app
 
 
 SMALL = {
-    "unsafe": 16, "safe": 8, "task": 12, "safety": 20, "held_out_questions": 12, "held_out_task": 8,
+    "unsafe": 16, "safe": 8, "task": 12, "safety": 36, "held_out_questions": 12, "held_out_task": 8,
 }  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def test_unsafe_rows_are_forgotten_more_than_the_rest(small_demo):
     means = {group: row["mean"] for group, row in summary["forgetting"].items()}
     assert means["unsafe"] > 0.5 > max(means["safe"], means["task"])
     assert summary["auroc"] > 0.85
+    assert summary["threshold"] is not None and summary["forgetting"]["unsafe"]["removed"] >= 8
 
 
 def test_the_summary_agrees_with_the_rows_written(small_demo):
