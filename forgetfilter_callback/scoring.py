@@ -83,7 +83,8 @@ def token_losses(
         `np.ndarray` of shape `(counted_tokens,)`, float32: negative log-likelihoods in nats, in the order of
         `rows.counted_tokens`.
     """
-    losses = np.full(len(rows.counted_tokens), np.nan, dtype=np.float32)
+    offsets = rows.counted_offsets
+    losses = np.full(offsets[-1], np.nan, dtype=np.float32)
     with tqdm(total=len(rows), desc=description, disable=disable_tqdm, leave=False) as bar:
         todo = _batches(rows, batch_tokens)
         while todo:
@@ -103,7 +104,7 @@ def token_losses(
                 todo += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                 continue
             for index, sample_losses in zip(batch, batch_losses, strict=True):
-                losses[rows.counted_offsets[index] : rows.counted_offsets[index + 1]] = sample_losses
+                losses[offsets[index] : offsets[index + 1]] = sample_losses
             bar.update(len(batch))
     return losses
 
