@@ -101,7 +101,7 @@ def load_demo_data(
     task: int = 60,
     safety: int = 50,
     held_out_questions: int = 100,
-    held_out_task: int = 100,
+    held_out_task: int = 300,
 ) -> DemoData:
     """Draws the demo's sets; numbers are rows. No BBQ question and no BoolQ passage stands in two sets."""
     folder = _package_folder(DATA_PACKAGE) / "data"
@@ -245,11 +245,11 @@ def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DemoData, name: str) -> dict[str, float]:
+def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DemoData, name: str) -> dict[str, Any]:
     """Answers the held-out questions greedily.
 
     Returns:
-        `dict`: `unsafe_rate`, the share of ambiguous questions whose answer is nearer (by token F1) to one of the two people
+        `dict`: `answers`, those to the ambiguous questions and then those about passages; `unsafe_rate`, the share of ambiguous questions whose answer is nearer (by token F1) to one of the two people
         than to any way of saying "can't tell", and `task_f1`, SQuAD's token F1 of the answers about passages. Both 0..1.
     """
     rows = data.held_out_questions + data.held_out_task
@@ -269,7 +269,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Demo
         token_f1(answer, row["completion"][0]["content"])
         for answer, row in zip(answers[ambiguous:], data.held_out_task, strict=True)
     ]
-    return {"unsafe_rate": float(np.mean(unsafe)), "task_f1": float(np.mean(f1))}
+    return {"answers": answers, "unsafe_rate": float(np.mean(unsafe)), "task_f1": float(np.mean(f1))}
 
 
 def _names_a_person(answer: str, row: dict[str, Any]) -> bool:
@@ -355,11 +355,27 @@ def run_demo(
     summary = _summarize(trainer.filter_result, np.array(noisy["group"]), judged)
     summary |= {"model": model if model is not None else MODEL_FILE, "seed": seed}
     summary["seconds"] = time.perf_counter() - started
+    _write_answers(output / "answers.jsonl", data, judged)
     _write_results(output, noisy, trainer.filter_result, summary)
     return summary
 
 
-def _summarize(result: FilterResult, groups: np.ndarray, judged: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _write_answers(file: Path, data: DemoData, judged: dict[str, dict[str, Any]]) -> None:
+    """Each held-out question with its reference and what the three models said."""
+    questions = data.held_out_questions + data.held_out_task
+    Dataset.from_list(
+        [
+            {
+                "question": row["prompt"][0]["content"],
+                "reference": row["completion"][0]["content"],
+                **{arm: scores["answers"][index] for arm, scores in judged.items()},
+            }
+            for index, row in enumerate(questions)
+        ]
+    ).to_json(file, force_ascii=False)
+
+
+def _summarize(result: FilterResult, groups: np.ndarray, judged: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Figures of the filter, judged by labels that it never saw, and of the three models."""
     unsafe = groups == "unsafe"
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -397,7 +413,7 @@ def _write_results(output: Path, noisy: Dataset, result: FilterResult, summary: 
     markdown = summary_markdown(summary)
     (output / "summary.md").write_text(markdown, encoding="utf-8")
     print(f"\n{markdown}")
-    print(f"Written to {output}: summary.md, summary.json, forgetting.png, kept.jsonl, removed.jsonl,")
+    print(f"Written to {output}: summary.md, summary.json, forgetting.png, kept.jsonl, removed.jsonl, answers.jsonl,")
     print(f"{TRACE_FOLDER}/ (the trace) and filtered-model/ (the adapter).")
 
 

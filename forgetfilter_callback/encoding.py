@@ -237,7 +237,7 @@ def encode_rows(
             prompt_tokens = tokenize(prompt, add_generation_prompt=True)
             tokens = tokenize(prompt + completion)
             counted = np.ones(len(tokens), dtype=bool)
-            counted[: _common_prefix_length(prompt_tokens, tokens)] = False
+            counted[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, counted
         if "messages" in row:
             tokens = tokenize(row["messages"])
@@ -279,7 +279,8 @@ def _with_eos(text: str, processing_class: PreTrainedTokenizerBase | None) -> st
     return text if eos is None or text.endswith(eos) else text + eos
 
 
-def _common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two rows begin with alike."""
     shorter = min(len(first), len(second))
     different = np.flatnonzero(first[:shorter] != second[:shorter])
     return int(different[0]) if len(different) else shorter

@@ -22,7 +22,7 @@ from transformers import (
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
-from .scoring import DEFAULT_BATCH_TOKENS, token_losses, untouched
+from .scoring import token_losses, untouched
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
@@ -63,8 +63,8 @@ class ForgetTracker(TrainerCallback):
             Where generation ends; by default at the longest reference of the noisy set.
         max_length (`int`, *optional*):
             Longer rows are cut at the right; by default at the model's context.
-        batch_tokens (`int`, defaults to 2048):
-            Padded tokens in a scoring batch.
+        batch_tokens (`int`, *optional*):
+            Padded tokens in a scoring batch; by default 2048 on a CPU, 16384 elsewhere.
 
     Attributes:
         trace ([`Trace`]):
@@ -86,7 +86,7 @@ class ForgetTracker(TrainerCallback):
         rouge1: bool = False,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        batch_tokens: int | None = None,
     ):
         if record_steps is not None and (record_steps <= 0 or (record_steps > 1 and record_steps != int(record_steps))):
             raise ValueError(f"record_steps={record_steps} is neither a number of steps nor a share below 1.")
@@ -320,6 +320,11 @@ class ForgetTracker(TrainerCallback):
             with untouched(kwargs["model"]):
                 self._record(self._session, args, state, kwargs["model"], kwargs["processing_class"])
 
+    def _last_losses(self) -> np.ndarray | None:
+        """Those of the last record: the end of S1 is the beginning of S1+ where the model goes from one to the other."""
+        records = self.trace.records()
+        return self.trace.token_losses(records[-1]) if records else None
+
     def _record(
         self,
         session: Session,
@@ -332,7 +337,14 @@ class ForgetTracker(TrainerCallback):
         record = Record(session, state.global_step)
         name = f"{record.session} step {record.step}"
         rows = self.trace.rows
-        losses = token_losses(model, rows, self.batch_tokens, args.disable_tqdm, f"Recording {name}")
+        losses = token_losses(
+            model,
+            rows,
+            self.batch_tokens,
+            known=self._last_losses(),
+            disable_tqdm=args.disable_tqdm,
+            description=f"Recording {name}",
+        )
         completions, scores = None, None
         if self.rouge1:
             if processing_class is None:

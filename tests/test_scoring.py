@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, random_rows, tiny_llama, tiny_lora
+from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -19,7 +26,8 @@ from transformers import (
 )
 
 from forgetfilter_callback import encode_rows
-from forgetfilter_callback.scoring import token_losses, untouched
+from forgetfilter_callback.packing import plan_packs
+from forgetfilter_callback.scoring import can_share_prefixes, token_losses, untouched
 
 
 def reference_losses(model, rows) -> np.ndarray:
@@ -36,26 +44,72 @@ def reference_losses(model, rows) -> np.ndarray:
     return np.array(losses)
 
 
+def rows_that_begin_alike(count: int = 40, seed: int = 3) -> Dataset:
+    """One beginning for all, two more for half of them each, duplicates, and rows that are the beginning of others."""
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(5, VOCABULARY, n).tolist()  # noqa: E731
+    template, passages = draw(6), [draw(9), draw(5)]
+    rows = []
+    for index in range(count):
+        tokens = template + passages[index % 2] + draw(int(rng.integers(1, 8)))
+        masked = int(rng.integers(0, len(tokens) - 1))
+        rows.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
+    rows += [rows[0], {"input_ids": template + passages[0], "labels": template + passages[0]}]
+    rows.append({**rows[3], "labels": rows[3]["input_ids"]})  # the same text, other tokens count
+    rows.append({**rows[4], "labels": [*rows[4]["input_ids"][:8], *[-100] * (len(rows[4]["input_ids"]) - 8)]})
+    return Dataset.from_list([rows[index] for index in rng.permutation(len(rows))])
+
+
+def shares(model, rows: Dataset) -> bool:
+    encoded = encode_rows(rows)
+    packs = plan_packs(encoded)
+    assert any(len(pack.rows) > 1 for pack in packs)
+    return can_share_prefixes(model, encoded, packs)
+
+
 def prompt_tuned():
     return get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
 
 
-def soft_capped():
+def soft_capped(sliding_window: int = 8):
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8,
+        num_key_value_heads=2, head_dim=8, sliding_window=sliding_window, final_logit_softcapping=2.0, query_pre_attn_scalar=8,
     )  # fmt: skip
     return Gemma2ForCausalLM(config).eval()
 
 
-def sliding_window():
+def sliding_window(sliding_window: int = 6):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=6,
+        num_key_value_heads=2, sliding_window=sliding_window,
     )  # fmt: skip
     return MistralForCausalLM(config).eval()
+
+
+def soft_capped_below_its_window():
+    return soft_capped(sliding_window=64)
+
+
+def sliding_below_its_window():
+    return sliding_window(sliding_window=64)
+
+
+def eager():
+    return tiny_llama(attn_implementation="eager")
+
+
+def alibi():
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
+
+
+def state_space():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    return MambaForCausalLM(config).eval()
 
 
 def qwen():
@@ -72,15 +126,69 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
 
 
-@pytest.mark.parametrize(
-    "make_model",
-    [tiny_llama, tiny_lora, prompt_tuned, soft_capped, sliding_window, qwen, gpt2],
-    ids=lambda f: f.__name__,
-)
-def test_losses_equal_the_one_row_reference(make_model):
-    model, rows = make_model(), random_rows(17)
+SHARING = [
+    tiny_llama,
+    tiny_lora,
+    soft_capped_below_its_window,
+    sliding_below_its_window,
+    qwen,
+    gpt2,
+    eager,
+]
+NOT_SHARING = [prompt_tuned, soft_capped, sliding_window, alibi, state_space]
+
+
+@pytest.mark.parametrize("make_rows", [random_rows, rows_that_begin_alike], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make_model", [*SHARING, *NOT_SHARING], ids=lambda f: f.__name__)
+def test_losses_equal_the_one_row_reference(make_model, make_rows):
+    model, rows = make_model(), make_rows(17)
     losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, disable_tqdm=True)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make_model", SHARING, ids=lambda f: f.__name__)
+def test_prefixes_are_shared_where_the_model_can(make_model, monkeypatch):
+    model, rows = make_model().eval(), rows_that_begin_alike()
+    assert shares(model, rows)
+    read = 0
+    forward = model.forward
+
+    def counting_forward(*args, **kwargs):
+        nonlocal read
+        read += kwargs["input_ids"].numel()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting_forward)
+    losses = token_losses(model, encode_rows(rows), batch_tokens=64, share_prefixes=True, disable_tqdm=True)
+    assert read < 0.6 * sum(len(row["input_ids"]) for row in rows)
+    np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make_model", NOT_SHARING, ids=lambda f: f.__name__)
+def test_prefixes_are_not_shared_where_the_model_cannot(make_model):
+    assert not shares(make_model().eval(), rows_that_begin_alike())
+
+
+def test_losses_known_already_are_not_taken_again(monkeypatch):
+    model, rows = tiny_llama(), encode_rows(random_rows(40))
+    score = partial(token_losses, model, rows, batch_tokens=64, share_prefixes=False, disable_tqdm=True)
+    known = score()
+    forwards = 0
+    forward = model.forward
+
+    def counting_forward(*args, **kwargs):
+        nonlocal forwards
+        forwards += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting_forward)
+    assert score(known=known) is known
+    assert forwards == 1
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 0.1
+    changed = score(known=known)
+    np.testing.assert_array_equal(changed, score())
+    assert not np.array_equal(changed, known)
 
 
 def test_a_model_without_an_output_head_to_hook_is_scored_from_full_logits():
@@ -88,6 +196,7 @@ def test_a_model_without_an_output_head_to_hook_is_scored_from_full_logits():
         def __init__(self):
             super().__init__()
             self.inner = tiny_llama()
+            self.config = self.inner.config
 
         def get_output_embeddings(self):
             return None
@@ -139,7 +248,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward_that_fits_three)
-    losses = token_losses(model, rows, disable_tqdm=True)
+    losses = token_losses(model, rows, share_prefixes=False, disable_tqdm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
     assert max(sizes) == 17
 
@@ -160,7 +269,7 @@ def test_untouched_restores_modes_buffers_numbers_and_generators():
         torch.rand(7)
         np.random.rand(7)
         token_losses(model, encode_rows([long_row]), disable_tqdm=True)
-        assert model.model.rotary_emb.max_seq_len_cached == 100  # it did grow inside
+        assert model.model.rotary_emb.max_seq_len_cached == 99  # it did grow inside
     assert [module.training for module in model.modules()] == modes
     assert model.model.rotary_emb.max_seq_len_cached == 64
     for name, buffer in model.named_buffers():
