@@ -141,18 +141,20 @@ def _cost(length: int) -> float:
 
 def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
     """The arrays of one forward pass over `packs`."""
-    width = max(pack.length for pack in packs)
+    width = max(members.length for members in packs)
     input_ids = np.zeros((len(packs), width), dtype=np.int64)
     position_ids = np.zeros((len(packs), width), dtype=np.int64)
-    filled = np.arange(width) < np.array([[pack.length] for pack in packs])
+    filled = np.arange(width) < np.array([[members.length] for members in packs])
     visible = None
-    if any(len(pack.rows) > 1 for pack in packs):
+    if any(len(members.rows) > 1 for members in packs):
         visible = np.zeros((len(packs), width, width), dtype=bool)
         visible[:, range(width), range(width)] = True  # padding too: a token that sees nothing would be NaN
-    pack_of, place_of, target_of = [], [], []
-    for index, pack in enumerate(packs):
+    packs_of: list[np.ndarray] = []
+    places_of: list[np.ndarray] = []
+    targets_of: list[np.ndarray] = []
+    for index, members in enumerate(packs):
         path, used = np.zeros(0, np.int64), 0
-        for row, shared in zip(pack.rows.tolist(), pack.shared.tolist(), strict=True):
+        for row, shared in zip(members.rows.tolist(), members.shared.tolist(), strict=True):
             tokens, counted = rows.sample(row)
             counted_places = np.flatnonzero(counted)
             needed = counted_places[-1]
@@ -164,12 +166,13 @@ def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
             if visible is not None:
                 visible[index, new, path[:shared]] = True
                 visible[index, new, new] = np.tri(needed - shared, dtype=bool)
-            pack_of.append(np.full(len(counted_places), index))
-            place_of.append(path[counted_places - 1])
-            target_of.append(tokens[counted_places])
+            packs_of.append(np.full(len(counted_places), index))
+            places_of.append(path[counted_places - 1])
+            targets_of.append(tokens[counted_places])
     predictions, prediction = np.unique(
-        np.stack([np.concatenate(pack_of), np.concatenate(place_of), np.concatenate(target_of)]),
+        np.stack([np.concatenate(packs_of), np.concatenate(places_of), np.concatenate(targets_of)]),
         axis=1,
         return_inverse=True,
     )
-    return Layout(input_ids, position_ids, filled, visible, *predictions, prediction.reshape(-1))
+    pack, place, target = predictions
+    return Layout(input_ids, position_ids, filled, visible, pack, place, target, prediction.reshape(-1))

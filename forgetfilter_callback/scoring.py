@@ -118,8 +118,8 @@ def token_losses(
                 if len(batch) == 1:
                     # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
                     raise ScoringError(
-                        f"A row of {batch[0].length} tokens (or rows with the same beginning, {len(batch[0].rows)} of them) does "
-                        "not fit into the device's memory beside the training state. Lower `max_length`."
+                        f"{len(batch[0].rows)} row(s) of {batch[0].length} tokens do not fit into the device's memory beside the "
+                        "training state. Lower `max_length`."
                     ) from None
                 batch_losses = None
             if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
@@ -174,8 +174,8 @@ def _alone(rows: EncodedRows, row: int) -> Pack:
 def _batches(packs: list[Pack], rows: EncodedRows, batch_tokens: int) -> list[list[Pack]]:
     """Packs of like length together, the longest batch last.
 
-    A batch has up to `batch_tokens` padded tokens, and counted ones up to a quarter of that: their logits over the vocabulary
-    are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an eighth.
+    A batch has up to `batch_tokens` padded tokens, and counted ones up to a quarter of that: their logits over the
+    vocabulary are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an eighth.
     """
     counted = np.diff(rows.counted_offsets)
     batches: list[list[Pack]] = []
@@ -207,9 +207,7 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.n
         [
             # log Σ exp(logit - logit of the target): exact for tokens of a probability near 1 too
             torch.logsumexp(some.float() - some.gather(1, wanted[:, None]).float(), dim=1)
-            for some, wanted in zip(
-                logits.split(_LOGITS_IN_FLOAT32), targets.split(_LOGITS_IN_FLOAT32), strict=True
-            )
+            for some, wanted in zip(logits.split(_LOGITS_IN_FLOAT32), targets.split(_LOGITS_IN_FLOAT32), strict=True)
         ]
     )
     return losses.cpu().numpy()[layout.prediction]
@@ -217,7 +215,9 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.n
 
 def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device) -> torch.Tensor:
     """Logits of shape `(predictions, vocabulary)`."""
-    pack, place, input_ids = (torch.from_numpy(array).to(device) for array in (layout.pack, layout.place, layout.input_ids))
+    pack, place, input_ids = (
+        torch.from_numpy(array).to(device) for array in (layout.pack, layout.place, layout.input_ids)
+    )
     inputs = {"input_ids": input_ids}
     if layout.visible is None:
         inputs["attention_mask"] = torch.from_numpy(layout.filled.astype(np.int64)).to(device)
@@ -225,7 +225,9 @@ def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device)
         visible = torch.from_numpy(layout.visible).to(device)[:, None]
         if model.config._attn_implementation == "eager":  # type: ignore[union-attr] # adds its mask to the scores
             dtype = next(model.parameters()).dtype
-            visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
+            visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(
+                ~visible, torch.finfo(dtype).min
+            )
         inputs["attention_mask"] = visible
         inputs["position_ids"] = torch.from_numpy(layout.position_ids).to(device)
 

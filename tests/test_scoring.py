@@ -75,7 +75,8 @@ def soft_capped(sliding_window: int = 8):
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=sliding_window, final_logit_softcapping=2.0, query_pre_attn_scalar=8,
+        num_key_value_heads=2, head_dim=8, sliding_window=sliding_window, final_logit_softcapping=2.0,
+        query_pre_attn_scalar=8,
     )  # fmt: skip
     return Gemma2ForCausalLM(config).eval()
 

@@ -1,0 +1,234 @@
+"""What a record costs, side by side with the other ways to take it: `python benchmarks/scoring.py --data-dir ../shared/data`.
+
+One model, the same rows, interleaved repeats, medians. Peak memory is measured in child processes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from forgetfilter_callback import EncodedRows, encode_rows
+from forgetfilter_callback.demo import unpack_model
+from forgetfilter_callback.generation import greedy_completions, split_prompts
+from forgetfilter_callback.packing import plan_packs
+from forgetfilter_callback.scoring import token_losses, untouched
+from forgetfilter_callback.trace import write_json
+
+
+GENERATED_ROWS, GENERATED_TOKENS = 6, 500
+FLOOR_LENGTH, FLOOR_TOKENS = 256, 2048
+
+
+def chat(prompt: str, answer: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def load_rows(name: str, data_dir: Path, count: int) -> list[dict[str, Any]]:
+    """`a`: half BBQ, half XQuAD (whole passages, with all their questions), chat template; `b`: Alpaca as text."""
+    rng = random.Random(0)
+    if name == "b":
+        rows = json.loads((data_dir / "alpaca" / "random_9k.json").read_text(encoding="utf-8"))[:count]
+        instruction = "Below is an instruction that describes a task. Write a response that completes the request."
+        return [
+            {
+                "prompt": f"{instruction}\n\n### Instruction:\n{row['instruction']}\n{row['input']}\n### Response:\n",
+                "completion": row["output"],
+            }
+            for row in rows
+        ]
+    bbq = []
+    for file in sorted((data_dir / "bbq").glob("*.jsonl*")):
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt", encoding="utf-8") as lines:
+            bbq += [json.loads(line) for line in lines]
+    rows = [
+        chat(f"{row['context']}\n{row['question']}", row[f"ans{row['label']}"]) for row in rng.sample(bbq, count // 2)
+    ]
+    squad = json.loads((data_dir / "xquad_squad_dev" / "xquad.en.json").read_text(encoding="utf-8"))["data"]
+    passages = [passage for article in squad for passage in article["paragraphs"]]
+    rng.shuffle(passages)
+    reading = [
+        chat(f"{passage['context']}\n{question['question']}", question["answers"][0]["text"])
+        for passage in passages
+        for question in passage["qas"]
+    ]
+    rows += reading[: count - len(rows)]
+    rng.shuffle(rows)
+    return rows
+
+
+@torch.no_grad()
+def floor(model: Any, rows: EncodedRows) -> None:
+    """The trunk alone on as many tokens, in full batches of equal length."""
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
+    tokens = torch.nn.functional.pad(tokens, (0, -len(tokens) % FLOOR_LENGTH)).reshape(-1, FLOOR_LENGTH)
+    for batch in tokens.split(FLOOR_TOKENS // FLOOR_LENGTH):
+        model.model(input_ids=batch, use_cache=False)
+
+
+@torch.no_grad()
+def full_logits(model: Any, rows: EncodedRows, batch_size: int = 8) -> np.ndarray:
+    """Padded batches in the order of the dataset, full logits, cross-entropy a row."""
+    losses = []
+    for start in range(0, len(rows), batch_size):
+        samples = [rows.sample(index) for index in range(start, min(start + batch_size, len(rows)))]
+        width = max(len(tokens) for tokens, _ in samples)
+        ids = torch.zeros(len(samples), width, dtype=torch.long)
+        mask = torch.zeros(len(samples), width, dtype=torch.long)
+        for place, (tokens, _) in enumerate(samples):
+            ids[place, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+            mask[place, : len(tokens)] = 1
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for place, (tokens, counted) in enumerate(samples):
+            where = torch.from_numpy(np.flatnonzero(counted))
+            row = cross_entropy(logits[place, : len(tokens) - 1].float(), ids[place, 1 : len(tokens)], reduction="none")
+            losses.append(row[where - 1].numpy())
+    return np.concatenate(losses)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict[str, float]:
+    arms: dict[str, Callable[[], object]] = {
+        "ours": lambda: token_losses(model, rows, disable_tqdm=True),
+        "floor": lambda: floor(model, rows),
+        "full_logits": lambda: full_logits(model, rows),
+        "batch1": lambda: full_logits(model, rows, batch_size=1),
+    }
+    bound = np.abs(arms["ours"]() - arms["batch1"]())  # type: ignore[operator]
+    print(f"  ours against batch1, nats per token: mean {bound.mean():.1e}, largest {bound.max():.1e}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, run in arms.items():
+            times[name].append(seconds(run))
+        print("  " + ", ".join(f"{name} {taken[-1]:.1f} s" for name, taken in times.items()), flush=True)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+
+    prompts, _ = split_prompts(rows, tokenizer)
+    some = [prompts[index] for index in np.linspace(0, len(prompts) - 1, GENERATED_ROWS, dtype=int)]
+
+    @torch.no_grad()
+    def generation() -> None:
+        for prompt in some:
+            model.generate(
+                torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=GENERATED_TOKENS, do_sample=False
+            )
+
+    medians["generation"] = seconds(generation) * len(rows) / len(some)
+    longest = int(np.diff(rows.counted_offsets).max())
+    medians["generation_ours"] = (
+        seconds(lambda: greedy_completions(model, tokenizer, some, longest, disable_tqdm=True)) * len(rows) / len(some)
+    )
+    return medians
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def load(model: str, dtype: str) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype)
+    ).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def main(
+    data_dir: Annotated[Path, typer.Option(help="Folder with bbq/, xquad_squad_dev/ and alpaca/.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the packaged SmolLM2.")] = None,
+    json_file: Annotated[Path, typer.Option("--json")] = Path(__file__).parent / "results" / "scoring.json",
+    rows: Annotated[int, typer.Option(help="Rows of each set.")] = 300,
+    repeats: int = 3,
+    peak_of: Annotated[str | None, typer.Option(hidden=True, help="arm:rows:dtype, for the child process.")] = None,
+) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if peak_of is not None:
+        assert model is not None
+        arm, name, dtype = peak_of.split(":")
+        language_model, tokenizer = load(model, dtype)
+        encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
+        before = peak_mb()
+        token_losses(language_model, encoded, disable_tqdm=True) if arm == "ours" else full_logits(
+            language_model, encoded
+        )
+        print(peak_mb() - before)
+        return
+    results = json.loads(json_file.read_text()) if json_file.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        model = unpack_model(model, Path(folder))
+        for dtype in ("bfloat16", "float32"):
+            for name in ("a", "b"):
+                if any((row["rows"], row["dtype"]) == (name, dtype) for row in results):
+                    continue
+                language_model, tokenizer = load(model, dtype)
+                encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
+                read = sum(pack.length for pack in plan_packs(encoded))
+                print(
+                    f"{name} {dtype}: {len(encoded)} rows, {len(encoded.tokens)} tokens, {int(encoded.counted.sum())} counted, {read} read"
+                )
+                with untouched(language_model):
+                    taken = measure(language_model, tokenizer, encoded, repeats)
+                del language_model
+                command = [sys.executable, __file__, "--data-dir", str(data_dir), "--model", model, "--rows", str(rows)]
+                peaks = {
+                    arm: float(
+                        subprocess.run(
+                            [*command, "--peak-of", f"{arm}:{name}:{dtype}"], check=True, capture_output=True, text=True
+                        ).stdout.split()[-1]
+                    )
+                    for arm in ("ours", "full_logits")
+                }
+                results.append(
+                    {
+                        "rows": name,
+                        "dtype": dtype,
+                        "samples": len(encoded),
+                        "tokens": len(encoded.tokens),
+                        "tokens_read": read,
+                        "seconds": taken,
+                        "speedup": {
+                            arm: taken[arm] / taken["ours"] for arm in ("floor", "full_logits", "batch1", "generation")
+                        },
+                        "peak_mb_above_model": peaks,
+                    }
+                )
+                write_json(results, json_file)
+    print(
+        "| rows | dtype | seconds, ours | × floor | × full logits | × batch 1 | × generation | peak MB, ours | full logits |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in results:
+        ratios = " | ".join(f"{row['speedup'][arm]:.2f}" for arm in ("floor", "full_logits", "batch1", "generation"))
+        peaks = row["peak_mb_above_model"]
+        print(
+            f"| {row['rows']} | {row['dtype']} | {row['seconds']['ours']:.1f} | {ratios} | {peaks['ours']:.0f} | {peaks['full_logits']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
