@@ -1,4 +1,4 @@
-"""What a record costs, side by side with the other ways to take it: `python benchmarks/scoring.py --data-dir ../shared/data`.
+"""What a record costs beside the other ways to take it: `python benchmarks/scoring.py --data-dir ../shared/data`.
 
 One model, the same rows, interleaved repeats, medians. Peak memory is measured in child processes.
 """
@@ -189,7 +189,8 @@ def main(
                 encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
                 read = sum(pack.length for pack in plan_packs(encoded))
                 print(
-                    f"{name} {dtype}: {len(encoded)} rows, {len(encoded.tokens)} tokens, {int(encoded.counted.sum())} counted, {read} read"
+                    f"{name} {dtype}: {len(encoded)} rows, {len(encoded.tokens)} tokens, "
+                    f"{int(encoded.counted.sum())} counted, {read} read"
                 )
                 with untouched(language_model):
                     taken = measure(language_model, tokenizer, encoded, repeats)
@@ -226,7 +227,8 @@ def main(
         ratios = " | ".join(f"{row['speedup'][arm]:.2f}" for arm in ("floor", "full_logits", "batch1", "generation"))
         peaks = row["peak_mb_above_model"]
         print(
-            f"| {row['rows']} | {row['dtype']} | {row['seconds']['ours']:.1f} | {ratios} | {peaks['ours']:.0f} | {peaks['full_logits']:.0f} |"
+            f"| {row['rows']} | {row['dtype']} | {row['seconds']['ours']:.1f} | {ratios} | "
+            f"{peaks['ours']:.0f} | {peaks['full_logits']:.0f} |"
         )
 
 

@@ -118,8 +118,8 @@ def token_losses(
                 if len(batch) == 1:
                     # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
                     raise ScoringError(
-                        f"{len(batch[0].rows)} row(s) of {batch[0].length} tokens do not fit into the device's memory beside the "
-                        "training state. Lower `max_length`."
+                        f"{len(batch[0].rows)} row(s) of {batch[0].length} tokens do not fit into the device's memory "
+                        "beside the training state. Lower `max_length`."
                     ) from None
                 batch_losses = None
             if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
@@ -175,7 +175,8 @@ def _batches(packs: list[Pack], rows: EncodedRows, batch_tokens: int) -> list[li
     """Packs of like length together, the longest batch last.
 
     A batch has up to `batch_tokens` padded tokens, and counted ones up to a quarter of that: their logits over the
-    vocabulary are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an eighth.
+    vocabulary are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an
+    eighth.
     """
     counted = np.diff(rows.counted_offsets)
     batches: list[list[Pack]] = []
