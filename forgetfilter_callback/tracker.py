@@ -22,6 +22,7 @@ from transformers import (
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
+from .packing import plan_packs
 from .scoring import token_losses, untouched
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
@@ -207,7 +208,26 @@ class ForgetTracker(TrainerCallback):
                 "trained on twice and cannot be forgotten; take them out of the safety set."
             )
         self._trace.begin_session(session, args.output_dir, state.max_steps)
+        if not args.disable_tqdm:
+            print(f"ForgetTracker: {self._cost(args, state, model, training_rows)}")
         return session
+
+    def _cost(
+        self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, training_rows: EncodedRows | None
+    ) -> str:
+        """What the records of this session will cost, in words. Generation (`rouge1=True`) is not in it."""
+        rows = self.trace.rows
+        records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
+        read = sum(pack.length for pack in plan_packs(rows))
+        words = f"{records} records of {len(rows):,} samples, {read:,} tokens each"
+        if training_rows is None:
+            return words
+        samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        trained = samples * len(training_rows.tokens) / len(training_rows)
+        # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
+        return f"{words}: some {records * read / (passes * trained):.0%} of this session's training compute"
 
     def _open_trace(
         self,
@@ -312,8 +332,11 @@ class ForgetTracker(TrainerCallback):
     def _is_due(self, state: TrainerState) -> bool:
         if self.record_steps is None:
             return False
-        every = self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps)
-        return state.global_step % int(every) == 0
+        return state.global_step % self._record_every(state) == 0
+
+    def _record_every(self, state: TrainerState) -> int:
+        assert self.record_steps is not None
+        return int(self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps))
 
     def _record_running(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         if self._session is not None:
