@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -147,8 +146,10 @@ def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict
     return medians
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident_mb(field: str) -> float:
+    """`VmRSS`, resident now, or `VmHWM`, the most since the mark was reset (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def load(model: str, dtype: str) -> tuple[Any, Any]:
@@ -172,11 +173,12 @@ def main(
         arm, name, dtype = peak_of.split(":")
         language_model, tokenizer = load(model, dtype)
         encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
-        before = peak_mb()
+        Path("/proc/self/clear_refs").write_text("5")  # loading the model peaks too: begin to count here
+        before = resident_mb("VmRSS")
         token_losses(language_model, encoded, disable_tqdm=True) if arm == "ours" else full_logits(
             language_model, encoded
         )
-        print(peak_mb() - before)
+        print(resident_mb("VmHWM") - before)
         return
     results = json.loads(json_file.read_text()) if json_file.exists() else []
     with tempfile.TemporaryDirectory() as folder:
