@@ -27,6 +27,7 @@ BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
 _LOGITS_IN_FLOAT32 = 64
 # Settings of an architecture that hide from a token what lies too far before it.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
+_LAYERS_THAT_TAKE_A_MASK = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class ScoringError(RuntimeError):
@@ -149,6 +150,8 @@ def can_share_prefixes(model: nn.Module, rows: EncodedRows, packs: list[Pack]) -
     if model.config._attn_implementation not in ("sdpa", "eager"):  # type: ignore[union-attr, operator]
         return False
     config = model.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
+    if not set(config.get("layer_types") or ()) <= _LAYERS_THAT_TAKE_A_MASK:
+        return False  # linear attention, state spaces: they read the sequence as it stands
     windows = [config[name] for name in _WINDOWS if config.get(name) is not None]
     if windows and max(len(rows.sample(row)[0]) for pack in packs for row in pack.rows) > min(windows):
         return False  # our mask would stand in for the layers' sliding window
