@@ -227,7 +227,7 @@ def main(
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:
         ratios = " | ".join(f"{row['speedup'][arm]:.2f}" for arm in ("floor", "full_logits", "batch1", "generation"))
-        peaks = row["peak_mb_above_model"]
+        peaks = row.get("peak_mb_above_model", {"ours": float("nan"), "full_logits": float("nan")})
         print(
             f"| {row['rows']} | {row['dtype']} | {row['seconds']['ours']:.1f} | {ratios} | "
             f"{peaks['ours']:.0f} | {peaks['full_logits']:.0f} |"
