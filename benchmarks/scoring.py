@@ -114,7 +114,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict[str, float]:
     arms: dict[str, Callable[[], object]] = {
-        "ours": lambda: token_losses(model, rows, disable_tqdm=True),
+        "ours": lambda: token_losses(model, rows, share_prefixes=None, disable_tqdm=True),
         "floor": lambda: floor(model, rows),
         "full_logits": lambda: full_logits(model, rows),
         "batch1": lambda: full_logits(model, rows, batch_size=1),
@@ -175,7 +175,7 @@ def main(
         encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
         Path("/proc/self/clear_refs").write_text("5")  # loading the model peaks too: begin to count here
         before = resident_mb("VmRSS")
-        token_losses(language_model, encoded, disable_tqdm=True) if arm == "ours" else full_logits(
+        token_losses(language_model, encoded, share_prefixes=None, disable_tqdm=True) if arm == "ours" else full_logits(
             language_model, encoded
         )
         print(resident_mb("VmHWM") - before)

@@ -44,7 +44,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     buffers = [dict(module._buffers) for module in modules]
     # `training` is one of the plain numbers
-    numbers = [{k: v for k, v in vars(module).items() if isinstance(v, int | float)} for module in modules]
+    numbers = [
+        {k: v for k, v in vars(module).items() if isinstance(v, int | float | torch.Tensor)} for module in modules
+    ]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     try:
@@ -64,7 +66,7 @@ def token_losses(
     model: nn.Module,
     rows: EncodedRows,
     batch_tokens: int | None = None,
-    share_prefixes: bool | None = None,
+    share_prefixes: bool | None = False,
     known: np.ndarray | None = None,
     disable_tqdm: bool = False,
     description: str = "Scoring",
@@ -82,9 +84,9 @@ def token_losses(
         batch_tokens (`int`, *optional*):
             Padded tokens a batch; by default 2048 on a CPU, 16384 elsewhere. A batch that does not fit into the device's
             memory is halved.
-        share_prefixes (`bool`, *optional*):
-            Whether rows that begin alike are run as one sequence in which the beginning stands once. By default where the
-            model gives the same losses that way (see [`can_share_prefixes`]).
+        share_prefixes (`bool`, *optional*, defaults to `False`):
+            Whether rows that begin alike are run as one sequence in which the beginning stands once. None: where the model
+            seems to give the same losses that way (see [`can_share_prefixes`], which some architectures deceive still).
         known (`np.ndarray` of shape `(counted_tokens,)`, *optional*):
             Losses of these rows taken before. If the first batch gives exactly those, bit for bit, the weights are the same,
             and `known` is returned without running the rest.
@@ -155,7 +157,8 @@ def can_share_prefixes(model: nn.Module, rows: EncodedRows, packs: list[Pack]) -
     windows = [config[name] for name in _WINDOWS if config.get(name) is not None]
     if windows and max(len(rows.sample(row)[0]) for pack in packs for row in pack.rows) > min(windows):
         return False  # our mask would stand in for the layers' sliding window
-    parting = [pack for pack in packs if len(pack.rows) > 1 and pack.length > needed_lengths(rows)[pack.rows].max()]
+    needed = needed_lengths(rows)
+    parting = [pack for pack in packs if len(pack.rows) > 1 and pack.length > needed[pack.rows].max()]
     if not parting:
         return True
     pack = parting[-1]

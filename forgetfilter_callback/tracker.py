@@ -218,7 +218,7 @@ class ForgetTracker(TrainerCallback):
         """What the records of this session will cost, in words. Generation (`rouge1=True`) is not in it."""
         rows = self.trace.rows
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
-        read = sum(pack.length for pack in plan_packs(rows))
+        read = sum(pack.length for pack in plan_packs(rows, share_prefixes=False))
         words = f"{records} records of {len(rows):,} samples, {read:,} tokens each"
         if training_rows is None:
             return words
@@ -343,11 +343,6 @@ class ForgetTracker(TrainerCallback):
             with untouched(kwargs["model"]):
                 self._record(self._session, args, state, kwargs["model"], kwargs["processing_class"])
 
-    def _last_losses(self) -> np.ndarray | None:
-        """Those of the last record: the end of S1 is the beginning of S1+ where the model goes from one to the other."""
-        records = self.trace.records()
-        return self.trace.token_losses(records[-1]) if records else None
-
     def _record(
         self,
         session: Session,
@@ -364,7 +359,6 @@ class ForgetTracker(TrainerCallback):
             model,
             rows,
             self.batch_tokens,
-            known=self._last_losses(),
             disable_tqdm=args.disable_tqdm,
             description=f"Recording {name}",
         )

@@ -143,7 +143,7 @@ NOT_SHARING = [prompt_tuned, soft_capped, sliding_window, alibi, state_space]
 @pytest.mark.parametrize("make_model", [*SHARING, *NOT_SHARING], ids=lambda f: f.__name__)
 def test_losses_equal_the_one_row_reference(make_model, make_rows):
     model, rows = make_model(), make_rows(17)
-    losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, disable_tqdm=True)
+    losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, share_prefixes=None, disable_tqdm=True)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
 
 
