@@ -76,22 +76,22 @@ def needed_lengths(rows: EncodedRows) -> np.ndarray:
     return last
 
 
-def plan_packs(rows: EncodedRows, share_prefixes: bool = True) -> list[Pack]:
+def plan_packs(rows: EncodedRows, longest: int | None) -> list[Pack]:
     """Lays `rows` together, longest pack first. Rows without a counted token are left out.
 
     Args:
         rows ([`EncodedRows`]):
             What to score.
-        share_prefixes (`bool`, defaults to `True`):
-            Whether rows that begin alike share a pack, wherever that costs less than a pack of its own. Otherwise every
-            row is a pack.
+        longest (`int`, *optional*):
+            Rows that begin alike share packs of up to so many tokens, wherever that costs less than packs of their own.
+            None: every row is a pack.
     """
     needed = needed_lengths(rows)
     scorable = np.flatnonzero(needed)
-    if not share_prefixes:
+    if longest is None:
         packs = [Pack(np.array([row]), np.zeros(1, np.int64), int(needed[row])) for row in scorable]
     else:
-        packs = _share(rows, needed, scorable[_in_tree_order(rows, scorable)])
+        packs = _share(rows, needed, scorable[_in_tree_order(rows, scorable)], longest)
     return sorted(packs, key=lambda pack: pack.length, reverse=True)
 
 
@@ -107,7 +107,7 @@ def _in_tree_order(rows: EncodedRows, scorable: np.ndarray) -> np.ndarray:
     return pc.sort_indices(texts.take(pa.array(scorable)) if len(scorable) < len(rows) else texts).to_numpy()
 
 
-def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray) -> list[Pack]:
+def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray, longest: int) -> list[Pack]:
     packs: list[Pack] = []
     members: list[int] = []
     shared_counts: list[int] = []
@@ -122,7 +122,7 @@ def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray) -> list[Pac
         tokens = rows.tokens[rows.offsets[row] : rows.offsets[row] + needed[row]]
         shared = common_prefix_length(before, tokens)
         new = len(tokens) - shared
-        if shared and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
+        if shared and used + new <= longest and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
             used += new
         else:
             finish()
@@ -137,6 +137,17 @@ def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray) -> list[Pac
 def _cost(length: int) -> float:
     """Of a forward pass over one pack, in tokens."""
     return length + length * length / _SEEN_TOKENS_A_TOKEN
+
+
+def split_pack(rows: EncodedRows, pack: Pack) -> list[Pack]:
+    """The rows of a pack of several rows as two packs."""
+    needed = needed_lengths(rows)
+    halves = []
+    for part in np.array_split(np.arange(len(pack.rows)), 2):
+        members, shared = pack.rows[part], pack.shared[part]
+        shared[0] = 0
+        halves.append(Pack(members, shared, int((needed[members] - shared).sum())))
+    return halves
 
 
 def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:

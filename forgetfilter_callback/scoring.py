@@ -19,15 +19,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .encoding import EncodedRows
-from .packing import Layout, Pack, lay_out, needed_lengths, plan_packs
+from .packing import Layout, Pack, lay_out, plan_packs, split_pack
 
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
 # Logits of a big vocabulary are the largest tensors of a forward pass: float32 copies are made in slices of this many.
 _LOGITS_IN_FLOAT32 = 64
-# Settings of an architecture that hide from a token what lies too far before it.
-_WINDOWS = ("sliding_window", "attention_chunk_size")
-_LAYERS_THAT_TAKE_A_MASK = {"full_attention", "sliding_attention", "chunked_attention"}
+_SHARING_ARCHITECTURES = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
 
 
 class ScoringError(RuntimeError):
@@ -66,15 +64,15 @@ def token_losses(
     model: nn.Module,
     rows: EncodedRows,
     batch_tokens: int | None = None,
-    share_prefixes: bool | None = False,
-    known: np.ndarray | None = None,
+    share_prefixes: bool = True,
     disable_tqdm: bool = False,
     description: str = "Scoring",
 ) -> np.ndarray:
     """The loss of every counted token of `rows` under `model`.
 
     Call it inside [`untouched`] when the model is being trained. Values do not depend on `batch_tokens`, on
-    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32.
+    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32 (but for `dynamic` and `longrope`
+    RoPE beyond the original context, whose scale follows the longest row of a batch).
 
     Args:
         model (`nn.Module`):
@@ -84,12 +82,9 @@ def token_losses(
         batch_tokens (`int`, *optional*):
             Padded tokens a batch; by default 2048 on a CPU, 16384 elsewhere. A batch that does not fit into the device's
             memory is halved.
-        share_prefixes (`bool`, *optional*, defaults to `False`):
-            Whether rows that begin alike are run as one sequence in which the beginning stands once. None: where the model
-            seems to give the same losses that way (see [`can_share_prefixes`], which some architectures deceive still).
-        known (`np.ndarray` of shape `(counted_tokens,)`, *optional*):
-            Losses of these rows taken before. If the first batch gives exactly those, bit for bit, the weights are the same,
-            and `known` is returned without running the rest.
+        share_prefixes (`bool`, defaults to `True`):
+            Whether rows that begin alike are run as one sequence in which the beginning stands once, where the model can
+            (see [`can_share_prefixes`]).
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
         description (`str`, defaults to `"Scoring"`):
@@ -105,76 +100,49 @@ def token_losses(
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS
-    packs = plan_packs(rows, share_prefixes=share_prefixes is not False)
-    if share_prefixes is None and not can_share_prefixes(model, rows, packs):
-        packs = plan_packs(rows, share_prefixes=False)
+    packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
     offsets = rows.counted_offsets
     losses = np.full(offsets[-1], np.nan, dtype=np.float32)
     todo = _batches(packs, rows, batch_tokens)
     with tqdm(total=len(rows), desc=description, disable=disable_tqdm, leave=False) as bar:
-        first = True
         while todo:
             batch = todo.pop()
             try:
                 batch_losses = _score_batch(model, rows, batch)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(batch) == len(batch[0].rows) == 1:
                     # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
                     raise ScoringError(
-                        f"{len(batch[0].rows)} row(s) of {batch[0].length} tokens do not fit into the device's memory "
-                        "beside the training state. Lower `max_length`."
+                        f"A row of {batch[0].length} tokens does not fit into the device's memory beside the training "
+                        "state. Lower `max_length`."
                     ) from None
                 batch_losses = None
             if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
                 torch.cuda.empty_cache()
-                todo = [half for whole in [*todo, batch] for half in _halves(whole)]
+                todo += _halves(rows, batch)
                 continue
             places = np.concatenate(
                 [np.arange(offsets[row], offsets[row + 1]) for pack in batch for row in pack.rows.tolist()]
             )
             losses[places] = batch_losses
-            if first and known is not None and np.array_equal(known[places], batch_losses):
-                return known
-            first = False
             bar.update(sum(len(pack.rows) for pack in batch))
     return losses
 
 
-@torch.no_grad()
-def can_share_prefixes(model: nn.Module, rows: EncodedRows, packs: list[Pack]) -> bool:
-    """Whether `model` gives the same losses when the beginnings that `rows` share are run once.
+def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
+    """Whether `model` takes an attention mask and positions of our own making in all its layers, for rows as long as these.
 
-    That takes an attention that honours a mask and positions of our own making, which the architecture decides. So it is
-    tried: the shortest pack in which rows part is scored both ways.
+    Nothing in a model says so, and one that does not gives wrong losses silently: so it is a list of architectures, each
+    tested against one row at a time.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False  # virtual tokens before the row
-    if model.config._attn_implementation not in ("sdpa", "eager"):  # type: ignore[union-attr, operator]
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if config.model_type not in _SHARING_ARCHITECTURES or config._attn_implementation not in ("sdpa", "eager"):
         return False
-    config = model.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
-    if not set(config.get("layer_types") or ()) <= _LAYERS_THAT_TAKE_A_MASK:
-        return False  # linear attention, state spaces: they read the sequence as it stands
-    windows = [config[name] for name in _WINDOWS if config.get(name) is not None]
-    if windows and max(len(rows.sample(row)[0]) for pack in packs for row in pack.rows) > min(windows):
-        return False  # our mask would stand in for the layers' sliding window
-    needed = needed_lengths(rows)
-    parting = [pack for pack in packs if len(pack.rows) > 1 and pack.length > needed[pack.rows].max()]
-    if not parting:
-        return True
-    pack = parting[-1]
-    try:
-        shared = _score_batch(model, rows, [pack])
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError):  # no such arguments, or no such mask
-        return False
-    alone = np.concatenate([_score_batch(model, rows, [_alone(rows, row)]) for row in pack.rows])
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
-    return bool(np.nanmean(np.abs(shared - alone)) < tolerance * max(1.0, float(np.nanmean(alone))))
-
-
-def _alone(rows: EncodedRows, row: int) -> Pack:
-    return Pack(np.array([row]), np.zeros(1, np.int64), int(np.flatnonzero(rows.sample(row)[1])[-1]))
+    # Our mask would stand in for a sliding window.
+    window = config.to_dict().get("sliding_window")
+    return window is None or int(np.diff(rows.offsets).max()) <= window
 
 
 def _batches(packs: list[Pack], rows: EncodedRows, batch_tokens: int) -> list[list[Pack]]:
@@ -199,9 +167,10 @@ def _batches(packs: list[Pack], rows: EncodedRows, batch_tokens: int) -> list[li
     return batches[::-1]
 
 
-def _halves(batch: list[Pack]) -> list[list[Pack]]:
-    middle = len(batch) // 2
-    return [batch] if middle == 0 else [batch[middle:], batch[:middle]]
+def _halves(rows: EncodedRows, batch: list[Pack]) -> list[list[Pack]]:
+    if len(batch) == 1:
+        return [[half] for half in split_pack(rows, batch[0])]
+    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
 
 def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.ndarray:
@@ -242,7 +211,11 @@ def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device)
         # Prompt-learning adapters put virtual tokens before the row, so places count from the right.
         return place + length - input_ids.shape[1]
 
+    kept = False
+
     def keep_predicting(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal kept
+        kept = True
         hidden, *others = args
         return hidden[pack, places(hidden.shape[1])].unsqueeze(0), *others
 
@@ -253,6 +226,4 @@ def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device)
     finally:
         if hook is not None:
             hook.remove()
-    if logits.shape[:2] == (1, len(pack)) and hook is not None:
-        return logits[0]
-    return logits[pack, places(logits.shape[1])]
+    return logits[0] if kept else logits[pack, places(logits.shape[1])]

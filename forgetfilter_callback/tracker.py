@@ -22,7 +22,7 @@ from transformers import (
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
-from .packing import plan_packs
+from .packing import needed_lengths
 from .scoring import token_losses, untouched
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
@@ -218,8 +218,8 @@ class ForgetTracker(TrainerCallback):
         """What the records of this session will cost, in words. Generation (`rouge1=True`) is not in it."""
         rows = self.trace.rows
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
-        read = sum(pack.length for pack in plan_packs(rows, share_prefixes=False))
-        words = f"{records} records of {len(rows):,} samples, {read:,} tokens each"
+        read = int(needed_lengths(rows).sum())
+        words = f"{records} records of {len(rows):,} samples, up to {read:,} tokens each"
         if training_rows is None:
             return words
         samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
@@ -227,7 +227,7 @@ class ForgetTracker(TrainerCallback):
         # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
-        return f"{words}: some {records * read / (passes * trained):.0%} of this session's training compute"
+        return f"{words}: at most some {records * read / (passes * trained):.0%} of this session's training compute"
 
     def _open_trace(
         self,

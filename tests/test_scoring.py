@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -61,10 +61,7 @@ def rows_that_begin_alike(count: int = 40, seed: int = 3) -> Dataset:
 
 
 def shares(model, rows: Dataset) -> bool:
-    encoded = encode_rows(rows)
-    packs = plan_packs(encoded)
-    assert any(len(pack.rows) > 1 for pack in packs)
-    return can_share_prefixes(model, encoded, packs)
+    return can_share_prefixes(model, encode_rows(rows))
 
 
 def prompt_tuned():
@@ -113,6 +110,16 @@ def state_space():
     return MambaForCausalLM(config).eval()
 
 
+def local_layers():
+    """Its local layers go by places in the sequence, and its window goes by another name."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=6, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    return GPTNeoForCausalLM(config).eval()
+
+
 def qwen():
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -136,14 +143,14 @@ SHARING = [
     gpt2,
     eager,
 ]
-NOT_SHARING = [prompt_tuned, soft_capped, sliding_window, alibi, state_space]
+NOT_SHARING = [prompt_tuned, soft_capped, sliding_window, alibi, state_space, local_layers]
 
 
 @pytest.mark.parametrize("make_rows", [random_rows, rows_that_begin_alike], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("make_model", [*SHARING, *NOT_SHARING], ids=lambda f: f.__name__)
 def test_losses_equal_the_one_row_reference(make_model, make_rows):
     model, rows = make_model(), make_rows(17)
-    losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, share_prefixes=None, disable_tqdm=True)
+    losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, disable_tqdm=True)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
 
 
@@ -160,7 +167,7 @@ def test_prefixes_are_shared_where_the_model_can(make_model, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counting_forward)
-    losses = token_losses(model, encode_rows(rows), batch_tokens=64, share_prefixes=True, disable_tqdm=True)
+    losses = token_losses(model, encode_rows(rows), batch_tokens=64, disable_tqdm=True)
     assert read < 0.6 * sum(len(row["input_ids"]) for row in rows)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
 
@@ -170,26 +177,11 @@ def test_prefixes_are_not_shared_where_the_model_cannot(make_model):
     assert not shares(make_model().eval(), rows_that_begin_alike())
 
 
-def test_losses_known_already_are_not_taken_again(monkeypatch):
-    model, rows = tiny_llama(), encode_rows(random_rows(40))
-    score = partial(token_losses, model, rows, batch_tokens=64, share_prefixes=False, disable_tqdm=True)
-    known = score()
-    forwards = 0
-    forward = model.forward
-
-    def counting_forward(*args, **kwargs):
-        nonlocal forwards
-        forwards += 1
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", counting_forward)
-    assert score(known=known) is known
-    assert forwards == 1
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] += 0.1
-    changed = score(known=known)
-    np.testing.assert_array_equal(changed, score())
-    assert not np.array_equal(changed, known)
+def test_packs_stay_within_their_bound():
+    rows = encode_rows(rows_that_begin_alike())
+    packs = plan_packs(rows, longest=50)
+    assert max(pack.length for pack in packs) <= 50 < plan_packs(rows, longest=1000)[0].length
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(len(rows)))
 
 
 def test_a_model_without_an_output_head_to_hook_is_scored_from_full_logits():
@@ -227,14 +219,18 @@ def test_losses_go_with_the_rows_in_any_order():
         np.testing.assert_allclose(again[place], losses[index], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_losses_stay_within_the_stated_bound():
-    """A sample's mean loss on this small random model; the README gives what a real one does."""
-    model, rows = tiny_llama().bfloat16(), encode_rows(random_rows(32))
-    one_row = token_losses(model, rows, batch_tokens=1, disable_tqdm=True)
-    batched = token_losses(model, rows, batch_tokens=4096, disable_tqdm=True)
+def test_bfloat16_losses_stay_near_those_of_one_row():
+    """A bound for this small model; the README gives what a real one does. With a wrong mask it is .3."""
+    model, rows = tiny_llama(), encode_rows(rows_that_begin_alike())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.bfloat16()
+    one_row = token_losses(model, rows, batch_tokens=1, share_prefixes=False, disable_tqdm=True)
+    shared = token_losses(model, rows, batch_tokens=4096, disable_tqdm=True)
     starts = rows.counted_offsets[:-1]
-    difference = np.add.reduceat(batched - one_row, starts) / np.diff(rows.counted_offsets)
-    assert np.abs(difference).max() < 0.02
+    difference = np.add.reduceat(shared - one_row, starts) / np.diff(rows.counted_offsets)
+    assert 0 < np.abs(difference).max() < 0.02
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch):
@@ -252,6 +248,22 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     losses = token_losses(model, rows, share_prefixes=False, disable_tqdm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
     assert max(sizes) == 17
+
+
+def test_out_of_memory_splits_a_pack(monkeypatch):
+    model, rows = tiny_llama(), encode_rows(rows_that_begin_alike())
+    expected = token_losses(model, rows, share_prefixes=False, disable_tqdm=True)
+    forward, lengths = model.forward, []
+
+    def forward_that_fits_forty(*args, **kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        if lengths[-1] > 40:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward_that_fits_forty)
+    np.testing.assert_allclose(token_losses(model, rows, disable_tqdm=True), expected, rtol=1e-5, atol=1e-6)
+    assert max(lengths) > 80
 
 
 def test_untouched_restores_modes_buffers_numbers_and_generators():
@@ -276,3 +288,14 @@ def test_untouched_restores_modes_buffers_numbers_and_generators():
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
     assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_untouched_restores_dynamic_rope_that_training_has_grown():
+    model = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    model(input_ids=torch.arange(5, 85)[None])
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    with untouched(model):
+        model(input_ids=torch.arange(5, 105)[None])
+        assert model.model.rotary_emb.max_seq_len_cached == 100
+    assert model.model.rotary_emb.max_seq_len_cached == 80
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)

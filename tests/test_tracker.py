@@ -70,6 +70,17 @@ def test_record_steps(record_steps, steps, noisy, make_args, collator):
     assert [record.step for record in tracker.trace.records()] == steps
 
 
+@pytest.mark.parametrize(("make_model", "passes"), [(tiny_llama, 3), (tiny_lora, 2)])
+def test_what_records_will_cost_is_said_at_the_start(make_model, passes, noisy, make_args, collator, capsys):
+    tracker = ForgetTracker(record_steps=5)  # at steps 0, 5, 10 and 12
+    args = make_args(disable_tqdm=False)
+    Trainer(make_model(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    lengths = [len(row["input_ids"]) for row in noisy]
+    read = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
+    share = 4 * read / (passes * 2 * sum(lengths))  # two epochs
+    assert f"4 records of 24 samples, up to {read} tokens each: at most some {share:.0%} of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("record_steps", [0, -1, 2.5])
 def test_senseless_record_steps_are_refused(record_steps):
     with pytest.raises(ValueError, match="record_steps"):
