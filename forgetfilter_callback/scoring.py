@@ -71,8 +71,8 @@ def token_losses(
     """The loss of every counted token of `rows` under `model`.
 
     Call it inside [`untouched`] when the model is being trained. Values do not depend on `batch_tokens`, on
-    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32 (but for `dynamic` and `longrope`
-    RoPE beyond the original context, whose scale follows the longest row of a batch).
+    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32. (`dynamic` and `longrope` RoPE
+    are exceptions beyond the original context: their scale follows the longest row of a batch.)
 
     Args:
         model (`nn.Module`):
