@@ -13,18 +13,23 @@ What cannot be one causal-language-modelling sample (packed rows, preferences, i
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 
 IGNORE_INDEX = -100
+# Work that needs memory for each row is done on so many rows at a time.
+WINDOW = 65_536
+_DIGEST_BYTES = 12
 
 
 class EncodingError(ValueError):
@@ -40,7 +45,7 @@ class EncodedRows:
     """The noisy set as the model sees it, flat, in the order of the noisy set.
 
     Attributes:
-        ids (`list[str]`):
+        ids (`pa.StringArray` of length `samples`):
             One id a sample: a hash of its token ids and of which of them count, then an occurrence number, so that a
             row is found again whatever its position and duplicates stay apart.
         tokens (`np.ndarray` of shape `(total_tokens,)`, int32):
@@ -53,7 +58,7 @@ class EncodedRows:
             How many samples were cut at the right to fit the context.
     """
 
-    ids: list[str]
+    ids: pa.StringArray
     tokens: np.ndarray
     counted: np.ndarray
     offsets: np.ndarray
@@ -70,33 +75,41 @@ class EncodedRows:
     def select(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
         """The samples at `indices`, in that order, with their ids unchanged."""
         samples = [self.sample(index) for index in indices]
-        return _pack([self.ids[index] for index in indices], samples)
+        return EncodedRows(
+            ids=self.ids.take(pa.array(indices, pa.int64())),
+            tokens=np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in samples)]),
+            counted=np.concatenate([np.zeros(0, bool), *(counted for _, counted in samples)]),
+            offsets=np.cumsum([0, *(len(tokens) for tokens, _ in samples)], dtype=np.int64),
+        )
+
+    def windows(self) -> Iterator[EncodedRows]:
+        """The samples in order, some 65,000 at a time, without copying tokens."""
+        for start in range(0, len(self), WINDOW):
+            offsets = self.offsets[start : start + WINDOW + 1]
+            where = slice(offsets[0], offsets[-1])
+            yield EncodedRows(
+                self.ids[start : start + WINDOW], self.tokens[where], self.counted[where], offsets - offsets[0]
+            )
 
     @property
     def counted_tokens(self) -> np.ndarray:
         """Token ids of the counted tokens of all samples: what the losses of a record belong to."""
         return self.tokens[self.counted]
 
-    @property
+    @cached_property
     def counted_offsets(self) -> np.ndarray:
         """Offsets, of shape `(samples + 1,)`, int64, of the samples in [`counted_tokens`]."""
-        return np.concatenate([[0], np.cumsum(self.counted)])[self.offsets]
+        lengths = np.diff(self.offsets)
+        counts = np.add.reduceat(np.append(self.counted, False), self.offsets[:-1], dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(np.where(lengths > 0, counts, 0))])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all ids in order: two sets share it when they train the same tokens in the same order."""
-        return hashlib.blake2b("\n".join(self.ids).encode(), digest_size=16).hexdigest()
-
-
-def _pack(ids: list[str], samples: list[tuple[np.ndarray, np.ndarray]], truncated: int = 0) -> EncodedRows:
-    lengths = [len(tokens) for tokens, _ in samples]
-    return EncodedRows(
-        ids=ids,
-        tokens=np.concatenate([tokens for tokens, _ in samples]) if samples else np.zeros(0, np.int32),
-        counted=np.concatenate([counted for _, counted in samples]) if samples else np.zeros(0, bool),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        truncated=truncated,
-    )
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self), WINDOW):
+            digest.update("".join(f"{sample}\n" for sample in self.ids[start : start + WINDOW].to_pylist()).encode())
+        return digest.hexdigest()
 
 
 def _encode(
@@ -108,8 +121,9 @@ def _encode(
 ) -> EncodedRows:
     if total == 0:
         raise EncodingError("The noisy set is empty: there is nothing to track. Pass the rows you finetune on.")
-    ids, samples, truncated = [], [], 0
-    occurrences: Counter[str] = Counter()
+    # Grown in place: a Python object a row would be larger than most rows.
+    all_tokens, all_counted, offsets, digests = array("i"), bytearray(), array("q", [0]), bytearray()
+    truncated = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
         try:
             tokens, counted = encode_one(row)
@@ -119,11 +133,39 @@ def _encode(
             tokens, counted = tokens[:max_length], counted[:max_length]
             truncated += 1
         counted[:1] = False
-        digest = hashlib.blake2b(tokens.tobytes() + counted.tobytes(), digest_size=12).hexdigest()
-        ids.append(f"{digest}-{occurrences[digest]}")
-        occurrences[digest] += 1
-        samples.append((tokens, counted))
-    return _pack(ids, samples, truncated)
+        token_bytes, counted_bytes = tokens.tobytes(), counted.tobytes()
+        digests += hashlib.blake2b(token_bytes + counted_bytes, digest_size=_DIGEST_BYTES).digest()
+        all_tokens.frombytes(token_bytes)
+        all_counted += counted_bytes
+        offsets.append(len(all_tokens))
+    return EncodedRows(
+        ids=_sample_ids(np.frombuffer(digests, f"V{_DIGEST_BYTES}")),
+        tokens=np.frombuffer(all_tokens, np.int32),
+        counted=np.frombuffer(all_counted, bool),
+        offsets=np.frombuffer(offsets, np.int64),
+        truncated=truncated,
+    )
+
+
+def _sample_ids(digests: np.ndarray) -> pa.StringArray:
+    """Each digest with the number of times it stood before: `…-0`, and `…-1` for a row's first duplicate."""
+    _, kind = np.unique(digests.view(f"S{_DIGEST_BYTES}"), return_inverse=True)
+    alike_together = np.argsort(kind, kind="stable")
+    begins = np.flatnonzero(np.diff(kind[alike_together], prepend=-1))
+    occurrence = np.empty_like(kind)
+    occurrence[alike_together] = np.arange(len(kind)) - np.repeat(begins, np.diff(begins, append=len(kind)))
+    return pa.concat_arrays(
+        pa.array(
+            [
+                f"{digest.tobytes().hex()}-{number}"
+                for digest, number in zip(
+                    digests[start : start + WINDOW], occurrence[start : start + WINDOW].tolist(), strict=True
+                )
+            ],
+            pa.string(),
+        )
+        for start in range(0, len(digests), WINDOW)
+    )
 
 
 def encode_collated(

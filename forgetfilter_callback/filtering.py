@@ -26,7 +26,7 @@ class FilterResult:
     """What was removed, and why.
 
     Attributes:
-        ids (`list[str]`):
+        ids (`pa.StringArray` of length `samples`):
             Sample ids, in the order of the training set.
         values (`np.ndarray` of shape `(samples,)`, float64):
             Forgetting; NaN where it is unknown.
@@ -49,7 +49,7 @@ class FilterResult:
             Library versions.
     """
 
-    ids: list[str]
+    ids: pa.StringArray
     values: np.ndarray
     removed: np.ndarray
     measure: Measure
@@ -93,7 +93,7 @@ class FilterResult:
         account["separability"] = Separability(**account["separability"])
         table = pq.read_table(Path(folder) / "values.parquet")
         return cls(
-            ids=table["id"].to_pylist(),
+            ids=table["id"].combine_chunks(),
             values=table["forgetting"].to_numpy(),
             removed=table["removed"].to_numpy(),
             **account,
@@ -101,7 +101,7 @@ class FilterResult:
 
 
 def decide(
-    ids: list[str],
+    ids: pa.StringArray,
     values: np.ndarray,
     measure: Measure,
     threshold: FilterThreshold = "auto",
@@ -111,8 +111,8 @@ def decide(
     """Decides which samples to remove, from their forgetting values alone.
 
     Args:
-        ids (`list[str]`):
-            Sample ids.
+        ids (`pa.StringArray` of length `samples`):
+            Sample ids, as a trace's `rows.ids`.
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting; higher is more forgotten; not finite where unknown (kept).
         measure (`str`):

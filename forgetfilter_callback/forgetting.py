@@ -35,7 +35,7 @@ def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         `np.ndarray` of shape `(samples,)`, float64, nats per token; NaN where no token counts.
     """
     counts = np.diff(offsets)
-    sums = np.add.reduceat(np.append(losses.astype(np.float64), 0.0), offsets[:-1])
+    sums = np.add.reduceat(np.append(losses, np.float32(0)), offsets[:-1], dtype=np.float64)
     return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 

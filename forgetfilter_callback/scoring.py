@@ -8,9 +8,11 @@ stays the model's own business. A model whose head cannot be reached that way is
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +21,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .encoding import EncodedRows
-from .packing import Layout, Pack, lay_out, plan_packs, split_pack
+from .packing import Layout, Pack, lay_out, needed_lengths, plan_packs, split_pack
 
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
 # Logits of a big vocabulary are the largest tensors of a forward pass: float32 copies are made in slices of this many.
 _LOGITS_IN_FLOAT32 = 64
-_SHARING_ARCHITECTURES = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
+# Architectures that take positions (and masks) of our own making in all their layers. Nothing in a model says so, and one
+# that does not gives wrong losses silently: so each is tested against one row at a time.
+_OWN_POSITIONS = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
 
 
 class ScoringError(RuntimeError):
@@ -71,8 +75,7 @@ def token_losses(
     """The loss of every counted token of `rows` under `model`.
 
     Call it inside [`untouched`] when the model is being trained. Values do not depend on `batch_tokens`, on
-    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32. (`dynamic` and `longrope` RoPE
-    are exceptions beyond the original context: their scale follows the longest row of a batch.)
+    `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32.
 
     Args:
         model (`nn.Module`):
@@ -95,71 +98,121 @@ def token_losses(
         `rows.counted_tokens`.
 
     Raises:
-        ScoringError: if a single row does not fit into the device's memory.
+        ScoringError: if a single row does not fit into the device's memory, or is longer than the original context of a
+            model with `dynamic` RoPE, which scales it by the longest row seen so far.
     """
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS
-    packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
-    offsets = rows.counted_offsets
-    losses = np.full(offsets[-1], np.nan, dtype=np.float32)
-    todo = _batches(packs, rows, batch_tokens)
+    losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
+    done = 0
     with tqdm(total=len(rows), desc=description, disable=disable_tqdm, leave=False) as bar:
-        while todo:
-            batch = todo.pop()
-            try:
-                batch_losses = _score_batch(model, rows, batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == len(batch[0].rows) == 1:
-                    # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
-                    raise ScoringError(
-                        f"A row of {batch[0].length} tokens does not fit into the device's memory beside the training "
-                        "state. Lower `max_length`."
-                    ) from None
-                batch_losses = None
-            if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
-                torch.cuda.empty_cache()
-                todo += _halves(rows, batch)
-                continue
-            places = np.concatenate(
-                [np.arange(offsets[row], offsets[row + 1]) for pack in batch for row in pack.rows.tolist()]
-            )
-            losses[places] = batch_losses
-            bar.update(sum(len(pack.rows) for pack in batch))
+        for window in rows.windows():
+            there = slice(done, done + int(window.counted_offsets[-1]))
+            _score(model, window, losses[there], batch_tokens, share_prefixes, bar)
+            done = there.stop
     return losses
 
 
-def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
-    """Whether `model` takes an attention mask and positions of our own making in all its layers, for rows as long as these.
+def _score(
+    model: nn.Module, rows: EncodedRows, losses: np.ndarray, batch_tokens: int, share_prefixes: bool, bar: tqdm
+) -> None:
+    """Writes the loss of each counted token of `rows` into `losses`."""
+    _check_rope(model, rows)
+    packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
+    offsets = rows.counted_offsets
+    todo = _batches(packs, rows, batch_tokens, _longrope_context(model))
+    while todo:
+        batch = todo.pop()
+        try:
+            batch_losses = _score_batch(model, rows, batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == len(batch[0].rows) == 1:
+                # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
+                raise ScoringError(
+                    f"A row of {batch[0].length} tokens does not fit into the device's memory beside the training "
+                    "state. Lower `max_length`."
+                ) from None
+            batch_losses = None
+        if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
+            torch.cuda.empty_cache()
+            todo += _halves(rows, batch)
+            continue
+        places = np.concatenate(
+            [np.arange(offsets[row], offsets[row + 1]) for pack in batch for row in pack.rows.tolist()]
+        )
+        losses[places] = batch_losses
+        bar.update(sum(len(pack.rows) for pack in batch))
 
-    Nothing in a model says so, and one that does not gives wrong losses silently: so it is a list of architectures, each
-    tested against one row at a time.
-    """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False  # virtual tokens before the row
+
+def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
+    """Whether `model` takes an attention mask and positions of our own making in all its layers, for rows as long as these."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if config.model_type not in _SHARING_ARCHITECTURES or config._attn_implementation not in ("sdpa", "eager"):
+    if not _takes_own_positions(model) or config._attn_implementation not in ("sdpa", "eager"):
         return False
+    longest = int(needed_lengths(rows).max())
     # Our mask would stand in for a sliding window.
     window = config.to_dict().get("sliding_window")
-    return window is None or int(np.diff(rows.offsets).max()) <= window
+    return (window is None or longest <= window) and longest <= _longrope_context(model)
 
 
-def _batches(packs: list[Pack], rows: EncodedRows, batch_tokens: int) -> list[list[Pack]]:
+def _takes_own_positions(model: nn.Module) -> bool:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False  # virtual tokens before the row
+    return model.config.get_text_config().model_type in _OWN_POSITIONS  # type: ignore[union-attr, operator]
+
+
+def _is_padding_free(model: nn.Module) -> bool:
+    """Whether rows go into `model` one after another without padding: flash attention tells them apart by their positions."""
+    implementation = model.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
+    return implementation.startswith("flash_attention") and _takes_own_positions(model)
+
+
+def _rope(model: nn.Module, rope_type: str) -> list[dict[str, Any]]:
+    """The RoPE parameters of this type: one set, or one a layer type, or none."""
+    parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}  # type: ignore[union-attr, operator]
+    sets = [parameters] if "rope_type" in parameters else [each for each in parameters.values() if each is not None]
+    return [each for each in sets if each["rope_type"] == rope_type]
+
+
+def _longrope_context(model: nn.Module) -> float:
+    """The length beyond which LongRoPE scales *all* rows of a batch otherwise; infinite for other models."""
+    return min((each["original_max_position_embeddings"] for each in _rope(model, "longrope")), default=math.inf)
+
+
+def _check_rope(model: nn.Module, rows: EncodedRows) -> None:
+    if not _rope(model, "dynamic"):
+        return
+    context = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
+    too_long = int((needed_lengths(rows) > context).sum())
+    if too_long:
+        raise ScoringError(
+            f"{too_long} rows are longer than the {context} tokens beyond which this model's dynamic RoPE scales a row by "
+            "the longest one seen so far, so they have no loss of their own. Set `max_length` to that."
+        )
+
+
+def _batches(
+    packs: list[Pack], rows: EncodedRows, batch_tokens: int, longrope_context: float = math.inf
+) -> list[list[Pack]]:
     """Packs of like length together, the longest batch last.
 
     A batch has up to `batch_tokens` padded tokens, and counted ones up to a quarter of that: their logits over the
     vocabulary are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an
-    eighth.
+    eighth. No batch has packs on both sides of `longrope_context`.
     """
     counted = np.diff(rows.counted_offsets)
     batches: list[list[Pack]] = []
     width = predictions = 0
     for pack in packs:
         its_predictions = int(counted[pack.rows].sum())
-        full = not batches or width * (len(batches[-1]) + 1) > batch_tokens
-        many_predictions = predictions + its_predictions > batch_tokens // 4
-        if full or many_predictions or (width * len(batches[-1]) > batch_tokens // 4 and pack.length < 7 / 8 * width):
+        if (
+            not batches
+            or width * (len(batches[-1]) + 1) > batch_tokens
+            or predictions + its_predictions > batch_tokens // 4
+            or (width * len(batches[-1]) > batch_tokens // 4 and pack.length < 7 / 8 * width)
+            or pack.length <= longrope_context < width
+        ):
             batches.append([])
             width, predictions = pack.length, 0
         batches[-1].append(pack)
@@ -181,8 +234,7 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.n
     targets = torch.from_numpy(layout.target).to(device)
     losses = torch.cat(
         [
-            # log Σ exp(logit - logit of the target): exact for tokens of a probability near 1 too
-            torch.logsumexp(some.float() - some.gather(1, wanted[:, None]).float(), dim=1)
+            torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none")
             for some, wanted in zip(logits.split(_LOGITS_IN_FLOAT32), targets.split(_LOGITS_IN_FLOAT32), strict=True)
         ]
     )
@@ -191,39 +243,44 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.n
 
 def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device) -> torch.Tensor:
     """Logits of shape `(predictions, vocabulary)`."""
-    pack, place, input_ids = (
-        torch.from_numpy(array).to(device) for array in (layout.pack, layout.place, layout.input_ids)
-    )
-    inputs = {"input_ids": input_ids}
-    if layout.visible is None:
-        inputs["attention_mask"] = torch.from_numpy(layout.filled.astype(np.int64)).to(device)
+    pack, place = layout.pack, layout.place
+    inputs = {"input_ids": layout.input_ids}
+    if _is_padding_free(model):
+        inputs = {"input_ids": layout.input_ids[layout.filled][None]}
+        inputs["position_ids"] = layout.position_ids[layout.filled][None]
+        place = (np.cumsum(layout.filled) - 1).reshape(layout.filled.shape)[pack, place]
+        pack = np.zeros_like(pack)
+    elif layout.visible is None:
+        inputs["attention_mask"] = layout.filled.astype(np.int64)
     else:
-        visible = torch.from_numpy(layout.visible).to(device)[:, None]
-        if model.config._attn_implementation == "eager":  # type: ignore[union-attr] # adds its mask to the scores
-            dtype = next(model.parameters()).dtype
-            visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(
-                ~visible, torch.finfo(dtype).min
-            )
-        inputs["attention_mask"] = visible
-        inputs["position_ids"] = torch.from_numpy(layout.position_ids).to(device)
+        inputs["attention_mask"] = layout.visible[:, None]
+        inputs["position_ids"] = layout.position_ids
+    tensors = {name: torch.from_numpy(each).to(device) for name, each in inputs.items()}
+    if layout.visible is not None and model.config._attn_implementation == "eager":  # type: ignore[union-attr]
+        dtype = next(model.parameters()).dtype  # it adds its mask to the scores
+        hidden = ~tensors["attention_mask"]
+        tensors["attention_mask"] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(
+            hidden, torch.finfo(dtype).min
+        )
+    packs, places = torch.from_numpy(pack).to(device), torch.from_numpy(place).to(device)
+    width = tensors["input_ids"].shape[1]
 
-    def places(length: int) -> torch.Tensor:
+    def keep_predicting(hidden: torch.Tensor) -> torch.Tensor:
         # Prompt-learning adapters put virtual tokens before the row, so places count from the right.
-        return place + length - input_ids.shape[1]
+        return hidden[packs, places + hidden.shape[1] - width]
 
     kept = False
 
-    def keep_predicting(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def before_the_head(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal kept
         kept = True
-        hidden, *others = args
-        return hidden[pack, places(hidden.shape[1])].unsqueeze(0), *others
+        return keep_predicting(args[0]).unsqueeze(0), *args[1:]
 
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
-    hook = head.register_forward_pre_hook(keep_predicting) if head is not None else None
+    hook = head.register_forward_pre_hook(before_the_head) if head is not None else None
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**tensors, use_cache=False).logits
     finally:
         if hook is not None:
             hook.remove()
-    return logits[0] if kept else logits[pack, places(logits.shape[1])]
+    return logits[0] if kept else keep_predicting(logits)

@@ -160,7 +160,7 @@ class Trace:
             )
         input_ids, counted = (table[name].combine_chunks() for name in ("input_ids", "counted"))
         rows = EncodedRows(
-            ids=table["id"].to_pylist(),
+            ids=table["id"].combine_chunks(),
             tokens=input_ids.values.to_numpy(),
             counted=counted.values.to_numpy(zero_copy_only=False),
             offsets=input_ids.offsets.to_numpy(),

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import (
     PreTrainedModel,
@@ -188,10 +190,10 @@ class ForgetTracker(TrainerCallback):
             )
         else:
             noisy = self._trace.rows
-            shared = len(set(training_rows.ids) & set(noisy.ids))
+            shared = _found(training_rows.ids, noisy.ids)
             if shared >= _SHARE_OF_S1 * len(noisy):
                 session = "S1"
-            elif len(_texts(training_rows) & _texts(noisy)) >= _SHARE_OF_S1 * len(noisy):
+            elif _rows_of_the_same_text(noisy, training_rows) >= _SHARE_OF_S1 * len(noisy):
                 raise TraceError(
                     "This session trains on the tokens of the noisy set, but other ones of them count in its loss than in "
                     "the rows that the tracker was given. Give it the rows as the trainer takes them (`input_ids` and "
@@ -218,7 +220,7 @@ class ForgetTracker(TrainerCallback):
         """What the records of this session will cost, in words. Generation (`rouge1=True`) is not in it."""
         rows = self.trace.rows
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
-        read = int(needed_lengths(rows).sum())
+        read = sum(int(needed_lengths(window).sum()) for window in rows.windows())
         words = f"{records} records of {len(rows):,} samples, up to {read:,} tokens each"
         if training_rows is None:
             return words
@@ -256,7 +258,7 @@ class ForgetTracker(TrainerCallback):
             return Trace.create(folder, rows, model.config.name_or_path, tokenizer, _context(model, self.max_length))
         trace = Trace.open(folder)
         if trace.rows.fingerprint != rows.fingerprint:
-            found = len(set(trace.rows.ids) & set(rows.ids))
+            found = _found(rows.ids, trace.rows.ids)
             raise TraceError(
                 f"The trace in {folder} is of another dataset or tokenizer: {found} of the {len(rows)} samples here are "
                 f"among its {len(trace.rows)} (tokenizer {trace.manifest['tokenizer']!r}, max_length and chat template "
@@ -399,9 +401,14 @@ def _context(model: PreTrainedModel, max_length: int | None) -> int | None:
         return None
 
 
-def _texts(rows: EncodedRows) -> set[bytes]:
-    """The token sequences, whichever of their tokens count."""
-    return {rows.sample(index)[0].tobytes() for index in range(len(rows))}
+def _found(ids: pa.StringArray, others: pa.StringArray) -> int:
+    return pc.is_in(ids, value_set=others).true_count
+
+
+def _rows_of_the_same_text(rows: EncodedRows, others: EncodedRows) -> int:
+    """How many of `rows` have the tokens of one of the `others`, whichever of them count."""
+    texts = {others.sample(index)[0].tobytes() for index in range(len(others))}
+    return sum(rows.sample(index)[0].tobytes() in texts for index in range(len(rows)))
 
 
 def _refuse_packing(args: TrainingArguments) -> None:

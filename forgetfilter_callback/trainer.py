@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -141,7 +143,7 @@ def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, m
     if trace is not None:
         ids, values = trace.rows.ids, trace.forgetting(measure)
     elif isinstance(forgetting, tuple):
-        ids, values = list(forgetting[0]), np.asarray(forgetting[1], dtype=np.float64)
+        ids, values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
         if len(ids) != len(values):
             raise ValueError(f"forgetting=(ids, values) has {len(ids)} ids and {len(values)} values.")
     else:
@@ -151,8 +153,8 @@ def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, m
                 f"forgetting has {len(values)} values and the training set {len(rows)} rows. A bare array must be for "
                 "the same rows in the same order; pass (ids, values) otherwise."
             )
-    value_of = dict(zip(ids, values, strict=True))
-    unknown = sum(sample not in value_of for sample in rows.ids)
+    places = pc.index_in(rows.ids, value_set=ids)
+    unknown = places.null_count
     if unknown > MOST_UNKNOWN * len(rows):
         raise ValueError(
             f"{unknown} of the {len(rows)} rows of train_dataset have no forgetting value, more than {MOST_UNKNOWN:.0%}: "
@@ -161,7 +163,7 @@ def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, m
         )
     if unknown:
         logger.warning(f"{unknown} of {len(rows)} rows have no forgetting value; they are kept.")
-    return np.array([value_of.get(sample, np.nan) for sample in rows.ids])
+    return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False)
 
 
 def _rows_at(dataset: Any, indices: np.ndarray) -> Any:

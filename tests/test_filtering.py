@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
@@ -20,8 +21,8 @@ def two_populations(unsafe_share: float, count: int = 400, seed: int = 0) -> tup
     return values[order], unsafe[order]
 
 
-def ids(count: int) -> list[str]:
-    return [f"id-{i}" for i in range(count)]
+def ids(count: int) -> pa.StringArray:
+    return pa.array([f"id-{i}" for i in range(count)])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.25, 0.5, 0.75])

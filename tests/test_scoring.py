@@ -25,9 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from forgetfilter_callback import encode_rows
+from forgetfilter_callback import encode_rows, encoding, scoring
 from forgetfilter_callback.packing import plan_packs
-from forgetfilter_callback.scoring import can_share_prefixes, token_losses, untouched
+from forgetfilter_callback.scoring import ScoringError, can_share_prefixes, token_losses, untouched
 
 
 def reference_losses(model, rows) -> np.ndarray:
@@ -177,6 +177,83 @@ def test_prefixes_are_not_shared_where_the_model_cannot(make_model):
     assert not shares(make_model().eval(), rows_that_begin_alike())
 
 
+PADDING_FREE = [tiny_llama, tiny_lora, sliding_window, qwen, gpt2]
+
+
+@pytest.mark.parametrize("make_model", PADDING_FREE, ids=lambda f: f.__name__)
+def test_rows_one_after_another_without_padding(make_model, monkeypatch):
+    """The inputs that flash attention gets. `sdpa` reads them too (slower: it masks what flash attention leaves out)."""
+    model, rows = make_model().eval(), random_rows(17)
+    monkeypatch.setattr(scoring, "can_share_prefixes", lambda model, rows: False)
+    monkeypatch.setattr(scoring, "_is_padding_free", scoring._takes_own_positions)
+    forward, read = model.forward, []
+
+    def counting_forward(*args, **kwargs):
+        assert "attention_mask" not in kwargs
+        read.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting_forward)
+    losses = token_losses(model, encode_rows(rows), batch_tokens=128, disable_tqdm=True)
+    last_counted = [max(i for i, label in enumerate(row["labels"]) if label != -100) for row in rows]
+    assert {batch for batch, _ in read} == {1} and sum(length for _, length in read) == sum(last_counted)
+    monkeypatch.setattr(model, "forward", forward)
+    np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "flash_attention_3"])
+def test_padding_goes_where_attention_is_flash(implementation):
+    model = tiny_llama()
+    model.config._attn_implementation = implementation
+    flash = implementation.startswith("flash")
+    assert scoring._is_padding_free(model) == flash
+    assert shares(model, rows_that_begin_alike()) == (not flash)
+
+
+def longrope():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    return tiny_llama(
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, "factor": 4.0, **factors
+        }
+    )  # fmt: skip
+
+
+def test_longrope_scales_each_row_by_its_own_length():
+    model, rows = longrope(), random_rows(30)
+    assert shares(model, random_rows(9, longest=12)) and not shares(model, rows)
+    losses = token_losses(model, encode_rows(rows), disable_tqdm=True)
+    # The reference reads the last token too, which nothing is predicted from.
+    last = [max(i for i, label in enumerate(row["labels"]) if label != -100) for row in rows]
+    assert min(last) < 12 < max(last)
+    expected = []
+    for row, end in zip(rows, last, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"][:end]])).logits[0].log_softmax(-1)
+        expected += [-logits[i - 1, label] for i, label in enumerate(row["labels"]) if i and label != -100]
+    np.testing.assert_allclose(losses, np.array(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_dynamic_rope_beyond_its_context_is_refused():
+    model = tiny_llama(
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=16
+    )
+    token_losses(model, encode_rows(random_rows(9, longest=17)), disable_tqdm=True)
+    with pytest.raises(ScoringError, match=r"rows are longer than the 16 tokens .* dynamic RoPE"):
+        token_losses(model, encode_rows(random_rows(9, longest=30)), disable_tqdm=True)
+
+
+def test_windows_give_what_one_pass_gives(monkeypatch):
+    model, rows = tiny_llama(), rows_that_begin_alike()
+    whole = encode_rows(rows)
+    expected, fingerprint = token_losses(model, whole, disable_tqdm=True), whole.fingerprint
+    monkeypatch.setattr(encoding, "WINDOW", 7)
+    windows = encode_rows(rows)
+    assert len(list(windows.windows())) == 7
+    assert windows.ids == whole.ids and windows.fingerprint == fingerprint
+    np.testing.assert_allclose(token_losses(model, windows, disable_tqdm=True), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_packs_stay_within_their_bound():
     rows = encode_rows(rows_that_begin_alike())
     packs = plan_packs(rows, longest=50)
@@ -272,7 +349,6 @@ def test_untouched_restores_modes_buffers_numbers_and_generators():
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    long_row = {"input_ids": list(range(5, 105)), "labels": list(range(5, 105))}
     torch.manual_seed(3)
     np.random.seed(3)
     expected = torch.rand(1), np.random.rand()
@@ -281,8 +357,8 @@ def test_untouched_restores_modes_buffers_numbers_and_generators():
     with untouched(model):
         torch.rand(7)
         np.random.rand(7)
-        token_losses(model, encode_rows([long_row]), disable_tqdm=True)
-        assert model.model.rotary_emb.max_seq_len_cached == 99  # it did grow inside
+        model(input_ids=torch.arange(5, 105)[None])
+        assert model.model.rotary_emb.max_seq_len_cached == 100  # it did grow inside
     assert [module.training for module in model.modules()] == modes
     assert model.model.rotary_emb.max_seq_len_cached == 64
     for name, buffer in model.named_buffers():

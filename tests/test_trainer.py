@@ -55,7 +55,7 @@ def test_removes_the_samples_above_the_threshold(given_as, noisy, tracker, make_
     forgetting = {
         "tracker": tracker,
         "folder": tracker.trace.folder,
-        "ids and values": (tracker.trace.rows.ids, values.tolist()),
+        "ids and values": (tracker.trace.rows.ids.to_pylist(), values.tolist()),
         "array": values,
     }[given_as]
     trainer = FilteredTrainer(
@@ -120,7 +120,7 @@ def test_the_account_is_written_beside_the_checkpoints(noisy, tracker, make_args
 def test_rows_without_a_value_are_kept_and_told(tracker, noisy, make_args, collator, caplog):
     rows = Dataset.from_list(noisy.to_list() * 9)  # 216 rows, of which the 2nd to 9th copies have other ids
     ids, values = tracker.trace.rows.ids, np.arange(24.0)
-    all_ids = [f"{sample.rpartition('-')[0]}-{copy}" for copy in range(9) for sample in ids]
+    all_ids = [f"{sample.rpartition('-')[0]}-{copy}" for copy in range(9) for sample in ids.to_pylist()]
     trainer = FilteredTrainer(
         tiny_llama(), make_args(), train_dataset=rows, data_collator=collator,
         forgetting=(all_ids[2:], np.tile(values, 9)[2:]), threshold=20.5,
