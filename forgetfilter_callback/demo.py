@@ -40,9 +40,9 @@ from transformers import (
 from .encoding import encode_rows
 from .filtering import FilterResult
 from .generation import greedy_completions
+from .model_state import untouched
 from .pipeline import ForgetFilter
 from .report import plot_forgetting
-from .scoring import untouched
 from .trace import TRACE_FOLDER, Trace, write_json
 from .tracker import ForgetTracker
 

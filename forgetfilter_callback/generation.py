@@ -39,7 +39,7 @@ def greedy_completions(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model; call this inside [`~scoring.untouched`].
+            A causal language model; call this inside [`~model_state.untouched`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Decodes; it is not changed.
         prompts (`list[np.ndarray]`):

@@ -9,9 +9,6 @@ stays the model's own business. A model whose head cannot be reached that way is
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,33 +33,6 @@ class ScoringError(RuntimeError):
     """Scoring is not possible on this device."""
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
-
-    Restored are the training mode of every module, its buffers and plain numbers (dynamic RoPE replaces its buffers when
-    it sees long rows), and the generators of Python, NumPy and torch (CPU and the model's device).
-    """
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    # `training` is one of the plain numbers
-    numbers = [
-        {k: v for k, v in vars(module).items() if isinstance(v, int | float | torch.Tensor)} for module in modules
-    ]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            yield
-    finally:
-        for module, module_buffers, module_numbers in zip(modules, buffers, numbers, strict=True):
-            module._buffers.update(module_buffers)
-            vars(module).update(module_numbers)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
 @torch.no_grad()
 def token_losses(
     model: nn.Module,
@@ -74,7 +44,7 @@ def token_losses(
 ) -> np.ndarray:
     """The loss of every counted token of `rows` under `model`.
 
-    Call it inside [`untouched`] when the model is being trained. Values do not depend on `batch_tokens`, on
+    Call it inside [`model_state.untouched`] when the model is being trained. Values do not depend on `batch_tokens`, on
     `share_prefixes`, on the order of the rows or on their padding: relative 1e-5 in float32.
 
     Args:
@@ -146,7 +116,7 @@ def _score(
 
 
 def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
-    """Whether `model` takes an attention mask and positions of our own making in all its layers, for rows as long as these."""
+    """Whether all layers of `model` take an attention mask and positions of our own making, for rows as long as these."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if not _takes_own_positions(model) or config._attn_implementation not in ("sdpa", "eager"):
         return False
@@ -163,7 +133,7 @@ def _takes_own_positions(model: nn.Module) -> bool:
 
 
 def _is_padding_free(model: nn.Module) -> bool:
-    """Whether rows go into `model` one after another without padding: flash attention tells them apart by their positions."""
+    """Whether rows may stand one after another without padding: flash attention tells them apart by their positions."""
     implementation = model.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
     return implementation.startswith("flash_attention") and _takes_own_positions(model)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,6 +204,12 @@ class Trace:
         if completions is not None:
             columns |= {"completion": pa.array(completions, pa.large_string()), "rouge1": pa.array(rouge1)}
         write_parquet(pa.table(columns), self.folder / "records" / record.file_name)
+
+    def repeat(self, record: Record, again: Record) -> None:
+        """Writes `record` once more, as `again`: the model has not changed in between."""
+        if again != record:
+            with _replacing(self.folder / "records" / again.file_name) as unfinished:
+                shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
 
     def drop_after(self, session: Session, step: int) -> list[Record]:
         """Deletes the records of `session` past `step`, and those of later sessions if any was deleted. Returns them."""

@@ -24,8 +24,9 @@ from transformers import (
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
+from .model_state import model_digest, untouched
 from .packing import needed_lengths
-from .scoring import token_losses, untouched
+from .scoring import token_losses
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
@@ -105,6 +106,8 @@ class ForgetTracker(TrainerCallback):
         self._running_args: TrainingArguments | None = None
         self._ended: list[Session] = []
         self._recorded_step = -1
+        self._last_record: Record | None = None
+        self._last_state: tuple[object, ...] = ()  # what that record's losses depended on
 
     @property
     def trace(self) -> Trace:
@@ -353,8 +356,26 @@ class ForgetTracker(TrainerCallback):
         model: PreTrainedModel,
         processing_class: PreTrainedTokenizerBase | None,
     ) -> None:
-        """Takes one record; the caller holds the model [`untouched`]."""
+        """Takes one record, or repeats the last one if nothing has changed; the caller holds the model [`untouched`]."""
         record = Record(session, state.global_step)
+        model_state = (model_digest(model), args.bf16, args.fp16, args.tf32)
+        known = self._last_record
+        if known in self.trace.records() and model_state[0] is not None and model_state == self._last_state:
+            if record == Record("S1+", 0):
+                self._check_learnt(self.trace.token_losses(known))
+            self.trace.repeat(known, record)
+        else:
+            self._take_record(record, args, model, processing_class)
+        self._last_record, self._last_state = record, model_state
+        self._recorded_step = state.global_step
+
+    def _take_record(
+        self,
+        record: Record,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+    ) -> None:
         name = f"{record.session} step {record.step}"
         rows = self.trace.rows
         losses = token_losses(
@@ -388,7 +409,6 @@ class ForgetTracker(TrainerCallback):
         if record == Record("S1+", 0):
             self._check_learnt(losses)
         self.trace.append(record, losses, completions, scores)
-        self._recorded_step = state.global_step
 
 
 def _context(model: PreTrainedModel, max_length: int | None) -> int | None:

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .encoding import EncodedRows, encode_collated
 from .filtering import FilterResult, FilterThreshold, decide
 from .forgetting import DEFAULT_MEASURE, Measure, mean_losses
-from .scoring import token_losses, untouched
+from .model_state import untouched
+from .scoring import token_losses
 from .trace import Trace
 from .tracker import ForgetTracker
 

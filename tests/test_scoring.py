@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from forgetfilter_callback import encode_rows, encoding, scoring
+from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.packing import plan_packs
-from forgetfilter_callback.scoring import ScoringError, can_share_prefixes, token_losses, untouched
+from forgetfilter_callback.scoring import ScoringError, can_share_prefixes, token_losses
 
 
 def reference_losses(model, rows) -> np.ndarray:

@@ -22,7 +22,9 @@ from transformers import (
     TrainerCallback,
 )
 
+import forgetfilter_callback.tracker
 from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow, Record, Trace, TraceError
+from forgetfilter_callback.scoring import token_losses
 
 
 def reference_means(model, rows) -> np.ndarray:
@@ -79,6 +81,62 @@ def test_what_records_will_cost_is_said_at_the_start(make_model, passes, noisy, 
     read = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
     share = 4 * read / (passes * 2 * sum(lengths))  # two epochs
     assert f"4 records of 24 samples, up to {read} tokens each: at most some {share:.0%} of" in capsys.readouterr().out
+
+
+def change_nothing(model):
+    pass
+
+
+def change_one_bit(model):
+    model.base_model.model.lm_head.weight.data.view(torch.int32)[3, 3] += 1
+
+
+def swap_two_rows(model):
+    weight = model.base_model.model.lm_head.weight.data
+    weight[[3, 4]] = weight[[4, 3]]
+
+
+def scale_the_adapter(model):
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+
+
+def switch_the_adapter_off(model):
+    model.base_model.disable_adapter_layers()
+
+
+def change_the_attention(model):
+    model.config._attn_implementation = "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        (change_nothing, 3),
+        (change_one_bit, 4),
+        (swap_two_rows, 4),
+        (scale_the_adapter, 4),
+        (switch_the_adapter_off, 4),
+        (change_the_attention, 4),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_record_already_known_is_not_taken_again(change, taken, noisy, safety, make_args, collator, monkeypatch):
+    recordings = []
+
+    def counting(*args, **kwargs):
+        recordings.append(kwargs["description"])
+        return token_losses(*args, **kwargs)
+
+    monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", counting)
+    model, tracker = tiny_lora(), ForgetTracker()
+    Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    change(model)
+    before = reference_means(model.eval(), noisy)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    assert len(recordings) == taken
+    np.testing.assert_allclose(tracker.trace.losses()[2], before, rtol=1e-5)
 
 
 @pytest.mark.parametrize("record_steps", [0, -1, 2.5])
