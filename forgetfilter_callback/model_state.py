@@ -54,7 +54,7 @@ def model_digest(model: nn.Module) -> str | None:
     Returns:
         `str`, or `None` where weights cannot be read as plain tensors (offloaded, sharded, some quantised ones).
     """
-    config: PreTrainedConfig = model.config  # type: ignore[assignment]
+    config: PreTrainedConfig = model.config
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{config.to_json_string()} {config._attn_implementation}".encode())
     for name, module in model.named_modules():
