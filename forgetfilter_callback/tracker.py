@@ -27,6 +27,7 @@ from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest, untouched
 from .packing import needed_lengths
 from .scoring import token_losses
+from .settling import CHECKS, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
@@ -61,6 +62,9 @@ class ForgetTracker(TrainerCallback):
             processes. Defaults to `output_dir/forgetfilter` of the first session.
         record_steps (`int` or `float`, *optional*):
             Records also every so many optimizer steps; below 1, as a share of the session.
+        stop_early (`bool`, defaults to `False`):
+            Whether to end S1+ (`control.should_training_stop`) once the ranking of 128 fixed samples has settled: checked
+            some 20 times a session, see [`settling`](settling.py). The full record is taken then.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record too, for the paper's measure. Slow.
         max_new_tokens (`int`, *optional*):
@@ -87,6 +91,7 @@ class ForgetTracker(TrainerCallback):
         *,
         trace_dir: str | os.PathLike[str] | None = None,
         record_steps: int | float | None = None,
+        stop_early: bool = False,
         rouge1: bool = False,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
@@ -97,6 +102,7 @@ class ForgetTracker(TrainerCallback):
         self.noisy = noisy
         self.trace_dir = trace_dir
         self.record_steps = record_steps
+        self.stop_early = stop_early
         self.rouge1 = rouge1
         self.max_new_tokens = max_new_tokens
         self.max_length = max_length
@@ -105,6 +111,7 @@ class ForgetTracker(TrainerCallback):
         self._session: Session | None = None  # the running one, None between sessions
         self._running_args: TrainingArguments | None = None
         self._ended: list[Session] = []
+        self._settling: Settling | None = None
         self._recorded_step = -1
         self._last_record: Record | None = None
         self._last_state: tuple[object, ...] = ()  # what that record's losses depended on
@@ -140,9 +147,19 @@ class ForgetTracker(TrainerCallback):
             ended = state.global_step >= state.max_steps
             if not goes_on or (ended and Record(session, state.global_step) not in self.trace.records()):
                 self._record(session, args, state, model, processing_class)
+        if self.stop_early and session == "S1+":
+            self._settling = Settling(self.trace, state.global_step)
         self._session, self._running_args = session, args
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._settling is not None and state.global_step % math.ceil(state.max_steps / CHECKS) == 0:
+            with untouched(kwargs["model"]):
+                losses = token_losses(kwargs["model"], self._settling.rows, self.batch_tokens, disable_tqdm=True)
+            if self._settling.check(state.global_step, losses) and state.global_step < state.max_steps:
+                logger.warning(
+                    f"S1+ ends at step {state.global_step} of {state.max_steps}: the ranking of forgetting has settled."
+                )
+                control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
             self._record_running(args, state, **kwargs)
 
@@ -168,7 +185,7 @@ class ForgetTracker(TrainerCallback):
             self._record_running(args, state, **kwargs)
         if self._session is not None:
             self._ended.append(self._session)
-        self._session = None
+        self._session = self._settling = None
 
     # ---- sessions ----
 

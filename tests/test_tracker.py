@@ -595,3 +595,59 @@ def test_traces_that_cannot_be_read(tmp_path, noisy, make_args, collator):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(TraceError, match="Upgrade"):
         Trace.open(folder)
+
+
+def settled_ranking(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(24).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("rankings", "ends_at"),
+    [
+        ([0, 1, 1, 1, 2, 2], 4),  # the third and the fourth agree with the one before
+        ([0, 0, 1, 1, 2, 2, 2, 3], 7),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], None),
+    ],
+)
+def test_s1plus_ends_when_the_ranking_has_settled(
+    rankings, ends_at, noisy, safety, make_args, collator, monkeypatch, caplog
+):
+    """The losses at each check are made up; the rest is the trainer's."""
+    model = tiny_llama()
+    tracker = ForgetTracker(noisy, stop_early=True)
+    checks = iter(rankings)
+
+    def made_up(model, rows, *args, description="", **kwargs):
+        if description:  # a record
+            return token_losses(model, rows, *args, description=description, **kwargs)
+        ranking = settled_ranking(next(checks))
+        return np.repeat(ranking, np.diff(rows.counted_offsets)).astype(np.float32)
+
+    monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", made_up)
+    monkeypatch.setattr(forgetfilter_callback.settling.Settling, "__init__", before_is_zero)
+    args = make_args(max_steps=12)
+    trainer = Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker])
+    trainer.train()
+    assert trainer.state.global_step == (ends_at or 12)
+    assert [record.step for record in tracker.trace.records()] == [0, ends_at or 12]
+    assert ("has settled" in caplog.text) == (ends_at is not None)
+    np.testing.assert_allclose(tracker.trace.losses()[-1], reference_means(model.eval(), noisy), rtol=1e-5)
+
+
+def before_is_zero(self, trace, step, __init__=forgetfilter_callback.settling.Settling.__init__):
+    __init__(self, trace, step)
+    self._before[:] = 0
+
+
+def test_settling_goes_on_where_it_was_cut_off(noisy, safety, make_args, collator):
+    def run(folder, **kwargs):
+        tracker = ForgetTracker(noisy, stop_early=True, trace_dir=make_args(folder).output_dir + "-trace")
+        args = make_args(folder, max_steps=12, save_strategy="steps", save_steps=4)
+        model = tiny_llama()
+        trainer = Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker])
+        trainer.train(**kwargs)
+        return (tracker.trace.folder / "settling.json").read_text()
+
+    whole = run("out")
+    assert [check["step"] for check in json.loads(whole)][:9] == list(range(1, 10))  # past the checkpoint
+    assert run("out", resume_from_checkpoint=make_args("out").output_dir + "/checkpoint-8") == whole

@@ -1,0 +1,58 @@
+"""Whether the ranking of forgetting has settled, so that S1+ may end: losses of a few samples, now and then."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from .encoding import EncodedRows
+from .forgetting import mean_losses
+from .trace import Record, Trace, write_json
+
+
+# So many samples are followed, and the checks are spread evenly over the session: most of what can be saved is saved.
+FOLLOWED_SAMPLES, CHECKS = 128, 20
+# Settled: at two checks running, Spearman's correlation with the check before was at least this.
+SETTLED_AT, SETTLED_CHECKS = 0.95, 2
+
+
+class Settling:
+    """Follows the ranking of a fixed subsample through S1+. What it has seen lies in `settling.json` beside the trace, so
+    that a resumed session goes on with it.
+
+    Args:
+        trace ([`Trace`]):
+            With the record of S1+ at step 0, which forgetting is measured from.
+        step (`int`):
+            Checks after this step, of a run that was cut off, are dropped.
+
+    Attributes:
+        rows ([`EncodedRows`]):
+            The samples to score for [`check`]: those of the smallest ids, which are hashes, so the choice is fixed and has
+            nothing to do with what the rows say.
+    """
+
+    def __init__(self, trace: Trace, step: int):
+        offsets = trace.rows.counted_offsets
+        scorable = np.flatnonzero(np.diff(offsets))
+        ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
+        samples = np.sort(scorable[np.argsort(ids)[:FOLLOWED_SAMPLES]])
+        self.rows: EncodedRows = trace.rows.select(samples)
+        self._before = mean_losses(trace.token_losses(Record("S1+", 0)), offsets)[samples]
+        self._file = trace.folder / "settling.json"
+        known: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
+        self._checks = [check for check in known if check["step"] <= step]
+
+    def check(self, step: int, losses: np.ndarray) -> bool:
+        """Notes the losses of the counted tokens of `rows` at `step`. Returns whether the ranking has settled."""
+        forgetting = mean_losses(losses, self.rows.counted_offsets) - self._before
+        correlation = None
+        if self._checks:
+            correlation = float(spearmanr(self._checks[-1]["forgetting"], forgetting, nan_policy="omit").statistic)
+        self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
+        write_json(self._checks, self._file)
+        last = [check["spearman"] for check in self._checks[-SETTLED_CHECKS:]]
+        return len(last) == SETTLED_CHECKS and all(value is not None and value >= SETTLED_AT for value in last)
