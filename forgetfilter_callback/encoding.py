@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 # Work that needs memory for each row is done on so many rows at a time.
-WINDOW = 65_536
+WINDOW = 16_384
 _DIGEST_BYTES = 12
 
 
@@ -83,7 +83,7 @@ class EncodedRows:
         )
 
     def windows(self) -> Iterator[EncodedRows]:
-        """The samples in order, some 65,000 at a time, without copying tokens."""
+        """The samples in order, some 16,000 at a time, without copying tokens."""
         for start in range(0, len(self), WINDOW):
             offsets = self.offsets[start : start + WINDOW + 1]
             where = slice(offsets[0], offsets[-1])

@@ -1,0 +1,119 @@
+"""How a record's time and memory grow with the number of rows: `python benchmarks/scale.py`.
+
+Short rows (16 tokens, 8 of them counted), a tiny model, each number of rows in a process of its own. Memory is the anonymous
+one (the dataset is memory-mapped), at its largest while the rows are encoded, scored, and written into a trace.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import typer
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from forgetfilter_callback import Record, Trace
+from forgetfilter_callback.encoding import encode_collated
+from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback.trace import write_json
+
+
+LENGTH, COUNTED, VOCABULARY = 16, 8, 512
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory seen, looked at every hundredth of a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = self.first = anonymous_bytes()
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, anonymous_bytes())
+            time.sleep(0.01)
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def make_rows(count: int, folder: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (count, LENGTH))
+    labels = np.where(np.arange(LENGTH) < LENGTH - COUNTED, -100, tokens)
+    columns = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), LENGTH)
+        for name, values in (("input_ids", tokens), ("labels", labels))
+    }
+    Dataset(pa.table(columns)).save_to_disk(folder)
+
+
+def record(folder: str) -> tuple[float, int]:
+    """Seconds and bytes of one record of the rows in `folder`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    rows = Dataset.load_from_disk(folder)
+    token_losses(model, encode_collated(rows.select(range(8)), collate, disable_tqdm=True), disable_tqdm=True)
+    peak = Peak()
+    peak.start()
+    started = time.perf_counter()
+    encoded = encode_collated(rows, collate, disable_tqdm=True)
+    with tempfile.TemporaryDirectory() as trace_folder:
+        trace = Trace.create(trace_folder, encoded, "tiny", None, None)
+        trace.append(Record("S1", 0), token_losses(model, encoded, disable_tqdm=True))
+    return time.perf_counter() - started, peak.most - peak.first
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json")] = Path(__file__).parent / "results" / "scale.json",
+    counts: Annotated[list[int], typer.Option("--rows", help="How many; may be given several times.")] = [  # noqa: B006
+        1_000,
+        10_000,
+        100_000,
+        1_000_000,
+    ],
+    rows_in: Annotated[str | None, typer.Option(hidden=True, help="For the child process.")] = None,
+) -> None:
+    datasets.disable_progress_bars()
+    if rows_in is not None:
+        print(*record(rows_in))
+        return
+    results: list[dict[str, Any]] = []
+    print("| rows | seconds | microseconds a row | peak MB | bytes a row beyond the token ids, from the row above |")
+    print("|---:|---:|---:|---:|---:|")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            make_rows(count, folder)
+            child = [sys.executable, __file__, "--rows-in", folder]
+            output = subprocess.run(child, check=True, capture_output=True, text=True).stdout.split()
+        taken, most = float(output[-2]), int(output[-1])
+        growth = None
+        if results:
+            before = results[-1]
+            growth = (most - before["peak_bytes"]) / (count - before["rows"]) - 4 * LENGTH
+        results.append({"rows": count, "seconds": taken, "peak_bytes": most, "bytes_a_row_beyond_token_ids": growth})
+        words = "" if growth is None else f"{growth:.0f}"
+        print(f"| {count:,} | {taken:.1f} | {1e6 * taken / count:.0f} | {most / 2**20:.0f} | {words} |", flush=True)
+        write_json(results, json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
