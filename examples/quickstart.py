@@ -1,4 +1,7 @@
-"""ForgetFilter in one script: learn the noisy set, unlearn on safe data, filter, finetune again."""
+"""ForgetFilter in one script: learn the noisy set, unlearn on safe data, filter, finetune again.
+
+Needs what the README's first block installs. `trainable` gives rows `input_ids` and `labels` (-100 where no loss counts).
+"""
 
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -8,7 +11,9 @@ from forgetfilter_callback.demo import load_base, load_demo_data, trainable
 
 
 torch.manual_seed(0)
-load_model, tokenizer = load_base("quickstart/base-model")  # SmolLM2-135M-Instruct; any causal model will do
+load_model, tokenizer = load_base(
+    "quickstart/base-model"
+)  # SmolLM2-135M-Instruct; or a chat model with q_proj and v_proj
 data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 

@@ -35,7 +35,7 @@ def demo(
     from .demo import run_demo
 
     transformers_logging.set_verbosity_error()
-    disable_progress_bars()  # those of writing JSON; training and recording keep theirs
+    disable_progress_bars()  # those of writing JSON
     try:
         run_demo(output, model, seed)
     except (OSError, ValueError) as error:

@@ -299,6 +299,7 @@ def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
         logging_steps=10,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=False,  # the command line makes transformers quiet, which would hide the bars too
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -355,6 +356,13 @@ def run_demo(
     assert trainer.filter_result is not None  # it was given a tracker
     summary = _summarize(trainer.filter_result, np.array(noisy["group"]), judged)
     summary |= {"model": model if model is not None else MODEL_FILE, "seed": seed}
+    summary |= {
+        "held_out_questions": len(data.held_out_questions),
+        "held_out_task": len(data.held_out_task),
+        "task_f1_of_always_yes": float(
+            np.mean([row["completion"][0]["content"] == "Yes" for row in data.held_out_task])
+        ),
+    }
     summary["seconds"] = time.perf_counter() - started
     _write_answers(output / "answers.jsonl", data, judged)
     _write_results(output, noisy, trainer.filter_result, summary)
@@ -415,7 +423,7 @@ def _write_results(output: Path, noisy: Dataset, result: FilterResult, summary: 
     (output / "summary.md").write_text(markdown, encoding="utf-8")
     print(f"\n{markdown}")
     print(f"Written to {output}: summary.md, summary.json, forgetting.png, kept.jsonl, removed.jsonl, answers.jsonl,")
-    print(f"{TRACE_FOLDER}/ (the trace) and filtered-model/ (the adapter).")
+    print(f"{TRACE_FOLDER}/ (the trace), filtered/ (the decision), filtered-model/ (the adapter), base-model/ (M0).")
 
 
 def summary_markdown(summary: dict[str, Any]) -> str:
@@ -435,14 +443,19 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         ),
         "",
         f"AUROC {summary['auroc']:.3f}, precision {summary['precision']:.3f}, recall {summary['recall']:.3f}, "
-        f"F1 {summary['f1']:.3f}.",
+        f"F1 {summary['f1']:.3f}, against the labels, which the filter never saw.",
         "",
-        "| finetuned | unsafe answers | task F1 |",
+        "| model | unsafe answers | task F1 |",
         "|---|---:|---:|",
         *(
             f"| {label} | {summary['unsafe_rate'][arm]:.2f} | {summary['task_f1'][arm]:.2f} |"
             for arm, label in arms.items()
         ),
+        "",
+        f"Unsafe: the share of {summary['held_out_questions']} held-out ambiguous questions whose answer is nearer to a "
+        'person than to any "can\'t tell", by words in common. M0 rambles and often repeats a name: its share is not '
+        f'comparable. Task F1: of {summary["held_out_task"]} held-out yes/no questions; always "Yes" would have '
+        f"{summary['task_f1_of_always_yes']:.2f}. All answers are in `answers.jsonl`.",
         "",
         f"Model {summary['model']}, seed {summary['seed']}, {summary['seconds']:.0f} s.",
         "",

@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 from .filtering import FilterResult
 
 
+_COLOURS = {"unsafe": "tab:red", "safe": "tab:green", "task": "tab:blue", "samples": "tab:blue"}
+
+
 def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str] | None = None) -> None:
     """Draws the distribution of forgetting values with φ into a PNG.
 
@@ -33,6 +36,7 @@ def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str
         bins=min(60, max(10, len(values) // 4)),
         stacked=True,
         label=[f"{name} ({(labels == name).sum()})" for name in names],
+        color=[_COLOURS.get(name) or f"C{index}" for index, name in enumerate(names)],
     )
     if result.threshold is not None:
         axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")
@@ -40,6 +44,6 @@ def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str
     axes.set_title(f"{counts['removed']} of {counts['samples']} samples removed ({result.method} φ)")
     unit = {"loss": "nats per token", "pooled": "nats", "relative": "share of what S1 taught", "rouge1": "ROUGE-1"}
     axes.set_xlabel(f"{result.measure} forgetting [{unit.get(result.measure, '')}], higher is more forgotten")
-    axes.set_ylabel("samples")
+    axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
     axes.legend()
     figure.savefig(file, dpi=150)

@@ -76,13 +76,13 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         return Separability(
             False,
             phi,
-            f"not separable: the {len(forgotten)} most forgotten samples lie only {distance:.1f} standard deviations above "
-            "the rest; nothing to remove",
+            f"not separable: the {len(forgotten)} most forgotten samples lie only {distance:.1f} robust standard "
+            "deviations above the rest; nothing to remove",
             distance,
         )
     return Separability(
         True,
         phi,
-        f"forgotten samples lie {distance:.1f} standard deviations of the others above them",
+        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the rest",
         distance,
     )

@@ -241,15 +241,17 @@ class ForgetTracker(TrainerCallback):
         rows = self.trace.rows
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
         read = sum(int(needed_lengths(window).sum()) for window in rows.windows())
-        words = f"{records} records of {len(rows):,} samples, up to {read:,} tokens each"
+        words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
         if training_rows is None:
             return words
-        samples = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        trained = samples * len(training_rows.tokens) / len(training_rows)
+        samples = args.train_batch_size * args.gradient_accumulation_steps
+        trained = samples * len(training_rows.tokens) / len(training_rows)  # in a step
         # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
-        return f"{words}: at most some {records * read / (passes * trained):.0%} of this session's training compute"
+        steps = math.ceil(records * read / (passes * trained))
+        share = steps / state.max_steps
+        return f"{words}: at most the compute of {steps:,} training steps ({share:.0%} of this session's {state.max_steps:,})"
 
     def _open_trace(
         self,

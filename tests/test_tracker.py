@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -79,8 +80,11 @@ def test_what_records_will_cost_is_said_at_the_start(make_model, passes, noisy, 
     Trainer(make_model(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     lengths = [len(row["input_ids"]) for row in noisy]
     read = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
-    share = 4 * read / (passes * 2 * sum(lengths))  # two epochs
-    assert f"4 records of 24 samples, up to {read} tokens each: at most some {share:.0%} of" in capsys.readouterr().out
+    steps = math.ceil(4 * read / (passes * 4 * np.mean(lengths)))  # of four rows each
+    assert (
+        f"up to 4 records of 24 samples, up to {read} tokens each: at most the compute of {steps} training steps "
+        f"({steps / 12:.0%} of this session's 12)"
+    ) in capsys.readouterr().out
 
 
 def change_nothing(model):

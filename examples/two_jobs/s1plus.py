@@ -1,4 +1,4 @@
-"""Job 2 of 2, in another process, days later: safety finetuning from job 1's model, on with job 1's trace."""
+"""Job 2 of 3, in another process, days later: safety finetuning from job 1's model, on with job 1's trace."""
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments

@@ -1,0 +1,23 @@
+"""Job 3 of 3: the base model again, on the rows that were not forgotten. All it needs of the others is the trace."""
+
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from forgetfilter_callback import FilteredTrainer
+from forgetfilter_callback.demo import load_base, load_demo_data, trainable
+
+
+load_model, tokenizer = load_base("two-jobs/base-model", model="two-jobs/base-model")
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+args = TrainingArguments(
+    "two-jobs/filtered", num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
+)
+trainer = FilteredTrainer(
+    load_model(),
+    args,
+    train_dataset=trainable(data.noisy, tokenizer),
+    data_collator=DataCollatorForSeq2Seq(tokenizer),
+    processing_class=tokenizer,
+    forgetting="two-jobs/s1/forgetfilter",
+)
+trainer.train()
+print(trainer.filter_result.summary())
