@@ -7,7 +7,7 @@ from .pipeline import ForgetFilter
 from .separability import Separability, separate
 from .trace import Record, Trace, TraceError
 from .tracker import ForgetTracker
-from .trainer import FilteredTrainer
+from .trainer import FilteredTrainer, filtered
 
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "TraceError",
     "decide",
     "encode_rows",
+    "filtered",
     "separate",
 ]

@@ -13,6 +13,7 @@ What cannot be one causal-language-modelling sample (packed rows, preferences, i
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,9 +100,10 @@ class EncodedRows:
     @cached_property
     def counted_offsets(self) -> np.ndarray:
         """Offsets, of shape `(samples + 1,)`, int64, of the samples in [`counted_tokens`]."""
-        lengths = np.diff(self.offsets)
-        counts = np.add.reduceat(np.append(self.counted, False), self.offsets[:-1], dtype=np.int64)
-        return np.concatenate([[0], np.cumsum(np.where(lengths > 0, counts, 0))])
+        offsets = np.zeros_like(self.offsets)
+        with_tokens = np.flatnonzero(np.diff(self.offsets))
+        offsets[with_tokens + 1] = np.add.reduceat(self.counted, self.offsets[with_tokens], dtype=np.int64)
+        return np.cumsum(offsets, out=offsets)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,6 +120,7 @@ def _encode(
     total: int,
     max_length: int | None,
     disable_tqdm: bool,
+    keep_end: bool = False,
 ) -> EncodedRows:
     if total == 0:
         raise EncodingError("The noisy set is empty: there is nothing to track. Pass the rows you finetune on.")
@@ -130,7 +133,8 @@ def _encode(
         except EncodingError as error:
             raise type(error)(f"Row {index}: {error}") from error
         if max_length is not None and len(tokens) > max_length:
-            tokens, counted = tokens[:max_length], counted[:max_length]
+            within = slice(-max_length, None) if keep_end else slice(max_length)
+            tokens, counted = tokens[within], counted[within]
             truncated += 1
         counted[:1] = False
         token_bytes, counted_bytes = tokens.tobytes(), counted.tobytes()
@@ -233,12 +237,16 @@ def encode_rows(
     processing_class: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     disable_tqdm: bool = False,
+    text_column: str = "text",
+    completion_only_loss: bool = True,
+    assistant_only_loss: bool = False,
+    keep_end: bool = False,
 ) -> EncodedRows:
-    """Encodes rows as people write them, after TRL's conventions.
+    """Encodes rows as people write them, after TRL's conventions (SFTTrainer's preparation, one row a sample).
 
-    A row holds one of: `input_ids` (with `labels`, or all tokens count), `prompt` and `completion` (strings or lists of
-    messages; the completion counts), `messages` (all tokens count), `text` (all tokens count). Strings get the EOS token
-    appended; messages go through the chat template.
+    A row holds one of: `input_ids` (with `labels` or masks, or all tokens count), `prompt` and `completion` (strings or
+    lists of messages; the completion counts), `messages` (all tokens count), `text` (all tokens count). Strings get the EOS
+    token appended; messages go through the chat template, with the row's `tools` and `chat_template_kwargs`.
 
     Args:
         rows (`Dataset` or a sequence of dicts):
@@ -249,6 +257,14 @@ def encode_rows(
             Longer rows are cut at the right and counted.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
+        text_column (`str`, defaults to `"text"`):
+            The column of plain text (SFTConfig's `dataset_text_field`).
+        completion_only_loss (`bool`, defaults to `True`):
+            Whether only the completion counts, where there is one.
+        assistant_only_loss (`bool`, defaults to `False`):
+            Whether, of messages, only the assistant's tokens count. The chat template must mark them.
+        keep_end (`bool`, defaults to `False`):
+            Whether longer rows are cut at the left instead.
 
     Raises:
         EncodingError: for an empty set, preference rows, images, an unknown form, a missing tokenizer or chat template.
@@ -257,7 +273,7 @@ def encode_rows(
     def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if "input_ids" in row:
             tokens = np.asarray(row["input_ids"], dtype=np.int32)
-            labels = np.asarray(row["labels"]) if "labels" in row else tokens
+            labels = np.asarray(row["labels"]) if "labels" in row else _masked(tokens, row, completion_only_loss)
             if "attention_mask" in row:
                 real = np.asarray(row["attention_mask"], dtype=bool)
                 tokens, labels = tokens[real], labels[real]
@@ -271,47 +287,75 @@ def encode_rows(
             )
         if "image" in row or "images" in row:
             raise EncodingError("this row holds images, which are not supported. Pass text rows.")
-        tokenize = _tokenizer(processing_class)
+        tokenize = _tokenizer(processing_class, row, assistant_only_loss)
         if "prompt" in row and "completion" in row:
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str):
                 completion = _with_eos(completion, processing_class)
-            prompt_tokens = tokenize(prompt, add_generation_prompt=True)
-            tokens = tokenize(prompt + completion)
-            counted = np.ones(len(tokens), dtype=bool)
-            counted[: common_prefix_length(prompt_tokens, tokens)] = False
+            prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
+            tokens, counted = tokenize(prompt + completion)
+            if completion_only_loss:
+                counted[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, counted
         if "messages" in row:
-            tokens = tokenize(row["messages"])
-        elif "text" in row:
-            tokens = tokenize(_with_eos(row["text"], processing_class))
-        else:
-            raise EncodingError(
-                f"columns {sorted(row)} hold no sample. Use `prompt` and `completion`, `messages`, `text`, or `input_ids`."
-            )
-        return tokens, np.ones(len(tokens), dtype=bool)
+            return tokenize(row["messages"])
+        if text_column in row:
+            return tokenize(_with_eos(row[text_column], processing_class))
+        raise EncodingError(
+            f"columns {sorted(row)} hold no sample. Use `prompt` and `completion`, `messages`, `text`, or `input_ids`."
+        )
 
     if isinstance(rows, torch.utils.data.IterableDataset):
         raise NotOneSampleARow("An IterableDataset has no fixed rows. Pass a map-style dataset or a list of rows.")
-    return _encode(rows, encode_one, len(rows), max_length, disable_tqdm)
+    return _encode(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
 
 
-def _tokenizer(processing_class: PreTrainedTokenizerBase | None) -> Callable[..., np.ndarray]:
+def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool) -> np.ndarray:
+    """Labels of a pre-tokenised row that has TRL's masks, or none."""
+    masks = ["completion_mask"] if completion_only_loss and "completion_mask" in row else []
+    masks += ["assistant_masks"] if "assistant_masks" in row else []
+    counted = np.all([np.asarray(row[mask], dtype=bool) for mask in masks], axis=0)
+    return np.where(counted, tokens, IGNORE_INDEX)
+
+
+def _tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, row: Mapping[str, Any], assistant_only_loss: bool
+) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """A function of a text or messages of `row` → token ids and which of them count."""
     if processing_class is None:
         raise EncodingError("text needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
-    def tokenize(text_or_messages: str | list[dict[str, Any]], add_generation_prompt: bool = False) -> np.ndarray:
+    def tokenize(
+        text_or_messages: str | list[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(text_or_messages, str):
-            return np.asarray(processing_class(text=text_or_messages)["input_ids"], dtype=np.int32)
+            tokens = np.asarray(processing_class(text=text_or_messages)["input_ids"], dtype=np.int32)
+            return tokens, np.ones(len(tokens), dtype=bool)
         if processing_class.chat_template is None:
             raise EncodingError(
                 "messages need a chat template, and this tokenizer has none. Set `tokenizer.chat_template`, or pass "
                 "`text` or `prompt`/`completion` strings."
             )
         encoded = processing_class.apply_chat_template(
-            text_or_messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            text_or_messages,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=assistant_only_loss and not add_generation_prompt,
+            tools=tools,
+            **row.get("chat_template_kwargs", {}),
         )
-        return np.asarray(encoded["input_ids"], dtype=np.int32)
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
+        if not assistant_only_loss or add_generation_prompt:
+            return tokens, np.ones(len(tokens), dtype=bool)
+        counted = np.asarray(encoded["assistant_masks"], dtype=bool)
+        if not counted.any():
+            raise EncodingError(
+                "no token of this row is the assistant's (`assistant_only_loss=True`): its chat template marks none. Use "
+                "one with `{% generation %}`, such as TRL's `get_training_chat_template(tokenizer)` gives."
+            )
+        return tokens, counted
 
     return tokenize
 

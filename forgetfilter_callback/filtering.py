@@ -80,7 +80,7 @@ class FilterResult:
             del account[column]
         write_json({"counts": self.counts, **account}, folder / "decision.json")
         table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
-        write_parquet(table, folder / "values.parquet")
+        write_parquet([table], folder / "values.parquet")
         (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
         if isinstance(removed_rows, Dataset):
             removed_rows.to_json(folder / "removed.jsonl", force_ascii=False)

@@ -9,6 +9,7 @@ stays the model's own business. A model whose head cannot be reached that way is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ class ScoringError(RuntimeError):
     """Scoring is not possible on this device."""
 
 
-@torch.no_grad()
 def token_losses(
     model: nn.Module,
     rows: EncodedRows,
@@ -71,24 +71,30 @@ def token_losses(
         ScoringError: if a single row does not fit into the device's memory, or is longer than the original context of a
             model with `dynamic` RoPE, which scales it by the longest row seen so far.
     """
+    return np.concatenate([*window_losses(model, rows, batch_tokens, share_prefixes, disable_tqdm, description)])
+
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module,
+    rows: EncodedRows,
+    batch_tokens: int | None = None,
+    share_prefixes: bool = True,
+    disable_tqdm: bool = False,
+    description: str = "Scoring",
+) -> Iterator[np.ndarray]:
+    """[`token_losses`], some 16,000 rows at a time (`rows.windows()`), so that nobody needs to hold them all."""
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS
-    losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
-    done = 0
     with tqdm(total=len(rows), desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
-            there = slice(done, done + int(window.counted_offsets[-1]))
-            _score(model, window, losses[there], batch_tokens, share_prefixes, bar)
-            done = there.stop
-    return losses
+            yield _score(model, window, batch_tokens, share_prefixes, bar)
 
 
-def _score(
-    model: nn.Module, rows: EncodedRows, losses: np.ndarray, batch_tokens: int, share_prefixes: bool, bar: tqdm
-) -> None:
-    """Writes the loss of each counted token of `rows` into `losses`."""
+def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm) -> np.ndarray:
     _check_rope(model, rows)
+    losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
     packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
     offsets = rows.counted_offsets
     todo = _batches(packs, rows, batch_tokens, _longrope_context(model))
@@ -113,6 +119,7 @@ def _score(
         )
         losses[places] = batch_losses
         bar.update(sum(len(pack.rows) for pack in batch))
+    return losses
 
 
 def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -106,15 +106,17 @@ class Trace:
         if cls.exists(folder):
             raise TraceError(f"{folder} holds a trace already. Go on with it, or choose another folder.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
-        offsets = pa.array(rows.offsets)
-        table = pa.table(
-            {
-                "id": rows.ids,
-                "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(rows.tokens)),
-                "counted": pa.LargeListArray.from_arrays(offsets, pa.array(rows.counted)),
-            }
+        tables = (
+            pa.table(
+                {
+                    "id": window.ids,
+                    "input_ids": pa.LargeListArray.from_arrays(pa.array(window.offsets), pa.array(window.tokens)),
+                    "counted": pa.LargeListArray.from_arrays(pa.array(window.offsets), pa.array(window.counted)),
+                }
+            )
+            for window in rows.windows()
         )
-        write_parquet(table, Path(folder) / "rows.parquet")
+        write_parquet(tables, Path(folder) / "rows.parquet")
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": rows.fingerprint,
@@ -184,26 +186,39 @@ class Trace:
     def append(
         self,
         record: Record,
-        losses: np.ndarray,
+        losses: Iterable[np.ndarray],
         completions: Sequence[str] | None = None,
         rouge1: np.ndarray | None = None,
     ) -> None:
-        """Writes one record.
+        """Writes one record, of which no more than a window is held.
 
         Args:
             record ([`Record`]):
                 Session and step.
-            losses (`np.ndarray` of shape `(counted_tokens,)`, float32):
-                Loss of each counted token, nats.
+            losses (`Iterable[np.ndarray]` of shape `(counted_tokens,)`, float32):
+                Loss of each counted token, nats, window by window as `rows.windows()` has them.
             completions (`Sequence[str]`, *optional*):
                 One greedy completion a sample.
             rouge1 (`np.ndarray` of shape `(samples,)`, *optional*):
                 ROUGE-1 of each completion.
         """
-        columns = {"loss": pa.LargeListArray.from_arrays(pa.array(self.rows.counted_offsets), pa.array(losses))}
-        if completions is not None:
-            columns |= {"completion": pa.array(completions, pa.large_string()), "rouge1": pa.array(rouge1)}
-        write_parquet(pa.table(columns), self.folder / "records" / record.file_name)
+        tables = self._record_windows(losses, completions, rouge1)
+        write_parquet(tables, self.folder / "records" / record.file_name)
+
+    def _record_windows(
+        self, losses: Iterable[np.ndarray], completions: Sequence[str] | None, rouge1: np.ndarray | None
+    ) -> Iterator[pa.Table]:
+        start = 0
+        for window, window_losses in zip(self.rows.windows(), losses, strict=True):
+            loss = pa.LargeListArray.from_arrays(pa.array(window.counted_offsets), pa.array(window_losses))
+            columns = {"loss": loss}
+            where = slice(start, start := start + len(window))
+            if completions is not None and rouge1 is not None:
+                columns |= {
+                    "completion": pa.array(completions[where], pa.large_string()),
+                    "rouge1": pa.array(rouge1[where]),
+                }
+            yield pa.table(columns)
 
     def repeat(self, record: Record, again: Record) -> None:
         """Writes `record` once more, as `again`: the model has not changed in between."""
@@ -347,10 +362,17 @@ def _replacing(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_parquet(table: pa.Table, file: Path) -> None:
-    """Writes a Parquet file atomically."""
-    with _replacing(file) as unfinished:
-        pq.write_table(table, unfinished, compression="zstd")
+def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
+    """Writes a Parquet file atomically, of a row group a table; there is at least one."""
+    rest = iter(tables)
+    first = next(rest)
+    with (
+        _replacing(file) as unfinished,
+        pq.ParquetWriter(unfinished, first.schema, compression="zstd") as writer,
+    ):
+        writer.write_table(first)
+        for table in rest:
+            writer.write_table(table)
 
 
 def write_json(content: Any, file: Path) -> None:

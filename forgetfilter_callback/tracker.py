@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest, untouched
 from .packing import needed_lengths
-from .scoring import token_losses
+from .scoring import token_losses, window_losses
 from .settling import CHECKS, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
@@ -198,9 +199,13 @@ class ForgetTracker(TrainerCallback):
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Session:
         """Says which session this is, and notes it in the trace."""
+        training_rows: EncodedRows | None
         if self._trace is None:
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
-        training_rows = self._training_rows(args, model, train_dataloader)
+            adopted = self.noisy is None and self.trace_dir is None  # from this very loader
+            training_rows = self._trace.rows if adopted else self._training_rows(args, model, train_dataloader)
+        else:
+            training_rows = self._training_rows(args, model, train_dataloader)
         session: Session = "S1+"
         shared = 0
         if training_rows is None:
@@ -250,8 +255,8 @@ class ForgetTracker(TrainerCallback):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
         steps = math.ceil(records * read / (passes * trained))
-        share = steps / state.max_steps
-        return f"{words}: at most the compute of {steps:,} training steps ({share:.0%} of this session's {state.max_steps:,})"
+        share = f"{steps / state.max_steps:.0%} of this session's {state.max_steps:,}"
+        return f"{words}: at most the compute of {steps:,} training steps ({share})"
 
     def _open_trace(
         self,
@@ -297,6 +302,18 @@ class ForgetTracker(TrainerCallback):
         train_dataloader: torch.utils.data.DataLoader,
     ) -> EncodedRows:
         max_length = _context(model, self.max_length)
+        settings = args.to_dict()
+        if self.noisy is not None and "completion_only_loss" in settings:  # TRL's SFTConfig
+            return encode_rows(
+                self.noisy,
+                processing_class,
+                min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
+                args.disable_tqdm,
+                text_column=settings["dataset_text_field"],
+                completion_only_loss=settings["completion_only_loss"] is not False,
+                assistant_only_loss=settings["assistant_only_loss"],
+                keep_end=settings["truncation_mode"] == "keep_end",
+            )
         if self.noisy is None:
             _refuse_packing(args)
             return encode_collated(
@@ -329,16 +346,14 @@ class ForgetTracker(TrainerCallback):
             names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
             logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
 
-    def _check_learnt(self, losses: np.ndarray) -> None:
-        """S1+ must start from the model that S1 made: compares its first losses with S1's, where the trace has them."""
+    def _check_learnt(self, means: np.ndarray) -> None:
+        """S1+ must start from the model that S1 made: compares its first mean losses with S1's, where the trace has them."""
         of_s1 = [record for record in self.trace.records() if record.session == "S1"]
         if len(of_s1) < 2 or of_s1[0].step != 0:
             return
         offsets = self.trace.rows.counted_offsets
-        base, learnt, here = (
-            float(np.nanmean(mean_losses(token_losses_there, offsets)))
-            for token_losses_there in (self.trace.token_losses(of_s1[0]), self.trace.token_losses(of_s1[-1]), losses)
-        )
+        of_base, of_learnt = (mean_losses(self.trace.token_losses(record), offsets) for record in (of_s1[0], of_s1[-1]))
+        base, learnt, here = (float(np.nanmean(these)) for these in (of_base, of_learnt, means))
         figures = f"mean loss of the noisy set: {base:.3f} before S1, {learnt:.3f} after it, {here:.3f} now"
         if base - learnt < LEAST_LEARNT:
             logger.warning(
@@ -381,7 +396,7 @@ class ForgetTracker(TrainerCallback):
         known = self._last_record
         if known in self.trace.records() and model_state[0] is not None and model_state == self._last_state:
             if record == Record("S1+", 0):
-                self._check_learnt(self.trace.token_losses(known))
+                self._check_learnt(mean_losses(self.trace.token_losses(known), self.trace.rows.counted_offsets))
             self.trace.repeat(known, record)
         else:
             self._take_record(record, args, model, processing_class)
@@ -397,13 +412,6 @@ class ForgetTracker(TrainerCallback):
     ) -> None:
         name = f"{record.session} step {record.step}"
         rows = self.trace.rows
-        losses = token_losses(
-            model,
-            rows,
-            self.batch_tokens,
-            disable_tqdm=args.disable_tqdm,
-            description=f"Recording {name}",
-        )
         completions, scores = None, None
         if self.rouge1:
             if processing_class is None:
@@ -419,15 +427,27 @@ class ForgetTracker(TrainerCallback):
                 description=f"Generating {name}",
             )
             scores = rouge1(completions, references)
-        diverged = int((~np.isfinite(losses)).sum())
+        losses = window_losses(
+            model, rows, self.batch_tokens, disable_tqdm=args.disable_tqdm, description=f"Recording {name}"
+        )
+        self.trace.append(record, self._looked_at(record, losses), completions, scores)
+
+    def _looked_at(self, record: Record, losses: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Passes losses on to the trace, and warns or refuses (then nothing is written) once it has seen them all."""
+        diverged = 0
+        means = []
+        for window, its_losses in zip(self.trace.rows.windows(), losses, strict=True):
+            diverged += int((~np.isfinite(its_losses)).sum())
+            means.append(mean_losses(its_losses, window.counted_offsets))
+            yield its_losses
         if diverged:
             logger.warning(
-                f"{diverged} of {len(losses)} token losses at {name} are not finite: the model diverges. Lower the "
-                "learning rate. Samples with such losses are kept."
+                f"{diverged} of {int(self.trace.rows.counted_offsets[-1])} token losses at {record.session} step "
+                f"{record.step} are not finite: the model diverges. Lower the learning rate. Samples with such losses are "
+                "kept."
             )
         if record == Record("S1+", 0):
-            self._check_learnt(losses)
-        self.trace.append(record, losses, completions, scores)
+            self._check_learnt(np.concatenate(means))
 
 
 def _context(model: PreTrainedModel, max_length: int | None) -> int | None:

@@ -37,10 +37,43 @@ MOST_DIFFERENCE = 0.1
 Forgetting = ForgetTracker | str | os.PathLike[str] | tuple[Sequence[str], Sequence[float]] | np.ndarray
 
 
-class FilteredTrainer(Trainer):
+class Filtering:
+    """What filtered trainers have in common; it knows nothing of how a trainer prepares its rows."""
+
+    removed_dataset: Any = None
+    filter_result: FilterResult | None = None
+
+    def _filter(
+        self,
+        given: Any,
+        rows: EncodedRows,
+        places: np.ndarray,
+        forgetting: Forgetting,
+        measure: Measure,
+        threshold: FilterThreshold,
+        share: float | None,
+    ) -> Any:
+        """The kept ones of the rows as given, where sample `i` of `rows` is `given[places[i]]`. Others are kept."""
+        trace = trace_of(forgetting)
+        values = _values_of(rows, forgetting, trace, measure)
+        fingerprint = trace.manifest["fingerprint"] if trace is not None else None
+        self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint)
+        removed = places[self.filter_result.removed]
+        self.removed_dataset = rows_at(given, removed)
+        logger.warning(f"{type(self).__name__}: {self.filter_result.summary()}")
+        return rows_at(given, np.setdiff1d(np.arange(len(given)), removed))
+
+    def _save_decision(self, args: TrainingArguments) -> None:
+        assert self.filter_result is not None
+        if args.should_save:
+            self.filter_result.save(Path(args.output_dir) / FILTER_FOLDER, self.removed_dataset)
+
+
+class FilteredTrainer(Filtering, Trainer):
     """A [`~transformers.Trainer`] that removes the most forgotten samples of `train_dataset` before it trains.
 
-    Without `forgetting` it is exactly a `Trainer`.
+    Without `forgetting` it is exactly a `Trainer`. For a subclass of yours: `filtered(MyTrainer)`. For TRL's SFTTrainer:
+    `forgetfilter_callback.sft.FilteredSFTTrainer`.
 
     Args:
         forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
@@ -76,35 +109,35 @@ class FilteredTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.removed_dataset: Any = None
-        self.filter_result: FilterResult | None = None
         if forgetting is None:
             return
-        trace = None
-        if isinstance(forgetting, ForgetTracker):
-            trace = forgetting.trace
-        elif isinstance(forgetting, str | os.PathLike):
-            trace = Trace.open(forgetting)
+        trace = trace_of(forgetting)
         with untouched(self.model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
             rows = encode_collated(loader.dataset, loader.collate_fn, max_length, self.args.disable_tqdm)
-        values = _values_of(rows, forgetting, trace, measure)
-        self.filter_result = decide(
-            rows.ids, values, measure, threshold, share, trace.manifest["fingerprint"] if trace is not None else None
-        )
         given: Any = self.train_dataset  # type: ignore[has-type] # set by Trainer
-        removed = np.flatnonzero(self.filter_result.removed)
-        kept = np.flatnonzero(~self.filter_result.removed)
-        self.removed_dataset = _rows_at(given, removed)
-        self.train_dataset = _rows_at(given, kept)
-        logger.warning(f"FilteredTrainer: {self.filter_result.summary()}")
-        if self.args.should_save:
-            self.filter_result.save(Path(self.args.output_dir) / FILTER_FOLDER, self.removed_dataset)
-        self.add_callback(_BaseModelCheck(trace))
+        self.train_dataset = self._filter(given, rows, np.arange(len(rows)), forgetting, measure, threshold, share)
+        self._save_decision(self.args)
+        self.add_callback(BaseModelCheck(trace))
 
 
-class _BaseModelCheck(TrainerCallback):
+def filtered(trainer_class: type[Trainer]) -> type[Trainer]:
+    """[`FilteredTrainer`] for another subclass of `Trainer`: `filtered(MyTrainer)(..., forgetting=tracker)`.
+
+    The class must train on the rows that it is given, one sample a row.
+    """
+    return type(f"Filtered{trainer_class.__name__}", (FilteredTrainer, trainer_class), {})
+
+
+def trace_of(forgetting: Forgetting) -> Trace | None:
+    """The trace, where `forgetting` has one."""
+    if isinstance(forgetting, ForgetTracker):
+        return forgetting.trace
+    return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
+
+
+class BaseModelCheck(TrainerCallback):
     """Refuses to train a model that is not the M0 of the trace: training and `get_peft_model` change models in place."""
 
     def __init__(self, trace: Trace | None):
@@ -167,5 +200,6 @@ def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, m
     return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False)
 
 
-def _rows_at(dataset: Any, indices: np.ndarray) -> Any:
+def rows_at(dataset: Any, indices: np.ndarray) -> Any:
+    """Some rows of a dataset, as given."""
     return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices.tolist())

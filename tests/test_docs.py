@@ -37,5 +37,7 @@ def test_the_python_snippets_parse_and_import_what_exists():
 
 
 def test_files_that_the_readme_links_to_exist():
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)}
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        file, _, heading = link.partition("#")
+        assert (ROOT / file).exists() and (not heading or heading in headings), link

@@ -25,7 +25,7 @@ from transformers import (
 
 import forgetfilter_callback.tracker
 from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow, Record, Trace, TraceError
-from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback.scoring import window_losses
 
 
 def reference_means(model, rows) -> np.ndarray:
@@ -129,9 +129,9 @@ def test_a_record_already_known_is_not_taken_again(change, taken, noisy, safety,
 
     def counting(*args, **kwargs):
         recordings.append(kwargs["description"])
-        return token_losses(*args, **kwargs)
+        return window_losses(*args, **kwargs)
 
-    monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", counting)
+    monkeypatch.setattr(forgetfilter_callback.tracker, "window_losses", counting)
     model, tracker = tiny_lora(), ForgetTracker()
     Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     change(model)
@@ -291,15 +291,16 @@ from conftest import random_rows, tiny_llama
 from forgetfilter_callback import ForgetTracker, trace
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from pyarrow import parquet
-write, count = parquet.write_table, 0
-def killed_half_way(table, file, **kwargs):
-    global count
-    count += "record" in str(file)
-    write(table, file, **kwargs)
-    if count == 3:
-        os.truncate(file, os.path.getsize(file) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-trace.pq.write_table = killed_half_way
+count = 0
+class KilledHalfWay(parquet.ParquetWriter):
+    def close(self):
+        global count
+        super().close()
+        count += "record" in str(self.where)
+        if count == 3:
+            os.truncate(self.where, os.path.getsize(self.where) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+trace.pq.ParquetWriter = KilledHalfWay
 def collate(rows):
     import torch
     (row,) = rows
@@ -621,9 +622,7 @@ def test_s1plus_ends_when_the_ranking_has_settled(
     tracker = ForgetTracker(noisy, stop_early=True)
     checks = iter(rankings)
 
-    def made_up(model, rows, *args, description="", **kwargs):
-        if description:  # a record
-            return token_losses(model, rows, *args, description=description, **kwargs)
+    def made_up(model, rows, *args, **kwargs):
         ranking = settled_ranking(next(checks))
         return np.repeat(ranking, np.diff(rows.counted_offsets)).astype(np.float32)
 

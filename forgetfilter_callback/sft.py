@@ -1,0 +1,82 @@
+"""[`FilteredSFTTrainer`]: the same for TRL's SFTTrainer, which tokenises, cuts, shuffles and packs its rows itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from .encoding import EncodingError, encode_rows
+from .filtering import FilterThreshold
+from .forgetting import DEFAULT_MEASURE, Measure
+from .trainer import BaseModelCheck, Filtering, Forgetting, trace_of
+
+
+# The place of a row as given, carried along while the trainer prepares it.
+_PLACE = "forgetfilter_place"
+
+
+class FilteredSFTTrainer(Filtering, SFTTrainer):
+    """A [`~trl.SFTTrainer`] that removes the most forgotten rows of `train_dataset` before it prepares and packs the rest.
+
+    Without `forgetting` it is exactly an `SFTTrainer`. Rows that SFTTrainer itself drops (nothing of them counts) have no
+    forgetting value and stay with the kept ones.
+
+    Args:
+        forgetting, measure, threshold, share:
+            As in [`FilteredTrainer`].
+
+    Attributes:
+        removed_dataset, filter_result:
+            As in [`FilteredTrainer`].
+
+    Raises:
+        ValueError: as [`FilteredTrainer`].
+        EncodingError: for an `IterableDataset`, whose rows cannot be told apart.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        forgetting: Forgetting | None = None,
+        measure: Measure = DEFAULT_MEASURE,
+        threshold: FilterThreshold = "auto",
+        share: float | None = None,
+        **kwargs: Any,
+    ):
+        self._filter_arguments = (forgetting, measure, threshold, share)
+        super().__init__(*args, **kwargs)
+        if forgetting is not None:
+            self._save_decision(self.args)
+            self.add_callback(BaseModelCheck(trace_of(forgetting)))
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        forgetting, measure, threshold, share = self._filter_arguments
+        if forgetting is not None and dataset_name == "train":
+            if not isinstance(dataset, Dataset):
+                raise EncodingError("FilteredSFTTrainer needs a map-style `Dataset`: rows of a stream have no ids.")
+            in_order = copy.copy(args)
+            in_order.shuffle_dataset = False
+            prepared = super()._prepare_dataset(
+                dataset.add_column(_PLACE, np.arange(len(dataset))),
+                processing_class,
+                in_order,
+                False,
+                formatting_func,
+                dataset_name,
+            )
+            rows = encode_rows(prepared.select_columns(["input_ids", "labels"]), disable_tqdm=args.disable_tqdm)
+            places = np.asarray(prepared[_PLACE])
+            dataset = self._filter(dataset, rows, places, forgetting, measure, threshold, share)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
