@@ -153,11 +153,14 @@ def _encode(
 
 def _sample_ids(digests: np.ndarray) -> pa.StringArray:
     """Each digest with the number of times it stood before: `…-0`, and `…-1` for a row's first duplicate."""
-    _, kind = np.unique(digests.view(f"S{_DIGEST_BYTES}"), return_inverse=True)
-    alike_together = np.argsort(kind, kind="stable")
-    begins = np.flatnonzero(np.diff(kind[alike_together], prepend=-1))
-    occurrence = np.empty_like(kind)
-    occurrence[alike_together] = np.arange(len(kind)) - np.repeat(begins, np.diff(begins, append=len(kind)))
+    order = np.argsort(digests.view(f"S{_DIGEST_BYTES}"), kind="stable")
+    # Places in that order whose digest is that of the place before; few, in most sets.
+    windows = ((start, digests[order[start : start + WINDOW + 1]]) for start in range(0, len(digests), WINDOW))
+    repeats = np.concatenate([np.flatnonzero(some[1:] == some[:-1]) + start + 1 for start, some in windows])
+    begins = np.flatnonzero(np.diff(repeats, prepend=-1) != 1)
+    occurrence = np.zeros(len(digests), np.int32)
+    occurrence[order[repeats]] = 1 + np.arange(len(repeats)) - np.repeat(begins, np.diff(begins, append=len(repeats)))
+    del order
     return pa.concat_arrays(
         pa.array(
             [
