@@ -241,7 +241,7 @@ def encode_rows(
     max_length: int | None = None,
     disable_tqdm: bool = False,
     text_column: str = "text",
-    completion_only_loss: bool = True,
+    completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     keep_end: bool = False,
 ) -> EncodedRows:
@@ -262,8 +262,9 @@ def encode_rows(
             Whether to hide the progress bar.
         text_column (`str`, defaults to `"text"`):
             The column of plain text (SFTConfig's `dataset_text_field`).
-        completion_only_loss (`bool`, defaults to `True`):
-            Whether only the completion counts, where there is one.
+        completion_only_loss (`bool`, *optional*):
+            Whether only the completion counts. By default it does in `prompt`/`completion` rows; the `completion_mask` of
+            rows of `input_ids` is heeded only if this is `True`.
         assistant_only_loss (`bool`, defaults to `False`):
             Whether, of messages, only the assistant's tokens count. The chat template must mark them.
         keep_end (`bool`, defaults to `False`):
@@ -297,7 +298,7 @@ def encode_rows(
                 completion = _with_eos(completion, processing_class)
             prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
             tokens, counted = tokenize(prompt + completion)
-            if completion_only_loss:
+            if completion_only_loss is not False:
                 counted[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, counted
         if "messages" in row:
@@ -313,7 +314,7 @@ def encode_rows(
     return _encode(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
 
 
-def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool) -> np.ndarray:
+def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray:
     """Labels of a pre-tokenised row that has TRL's masks, or none."""
     masks = ["completion_mask"] if completion_only_loss and "completion_mask" in row else []
     masks += ["assistant_masks"] if "assistant_masks" in row else []

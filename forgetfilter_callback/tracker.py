@@ -310,7 +310,7 @@ class ForgetTracker(TrainerCallback):
                 min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
                 args.disable_tqdm,
                 text_column=settings["dataset_text_field"],
-                completion_only_loss=settings["completion_only_loss"] is not False,
+                completion_only_loss=settings["completion_only_loss"],
                 assistant_only_loss=settings["assistant_only_loss"],
                 keep_end=settings["truncation_mode"] == "keep_end",
             )

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_llama
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -51,6 +52,7 @@ CASES = {
         "tokens", "masked tokens",
     )},
     "another column": ("body", {"dataset_text_field": "body"}),
+    "a mask that is heeded": ("masked tokens", {"completion_only_loss": True}),
     "prompts count too": ("prompt and completion", {"completion_only_loss": False}),
     "prompts of messages count too": ("prompt and completion messages", {"completion_only_loss": False}),
     "the assistant only": ("messages", {"assistant_only_loss": True}),
@@ -214,8 +216,12 @@ def test_without_forgetting_it_is_an_sft_trainer(config, chat_tokenizer):
 
 
 def test_another_model_than_the_base_is_refused(tracker, config, chat_tokenizer):
+    another = tiny_llama()
+    with torch.no_grad():
+        for parameter in another.parameters():
+            parameter.mul_(3)
     trainer = FilteredSFTTrainer(
-        tiny_llama(seed=5), config(), train_dataset=rows_of("prompt and completion"), processing_class=chat_tokenizer,
+        another, config(), train_dataset=rows_of("prompt and completion"), processing_class=chat_tokenizer,
         forgetting=tracker, share=0.2,
     )  # fmt: skip
     with pytest.raises(ValueError, match="not the base model"):
