@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .encoding import EncodedRows
 from .packing import Layout, Pack, lay_out, needed_lengths, plan_packs, split_pack
+from .processes import gathered, share_of
 
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
@@ -83,13 +84,28 @@ def window_losses(
     disable_tqdm: bool = False,
     description: str = "Scoring",
 ) -> Iterator[np.ndarray]:
-    """[`token_losses`], some 16,000 rows at a time (`rows.windows()`), so that nobody needs to hold them all."""
+    """[`token_losses`], some 16,000 rows at a time (`rows.windows()`), so that nobody needs to hold them all.
+
+    In a run of several processes each scores a share of every window, and all of them get all losses: they must go through
+    this together, with the same weights.
+    """
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS
-    with tqdm(total=len(rows), desc=description, disable=disable_tqdm, leave=False) as bar:
+    total = sum(len(share_of(len(window))) for window in rows.windows())
+    with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
-            yield _score(model, window, batch_tokens, share_prefixes, bar)
+            mine: np.ndarray | ScoringError
+            try:
+                mine = _score(model, window.select(share_of(len(window))), batch_tokens, share_prefixes, bar)
+            except ScoringError as error:
+                mine = error  # the others must hear of it, they would wait for ever
+            losses = []
+            for its in gathered(mine):
+                if isinstance(its, ScoringError):
+                    raise its
+                losses.append(its)
+            yield np.concatenate(losses)
 
 
 def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm) -> np.ndarray:
@@ -127,7 +143,7 @@ def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if not _takes_own_positions(model) or config._attn_implementation not in ("sdpa", "eager"):
         return False
-    longest = int(needed_lengths(rows).max())
+    longest = int(needed_lengths(rows).max(initial=0))
     # Our mask would stand in for a sliding window.
     window = config.to_dict().get("sliding_window")
     return (window is None or longest <= window) and longest <= _longrope_context(model)

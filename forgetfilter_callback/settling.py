@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.stats import spearmanr
 
 from .encoding import EncodedRows
 from .forgetting import mean_losses
+from .processes import main_process_does
 from .trace import Record, Trace, write_json
 
 
@@ -53,6 +55,6 @@ class Settling:
         if self._checks:
             correlation = float(spearmanr(self._checks[-1]["forgetting"], forgetting, nan_policy="omit").statistic)
         self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
-        write_json(self._checks, self._file)
+        main_process_does(partial(write_json, self._checks, self._file))
         last = [check["spearman"] for check in self._checks[-SETTLED_CHECKS:]]
         return len(last) == SETTLED_CHECKS and all(value is not None and value >= SETTLED_AT for value in last)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,15 +30,18 @@ from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest, untouched
 from .packing import needed_lengths
+from .processes import gathered, main_process_does, share_of
 from .scoring import token_losses, window_losses
 from .settling import CHECKS, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # says things once, on the main process
 
 # A session is S1 if it trains on at least this share of the noisy set.
 _SHARE_OF_S1 = 0.5
+# Every process has all weights there; elsewhere a forward pass of one process alone would be wrong, or wait for ever.
+_WHOLE_WEIGHTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
 _MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 
@@ -83,7 +89,7 @@ class ForgetTracker(TrainerCallback):
         EncodingError: if the rows are no causal-language-modelling samples, or the set is empty.
         NotOneSampleARow: without `noisy`, if the training set is packed or streamed.
         TraceError: if the trace in the folder is of other data, or the sessions do not fit together.
-        NotImplementedError: in a run of several processes.
+        NotImplementedError: where weights are sharded over processes (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -132,10 +138,10 @@ class ForgetTracker(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.world_size > 1:
+        if AcceleratorState().distributed_type not in _WHOLE_WEIGHTS:
             raise NotImplementedError(
-                f"ForgetTracker does not record in a run of {args.world_size} processes yet. Train on one process, or "
-                "without the tracker."
+                f"ForgetTracker does not record where weights are sharded ({AcceleratorState().distributed_type}). Train "
+                "with DDP or on one process, or without the tracker."
             )
         model, processing_class = kwargs["model"], kwargs["processing_class"]
         # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
@@ -146,7 +152,7 @@ class ForgetTracker(TrainerCallback):
             session = again or self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
             self._drop_stale_records(session, state.global_step if goes_on else -1)
             ended = state.global_step >= state.max_steps
-            if not goes_on or (ended and Record(session, state.global_step) not in self.trace.records()):
+            if not goes_on or (ended and Record(session, state.global_step) not in self._records()):
                 self._record(session, args, state, model, processing_class)
         if self.stop_early and session == "S1+":
             self._settling = Settling(self.trace, state.global_step)
@@ -234,8 +240,8 @@ class ForgetTracker(TrainerCallback):
                 f"{shared} of the {len(training_rows)} rows of the safety set are in the noisy set too. They are "
                 "trained on twice and cannot be forgotten; take them out of the safety set."
             )
-        self._trace.begin_session(session, args.output_dir, state.max_steps)
-        if not args.disable_tqdm:
+        main_process_does(partial(self._trace.begin_session, session, args.output_dir, state.max_steps))
+        if not _quiet(args):
             print(f"ForgetTracker: {self._cost(args, state, model, training_rows)}")
         return session
 
@@ -249,7 +255,7 @@ class ForgetTracker(TrainerCallback):
         words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
         if training_rows is None:
             return words
-        samples = args.train_batch_size * args.gradient_accumulation_steps
+        samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         trained = samples * len(training_rows.tokens) / len(training_rows)  # in a step
         # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -280,9 +286,17 @@ class ForgetTracker(TrainerCallback):
                 f"{uncounted} of {len(rows)} samples have no counted token, so they have no loss: their forgetting is "
                 "NaN and they are kept. Look at their labels and at max_length."
             )
-        if not Trace.exists(folder):
-            tokenizer = processing_class.name_or_path if processing_class is not None else None
-            return Trace.create(folder, rows, model.config.name_or_path, tokenizer, _context(model, self.max_length))
+        tokenizer = processing_class.name_or_path if processing_class is not None else None
+
+        def create_or_find() -> dict[str, Any] | None:
+            if Trace.exists(folder):
+                return None
+            context = _context(model, self.max_length)
+            return Trace.create(folder, rows, model.config.name_or_path, tokenizer, context).manifest
+
+        manifest = main_process_does(create_or_find)
+        if manifest is not None:
+            return Trace(folder, rows, manifest)
         trace = Trace.open(folder)
         if trace.rows.fingerprint != rows.fingerprint:
             found = _found(rows.ids, trace.rows.ids)
@@ -308,7 +322,7 @@ class ForgetTracker(TrainerCallback):
                 self.noisy,
                 processing_class,
                 min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
-                args.disable_tqdm,
+                _quiet(args),
                 text_column=settings["dataset_text_field"],
                 completion_only_loss=settings["completion_only_loss"],
                 assistant_only_loss=settings["assistant_only_loss"],
@@ -317,13 +331,13 @@ class ForgetTracker(TrainerCallback):
         if self.noisy is None:
             _refuse_packing(args)
             return encode_collated(
-                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm
+                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=_quiet(args)
             )
         if len(self.noisy) and "input_ids" in self.noisy[0]:
             # Which tokens count is the collator's business, so the one of this trainer is asked.
             columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in self.noisy]
-            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=args.disable_tqdm)
-        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=args.disable_tqdm)
+            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=_quiet(args))
+        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=_quiet(args))
 
     def _training_rows(
         self, args: TrainingArguments, model: PreTrainedModel, train_dataloader: torch.utils.data.DataLoader
@@ -335,13 +349,13 @@ class ForgetTracker(TrainerCallback):
                 train_dataloader.dataset,
                 train_dataloader.collate_fn,
                 _context(model, self.max_length),
-                disable_tqdm=args.disable_tqdm,
+                disable_tqdm=_quiet(args),
             )
         except NotOneSampleARow:
             return None
 
     def _drop_stale_records(self, session: Session, step: int) -> None:
-        dropped = self.trace.drop_after(session, step)
+        dropped = main_process_does(partial(self.trace.drop_after, session, step))
         if dropped:
             names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
             logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
@@ -393,15 +407,22 @@ class ForgetTracker(TrainerCallback):
         """Takes one record, or repeats the last one if nothing has changed; the caller holds the model [`untouched`]."""
         record = Record(session, state.global_step)
         model_state = (model_digest(model), args.bf16, args.fp16, args.tf32)
+        unchanged = model_state[0] is not None and model_state == self._last_state
         known = self._last_record
-        if known in self.trace.records() and model_state[0] is not None and model_state == self._last_state:
-            if record == Record("S1+", 0):
-                self._check_learnt(mean_losses(self.trace.token_losses(known), self.trace.rows.counted_offsets))
-            self.trace.repeat(known, record)
+        if all(gathered(unchanged)) and known is not None and known in self._records():
+            main_process_does(partial(self._repeat, known, record))
         else:
             self._take_record(record, args, model, processing_class)
         self._last_record, self._last_state = record, model_state
         self._recorded_step = state.global_step
+
+    def _records(self) -> list[Record]:
+        return main_process_does(self.trace.records)
+
+    def _repeat(self, known: Record, record: Record) -> None:
+        if record == Record("S1+", 0):
+            self._check_learnt(mean_losses(self.trace.token_losses(known), self.trace.rows.counted_offsets))
+        self.trace.repeat(known, record)
 
     def _take_record(
         self,
@@ -418,19 +439,21 @@ class ForgetTracker(TrainerCallback):
                 raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
             prompts, references = split_prompts(rows, processing_class)
             longest = int(np.diff(rows.counted_offsets).max())
-            completions = greedy_completions(
+            mine = greedy_completions(
                 model,
                 processing_class,
-                prompts,
+                [prompts[index] for index in share_of(len(prompts))],
                 self.max_new_tokens if self.max_new_tokens is not None else longest,
-                disable_tqdm=args.disable_tqdm,
+                disable_tqdm=_quiet(args),
                 description=f"Generating {name}",
             )
+            completions = [text for texts in gathered(mine) for text in texts]
             scores = rouge1(completions, references)
         losses = window_losses(
-            model, rows, self.batch_tokens, disable_tqdm=args.disable_tqdm, description=f"Recording {name}"
+            model, rows, self.batch_tokens, disable_tqdm=_quiet(args), description=f"Recording {name}"
         )
-        self.trace.append(record, self._looked_at(record, losses), completions, scores)
+        looked_at = self._looked_at(record, losses)
+        main_process_does(partial(self.trace.append, record, looked_at, completions, scores), meanwhile=losses)
 
     def _looked_at(self, record: Record, losses: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Passes losses on to the trace, and warns or refuses (then nothing is written) once it has seen them all."""
@@ -448,6 +471,10 @@ class ForgetTracker(TrainerCallback):
             )
         if record == Record("S1+", 0):
             self._check_learnt(np.concatenate(means))
+
+
+def _quiet(args: TrainingArguments) -> bool:
+    return args.disable_tqdm or args.process_index > 0
 
 
 def _context(model: PreTrainedModel, max_length: int | None) -> int | None:

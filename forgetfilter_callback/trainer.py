@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,7 +24,7 @@ from .trace import Trace
 from .tracker import ForgetTracker
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # says things once, on the main process
 
 FILTER_FOLDER = "forgetfilter-decision"
 # Rows without a forgetting value are kept; more than this share of them means that the rows are not those of the trace.

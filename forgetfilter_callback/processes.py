@@ -1,0 +1,63 @@
+"""Several processes (torch.distributed): who does what, and that all of them learn of a failure instead of waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+
+T = TypeVar("T")
+
+
+def process() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) unless a process group has been set up."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share_of(count: int) -> np.ndarray:
+    """Which of `count` things are this process's: a stretch of them, since neighbours may have much in common."""
+    rank, size = process()
+    return np.array_split(np.arange(count), size)[rank]
+
+
+def gathered(mine: T) -> list[T]:
+    """What every process has, in their order, on all of them."""
+    _, size = process()
+    if size == 1:
+        return [mine]
+    everything: list[T] = [mine] * size
+    dist.all_gather_object(everything, mine)
+    return everything
+
+
+def main_process_does(action: Callable[[], T], meanwhile: Iterable[object] = ()) -> T:
+    """Runs `action` on the main process only; its result, or its exception, reaches all of them.
+
+    Args:
+        action (`Callable`):
+            What to do; it may draw from `meanwhile`.
+        meanwhile (`Iterable`, *optional*):
+            An iterator that all processes have to exhaust together, as its values are gathered from all.
+    """
+    rank, size = process()
+    result: T | None = None
+    error: Exception | None = None
+    if rank == 0:
+        try:
+            result = action()
+        except Exception as raised:
+            if size == 1:
+                raise
+            error = raised
+    for _ in meanwhile:
+        pass
+    if size > 1:
+        outcome = [(result, error)]
+        dist.broadcast_object_list(outcome, src=0)
+        ((result, error),) = outcome
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value] # it is what `action` gave
