@@ -23,7 +23,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
 
     Restored are the training mode of every module, its buffers and plain numbers (dynamic RoPE replaces its buffers when
-    it sees long rows), and the generators of Python, NumPy and torch (CPU and the model's device).
+    it sees long rows), which parameters are trained (PEFT changes that where adapters are switched off and on), and the
+    generators of Python, NumPy and torch (CPU and the model's device).
     """
     modules = list(model.modules())
     buffers = [dict(module._buffers) for module in modules]
@@ -31,6 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     numbers = [
         {k: v for k, v in vars(module).items() if isinstance(v, int | float | torch.Tensor)} for module in modules
     ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     try:
@@ -41,6 +43,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, module_buffers, module_numbers in zip(modules, buffers, numbers, strict=True):
             module._buffers.update(module_buffers)
             vars(module).update(module_numbers)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

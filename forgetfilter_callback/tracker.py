@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +32,7 @@ from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest, untouched
 from .packing import needed_lengths
 from .processes import gathered, main_process_does, share_of
+from .reporting import Reporting, summarize_record
 from .scoring import token_losses, window_losses
 from .settling import CHECKS, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
@@ -42,6 +44,8 @@ logger = get_logger(__name__)  # says things once, on the main process
 _SHARE_OF_S1 = 0.5
 # Every process has all weights there; elsewhere a forward pass of one process alone would be wrong, or wait for ever.
 _WHOLE_WEIGHTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Nats per token: adapters that change losses by less than this on the average are new.
+LEAST_ADAPTED = 0.01
 # Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
 _MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 
@@ -80,6 +84,8 @@ class ForgetTracker(TrainerCallback):
             Longer rows are cut at the right; by default at the model's context.
         batch_tokens (`int`, *optional*):
             Padded tokens in a scoring batch; by default 2048 on a CPU, 16384 elsewhere.
+        audit_column (`str`, *optional*):
+            A column of `noisy` that is true for unsafe rows, to log AUROC and F1 by. It decides nothing.
 
     Attributes:
         trace ([`Trace`]):
@@ -103,7 +109,13 @@ class ForgetTracker(TrainerCallback):
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        audit_column: str | None = None,
     ):
+        if audit_column is not None and (noisy is None or audit_column not in noisy[0]):
+            raise ValueError(
+                f"audit_column={audit_column!r} names a column of the rows given to the tracker: "
+                f"{'none are given' if noisy is None else sorted(noisy[0])}."
+            )
         if record_steps is not None and (record_steps <= 0 or (record_steps > 1 and record_steps != int(record_steps))):
             raise ValueError(f"record_steps={record_steps} is neither a number of steps nor a share below 1.")
         self.noisy = noisy
@@ -114,11 +126,13 @@ class ForgetTracker(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self.max_length = max_length
         self.batch_tokens = batch_tokens
+        self.audit_column = audit_column
         self._trace: Trace | None = None
         self._session: Session | None = None  # the running one, None between sessions
         self._running_args: TrainingArguments | None = None
         self._ended: list[Session] = []
         self._settling: Settling | None = None
+        self._reporting: Reporting | None = None
         self._recorded_step = -1
         self._last_record: Record | None = None
         self._last_state: tuple[object, ...] = ()  # what that record's losses depended on
@@ -148,12 +162,17 @@ class ForgetTracker(TrainerCallback):
         again = self._session if self._session is not None and self._running_args is args else None
         goes_on = state.global_step > 0 or again is not None
         self._session = None  # until all below has gone well
+        if again is None:
+            self._reporting = Reporting(args)
+            self._reporting.begin(state, control, model)
         with untouched(model):
             session = again or self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
             self._drop_stale_records(session, state.global_step if goes_on else -1)
             ended = state.global_step >= state.max_steps
             if not goes_on or (ended and Record(session, state.global_step) not in self._records()):
-                self._record(session, args, state, model, processing_class)
+                self._record(session, args, state, control, model, processing_class)
+                if session == "S1+" and isinstance(model, PeftModel) and Record("S1", 0) not in self._records():
+                    self._record_base(args, model)
         if self.stop_early and session == "S1+":
             self._settling = Settling(self.trace, state.global_step)
         self._session, self._running_args = session, args
@@ -168,7 +187,7 @@ class ForgetTracker(TrainerCallback):
                 )
                 control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
-            self._record_running(args, state, **kwargs)
+            self._record_running(args, state, control, **kwargs)
 
     # Another callback may stop the training after `on_step_end`: at the end of an epoch, or at an evaluation, which a
     # checkpoint follows if the best one is to be loaded. At `on_train_end` it would be too late then: the weights are those
@@ -178,21 +197,23 @@ class ForgetTracker(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_training_stop and self._recorded_step != state.global_step:
-            self._record_running(args, state, **kwargs)
+            self._record_running(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_training_stop and self._recorded_step != state.global_step:
-            self._record_running(args, state, **kwargs)
+            self._record_running(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         stopped_early = self._recorded_step != state.global_step and state.global_step < state.max_steps
         if stopped_early and not args.load_best_model_at_end:
-            self._record_running(args, state, **kwargs)
+            self._record_running(args, state, control, **kwargs)
         if self._session is not None:
             self._ended.append(self._session)
-        self._session = self._settling = None
+        if self._reporting is not None:
+            self._reporting.end(state, control)
+        self._session = self._settling = self._reporting = None
 
     # ---- sessions ----
 
@@ -391,16 +412,19 @@ class ForgetTracker(TrainerCallback):
         assert self.record_steps is not None
         return int(self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps))
 
-    def _record_running(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+    def _record_running(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._session is not None:
             with untouched(kwargs["model"]):
-                self._record(self._session, args, state, kwargs["model"], kwargs["processing_class"])
+                self._record(self._session, args, state, control, kwargs["model"], kwargs["processing_class"])
 
     def _record(
         self,
         session: Session,
         args: TrainingArguments,
         state: TrainerState,
+        control: TrainerControl,
         model: PreTrainedModel,
         processing_class: PreTrainedTokenizerBase | None,
     ) -> None:
@@ -415,6 +439,27 @@ class ForgetTracker(TrainerCallback):
             self._take_record(record, args, model, processing_class)
         self._last_record, self._last_state = record, model_state
         self._recorded_step = state.global_step
+        if self._reporting is not None:
+            unsafe = None
+            if self.audit_column is not None:
+                unsafe = np.array([bool(row[self.audit_column]) for row in self.noisy])
+            figures = main_process_does(partial(summarize_record, self.trace, record, unsafe))
+            self._reporting.log(figures, state, control)
+
+    def _record_base(self, args: TrainingArguments, model: PeftModel) -> None:
+        """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
+
+        Adapters that change nothing yet are new, upon a model that has learnt the noisy set otherwise: then there is no M0.
+        """
+        with model.disable_adapter():
+            losses = list(window_losses(model, self.trace.rows, self.batch_tokens, disable_tqdm=_quiet(args)))
+
+        def append() -> None:
+            learnt = self.trace.token_losses(Record("S1+", 0))
+            if np.nanmean(np.abs(np.concatenate(losses) - learnt)) > LEAST_ADAPTED:
+                self.trace.append(Record("S1", 0), losses)
+
+        main_process_does(append)
 
     def _records(self) -> list[Record]:
         return main_process_does(self.trace.records)

@@ -1,0 +1,74 @@
+"""What a record says, in a few figures, for `state.log_history` and the reporters in `args.report_to`."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import f1_score, roc_auc_score
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from .forgetting import mean_losses
+from .separability import separate
+from .trace import Record, Trace
+
+
+def summarize_record(trace: Trace, record: Record, unsafe: np.ndarray | None = None) -> dict[str, float]:
+    """Figures of one record.
+
+    Args:
+        trace ([`Trace`]):
+            Which holds it.
+        record ([`Record`]):
+            Which.
+        unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
+            Audit labels. They judge forgetting and play no part in it.
+
+    Returns:
+        `dict[str, float]`: `forgetfilter/loss`, the mean of the samples' mean losses (nats per token); past the first record
+        of S1+ also the mean `forgetfilter/forgetting` (`loss`), `forgetfilter/separability` (see [`Separability`]'s
+        `distance`; left out where one side is empty), `forgetfilter/share_above_threshold` at the automatic φ, and with
+        labels `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
+    """
+    means = mean_losses(trace.token_losses(record), trace.rows.counted_offsets)
+    figures = {"forgetfilter/loss": float(np.nanmean(means))}
+    if record.session != "S1+" or record.step == 0:
+        return figures
+    values = trace.forgetting("loss", record.step)
+    known = np.isfinite(values)
+    separability = separate(values[known], "loss")
+    above = values[known] > separability.threshold
+    figures["forgetfilter/forgetting"] = float(values[known].mean())
+    figures["forgetfilter/share_above_threshold"] = float(above.mean())
+    if separability.distance is not None:
+        figures["forgetfilter/separability"] = separability.distance
+    if unsafe is not None and 0 < unsafe[known].sum() < known.sum():
+        figures["forgetfilter/auroc"] = float(roc_auc_score(unsafe[known], values[known]))
+        figures["forgetfilter/f1"] = float(f1_score(unsafe[known], above & separability.separable))
+    return figures
+
+
+class Reporting:
+    """Logs figures without `trainer.log`, which a callback cannot reach and which would swallow the trainer's next line.
+
+    The reporters in `args.report_to` are callbacks that have run before ours, so it feeds instances of its own: where a
+    reporter has a run of the process (W&B, MLflow, …) they join it, TensorBoard gets another event file.
+    """
+
+    def __init__(self, args: TrainingArguments):
+        self._args = args
+        self._reporters: list[TrainerCallback] = [
+            make() for make in get_reporting_integration_callbacks(args.report_to)
+        ]
+
+    def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
+        for reporter in self._reporters:
+            reporter.on_train_begin(self._args, state, control, model=model)
+
+    def log(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        state.log_history.append({**figures, "epoch": state.epoch, "step": state.global_step})
+        for reporter in self._reporters:
+            reporter.on_log(self._args, state, control, logs=figures)
+
+    def end(self, state: TrainerState, control: TrainerControl) -> None:
+        for reporter in self._reporters:
+            reporter.on_train_end(self._args, state, control)

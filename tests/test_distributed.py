@@ -1,0 +1,133 @@
+"""Two processes (`accelerate launch`, DDP on the CPU): the same values as one process, and training untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, tiny_llama
+from test_tracker import reference_means
+
+from forgetfilter_callback import Record, Trace
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import numpy as np, torch
+from conftest import random_rows, tiny_llama
+from forgetfilter_callback import FilteredTrainer, ForgetTracker
+from transformers import Trainer, TrainingArguments
+
+output, tracked, rows = Path(sys.argv[1]), sys.argv[2] != "untracked", int(sys.argv[3])
+
+def collate(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    pad = lambda name, value: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+    return {{"input_ids": pad("input_ids", 1), "labels": pad("labels", -100)}}
+
+def args(folder):
+    return TrainingArguments(str(output / folder), num_train_epochs=2, per_device_train_batch_size=2, use_cpu=True,
+                             learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+
+model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=sys.argv[2] == "stopping")
+noisy, safety = random_rows(rows, seed=1), random_rows(12, seed=2)
+logs = []
+for folder, dataset in (("s1", noisy), ("s1plus", safety)):
+    trainer = Trainer(model, args(folder), train_dataset=dataset, data_collator=collate,
+                      callbacks=[tracker] if tracked else [])
+    trainer.train()
+    logs += [
+        {{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
+        for log in trainer.state.log_history if "forgetfilter/loss" not in log
+    ]
+    if trainer.args.process_index == 0:
+        torch.save(model.state_dict(), output / f"{{folder}}.pt")
+generators = (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
+removed = None
+if tracked:
+    filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
+                               forgetting=tracker, share=0.3)
+    filtered.train()
+    removed = np.flatnonzero(filtered.filter_result.removed).tolist()
+(output / f"rank-{{trainer.args.process_index}}.json").write_text(json.dumps([logs, removed, generators]))
+"""
+
+
+def launch(folder: Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), str(folder), *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+def weights(file: Path) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    process = launch(folder, "tracked", 17)  # an odd number: shares of 9 and 8
+    assert process.returncode == 0, process.stderr[-4000:]
+    return folder
+
+
+def test_values_are_those_of_one_process(tracked):
+    trace, noisy = Trace.open(tracked / "s1" / "forgetfilter"), random_rows(17, seed=1)
+    model = tiny_llama()
+    expected = {Record("S1", 0): reference_means(model, noisy)}
+    for folder, last, next_first in (("s1", Record("S1", 10), Record("S1+", 0)), ("s1plus", Record("S1+", 6), None)):
+        model.load_state_dict(weights(tracked / f"{folder}.pt"))
+        expected[last] = expected[next_first] = reference_means(model, noisy)
+    records = trace.records()
+    assert len(records) == 10
+    for record in expected.keys() & set(records):
+        np.testing.assert_allclose(trace.losses()[records.index(record)], expected[record], rtol=1e-5)
+
+
+def test_all_processes_decide_alike(tracked):
+    decisions = [json.loads((tracked / f"rank-{rank}.json").read_text())[1] for rank in range(2)]
+    values = Trace.open(tracked / "s1" / "forgetfilter").forgetting()
+    assert decisions[0] == decisions[1] == np.sort(np.argsort(values)[-5:]).tolist()
+
+
+def test_training_is_untouched_on_every_process(tracked, tmp_path):
+    process = launch(tmp_path / "plain", "untracked", 17)
+    assert process.returncode == 0, process.stderr[-4000:]
+    for rank in range(2):
+        plain, with_tracker = (
+            json.loads((folder / f"rank-{rank}.json").read_text()) for folder in (tmp_path / "plain", tracked)
+        )
+        assert plain[0] == with_tracker[0] and len(plain[0]) > 16
+        assert plain[2] == with_tracker[2]
+    for session in ("s1", "s1plus"):
+        plain_weights, tracked_weights = (weights(folder / f"{session}.pt") for folder in (tmp_path / "plain", tracked))
+        for name, value in plain_weights.items():
+            np.testing.assert_array_equal(value.numpy(), tracked_weights[name].numpy())
+
+
+def test_a_process_without_a_row(tmp_path):
+    process = launch(tmp_path / "three", "stopping", 2, processes=3)
+    assert process.returncode == 0, process.stderr[-4000:]
+    trace = Trace.open(tmp_path / "three" / "s1" / "forgetfilter")
+    np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(2, seed=1)), rtol=1e-5)
+
+
+def test_a_failure_of_the_main_process_ends_all(tmp_path):
+    (tmp_path / "full" / "s1").mkdir(parents=True)
+    (tmp_path / "full" / "s1" / "forgetfilter").write_text("a file where the trace's folder should be")
+    process = launch(tmp_path / "full", "tracked", 6)
+    assert (process.returncode != 0 and "FileExistsError" in process.stderr) or "NotADirectoryError" in process.stderr

@@ -1,0 +1,119 @@
+"""PEFT: every adapter's losses are those of one row at a time, training is untouched, the base model is the adapter off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_tracker import reference_means
+from transformers import Trainer
+
+from forgetfilter_callback import FilteredTrainer, ForgetTracker, Record
+
+
+CONFIGS = {
+    "LoRA": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "DoRA": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True, task_type="CAUSAL_LM"),
+    "LoRA with a saved module": LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    ),
+    "IA3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+def adapted(config):
+    torch.manual_seed(0)
+    return get_peft_model(tiny_llama(), config)
+
+
+def train(model, args, rows, collator, *callbacks):
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=list(callbacks))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_and_training_with_an_adapter(name, noisy, safety, make_args, collator):
+    plain, model = adapted(CONFIGS[name]), adapted(CONFIGS[name])
+    base = reference_means(tiny_llama(), noisy)
+    tracker, learnt = ForgetTracker(), None
+    for folder, rows in (("s1", noisy), ("s1plus", safety)):
+        train(plain, make_args(f"{folder}-plain", learning_rate=0.1), rows, collator)
+        train(model, make_args(folder, learning_rate=0.1), rows, collator, tracker)
+        learnt = reference_means(model.eval(), noisy) if learnt is None else learnt
+    expected = [tracker.trace.losses()[0], learnt, learnt, reference_means(model.eval(), noisy)]
+    np.testing.assert_allclose(tracker.trace.losses(), expected, rtol=1e-5)
+    assert np.abs(learnt - base).mean() > 0.02
+    for (key, one), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad == other.requires_grad, key
+
+
+def test_the_base_model_is_the_adapter_off(noisy, safety, make_args, collator):
+    """A tracker that was not there in S1 has relative forgetting and the check of M0 all the same."""
+    model = adapted(CONFIGS["LoRA"])
+    train(model, make_args("s1", learning_rate=0.1), noisy, collator)
+    untracked = adapted(CONFIGS["LoRA"])
+    untracked.load_state_dict(model.state_dict())
+    tracker = ForgetTracker(noisy)
+    train(model, make_args("s1plus"), safety, collator, tracker)
+    train(untracked, make_args("s1plus-untracked"), safety, collator)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untracked.parameters(), strict=True))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in untracked.parameters()]
+    assert tracker.trace.records() == [Record("S1", 0), Record("S1+", 0), Record("S1+", 6)]
+    base = reference_means(tiny_llama(), noisy)
+    np.testing.assert_allclose(tracker.trace.losses()[0], base, rtol=1e-5)
+    assert np.isfinite(tracker.trace.forgetting("relative")).all()
+    trainer = FilteredTrainer(
+        model, make_args("trap"), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.2
+    )
+    with pytest.raises(ValueError, match="not the base model"):
+        trainer.train()
+
+
+def test_a_new_adapter_upon_what_was_learnt_is_no_base_model(noisy, safety, make_args, collator):
+    """S1's adapter is merged, and S1+ trains another: with that one off, the model is M1."""
+    model = adapted(CONFIGS["LoRA"])
+    train(model, make_args("s1", learning_rate=0.1), noisy, collator)
+    merged = get_peft_model(model.merge_and_unload(), CONFIGS["LoRA"])
+    tracker = ForgetTracker(noisy)
+    train(merged, make_args("s1plus"), safety, collator, tracker)
+    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 6)]
+
+
+def test_an_adapter_stacked_upon_that_of_s1(noisy, safety, make_args, collator):
+    """S1's adapter is kept, frozen and active, and S1+ trains a second one: with both off, the model is M0."""
+
+    def stacked():
+        model = adapted(CONFIGS["LoRA"])
+        train(model, make_args("s1", learning_rate=0.1), noisy, collator)
+        torch.manual_seed(1)
+        model.add_adapter("safety", CONFIGS["LoRA"])
+        model.base_model.set_adapter(["default", "safety"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("safety" in name)
+        return model
+
+    model, untracked, tracker = stacked(), stacked(), ForgetTracker(noisy)
+    learnt = reference_means(model.eval(), noisy)
+    train(model, make_args("s1plus"), safety, collator, tracker)
+    train(untracked, make_args("s1plus-untracked"), safety, collator)
+    base = reference_means(tiny_llama(), noisy)
+    np.testing.assert_allclose(tracker.trace.losses()[:2], [base, learnt], rtol=1e-5)
+    for (key, one), (_, other) in zip(model.named_parameters(), untracked.named_parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad == other.requires_grad, key
+
+
+def test_merged_adapters_between_sessions(noisy, safety, make_args, collator):
+    model, tracker = adapted(CONFIGS["LoRA"]), ForgetTracker()
+    train(model, make_args("s1", learning_rate=0.1), noisy, collator, tracker)
+    merged = get_peft_model(model.merge_and_unload(), CONFIGS["LoRA"])
+    learnt = reference_means(merged.eval(), noisy)
+    train(merged, make_args("s1plus"), safety, collator, tracker)
+    np.testing.assert_allclose(tracker.trace.losses()[2], learnt, rtol=1e-5)
+    np.testing.assert_allclose(tracker.trace.losses()[1], learnt, rtol=1e-4)

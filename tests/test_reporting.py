@@ -1,0 +1,71 @@
+"""What a record says goes into the trainer's log and to the reporters, and no line of the trainer's own is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_rows, tiny_llama
+from sklearn.metrics import f1_score, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer
+
+from forgetfilter_callback import ForgetTracker, decide
+
+
+@pytest.fixture
+def noisy():
+    rows = random_rows(24, seed=1)
+    return rows.add_column("unsafe", [index % 3 == 0 for index in range(len(rows))])
+
+
+def train_both(noisy, safety, make_args, collator, tracker, **overrides):
+    model, histories = tiny_llama(), []
+    for folder, rows in (("s1", noisy), ("s1plus", safety)):
+        args = make_args(folder, **overrides)
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[tracker])
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    return histories
+
+
+def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy, record_steps=3, audit_column="unsafe")
+    own = [
+        [entry for entry in history if "forgetfilter/loss" in entry]
+        for history in train_both(noisy, safety, make_args, collator, tracker)
+    ]
+    losses, records = tracker.trace.losses(), tracker.trace.records()
+    assert [entry["step"] for entry in own[0] + own[1]] == [record.step for record in records]
+    np.testing.assert_allclose([entry["forgetfilter/loss"] for entry in own[0] + own[1]], losses.mean(1))
+    assert set(own[1][0]) == {"forgetfilter/loss", "epoch", "step"}
+
+    unsafe, last = np.array(noisy["unsafe"]), own[1][-1]
+    values = tracker.trace.forgetting()
+    result = decide(tracker.trace.rows.ids, values, "loss")
+    assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
+    assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > np.log(2)).mean())
+    assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
+    assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
+
+
+def test_tensorboard_has_them_and_all_lines_of_the_trainer(noisy, safety, make_args, collator, tmp_path):
+    histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="tensorboard")
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted((tmp_path / "s1plus").rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            seen.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    expected = [(entry["step"], entry["forgetfilter/loss"]) for entry in histories[1] if "forgetfilter/loss" in entry]
+    assert [tag for tag in seen if "forgetfilter" in tag] != []
+    (tag,) = (tag for tag in seen if tag.endswith("forgetfilter/loss"))
+    assert [step for step, _ in seen[tag]] == [step for step, _ in expected] == [0, 6]
+    np.testing.assert_allclose([value for _, value in seen[tag]], [value for _, value in expected], rtol=1e-5)
+    assert len(seen["train/loss"]) == sum("loss" in entry for entry in histories[1]) == 6
+
+
+def test_an_audit_column_that_is_not_there(noisy):
+    with pytest.raises(ValueError, match="audit_column"):
+        ForgetTracker(noisy, audit_column="toxic")
+    with pytest.raises(ValueError, match="none are given"):
+        ForgetTracker(audit_column="unsafe")
