@@ -13,25 +13,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ROW = 4096
-_OWN_ATTRIBUTES = set(vars(nn.Module()))
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
 
-    Restored are the training mode of every module, its buffers and plain numbers (dynamic RoPE replaces its buffers when
-    it sees long rows), which parameters are trained (PEFT changes that where adapters are switched off and on), and the
-    generators of Python, NumPy and torch (CPU and the model's device).
+    Restored are the attributes of every module (its training mode among them), the contents of its buffers (dynamic RoPE
+    replaces them when it sees long rows, LongRoPE overwrites them), which parameters are trained (PEFT changes that where
+    adapters are switched off and on), and the generators of Python, NumPy and torch (CPU and the model's device).
     """
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    # `training` is one of the plain numbers
-    numbers = [
-        {k: v for k, v in vars(module).items() if isinstance(v, int | float | torch.Tensor)} for module in modules
-    ]
+    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    contents = [(buffer, buffer.clone()) for buffer in model.buffers()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
@@ -40,9 +34,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module, module_buffers, module_numbers in zip(modules, buffers, numbers, strict=True):
-            module._buffers.update(module_buffers)
-            vars(module).update(module_numbers)
+        for module, attributes, buffers in modules:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, content in contents:
+                buffer.copy_(content)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         random.setstate(python_state)
@@ -53,29 +53,33 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def model_digest(model: nn.Module) -> str | None:
     """A hash of what the losses of `model` depend on: weights, buffers, settings, which adapters are active.
 
-    It reads every weight once. Two models that differ in one bit have different digests but by a chance of some 2⁻⁶⁴.
+    It reads every byte of the weights, so it costs about as much as saving them.
 
     Returns:
-        `str`, or `None` where weights cannot be read as plain tensors (offloaded, sharded, some quantised ones).
+        `str`, or `None` where something else may change losses (hooks, a `forward` that has been wrapped, as under
+        autocast) or where weights cannot be read as plain tensors (offloaded, sharded, some quantised ones).
     """
     config: PreTrainedConfig = model.config
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{config.to_json_string()} {config._attn_implementation}".encode())
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    digest.update(f"{config.to_json_string()} {config._attn_implementation} {allow_tf32}".encode())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, module in model.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if key not in _OWN_ATTRIBUTES and isinstance(value, int | float | str | list | tuple | dict)
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        settings = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+        tensors += [(f"{name}.{key}", value) for key, value in settings.items() if isinstance(value, torch.Tensor)]
+        plain = {
+            key: repr(value)
+            for key, value in sorted(settings.items())
+            if isinstance(value, int | float | str | list | tuple | dict)
         }
-        digest.update(f"{name} {type(module)} {sorted(settings.items(), key=lambda item: item[0])}".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta or tensor.is_complex():
+        if any("tensor(" in value for value in plain.values()):
+            return None
+        digest.update(f"{name} {type(module)} {plain}".encode())
+    for name, tensor in tensors:
+        if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta:
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
-        whole = len(bits) // _ROW * _ROW
-        rows = bits[:whole].view(-1, _ROW)
-        # Sums of rows and of columns, on the tensor's device: a change of places shows too.
-        for sums in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), bits[whole:].to(torch.int64)):
-            digest.update(sums.cpu().numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -111,7 +111,8 @@ def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray, longest: in
     packs: list[Pack] = []
     members: list[int] = []
     shared_counts: list[int] = []
-    used = 0
+    counted = np.diff(rows.counted_offsets)
+    used = predictions = 0
 
     def finish() -> None:
         if members:
@@ -122,16 +123,24 @@ def _share(rows: EncodedRows, needed: np.ndarray, order: np.ndarray, longest: in
         tokens = rows.tokens[rows.offsets[row] : rows.offsets[row] + needed[row]]
         shared = common_prefix_length(before, tokens)
         new = len(tokens) - shared
-        if shared and used + new <= longest and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
+        fits = used + new <= longest and predictions + counted[row] <= most_predictions(longest)
+        if shared and fits and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
             used += new
         else:
             finish()
             members, shared_counts, used, shared = [], [], len(tokens), 0
+            predictions = 0
+        predictions += counted[row]
         members.append(row)
         shared_counts.append(shared)
         before = tokens
     finish()
     return packs
+
+
+def most_predictions(batch_tokens: int) -> int:
+    """How many counted tokens a batch of so many tokens may have: their logits are the largest tensors of a pass."""
+    return batch_tokens // 4
 
 
 def _cost(length: int) -> float:

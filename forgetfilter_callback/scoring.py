@@ -17,9 +17,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
 from .encoding import EncodedRows
-from .packing import Layout, Pack, lay_out, needed_lengths, plan_packs, split_pack
+from .packing import Layout, Pack, lay_out, most_predictions, needed_lengths, plan_packs, split_pack
 from .processes import gathered, share_of
 
 
@@ -72,7 +73,8 @@ def token_losses(
         ScoringError: if a single row does not fit into the device's memory, or is longer than the original context of a
             model with `dynamic` RoPE, which scales it by the longest row seen so far.
     """
-    return np.concatenate([*window_losses(model, rows, batch_tokens, share_prefixes, disable_tqdm, description)])
+    none = np.zeros(0, np.float32)  # of no rows
+    return np.concatenate([none, *window_losses(model, rows, batch_tokens, share_prefixes, disable_tqdm, description)])
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixe
 
 def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
     """Whether all layers of `model` take an attention mask and positions of our own making, for rows as long as these."""
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config: PreTrainedConfig = model.config
     if not _takes_own_positions(model) or config._attn_implementation not in ("sdpa", "eager"):
         return False
     longest = int(needed_lengths(rows).max(initial=0))
@@ -150,15 +152,20 @@ def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
 
 
 def _takes_own_positions(model: nn.Module) -> bool:
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False  # virtual tokens before the row
-    return model.config.get_text_config().model_type in _OWN_POSITIONS  # type: ignore[union-attr, operator]
+    if isinstance(model, PeftModel):
+        adapters = [model.peft_config[name] for name in model.active_adapters]
+        # Virtual tokens before the row; adapters that are switched on by the first invocation in a sequence.
+        if any(each.is_prompt_learning or each.to_dict().get("alora_invocation_tokens") for each in adapters):
+            return False
+    # Not the text config's type: a model around it (vision) makes masks of its own.
+    config: PreTrainedConfig = model.config
+    return config.model_type in _OWN_POSITIONS
 
 
 def _is_padding_free(model: nn.Module) -> bool:
     """Whether rows may stand one after another without padding: flash attention tells them apart by their positions."""
-    implementation = model.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
-    return implementation.startswith("flash_attention") and _takes_own_positions(model)
+    config: PreTrainedConfig = model.config
+    return config._attn_implementation.startswith("flash_attention") and _takes_own_positions(model)
 
 
 def _rope(model: nn.Module, rope_type: str) -> list[dict[str, Any]]:
@@ -170,17 +177,27 @@ def _rope(model: nn.Module, rope_type: str) -> list[dict[str, Any]]:
 
 def _longrope_context(model: nn.Module) -> float:
     """The length beyond which LongRoPE scales *all* rows of a batch otherwise; infinite for other models."""
-    return min((each["original_max_position_embeddings"] for each in _rope(model, "longrope")), default=math.inf)
+    contexts = (each["original_max_position_embeddings"] for each in _rope(model, "longrope"))
+    return min(contexts, default=math.inf) - _virtual_tokens(model)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many tokens prompt-learning adapters put before a row."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    return model.active_peft_config.num_virtual_tokens
 
 
 def _check_rope(model: nn.Module, rows: EncodedRows) -> None:
     if not _rope(model, "dynamic"):
         return
-    context = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
-    too_long = int((needed_lengths(rows) > context).sum())
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    context = config.max_position_embeddings - _virtual_tokens(model)
+    # At the very context, what the model has seen before still matters.
+    too_long = int((needed_lengths(rows) >= context).sum())
     if too_long:
         raise ScoringError(
-            f"{too_long} rows are longer than the {context} tokens beyond which this model's dynamic RoPE scales a row by "
+            f"{too_long} rows reach the {context} tokens beyond which this model's dynamic RoPE scales a row by "
             "the longest one seen so far, so they have no loss of their own. Set `max_length` to that."
         )
 
@@ -190,9 +207,8 @@ def _batches(
 ) -> list[list[Pack]]:
     """Packs of like length together, the longest batch last.
 
-    A batch has up to `batch_tokens` padded tokens, and counted ones up to a quarter of that: their logits over the
-    vocabulary are the largest tensors of the pass. Once it is a quarter full, it takes no pack that would be padded by an
-    eighth. No batch has packs on both sides of `longrope_context`.
+    A batch has up to `batch_tokens` padded tokens, and counted ones up to [`most_predictions`]. Once it is a quarter full,
+    it takes no pack that would be padded by an eighth. No batch has packs on both sides of `longrope_context`.
     """
     counted = np.diff(rows.counted_offsets)
     batches: list[list[Pack]] = []
@@ -202,7 +218,7 @@ def _batches(
         if (
             not batches
             or width * (len(batches[-1]) + 1) > batch_tokens
-            or predictions + its_predictions > batch_tokens // 4
+            or predictions + its_predictions > most_predictions(batch_tokens)
             or (width * len(batches[-1]) > batch_tokens // 4 and pack.length < 7 / 8 * width)
             or pack.length <= longrope_context < width
         ):

@@ -17,8 +17,11 @@ from .trace import Record, Trace, write_json
 
 # So many samples are followed, and the checks are spread evenly over the session: most of what can be saved is saved.
 FOLLOWED_SAMPLES, CHECKS = 128, 20
-# Settled: at two checks running, Spearman's correlation with the check before was at least this.
-SETTLED_AT, SETTLED_CHECKS = 0.95, 2
+# Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
+# forgetting had at least this standard deviation (nats per token): where little has moved yet, neighbours agree too.
+SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.1
+# With fewer samples a correlation says nothing.
+LEAST_SAMPLES = 20
 
 
 class Settling:
@@ -52,8 +55,9 @@ class Settling:
         """Notes the losses of the counted tokens of `rows` at `step`. Returns whether the ranking has settled."""
         forgetting = mean_losses(losses, self.rows.counted_offsets) - self._before
         correlation = None
-        if self._checks:
-            correlation = float(spearmanr(self._checks[-1]["forgetting"], forgetting, nan_policy="omit").statistic)
+        earlier = [check for check in self._checks if check["step"] <= step / 2]
+        if earlier and len(forgetting) >= LEAST_SAMPLES and np.nanstd(forgetting) >= LEAST_SPREAD:
+            correlation = float(spearmanr(earlier[-1]["forgetting"], forgetting, nan_policy="omit").statistic)
         self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
         main_process_does(partial(write_json, self._checks, self._file))
         last = [check["spearman"] for check in self._checks[-SETTLED_CHECKS:]]

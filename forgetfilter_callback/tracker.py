@@ -34,7 +34,7 @@ from .packing import needed_lengths
 from .processes import gathered, main_process_does, share_of
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses, window_losses
-from .settling import CHECKS, Settling
+from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
@@ -135,7 +135,7 @@ class ForgetTracker(TrainerCallback):
         self._reporting: Reporting | None = None
         self._recorded_step = -1
         self._last_record: Record | None = None
-        self._last_state: tuple[object, ...] = ()  # what that record's losses depended on
+        self._last_digest: str | None = None  # of the model at that record
 
     @property
     def trace(self) -> Trace:
@@ -161,7 +161,8 @@ class ForgetTracker(TrainerCallback):
         # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
         again = self._session if self._session is not None and self._running_args is args else None
         goes_on = state.global_step > 0 or again is not None
-        self._session = None  # until all below has gone well
+        self._session = self._settling = None  # until all below has gone well
+        self._recorded_step = -1
         if again is None:
             self._reporting = Reporting(args)
             self._reporting.begin(state, control, model)
@@ -174,14 +175,17 @@ class ForgetTracker(TrainerCallback):
                 if session == "S1+" and isinstance(model, PeftModel) and Record("S1", 0) not in self._records():
                     self._record_base(args, model)
         if self.stop_early and session == "S1+":
-            self._settling = Settling(self.trace, state.global_step)
+            if Record("S1+", 0) in self._records():
+                self._settling = Settling(self.trace, state.global_step)
+            else:
+                logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
         self._session, self._running_args = session, args
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._settling is not None and state.global_step % math.ceil(state.max_steps / CHECKS) == 0:
+        if self._settling is not None and self._is_to_check(args, state):
             with untouched(kwargs["model"]):
                 losses = token_losses(kwargs["model"], self._settling.rows, self.batch_tokens, disable_tqdm=True)
-            if self._settling.check(state.global_step, losses) and state.global_step < state.max_steps:
+            if self._settling.check(state.global_step, losses):
                 logger.warning(
                     f"S1+ ends at step {state.global_step} of {state.max_steps}: the ranking of forgetting has settled."
                 )
@@ -274,6 +278,10 @@ class ForgetTracker(TrainerCallback):
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
         read = sum(int(needed_lengths(window).sum()) for window in rows.windows())
         words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
+        tokens = records * read
+        if self.stop_early:
+            words += f", and up to {CHECKS} checks of {min(FOLLOWED_SAMPLES, len(rows))} samples"
+            tokens += CHECKS * math.ceil(read * min(FOLLOWED_SAMPLES / len(rows), 1))
         if training_rows is None:
             return words
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -281,7 +289,7 @@ class ForgetTracker(TrainerCallback):
         # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
-        steps = math.ceil(records * read / (passes * trained))
+        steps = math.ceil(tokens / (passes * trained))
         share = f"{steps / state.max_steps:.0%} of this session's {state.max_steps:,}"
         return f"{words}: at most the compute of {steps:,} training steps ({share})"
 
@@ -403,6 +411,11 @@ class ForgetTracker(TrainerCallback):
 
     # ---- records ----
 
+    def _is_to_check(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the ranking is looked at: now and then, once the learning rate has warmed up, and not at the very end."""
+        within = args.get_warmup_steps(state.max_steps) < state.global_step < state.max_steps
+        return within and state.global_step % math.ceil(state.max_steps / CHECKS) == 0
+
     def _is_due(self, state: TrainerState) -> bool:
         if self.record_steps is None:
             return False
@@ -430,14 +443,15 @@ class ForgetTracker(TrainerCallback):
     ) -> None:
         """Takes one record, or repeats the last one if nothing has changed; the caller holds the model [`untouched`]."""
         record = Record(session, state.global_step)
-        model_state = (model_digest(model), args.bf16, args.fp16, args.tf32)
-        unchanged = model_state[0] is not None and model_state == self._last_state
+        ends = state.global_step >= state.max_steps or control.should_training_stop
+        digest = model_digest(model) if state.global_step == 0 or ends else None
+        unchanged = digest is not None and digest == self._last_digest
         known = self._last_record
         if all(gathered(unchanged)) and known is not None and known in self._records():
             main_process_does(partial(self._repeat, known, record))
         else:
             self._take_record(record, args, model, processing_class)
-        self._last_record, self._last_state = record, model_state
+        self._last_record, self._last_digest = record, digest
         self._recorded_step = state.global_step
         if self._reporting is not None:
             unsafe = None
@@ -538,8 +552,11 @@ def _found(ids: pa.StringArray, others: pa.StringArray) -> int:
 
 def _rows_of_the_same_text(rows: EncodedRows, others: EncodedRows) -> int:
     """How many of `rows` have the tokens of one of the `others`, whichever of them count."""
-    texts = {others.sample(index)[0].tobytes() for index in range(len(others))}
-    return sum(rows.sample(index)[0].tobytes() in texts for index in range(len(rows)))
+
+    def hashes(some: EncodedRows) -> np.ndarray:
+        return np.fromiter((hash(some.sample(index)[0].tobytes()) for index in range(len(some))), np.int64, len(some))
+
+    return int(np.isin(hashes(rows), hashes(others)).sum())
 
 
 def _refuse_packing(args: TrainingArguments) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import random_rows, tiny_llama
 from test_tracker import reference_means
+from transformers import Trainer
 
-from forgetfilter_callback import Record, Trace
+from forgetfilter_callback import ForgetTracker, Record, Trace
 
 
 SCRIPT = """
@@ -57,6 +60,8 @@ if tracked:
                                forgetting=tracker, share=0.3)
     filtered.train()
     removed = np.flatnonzero(filtered.filter_result.removed).tolist()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # a process that only exits is sometimes aborted by torch
 (output / f"rank-{{trainer.args.process_index}}.json").write_text(json.dumps([logs, removed, generators]))
 """
 
@@ -65,7 +70,7 @@ def launch(folder: Path, *arguments: object, processes: int = 2) -> subprocess.C
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -131,3 +136,13 @@ def test_a_failure_of_the_main_process_ends_all(tmp_path):
     (tmp_path / "full" / "s1" / "forgetfilter").write_text("a file where the trace's folder should be")
     process = launch(tmp_path / "full", "tracked", 6)
     assert (process.returncode != 0 and "FileExistsError" in process.stderr) or "NotADirectoryError" in process.stderr
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_weights_are_refused(kind, noisy, make_args, collator, monkeypatch):
+    trainer = Trainer(
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[ForgetTracker()]
+    )
+    monkeypatch.setattr(AcceleratorState(), "distributed_type", kind)
+    with pytest.raises(NotImplementedError, match="sharded"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, random_rows, tiny_llama, tiny_lora
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -144,7 +144,15 @@ SHARING = [
     gpt2,
     eager,
 ]
-NOT_SHARING = [prompt_tuned, soft_capped, sliding_window, alibi, state_space, local_layers]
+
+
+def activated_lora():
+    """It looks for its invocation once a sequence, so once a pack."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM")
+    return get_peft_model(tiny_llama(), config).eval()
+
+
+NOT_SHARING = [activated_lora, prompt_tuned, soft_capped, sliding_window, alibi, state_space, local_layers]
 
 
 @pytest.mark.parametrize("make_rows", [random_rows, rows_that_begin_alike], ids=lambda f: f.__name__)
@@ -168,7 +176,7 @@ def test_prefixes_are_shared_where_the_model_can(make_model, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counting_forward)
-    losses = token_losses(model, encode_rows(rows), batch_tokens=64, disable_tqdm=True)
+    losses = token_losses(model, encode_rows(rows), batch_tokens=256, disable_tqdm=True)
     assert read < 0.6 * sum(len(row["input_ids"]) for row in rows)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
 
@@ -235,12 +243,50 @@ def test_longrope_scales_each_row_by_its_own_length():
     np.testing.assert_allclose(losses, np.array(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_virtual_tokens_count_where_longrope_changes():
+    model = get_peft_model(longrope(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    rows = encode_rows(random_rows(30))
+    alone = token_losses(model, rows, batch_tokens=1, disable_tqdm=True)
+    np.testing.assert_allclose(token_losses(model, rows, disable_tqdm=True), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_untouched_restores_longrope_which_overwrites_its_buffers():
+    model = longrope()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    attributes = set(vars(model.model.rotary_emb))
+    with untouched(model):
+        model(input_ids=torch.arange(5, 45)[None])
+        assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert set(vars(model.model.rotary_emb)) == attributes
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_logits_of_a_batch_stay_within_their_bound(share_prefixes, monkeypatch):
+    rng = np.random.default_rng(0)
+    start = rng.integers(5, VOCABULARY, 20).tolist()
+    rows = []
+    for _ in range(60):
+        tokens = start + rng.integers(5, VOCABULARY, 8).tolist()
+        rows.append({"input_ids": tokens, "labels": [-100] * 20 + tokens[20:]})
+    model, sizes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    token_losses(model, encode_rows(rows), batch_tokens=256, share_prefixes=share_prefixes, disable_tqdm=True)
+    assert sum(sizes) > 400 and max(sizes) <= 64
+
+
+def test_no_rows_have_no_losses():
+    rows = encode_rows(random_rows(3)).select([])
+    assert token_losses(tiny_llama(), rows, disable_tqdm=True).shape == (0,)
+
+
 def test_dynamic_rope_beyond_its_context_is_refused():
     model = tiny_llama(
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=16
     )
     token_losses(model, encode_rows(random_rows(9, longest=17)), disable_tqdm=True)
-    with pytest.raises(ScoringError, match=r"rows are longer than the 16 tokens .* dynamic RoPE"):
+    with pytest.raises(ScoringError, match=r"rows reach the 16 tokens .* dynamic RoPE"):
         token_losses(model, encode_rows(random_rows(9, longest=30)), disable_tqdm=True)
 
 

@@ -108,6 +108,20 @@ def switch_the_adapter_off(model):
     model.base_model.disable_adapter_layers()
 
 
+def hook_a_layer(model):
+    model.base_model.model.model.layers[0].register_forward_hook(lambda module, args, output: 1.1 * output)
+
+
+def change_a_tensor_that_is_no_buffer(model):
+    model.steering = torch.ones(3)
+
+
+def swap_rows_of_equal_sums(model):
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.weight.data
+    weight[:] = 8 * torch.eye(*weight.shape)
+    weight[[0, 9]] = weight[[9, 0]]
+
+
 def change_the_attention(model):
     model.config._attn_implementation = "eager"
 
@@ -118,6 +132,9 @@ def change_the_attention(model):
         (change_nothing, 3),
         (change_one_bit, 4),
         (swap_two_rows, 4),
+        (hook_a_layer, 4),
+        (change_a_tensor_that_is_no_buffer, 4),
+        (swap_rows_of_equal_sums, 4),
         (scale_the_adapter, 4),
         (switch_the_adapter_off, 4),
         (change_the_attention, 4),
@@ -603,29 +620,30 @@ def test_traces_that_cannot_be_read(tmp_path, noisy, make_args, collator):
         Trace.open(folder)
 
 
-def settled_ranking(seed: int) -> np.ndarray:
+def ranking(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(24).astype(float)
 
 
 @pytest.mark.parametrize(
-    ("rankings", "ends_at"),
+    ("seeds", "spread", "ends_at"),
     [
-        ([0, 1, 1, 1, 2, 2], 4),  # the third and the fourth agree with the one before
-        ([0, 0, 1, 1, 2, 2, 2, 3], 7),
-        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], None),
+        ([0, 1, 1, 1, 1, 1, 1], 1.0, 5),  # steps 4 and 5 agree with step 2, at half as many steps
+        ([0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 2], 1.0, 11),  # neighbours agree long before
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 1.0, None),
+        ([1] * 11, 0.001, None),  # always the same, but next to nothing has been forgotten
     ],
 )
 def test_s1plus_ends_when_the_ranking_has_settled(
-    rankings, ends_at, noisy, safety, make_args, collator, monkeypatch, caplog
+    seeds, spread, ends_at, noisy, safety, make_args, collator, monkeypatch, caplog
 ):
     """The losses at each check are made up; the rest is the trainer's."""
     model = tiny_llama()
     tracker = ForgetTracker(noisy, stop_early=True)
-    checks = iter(rankings)
+    checks = iter(seeds)
 
     def made_up(model, rows, *args, **kwargs):
-        ranking = settled_ranking(next(checks))
-        return np.repeat(ranking, np.diff(rows.counted_offsets)).astype(np.float32)
+        values = spread * ranking(next(checks))
+        return np.repeat(values, np.diff(rows.counted_offsets)).astype(np.float32)
 
     monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", made_up)
     monkeypatch.setattr(forgetfilter_callback.settling.Settling, "__init__", before_is_zero)
@@ -641,6 +659,48 @@ def test_s1plus_ends_when_the_ranking_has_settled(
 def before_is_zero(self, trace, step, __init__=forgetfilter_callback.settling.Settling.__init__):
     __init__(self, trace, step)
     self._before[:] = 0
+
+
+def test_no_check_before_the_learning_rate_has_warmed_up(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy, stop_early=True)
+    args = make_args(max_steps=12, warmup_steps=7)
+    Trainer(tiny_llama(), args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    checks = json.loads((tracker.trace.folder / "settling.json").read_text())
+    assert [check["step"] for check in checks] == [8, 9, 10, 11]
+
+
+def test_the_samples_that_are_followed_depend_on_their_ids_only(make_args, collator):
+    rows = random_rows(150, seed=4)
+    followed = []
+    for order in (np.arange(150), np.random.default_rng(0).permutation(150)):
+        tracker = ForgetTracker(rows.select(order), trace_dir=make_args(f"order-{order[0]}").output_dir)
+        args = make_args(max_steps=1)
+        Trainer(tiny_llama(), args, train_dataset=random_rows(4), data_collator=collator, callbacks=[tracker]).train()
+        settling = forgetfilter_callback.settling.Settling(tracker.trace, 0)
+        followed.append(set(settling.rows.ids.to_pylist()))
+        expected = reference_means(tiny_llama(), rows)
+        place = {sample: index for index, sample in enumerate(forgetfilter_callback.encode_rows(rows).ids.to_pylist())}
+        np.testing.assert_allclose(
+            settling._before, [expected[place[sample]] for sample in settling.rows.ids.to_pylist()], rtol=1e-5
+        )
+    assert len(followed[0]) == 128 and followed[0] == followed[1]
+
+
+def test_an_interrupted_safety_session_does_not_end_the_next_session(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy, stop_early=True, trace_dir=make_args("t").output_dir)
+
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(
+            tiny_llama(), make_args(), train_dataset=safety, data_collator=collator, callbacks=[tracker, Interrupted()]
+        ).train()
+    args = make_args("s1")
+    Trainer(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    assert tracker.trace.records()[0].session != "S1+" and tracker._settling is None
 
 
 def test_settling_goes_on_where_it_was_cut_off(noisy, safety, make_args, collator):
