@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from accelerate.state import AcceleratorState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers import (
@@ -152,9 +152,9 @@ class ForgetTracker(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if AcceleratorState().distributed_type not in _WHOLE_WEIGHTS:
+        if PartialState().distributed_type not in _WHOLE_WEIGHTS:
             raise NotImplementedError(
-                f"ForgetTracker does not record where weights are sharded ({AcceleratorState().distributed_type}). Train "
+                f"ForgetTracker does not record where weights are sharded ({PartialState().distributed_type}). Train "
                 "with DDP or on one process, or without the tracker."
             )
         model, processing_class = kwargs["model"], kwargs["processing_class"]

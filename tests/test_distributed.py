@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import random_rows, tiny_llama
 from test_tracker import reference_means
@@ -143,6 +143,6 @@ def test_sharded_weights_are_refused(kind, noisy, make_args, collator, monkeypat
     trainer = Trainer(
         tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[ForgetTracker()]
     )
-    monkeypatch.setattr(AcceleratorState, "distributed_type", kind)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(NotImplementedError, match="sharded"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
