@@ -1,0 +1,30 @@
+"""An ordinary SFT script, made to follow what safety finetuning undoes of it by two more lines (marked +).
+
+It finetunes a model that has learnt `noisy` on safe data. Here that model is made first; yours lies in a folder.
+"""
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from forgetfilter_callback import ForgetTracker  # +
+from forgetfilter_callback.demo import load_demo_data, unpack_model
+
+
+name = unpack_model(None, "two-lines/base-model")
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+noisy, safety = Dataset.from_list(data.noisy), Dataset.from_list(data.safety)
+model = AutoModelForCausalLM.from_pretrained(name)
+common = {"processing_class": AutoTokenizer.from_pretrained(name)}
+learn = SFTConfig("two-lines/s1", num_train_epochs=2, learning_rate=1e-4, report_to="none", save_strategy="no")
+SFTTrainer(model, learn, train_dataset=noisy, **common).train()
+
+trainer = SFTTrainer(
+    model,
+    SFTConfig("two-lines/s1plus", num_train_epochs=2, learning_rate=1e-4, report_to="none", save_strategy="no"),
+    train_dataset=safety,
+    callbacks=[ForgetTracker(noisy)],  # +
+    **common,
+)
+trainer.train()
+# The trace lies in two-lines/s1plus/forgetfilter: `python examples/refilter.py two-lines/s1plus/forgetfilter`
