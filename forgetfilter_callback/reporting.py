@@ -30,11 +30,15 @@ def summarize_record(trace: Trace, record: Record, unsafe: np.ndarray | None = N
         labels `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
     """
     means = mean_losses(trace.token_losses(record), trace.rows.counted_offsets)
-    figures = {"forgetfilter/loss": float(np.nanmean(means))}
+    if not np.isfinite(means).any():
+        return {}
+    figures = {"forgetfilter/loss": float(means[np.isfinite(means)].mean())}
     if record.session != "S1+" or record.step == 0:
         return figures
     values = trace.forgetting("loss", record.step)
     known = np.isfinite(values)
+    if not known.any():
+        return figures
     separability = separate(values[known], "loss")
     above = values[known] > separability.threshold
     figures["forgetfilter/forgetting"] = float(values[known].mean())

@@ -458,7 +458,8 @@ class ForgetTracker(TrainerCallback):
             if self.audit_column is not None:
                 unsafe = np.array([bool(row[self.audit_column]) for row in self.noisy])
             figures = main_process_does(partial(summarize_record, self.trace, record, unsafe))
-            self._reporting.log(figures, state, control)
+            if figures:
+                self._reporting.log(figures, state, control)
 
     def _record_base(self, args: TrainingArguments, model: PeftModel) -> None:
         """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
