@@ -1,11 +1,11 @@
-"""What a record says, in a few figures, for `state.log_history` and the reporters in `args.report_to`."""
+"""What a record says, in a few figures, for `state.log_history` and TensorBoard."""
 
 from __future__ import annotations
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback
 
 from .forgetting import mean_losses
 from .separability import separate
@@ -54,15 +54,13 @@ def summarize_record(trace: Trace, record: Record, unsafe: np.ndarray | None = N
 class Reporting:
     """Logs figures without `trainer.log`, which a callback cannot reach and which would swallow the trainer's next line.
 
-    The reporters in `args.report_to` are callbacks that have run before ours, so it feeds instances of its own: where a
-    reporter has a run of the process (W&B, MLflow, …) they join it, TensorBoard gets another event file.
+    The reporters in `args.report_to` are callbacks that have run before ours, so TensorBoard gets an event file of its own.
     """
 
     def __init__(self, args: TrainingArguments):
         self._args = args
-        self._reporters: list[TrainerCallback] = [
-            make() for make in get_reporting_integration_callbacks(args.report_to)
-        ]
+        # A second instance of the others can end, rename or replace the trainer's own run.
+        self._reporters: list[TrainerCallback] = [TensorBoardCallback()] if "tensorboard" in args.report_to else []
 
     def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
         for reporter in self._reporters:
