@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 
@@ -49,6 +52,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process has all weights, so that a forward pass of one alone would be wrong, or wait for ever."""
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    sharded_tensors = any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )  # tensor parallelism, FSDP2
+    return sharded_tensors or PartialState().distributed_type not in whole
+
+
 @torch.no_grad()
 def model_digest(model: nn.Module) -> str | None:
     """A hash of what the losses of `model` depend on: weights, buffers, settings, which adapters are active.
@@ -81,5 +93,5 @@ def model_digest(model: nn.Module) -> str | None:
         if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta:
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

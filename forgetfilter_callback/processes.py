@@ -33,6 +33,23 @@ def gathered(mine: T) -> list[T]:
     return everything
 
 
+def all_do(action: Callable[[], T]) -> list[T]:
+    """Runs `action` on every process. All get all results, or raise the first process's exception together."""
+    if process()[1] == 1:
+        return [action()]
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:  # the others must hear of it: they would wait for ever
+        error = raised
+    outcomes = gathered((result, error))
+    for _, its_error in outcomes:
+        if its_error is not None:
+            raise its_error
+    return [its_result for its_result, _ in outcomes]  # type: ignore[misc] # what `action` gave
+
+
 def main_process_does(action: Callable[[], T], meanwhile: Iterable[object] = ()) -> T:
     """Runs `action` on the main process only; its result, or its exception, reaches all of them.
 
@@ -42,22 +59,12 @@ def main_process_does(action: Callable[[], T], meanwhile: Iterable[object] = ())
         meanwhile (`Iterable`, *optional*):
             An iterator that all processes have to exhaust together, as its values are gathered from all.
     """
-    rank, size = process()
-    result: T | None = None
-    error: Exception | None = None
-    if rank == 0:
+
+    def act() -> T | None:
         try:
-            result = action()
-        except Exception as raised:
-            if size == 1:
-                raise
-            error = raised
-    for _ in meanwhile:
-        pass
-    if size > 1:
-        outcome = [(result, error)]
-        dist.broadcast_object_list(outcome, src=0)
-        ((result, error),) = outcome
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value] # it is what `action` gave
+            return action() if process()[0] == 0 else None
+        finally:
+            for _ in meanwhile:
+                pass
+
+    return all_do(act)[0]  # type: ignore[return-value] # the main process's

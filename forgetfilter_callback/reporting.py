@@ -7,35 +7,35 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .forgetting import mean_losses
+from .forgetting import loss_forgetting
 from .separability import separate
-from .trace import Record, Trace
 
 
-def summarize_record(trace: Trace, record: Record, unsafe: np.ndarray | None = None) -> dict[str, float]:
+def summarize_record(
+    means: np.ndarray, before: np.ndarray | None = None, unsafe: np.ndarray | None = None
+) -> dict[str, float]:
     """Figures of one record.
 
     Args:
-        trace ([`Trace`]):
-            Which holds it.
-        record ([`Record`]):
-            Which.
+        means (`np.ndarray` of shape `(samples,)`):
+            Mean loss of each sample, nats per token.
+        before (`np.ndarray` of shape `(samples,)`, *optional*):
+            The same when S1+ began; None for a record that nothing can have been forgotten in.
         unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
             Audit labels. They judge forgetting and play no part in it.
 
     Returns:
-        `dict[str, float]`: `forgetfilter/loss`, the mean of the samples' mean losses (nats per token); past the first record
-        of S1+ also the mean `forgetfilter/forgetting` (`loss`), `forgetfilter/separability` (see [`Separability`]'s
-        `distance`; left out where one side is empty), `forgetfilter/share_above_threshold` at the automatic φ, and with
-        labels `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
+        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite values (nothing if there is none); with `before` also
+        the mean `forgetfilter/forgetting` (`loss`), `forgetfilter/separability` (see [`Separability`]'s `distance`; left out
+        where one side is empty), `forgetfilter/share_above_threshold` at the automatic φ, and with labels
+        `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
     """
-    means = mean_losses(trace.token_losses(record), trace.rows.counted_offsets)
     if not np.isfinite(means).any():
         return {}
     figures = {"forgetfilter/loss": float(means[np.isfinite(means)].mean())}
-    if record.session != "S1+" or record.step == 0:
+    if before is None:
         return figures
-    values = trace.forgetting("loss", record.step)
+    values = loss_forgetting(before, means)
     known = np.isfinite(values)
     if not known.any():
         return figures

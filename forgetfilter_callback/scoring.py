@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from .encoding import EncodedRows
 from .packing import Layout, Pack, lay_out, most_predictions, needed_lengths, plan_packs, split_pack
-from .processes import gathered, share_of
+from .processes import all_do, share_of
 
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
@@ -97,17 +98,8 @@ def window_losses(
     total = sum(len(share_of(len(window))) for window in rows.windows())
     with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
-            mine: np.ndarray | ScoringError
-            try:
-                mine = _score(model, window.select(share_of(len(window))), batch_tokens, share_prefixes, bar)
-            except ScoringError as error:
-                mine = error  # the others must hear of it, they would wait for ever
-            losses = []
-            for its in gathered(mine):
-                if isinstance(its, ScoringError):
-                    raise its
-                losses.append(its)
-            yield np.concatenate(losses)
+            mine = window.select(share_of(len(window)))
+            yield np.concatenate(all_do(partial(_score, model, mine, batch_tokens, share_prefixes, bar)))
 
 
 def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm) -> np.ndarray:

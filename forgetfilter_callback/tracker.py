@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -27,13 +25,12 @@ from transformers import (
 )
 
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
-from .forgetting import LEAST_LEARNT, mean_losses
-from .generation import greedy_completions, rouge1, split_prompts
-from .model_state import model_digest, untouched
+from .model_state import is_sharded, untouched
 from .packing import needed_lengths
-from .processes import gathered, main_process_does, share_of
+from .processes import main_process_does
+from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
-from .scoring import token_losses, window_losses
+from .scoring import token_losses
 from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
@@ -42,10 +39,6 @@ logger = get_logger(__name__)  # says things once, on the main process
 
 # A session is S1 if it trains on at least this share of the noisy set.
 _SHARE_OF_S1 = 0.5
-# Every process has all weights there; elsewhere a forward pass of one process alone would be wrong, or wait for ever.
-_WHOLE_WEIGHTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# Nats per token: adapters that change losses by less than this on the average are new.
-LEAST_ADAPTED = 0.01
 # Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
 _MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 
@@ -129,13 +122,14 @@ class ForgetTracker(TrainerCallback):
         self.audit_column = audit_column
         self._trace: Trace | None = None
         self._session: Session | None = None  # the running one, None between sessions
-        self._running_args: TrainingArguments | None = None
+        self._running_control: TrainerControl | None = None  # of the trainer that it runs in
         self._ended: list[Session] = []
         self._settling: Settling | None = None
-        self._reporting: Reporting | None = None
         self._recorded_step = -1
-        self._last_record: Record | None = None
-        self._last_digest: str | None = None  # of the model at that record
+        self._before: np.ndarray | None = None  # mean losses when S1+ began
+        self._unsafe = None if audit_column is None else np.array([bool(row[audit_column]) for row in noisy])
+        self._recorder: Recorder  # of the trace, and
+        self._reporting: Reporting  # of the running trainer: both from the first session on
 
     @property
     def trace(self) -> Trace:
@@ -152,34 +146,51 @@ class ForgetTracker(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if PartialState().distributed_type not in _WHOLE_WEIGHTS:
+        model, processing_class = kwargs["model"], kwargs["processing_class"]
+        if is_sharded(model):
             raise NotImplementedError(
                 f"ForgetTracker does not record where weights are sharded ({PartialState().distributed_type}). Train "
                 "with DDP or on one process, or without the tracker."
             )
-        model, processing_class = kwargs["model"], kwargs["processing_class"]
         # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
-        again = self._session if self._session is not None and self._running_args is args else None
-        goes_on = state.global_step > 0 or again is not None
+        session = self._session if self._running_control is control else None
+        again = session is not None
         self._session = self._settling = None  # until all below has gone well
         self._recorded_step = -1
-        if again is None:
+        if not again:
             self._reporting = Reporting(args)
-            self._reporting.begin(state, control, model)
-        with untouched(model):
-            session = again or self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
-            self._drop_stale_records(session, state.global_step if goes_on else -1)
-            ended = state.global_step >= state.max_steps
-            if not goes_on or (ended and Record(session, state.global_step) not in self._records()):
-                self._record(session, args, state, control, model, processing_class)
-                if session == "S1+" and isinstance(model, PeftModel) and Record("S1", 0) not in self._records():
-                    self._record_base(args, model)
-        if self.stop_early and session == "S1+":
-            if Record("S1+", 0) in self._records():
-                self._settling = Settling(self.trace, state.global_step)
-            else:
+            with untouched(model):
+                self._reporting.begin(state, control, model)
+                session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
+        assert session is not None
+        self._drop_stale_records(session, state.global_step if state.global_step > 0 or again else -1)
+        self._session, self._running_control = session, control
+        here, first = Record(session, state.global_step), Record(session, 0)
+        try:
+            if again and state.global_step == 0:
+                self._log(first, self._recorder.means(first), state, control)  # the trainer has begun a new log
+            elif state.global_step == 0 or (
+                state.global_step >= state.max_steps and here not in self._recorder.records()
+            ):
+                self._record(args, state, control, **kwargs)
+            self._go_on_with_forgetting(state)
+        except BaseException:
+            self._session = None
+            raise
+
+    def _go_on_with_forgetting(self, state: TrainerState) -> None:
+        """What S1+ measures forgetting from, and when it may end early."""
+        if self._session != "S1+":
+            return
+        first = Record("S1+", 0)
+        if first not in self._recorder.records():
+            if self.stop_early:
                 logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
-        self._session, self._running_args = session, args
+            return
+        if self._before is None:  # resumed
+            self._before = self._recorder.means(first)
+        if self.stop_early:
+            self._settling = Settling(self.trace, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._settling is not None and self._is_to_check(args, state):
@@ -191,33 +202,21 @@ class ForgetTracker(TrainerCallback):
                 )
                 control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
-            self._record_running(args, state, control, **kwargs)
+            self._record(args, state, control, **kwargs)
 
-    # Another callback may stop the training after `on_step_end`: at the end of an epoch, or at an evaluation, which a
-    # checkpoint follows if the best one is to be loaded. At `on_train_end` it would be too late then: the weights are those
-    # of the best checkpoint.
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if control.should_training_stop and self._recorded_step != state.global_step:
-            self._record_running(args, state, control, **kwargs)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_training_stop and self._recorded_step != state.global_step:
-            self._record_running(args, state, control, **kwargs)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Another callback may have stopped the training after `on_step_end`. This line is the last thing before the weights
+        # of the best checkpoint are loaded; `on_train_end` would be too late.
+        if "train_runtime" in kwargs["logs"] and self._recorded_step != state.global_step < state.max_steps:
+            self._record(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        stopped_early = self._recorded_step != state.global_step and state.global_step < state.max_steps
-        if stopped_early and not args.load_best_model_at_end:
-            self._record_running(args, state, control, **kwargs)
         if self._session is not None:
             self._ended.append(self._session)
-        if self._reporting is not None:
             self._reporting.end(state, control)
-        self._session = self._settling = self._reporting = None
+        self._session = self._settling = self._before = None
 
     # ---- sessions ----
 
@@ -233,6 +232,7 @@ class ForgetTracker(TrainerCallback):
         training_rows: EncodedRows | None
         if self._trace is None:
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
+            self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
             adopted = self.noisy is None and self.trace_dir is None  # from this very loader
             training_rows = self._trace.rows if adopted else self._training_rows(args, model, train_dataloader)
         else:
@@ -266,7 +266,7 @@ class ForgetTracker(TrainerCallback):
                 "trained on twice and cannot be forgotten; take them out of the safety set."
             )
         main_process_does(partial(self._trace.begin_session, session, args.output_dir, state.max_steps))
-        if not _quiet(args):
+        if not quiet(args):
             print(f"ForgetTracker: {self._cost(args, state, model, training_rows)}")
         return session
 
@@ -301,7 +301,7 @@ class ForgetTracker(TrainerCallback):
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Trace:
         folder = Path(self.trace_dir if self.trace_dir is not None else Path(args.output_dir) / TRACE_FOLDER)
-        if Trace.exists(folder) and self.trace_dir is not None and self.noisy is None:
+        if self.trace_dir is not None and self.noisy is None and main_process_does(partial(Trace.exists, folder)):
             return Trace.open(folder)
         rows = self._noisy_rows(args, model, processing_class, train_dataloader)
         if rows.truncated:
@@ -351,7 +351,7 @@ class ForgetTracker(TrainerCallback):
                 self.noisy,
                 processing_class,
                 min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
-                _quiet(args),
+                quiet(args),
                 text_column=settings["dataset_text_field"],
                 completion_only_loss=settings["completion_only_loss"],
                 assistant_only_loss=settings["assistant_only_loss"],
@@ -360,13 +360,13 @@ class ForgetTracker(TrainerCallback):
         if self.noisy is None:
             _refuse_packing(args)
             return encode_collated(
-                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=_quiet(args)
+                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args)
             )
         if len(self.noisy) and "input_ids" in self.noisy[0]:
             # Which tokens count is the collator's business, so the one of this trainer is asked.
             columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in self.noisy]
-            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=_quiet(args))
-        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=_quiet(args))
+            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args))
+        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=quiet(args))
 
     def _training_rows(
         self, args: TrainingArguments, model: PreTrainedModel, train_dataloader: torch.utils.data.DataLoader
@@ -378,7 +378,7 @@ class ForgetTracker(TrainerCallback):
                 train_dataloader.dataset,
                 train_dataloader.collate_fn,
                 _context(model, self.max_length),
-                disable_tqdm=_quiet(args),
+                disable_tqdm=quiet(args),
             )
         except NotOneSampleARow:
             return None
@@ -388,26 +388,6 @@ class ForgetTracker(TrainerCallback):
         if dropped:
             names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
             logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
-
-    def _check_learnt(self, means: np.ndarray) -> None:
-        """S1+ must start from the model that S1 made: compares its first mean losses with S1's, where the trace has them."""
-        of_s1 = [record for record in self.trace.records() if record.session == "S1"]
-        if len(of_s1) < 2 or of_s1[0].step != 0:
-            return
-        offsets = self.trace.rows.counted_offsets
-        of_base, of_learnt = (mean_losses(self.trace.token_losses(record), offsets) for record in (of_s1[0], of_s1[-1]))
-        base, learnt, here = (float(np.nanmean(these)) for these in (of_base, of_learnt, means))
-        figures = f"mean loss of the noisy set: {base:.3f} before S1, {learnt:.3f} after it, {here:.3f} now"
-        if base - learnt < LEAST_LEARNT:
-            logger.warning(
-                f"S1 has hardly taught the noisy set ({figures} nats per token), so there is little to forget. Train S1 "
-                "longer, or with a higher learning rate."
-            )
-        elif not base - here > 0.25 * (base - learnt):
-            raise TraceError(
-                f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
-                "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
-            )
 
     # ---- records ----
 
@@ -425,116 +405,29 @@ class ForgetTracker(TrainerCallback):
         assert self.record_steps is not None
         return int(self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps))
 
-    def _record_running(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._session is not None:
-            with untouched(kwargs["model"]):
-                self._record(self._session, args, state, control, kwargs["model"], kwargs["processing_class"])
-
-    def _record(
-        self,
-        session: Session,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
-    ) -> None:
-        """Takes one record, or repeats the last one if nothing has changed; the caller holds the model [`untouched`]."""
-        record = Record(session, state.global_step)
-        ends = state.global_step >= state.max_steps or control.should_training_stop
-        digest = model_digest(model) if state.global_step == 0 or ends else None
-        unchanged = digest is not None and digest == self._last_digest
-        known = self._last_record
-        if all(gathered(unchanged)) and known is not None and known in self._records():
-            main_process_does(partial(self._repeat, known, record))
-        else:
-            self._take_record(record, args, model, processing_class)
-        self._last_record, self._last_digest = record, digest
+    def _record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Takes the record of the running session at this step, and logs what it says."""
+        if self._session is None:
+            return
+        model = kwargs["model"]
+        record = Record(self._session, state.global_step)
+        at_an_end = record.step in (0, state.max_steps) or control.should_training_stop
+        with untouched(model):
+            means = self._recorder.record(record, args, model, kwargs["processing_class"], at_an_end)
+            without_base = Record("S1", 0) not in self._recorder.records()
+            if record == Record("S1+", 0) and isinstance(model, PeftModel) and without_base:
+                self._recorder.record_base(args, model)
         self._recorded_step = state.global_step
-        if self._reporting is not None:
-            unsafe = None
-            if self.audit_column is not None:
-                unsafe = np.array([bool(row[self.audit_column]) for row in self.noisy])
-            figures = main_process_does(partial(summarize_record, self.trace, record, unsafe))
-            if figures:
-                self._reporting.log(figures, state, control)
+        self._log(record, means, state, control)
 
-    def _record_base(self, args: TrainingArguments, model: PeftModel) -> None:
-        """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
-
-        Adapters that change nothing yet are new, upon a model that has learnt the noisy set otherwise: then there is no M0.
-        """
-        with model.disable_adapter():
-            losses = list(window_losses(model, self.trace.rows, self.batch_tokens, disable_tqdm=_quiet(args)))
-
-        def append() -> None:
-            learnt = self.trace.token_losses(Record("S1+", 0))
-            if np.nanmean(np.abs(np.concatenate(losses) - learnt)) > LEAST_ADAPTED:
-                self.trace.append(Record("S1", 0), losses)
-
-        main_process_does(append)
-
-    def _records(self) -> list[Record]:
-        return main_process_does(self.trace.records)
-
-    def _repeat(self, known: Record, record: Record) -> None:
+    def _log(self, record: Record, means: np.ndarray, state: TrainerState, control: TrainerControl) -> None:
         if record == Record("S1+", 0):
-            self._check_learnt(mean_losses(self.trace.token_losses(known), self.trace.rows.counted_offsets))
-        self.trace.repeat(known, record)
-
-    def _take_record(
-        self,
-        record: Record,
-        args: TrainingArguments,
-        model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
-    ) -> None:
-        name = f"{record.session} step {record.step}"
-        rows = self.trace.rows
-        completions, scores = None, None
-        if self.rouge1:
-            if processing_class is None:
-                raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
-            prompts, references = split_prompts(rows, processing_class)
-            longest = int(np.diff(rows.counted_offsets).max())
-            mine = greedy_completions(
-                model,
-                processing_class,
-                [prompts[index] for index in share_of(len(prompts))],
-                self.max_new_tokens if self.max_new_tokens is not None else longest,
-                disable_tqdm=_quiet(args),
-                description=f"Generating {name}",
-            )
-            completions = [text for texts in gathered(mine) for text in texts]
-            scores = rouge1(completions, references)
-        losses = window_losses(
-            model, rows, self.batch_tokens, disable_tqdm=_quiet(args), description=f"Recording {name}"
+            self._before = means
+        figures = summarize_record(
+            means, self._before if record.session == "S1+" and record.step else None, self._unsafe
         )
-        looked_at = self._looked_at(record, losses)
-        main_process_does(partial(self.trace.append, record, looked_at, completions, scores), meanwhile=losses)
-
-    def _looked_at(self, record: Record, losses: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Passes losses on to the trace, and warns or refuses (then nothing is written) once it has seen them all."""
-        diverged = 0
-        means = []
-        for window, its_losses in zip(self.trace.rows.windows(), losses, strict=True):
-            diverged += int((~np.isfinite(its_losses)).sum())
-            means.append(mean_losses(its_losses, window.counted_offsets))
-            yield its_losses
-        if diverged:
-            logger.warning(
-                f"{diverged} of {int(self.trace.rows.counted_offsets[-1])} token losses at {record.session} step "
-                f"{record.step} are not finite: the model diverges. Lower the learning rate. Samples with such losses are "
-                "kept."
-            )
-        if record == Record("S1+", 0):
-            self._check_learnt(np.concatenate(means))
-
-
-def _quiet(args: TrainingArguments) -> bool:
-    return args.disable_tqdm or args.process_index > 0
+        if figures:
+            self._reporting.log(figures, state, control)
 
 
 def _context(model: PreTrainedModel, max_length: int | None) -> int | None:

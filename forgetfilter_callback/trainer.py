@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .encoding import EncodedRows, encode_collated
 from .filtering import FilterResult, FilterThreshold, decide
 from .forgetting import DEFAULT_MEASURE, Measure, mean_losses
-from .model_state import untouched
+from .model_state import is_sharded, untouched
 from .scoring import token_losses
 from .trace import Trace
 from .tracker import ForgetTracker
@@ -147,6 +147,9 @@ class BaseModelCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step > 0:
+            return
+        if is_sharded(kwargs["model"]):
+            logger.warning("Weights are sharded, so it could not be checked that this model is the base model.")
             return
         if self.trace is None or self.trace.base_record is None:
             logger.warning(

@@ -43,12 +43,13 @@ def train(model, args, rows, collator, *callbacks):
 def test_losses_and_training_with_an_adapter(name, noisy, safety, make_args, collator):
     plain, model = adapted(CONFIGS[name]), adapted(CONFIGS[name])
     base = reference_means(tiny_llama(), noisy)
+    first = reference_means(adapted(CONFIGS[name]).eval(), noisy)
     tracker, learnt = ForgetTracker(), None
     for folder, rows in (("s1", noisy), ("s1plus", safety)):
         train(plain, make_args(f"{folder}-plain", learning_rate=0.1), rows, collator)
         train(model, make_args(folder, learning_rate=0.1), rows, collator, tracker)
         learnt = reference_means(model.eval(), noisy) if learnt is None else learnt
-    expected = [tracker.trace.losses()[0], learnt, learnt, reference_means(model.eval(), noisy)]
+    expected = [first, learnt, learnt, reference_means(model.eval(), noisy)]
     np.testing.assert_allclose(tracker.trace.losses(), expected, rtol=1e-5)
     assert np.abs(learnt - base).mean() > 0.002
     for (key, one), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
@@ -86,6 +87,14 @@ def test_a_new_adapter_upon_what_was_learnt_is_no_base_model(noisy, safety, make
     tracker = ForgetTracker(noisy)
     train(merged, make_args("s1plus"), safety, collator, tracker)
     assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 6)]
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
+def test_adapters_that_are_not_off_when_off_are_no_base_model(settings, noisy, safety, make_args, collator):
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    tracker = ForgetTracker(noisy)
+    train(adapted(config), make_args("s1plus"), safety, collator, tracker)
+    assert Record("S1", 0) not in tracker.trace.records()
 
 
 def test_an_adapter_stacked_upon_that_of_s1(noisy, safety, make_args, collator):

@@ -148,7 +148,7 @@ def test_a_record_already_known_is_not_taken_again(change, taken, noisy, safety,
         recordings.append(kwargs["description"])
         return window_losses(*args, **kwargs)
 
-    monkeypatch.setattr(forgetfilter_callback.tracker, "window_losses", counting)
+    monkeypatch.setattr(forgetfilter_callback.recorder, "window_losses", counting)
     model, tracker = tiny_lora(), ForgetTracker()
     Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     change(model)
@@ -252,6 +252,47 @@ def test_early_stopping_is_recorded_where_it_stops(strategy, load_best, noisy, m
     trainer.train()
     assert 0 < trainer.state.global_step < trainer.state.max_steps
     assert tracker.trace.records()[-1] == Record("S1", trainer.state.global_step)
+
+
+def test_early_stopping_at_an_evaluation_that_saves_nothing(noisy, make_args, collator):
+    tracker, last = ForgetTracker(), {}
+
+    class Last(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            last[state.global_step] = reference_means(model, noisy)
+
+    args = make_args(
+        num_train_epochs=6, eval_strategy="epoch", save_strategy="best", load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        tiny_llama(), args, train_dataset=noisy, eval_dataset=noisy, data_collator=collator,
+        callbacks=[tracker, Last(), EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step < trainer.state.max_steps
+    assert tracker.trace.records() == [Record("S1", 0), Record("S1", trainer.state.global_step)]
+    np.testing.assert_allclose(tracker.trace.losses()[-1], last[trainer.state.global_step], rtol=1e-5)
+
+
+def test_a_batch_that_is_halved_goes_on_with_the_session(noisy, make_args, collator):
+    tracker, tried = ForgetTracker(), []
+
+    class Tight(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            tried.append(len(inputs["input_ids"]))
+            if tried[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    args = make_args(auto_find_batch_size=True)
+    trainer = Tight(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker])
+    trainer.train()
+    assert max(tried) == 4 and trainer.state.global_step == 24
+    assert tracker.trace.records() == [Record("S1", 0), Record("S1", 24)]
+    own = [log["step"] for log in trainer.state.log_history if "forgetfilter/loss" in log]
+    assert own == [0, 24]
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
 
 
 def test_resuming_gives_the_trace_of_an_uninterrupted_run(noisy, safety, make_args, collator, caplog):
@@ -538,18 +579,19 @@ def test_after_an_error_the_right_model_may_follow_with_the_same_tracker(noisy, 
     np.testing.assert_allclose(tracker.trace.losses()[2], learnt, rtol=1e-4)
 
 
-def test_an_interrupted_session_does_not_swallow_the_next(noisy, safety, make_args, collator):
+@pytest.mark.parametrize("same_args", [False, True])
+def test_an_interrupted_session_does_not_swallow_the_next(same_args, noisy, safety, make_args, collator):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
 
     model, tracker = tiny_llama(), ForgetTracker()
-    trainer = Trainer(
-        model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker, Interrupt()]
-    )
+    args = make_args("s1")
+    trainer = Trainer(model, args, train_dataset=noisy, data_collator=collator, callbacks=[tracker, Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    args = args if same_args else make_args("s1plus")
+    Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     assert tracker.trace.records() == [Record("S1", 0), Record("S1+", 0), Record("S1+", 6)]
 
 

@@ -1,0 +1,172 @@
+"""[`Recorder`]: takes one record of a model for a trace, or repeats the one it knows, and looks at what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from accelerate.logging import get_logger
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from .forgetting import LEAST_LEARNT, mean_losses
+from .generation import greedy_completions, rouge1, split_prompts
+from .model_state import model_digest
+from .processes import all_do, gathered, main_process_does, share_of
+from .scoring import window_losses
+from .trace import Record, Trace, TraceError
+
+
+logger = get_logger(__name__)  # says things once, on the main process
+
+# Nats per token: adapters that have taught less than this on the average are new.
+LEAST_ADAPTED = 0.01
+
+
+class Recorder:
+    """Writes records into `trace`. The caller holds the model [`~model_state.untouched`].
+
+    Args:
+        trace ([`Trace`]):
+            Where they go.
+        batch_tokens, with_rouge1, max_new_tokens:
+            As in [`ForgetTracker`].
+    """
+
+    def __init__(self, trace: Trace, batch_tokens: int | None, with_rouge1: bool, max_new_tokens: int | None):
+        self._trace = trace
+        self._batch_tokens = batch_tokens
+        self._with_rouge1 = with_rouge1
+        self._max_new_tokens = max_new_tokens
+        self._last: Record | None = None
+        self._last_digest: str | None = None  # of the model at that record
+        self._last_means = np.zeros(0)
+
+    def record(
+        self,
+        record: Record,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+        at_an_end: bool,
+    ) -> np.ndarray:
+        """Takes a record, or repeats the last one if nothing has changed.
+
+        Only at the ends of sessions it is looked whether something has: in between, something always has.
+
+        Returns:
+            `np.ndarray` of shape `(samples,)`, float64: mean losses, nats per token.
+        """
+        digest = model_digest(model) if at_an_end else None
+        unchanged = digest is not None and digest == self._last_digest
+        if all(gathered(unchanged)) and self._last in self.records():
+            assert self._last is not None
+            means = self._last_means
+            if record == Record("S1+", 0):
+                self._check_learnt(means)
+            main_process_does(partial(self._trace.repeat, self._last, record))
+        else:
+            means = self._take(record, args, model, processing_class)
+        self._last, self._last_digest, self._last_means = record, digest, means
+        return means
+
+    def records(self) -> list[Record]:
+        """Those of the trace, as the main process sees its folder."""
+        return main_process_does(self._trace.records)
+
+    def means(self, record: Record) -> np.ndarray:
+        """Mean losses of a record that was taken earlier."""
+        return mean_losses(self._trace.token_losses(record), self._trace.rows.counted_offsets)
+
+    def record_base(self, args: TrainingArguments, model: PeftModel) -> None:
+        """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
+
+        Taken where that is M0. It is not where adapters have taught nothing yet (they are new, upon a model that has learnt
+        the noisy set otherwise), or where they have changed the base model itself (biases, PiSSA and its like).
+        """
+        settings = [model.peft_config[name].to_dict() for name in model.active_adapters]
+        if any(each.get("bias", "none") != "none" for each in settings):
+            return
+        if any(each.get("init_lora_weights", True) not in (True, "gaussian") for each in settings):
+            return
+        with model.disable_adapter():
+            losses = [*window_losses(model, self._trace.rows, self._batch_tokens, disable_tqdm=quiet(args))]
+        base = mean_losses(np.concatenate(losses), self._trace.rows.counted_offsets)
+        if np.nanmean(base - self._last_means) > LEAST_ADAPTED:
+            main_process_does(partial(self._trace.append, Record("S1", 0), losses))
+
+    def _take(
+        self,
+        record: Record,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | None,
+    ) -> np.ndarray:
+        name = f"{record.session} step {record.step}"
+        rows = self._trace.rows
+        completions, scores = None, None
+        if self._with_rouge1:
+            if processing_class is None:
+                raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+            prompts, references = split_prompts(rows, processing_class)
+            longest = int(np.diff(rows.counted_offsets).max())
+            complete = partial(
+                greedy_completions,
+                model,
+                processing_class,
+                [prompts[index] for index in share_of(len(prompts))],
+                self._max_new_tokens if self._max_new_tokens is not None else longest,
+                disable_tqdm=quiet(args),
+                description=f"Generating {name}",
+            )
+            completions = [text for texts in all_do(complete) for text in texts]
+            scores = rouge1(completions, references)
+        means: list[np.ndarray] = []
+        losses = window_losses(
+            model, rows, self._batch_tokens, disable_tqdm=quiet(args), description=f"Recording {name}"
+        )
+        looked_at = self._looked_at(record, losses, means)
+        main_process_does(partial(self._trace.append, record, looked_at, completions, scores), meanwhile=looked_at)
+        return np.concatenate(means)
+
+    def _looked_at(self, record: Record, losses: Iterator[np.ndarray], means: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Passes losses on, notes `means`, and warns or refuses (then nothing is written) once it has seen them all."""
+        diverged = 0
+        for window, its_losses in zip(self._trace.rows.windows(), losses, strict=True):
+            diverged += int((~np.isfinite(its_losses)).sum())
+            means.append(mean_losses(its_losses, window.counted_offsets))
+            yield its_losses
+        if diverged:
+            logger.warning(
+                f"{diverged} of {int(self._trace.rows.counted_offsets[-1])} token losses at {record.session} step "
+                f"{record.step} are not finite: the model diverges. Lower the learning rate. Samples with such losses are "
+                "kept."
+            )
+        if record == Record("S1+", 0):
+            self._check_learnt(np.concatenate(means))
+
+    def _check_learnt(self, means: np.ndarray) -> None:
+        """S1+ must start from the model that S1 made: compares its first mean losses with S1's, where the trace has them."""
+        of_s1 = [record for record in self._trace.records() if record.session == "S1"]
+        if len(of_s1) < 2 or of_s1[0].step != 0:
+            return
+        base, learnt, here = (
+            float(np.nanmean(these)) for these in (self.means(of_s1[0]), self.means(of_s1[-1]), means)
+        )
+        figures = f"mean loss of the noisy set: {base:.3f} before S1, {learnt:.3f} after it, {here:.3f} now"
+        if base - learnt < LEAST_LEARNT:
+            logger.warning(
+                f"S1 has hardly taught the noisy set ({figures} nats per token), so there is little to forget. Train S1 "
+                "longer, or with a higher learning rate."
+            )
+        elif not base - here > 0.25 * (base - learnt):
+            raise TraceError(
+                f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
+                "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
+            )
+
+
+def quiet(args: TrainingArguments) -> bool:
+    """Whether this process shows no progress bars."""
+    return args.disable_tqdm or args.process_index > 0
