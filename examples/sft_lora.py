@@ -1,6 +1,6 @@
 """ForgetFilter with TRL and LoRA, arguments through TrlParser. Without any, it runs on the demo's model and rows:
 
-    python examples/sft_lora.py --num_train_epochs 3 --learning_rate 1e-3
+    python examples/sft_lora.py --use_cpu True --report_to none --num_train_epochs 3 --learning_rate 1e-3
 
     python examples/sft_lora.py --model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct --noisy noisy.jsonl \\
         --safety safety.jsonl --output_dir sft-lora --lora_r 16

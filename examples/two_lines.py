@@ -3,6 +3,7 @@
 It finetunes a model that has learnt `noisy` on safe data. Here that model is made first; yours lies in a folder.
 """
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -16,12 +17,13 @@ data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 noisy, safety = Dataset.from_list(data.noisy), Dataset.from_list(data.safety)
 model = AutoModelForCausalLM.from_pretrained(name)
 common = {"processing_class": AutoTokenizer.from_pretrained(name)}
-learn = SFTConfig("two-lines/s1", num_train_epochs=2, learning_rate=1e-4, report_to="none", save_strategy="no")
-SFTTrainer(model, learn, train_dataset=noisy, **common).train()
+args = {"num_train_epochs": 2, "learning_rate": 1e-4, "report_to": "none", "save_strategy": "no"}
+args["use_cpu"] = not torch.cuda.is_available()
+SFTTrainer(model, SFTConfig("two-lines/s1", **args), train_dataset=noisy, **common).train()
 
 trainer = SFTTrainer(
     model,
-    SFTConfig("two-lines/s1plus", num_train_epochs=2, learning_rate=1e-4, report_to="none", save_strategy="no"),
+    SFTConfig("two-lines/s1plus", **args),
     train_dataset=safety,
     callbacks=[ForgetTracker(noisy)],  # +
     **common,

@@ -214,7 +214,13 @@ def encode_collated(
                 f"`input_ids` of shape {tuple(input_ids.shape)} and `labels` of shape {tuple(labels.shape)} are not "
                 "one sequence with a label a token. ForgetFilter works on causal language modelling only."
             )
-        if len(input_ids) != 1 or ("position_ids" in batch and (batch["position_ids"] == 0).sum() > 1):
+        packed = len(input_ids) != 1
+        if "position_ids" in batch and not packed:
+            # Padded with zeros (`pad_to_multiple_of`); a zero further left begins another sample.
+            length = max(1, len(np.trim_zeros(batch["position_ids"][0].numpy(), "b")))
+            input_ids, labels = input_ids[:, :length], labels[:, :length]
+            packed = int((batch["position_ids"][0, :length] == 0).sum()) > 1
+        if packed:
             raise NotOneSampleARow(
                 "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
                 "Name the rows before packing: `ForgetTracker(noisy)`."
@@ -242,6 +248,7 @@ def encode_rows(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     keep_end: bool = False,
+    chat_template: str | None = None,
 ) -> EncodedRows:
     """Encodes rows as people write them, after TRL's conventions (SFTTrainer's preparation, one row a sample).
 
@@ -267,6 +274,8 @@ def encode_rows(
             Whether, of messages, only the assistant's tokens count. The chat template must mark them.
         keep_end (`bool`, defaults to `False`):
             Whether longer rows are cut at the left instead.
+        chat_template (`str`, *optional*):
+            Instead of the tokenizer's own.
 
     Raises:
         EncodingError: for an empty set, preference rows, images, an unknown form, a missing tokenizer or chat template.
@@ -289,7 +298,7 @@ def encode_rows(
             )
         if "image" in row or "images" in row:
             raise EncodingError("this row holds images, which are not supported. Pass text rows.")
-        tokenize = _tokenizer(processing_class, row, assistant_only_loss)
+        tokenize = _tokenizer(processing_class, row, assistant_only_loss, chat_template)
         if "prompt" in row and "completion" in row:
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str):
@@ -321,7 +330,10 @@ def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bo
 
 
 def _tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, row: Mapping[str, Any], assistant_only_loss: bool
+    processing_class: PreTrainedTokenizerBase | None,
+    row: Mapping[str, Any],
+    assistant_only_loss: bool,
+    chat_template: str | None,
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """A function of a text or messages of `row` → token ids and which of them count."""
     if processing_class is None:
@@ -346,6 +358,7 @@ def _tokenizer(
             return_dict=True,
             return_assistant_tokens_mask=assistant_only_loss and not add_generation_prompt,
             tools=tools,
+            chat_template=chat_template,
             **row.get("chat_template_kwargs", {}),
         )
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)

@@ -35,7 +35,8 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
 
     Raises:
         ValueError: as [`FilteredTrainer`].
-        EncodingError: for an `IterableDataset`, whose rows cannot be told apart.
+        EncodingError: for an `IterableDataset`, whose rows cannot be told apart, and where preparation is skipped
+            (`skip_prepare_dataset`).
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         self._filter_arguments = (forgetting, measure, threshold, share)
         super().__init__(*args, **kwargs)
         if forgetting is not None:
+            if self.filter_result is None:
+                raise EncodingError(
+                    "FilteredSFTTrainer filters while it prepares rows, which `skip_prepare_dataset` leaves out. Use "
+                    "`filtered(SFTTrainer)` on rows that are prepared already."
+                )
             self._save_decision(self.args)
             self.add_callback(BaseModelCheck(trace_of(forgetting)))
 
@@ -63,7 +69,8 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         dataset_name: str,
     ) -> Any:
         forgetting, measure, threshold, share = self._filter_arguments
-        if forgetting is not None and dataset_name == "train":
+        # The training set comes first; an evaluation set may have that name too.
+        if forgetting is not None and dataset_name == "train" and self.filter_result is None:
             if not isinstance(dataset, Dataset):
                 raise EncodingError("FilteredSFTTrainer needs a map-style `Dataset`: rows of a stream have no ids.")
             in_order = copy.copy(args)
@@ -76,7 +83,13 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
                 formatting_func,
                 dataset_name,
             )
-            rows = encode_rows(prepared.select_columns(["input_ids", "labels"]), disable_tqdm=args.disable_tqdm)
+            trace = trace_of(forgetting)
+            rows = encode_rows(
+                prepared.select_columns(["input_ids", "labels"]),
+                max_length=trace.manifest["max_length"] if trace is not None else None,
+                disable_tqdm=args.disable_tqdm,
+                keep_end=args.truncation_mode == "keep_end",
+            )
             places = np.asarray(prepared[_PLACE])
             dataset = self._filter(dataset, rows, places, forgetting, measure, threshold, share)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -356,6 +356,7 @@ class ForgetTracker(TrainerCallback):
                 completion_only_loss=settings["completion_only_loss"],
                 assistant_only_loss=settings["assistant_only_loss"],
                 keep_end=settings["truncation_mode"] == "keep_end",
+                chat_template=_training_chat_template(processing_class) if settings["assistant_only_loss"] else None,
             )
         if self.noisy is None:
             _refuse_packing(args)
@@ -438,6 +439,15 @@ def _context(model: PreTrainedModel, max_length: int | None) -> int | None:
         return model.config.get_text_config().max_position_embeddings
     except AttributeError:  # models without positions (state-space ones)
         return None
+
+
+def _training_chat_template(processing_class: PreTrainedTokenizerBase) -> str | None:
+    """SFTTrainer's choice where only the assistant's tokens count: another template if the own one does not mark them."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # there is an SFTConfig
+
+    if has_generation_markers(processing_class.chat_template):
+        return None
+    return get_training_chat_template(processing_class)
 
 
 def _found(ids: pa.StringArray, others: pa.StringArray) -> int:

@@ -92,8 +92,9 @@ def test_a_new_adapter_upon_what_was_learnt_is_no_base_model(noisy, safety, make
 @pytest.mark.parametrize("settings", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
 def test_adapters_that_are_not_off_when_off_are_no_base_model(settings, noisy, safety, make_args, collator):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
-    tracker = ForgetTracker(noisy)
-    train(adapted(config), make_args("s1plus"), safety, collator, tracker)
+    tracker, model = ForgetTracker(noisy), adapted(config)
+    train(model, make_args("s1", learning_rate=0.1), noisy, collator)
+    train(model, make_args("s1plus"), safety, collator, tracker)
     assert Record("S1", 0) not in tracker.trace.records()
 
 

@@ -158,6 +158,28 @@ def test_padding_free_rows(config, chat_tokenizer):
     np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
 
 
+def test_padding_free_rows_that_are_padded_all_the_same(config, chat_tokenizer):
+    rows = rows_of("text")
+    tracker, args = ForgetTracker(), config(padding_free=True, max_length=None, pad_to_multiple_of=8)
+    SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    expected = one_row_losses(rows, config(max_length=None), chat_tokenizer)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+def test_the_assistant_only_with_a_template_that_does_not_mark_it(config, chat_tokenizer, monkeypatch):
+    """SFTTrainer takes a training template of TRL's then, and so do named rows."""
+    marked = chat_tokenizer.chat_template
+    chat_tokenizer.chat_template = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for module in ("trl.trainer.sft_trainer", "trl.chat_template_utils"):
+        monkeypatch.setattr(f"{module}.get_training_chat_template", lambda tokenizer: marked)
+    rows, losses = rows_of("messages"), []
+    for tracker in (ForgetTracker(), ForgetTracker(rows, trace_dir=config().output_dir + "-named")):
+        args = config(assistant_only_loss=True)
+        SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+        losses.append(tracker.trace.losses()[0])
+    np.testing.assert_array_equal(*losses)
+
+
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_label_smoothing_and_dft_do_not_reach_a_record(loss_type, config, chat_tokenizer):
     rows = rows_of("text")
@@ -238,6 +260,38 @@ def test_rows_that_sfttrainer_drops_are_kept_and_not_known(config, chat_tokenize
         forgetting=np.arange(9.0), threshold=6.5,
     )  # fmt: skip
     assert trainer.removed_dataset["id"] == [7, 8] and trainer.filter_result.counts["samples"] == 9
+
+
+def test_an_evaluation_set_named_train_is_left_alone(tracker, config, chat_tokenizer):
+    rows = rows_of("prompt and completion")
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, share=0.3,
+        eval_dataset={"train": rows_of("text", 5), "test": rows_of("messages", 4)},
+    )  # fmt: skip
+    assert {name: len(each) for name, each in trainer.eval_dataset.items()} == {"train": 5, "test": 4}
+    assert len(trainer.train_dataset) == 6 and trainer.filter_result.counts["samples"] == 9
+    trainer.evaluate()
+    assert trainer.filter_result.counts["samples"] == 9
+
+
+def test_rows_are_cut_as_the_tracker_cut_them(config, chat_tokenizer):
+    tracker, model, rows = ForgetTracker(max_length=5), tiny_llama(), rows_of("text")
+    for each in (rows, rows_of("messages", 5)):
+        SFTTrainer(
+            model, config(max_steps=6), train_dataset=each, processing_class=chat_tokenizer, callbacks=[tracker]
+        ).train()
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, share=0.3
+    )
+    assert tracker.trace.rows.truncated == 4
+    assert set(trainer.removed_dataset["id"]) == set(np.argsort(tracker.trace.forgetting())[-3:].tolist())
+
+
+def test_skipped_preparation_is_refused(tracker, config, chat_tokenizer):
+    args = config(dataset_kwargs={"skip_prepare_dataset": True})
+    rows = rows_of("tokens").map(lambda row: {"labels": row["input_ids"]})
+    with pytest.raises(EncodingError, match="skip_prepare_dataset"):
+        FilteredSFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker)
 
 
 def test_a_stream_is_refused(tracker, config, chat_tokenizer):
