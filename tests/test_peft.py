@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from test_tracker import reference_means
 from transformers import Trainer
 
+import forgetfilter_callback.recorder
 import forgetfilter_callback.trainer
 from forgetfilter_callback import FilteredTrainer, ForgetTracker, Record
 
@@ -90,7 +93,12 @@ def test_a_new_adapter_upon_what_was_learnt_is_no_base_model(noisy, safety, make
 
 
 @pytest.mark.parametrize("settings", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
-def test_adapters_that_are_not_off_when_off_are_no_base_model(settings, noisy, safety, make_args, collator):
+def test_adapters_that_are_not_off_when_off_are_no_base_model(
+    settings, noisy, safety, make_args, collator, monkeypatch
+):
+    monkeypatch.setattr(
+        forgetfilter_callback.recorder, "LEAST_ADAPTED", -math.inf
+    )  # the figures alone would not stop it
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
     tracker, model = ForgetTracker(noisy), adapted(config)
     train(model, make_args("s1", learning_rate=0.1), noisy, collator)
