@@ -41,3 +41,13 @@ def test_files_that_the_readme_links_to_exist():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         file, _, heading = link.partition("#")
         assert (ROOT / file).exists() and (not heading or heading in headings), link
+
+
+def test_tests_that_the_readme_names_exist():
+    named = re.findall(r"`(test_\w+\.py)((?:::test_\w+`, `)*::test_\w+)?", README)
+    assert len(named) > 8
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"::(test_\w+)", README):
+        assert f"def {name}(" in tests, name
+    for file, _ in named:
+        assert (ROOT / "tests" / file).exists(), file
