@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .forgetting import loss_forgetting
@@ -54,23 +54,23 @@ def summarize_record(
 class Reporting:
     """Logs figures without `trainer.log`, which a callback cannot reach and which would swallow the trainer's next line.
 
-    The reporters in `args.report_to` are callbacks that have run before ours, so TensorBoard gets an event file of its own.
+    Reporters are callbacks that have run before ours, so TensorBoard gets an event file of its own. Others get nothing.
     """
 
     def __init__(self, args: TrainingArguments):
         self._args = args
-        # A second instance of the others can end, rename or replace the trainer's own run.
-        self._reporters: list[TrainerCallback] = [TensorBoardCallback()] if "tensorboard" in args.report_to else []
+        # A second instance of other reporters could end, rename or replace the trainer's own run.
+        self._tensorboard = TensorBoardCallback() if "tensorboard" in args.report_to else None
 
     def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
-        for reporter in self._reporters:
-            reporter.on_train_begin(self._args, state, control, model=model)
+        if self._tensorboard is not None:
+            self._tensorboard.on_train_begin(self._args, state, control, model=model)
 
     def log(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         state.log_history.append({**figures, "epoch": state.epoch, "step": state.global_step})
-        for reporter in self._reporters:
-            reporter.on_log(self._args, state, control, logs=figures)
+        if self._tensorboard is not None:
+            self._tensorboard.on_log(self._args, state, control, logs=figures)
 
     def end(self, state: TrainerState, control: TrainerControl) -> None:
-        for reporter in self._reporters:
-            reporter.on_train_end(self._args, state, control)
+        if self._tensorboard is not None:
+            self._tensorboard.on_train_end(self._args, state, control)

@@ -155,28 +155,22 @@ class ForgetTracker(TrainerCallback):
         # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
         session = self._session if self._running_control is control else None
         again = session is not None
-        self._session = self._settling = None  # until all below has gone well
+        self._session = self._settling = None
         self._recorded_step = -1
-        if not again:
+        if session is None:
             self._reporting = Reporting(args)
             with untouched(model):
                 self._reporting.begin(state, control, model)
                 session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
-        assert session is not None
         self._drop_stale_records(session, state.global_step if state.global_step > 0 or again else -1)
         self._session, self._running_control = session, control
-        here, first = Record(session, state.global_step), Record(session, 0)
-        try:
-            if again and state.global_step == 0:
-                self._log(first, self._recorder.means(first), state, control)  # the trainer has begun a new log
-            elif state.global_step == 0 or (
-                state.global_step >= state.max_steps and here not in self._recorder.records()
-            ):
-                self._record(args, state, control, **kwargs)
-            self._go_on_with_forgetting(state)
-        except BaseException:
-            self._session = None
-            raise
+        here = Record(session, state.global_step)
+        known = here in self._recorder.records()
+        if known and here.step == 0:  # again; the trainer has begun a new log
+            self._log(here, self._recorder.means(here), state, control)
+        elif not known and (here.step == 0 or here.step >= state.max_steps):
+            self._record(args, state, control, **kwargs)
+        self._go_on_with_forgetting(state)
 
     def _go_on_with_forgetting(self, state: TrainerState) -> None:
         """What S1+ measures forgetting from, and when it may end early."""

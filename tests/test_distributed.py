@@ -21,7 +21,7 @@ from forgetfilter_callback import ForgetTracker, Record, Trace
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
@@ -60,9 +60,12 @@ if tracked:
                                forgetting=tracker, share=0.3)
     filtered.train()
     removed = np.flatnonzero(filtered.filter_result.removed).tolist()
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # a process that only exits is sometimes aborted by torch
 (output / f"rank-{{trainer.args.process_index}}.json").write_text(json.dumps([logs, removed, generators]))
+torch.distributed.barrier()
+# torch sometimes aborts a process that has run DDP on the CPU while it takes itself down (without the tracker too).
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 

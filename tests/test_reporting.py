@@ -1,4 +1,4 @@
-"""What a record says goes into the trainer's log and to the reporters, and no line of the trainer's own is lost."""
+"""What a record says goes into the trainer's log and into TensorBoard, and no line of the trainer's own is lost."""
 
 from __future__ import annotations
 
