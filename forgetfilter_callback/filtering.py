@@ -3,22 +3,83 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .forgetting import Measure
+from .forgetting import MEASURES, FilterThreshold, Measure
 from .separability import Separability, separate
 from .trace import library_versions, write_json, write_parquet
 
 
-FilterThreshold = float | Literal["auto"]
 Method = Literal["auto", "fixed", "share"]
+ByHand = Literal["keep", "remove"]
+
+
+class DecisionError(ValueError):
+    """A reviewer's decision that cannot be read or is of another trace. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a reviewer decided. The review page exports it as JSON, which `decision=` and `forgetfilter filter` take.
+
+    Attributes:
+        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`):
+            Which forgetting was looked at.
+        threshold (`float` or `None`):
+            φ; `None` where nothing is removed but by hand.
+        by_hand (`dict[str, str]`):
+            Sample ids, each with `"keep"` or `"remove"`, whatever φ says.
+        fingerprint (`str`):
+            Of the trace that was looked at.
+    """
+
+    measure: Measure
+    threshold: float | None
+    by_hand: dict[str, ByHand]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Review:
+        """Reads an exported decision.
+
+        Raises:
+            DecisionError: if `file` is not one.
+        """
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            review = cls(**{name: content[name] for name in ("measure", "threshold", "by_hand", "fingerprint")})
+            threshold_fits = review.threshold is None or math.isfinite(float(review.threshold))
+            by_hand_fits = all(value in get_args(ByHand) for value in review.by_hand.values())
+        except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DecisionError(
+                f"{file} is no decision ({type(error).__name__}: {error}). Export one from the review page that "
+                "`forgetfilter report` makes."
+            ) from error
+        if review.measure not in MEASURES or not threshold_fits or not by_hand_fits:
+            raise DecisionError(
+                f"{file} is no decision: `measure` must be one of {', '.join(MEASURES)}, `threshold` a number or null, and "
+                "every value in `by_hand` 'keep' or 'remove'."
+            )
+        return review
+
+    def check(self, fingerprint: str | None) -> None:
+        """Refuses a decision made on another trace."""
+        if fingerprint != self.fingerprint:
+            raise DecisionError(
+                f"This decision was made on another trace (fingerprint {self.fingerprint}, this one's is {fingerprint}). "
+                "Make a review page of this trace and decide there."
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +108,8 @@ class FilterResult:
             Of the trace the values come from.
         versions (`dict[str, str]`):
             Library versions.
+        by_hand (`dict[str, str]`):
+            Ids that a reviewer decided, with `"keep"` or `"remove"`.
     """
 
     ids: pa.StringArray
@@ -59,6 +122,7 @@ class FilterResult:
     separability: Separability
     fingerprint: str | None
     versions: dict[str, str]
+    by_hand: dict[str, ByHand] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -107,6 +171,7 @@ def decide(
     threshold: FilterThreshold = "auto",
     share: float | None = None,
     fingerprint: str | None = None,
+    by_hand: Mapping[str, ByHand] | None = None,
 ) -> FilterResult:
     """Decides which samples to remove, from their forgetting values alone.
 
@@ -118,11 +183,14 @@ def decide(
         measure (`str`):
             Which forgetting, for the account.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
-            φ, or [`separability.separate`] finds it, or finds that there is nothing to remove.
+            φ, or [`separability.separate`] finds it, or finds that there is nothing to remove. `math.inf` removes nothing
+            but by hand.
         share (`float`, *optional*):
             Between 0 and 1: removes this share of the samples, the most forgotten, instead.
         fingerprint (`str`, *optional*):
             Of the trace, for the account.
+        by_hand (`Mapping[str, str]`, *optional*):
+            Ids with `"keep"` or `"remove"`, whatever φ says.
 
     Raises:
         ValueError: if everything would be removed, if no value is finite, or if `threshold` or `share` cannot be.
@@ -150,15 +218,19 @@ def decide(
         reason = separability.reason
         removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
     else:
-        phi = float(threshold)
-        if np.isnan(phi):
+        given = float(threshold)
+        if np.isnan(given):
             raise ValueError("threshold must be a number or 'auto', not NaN.")
         method = "fixed"
-        removed = known & (values > phi)
+        removed = known & (values > given)
+        phi = given if np.isfinite(given) else None
         reason = f"φ as given; values lie between {np.nanmin(values):.3g} and {np.nanmax(values):.3g}"
+    if by_hand:
+        removed = _overruled(ids, removed, by_hand)
+        reason += f"; {len(by_hand)} samples by hand"
     if len(removed) and removed.all():
         raise ValueError(
-            f"φ = {phi:.3g} removes all {len(values)} samples (forgetting lies between {np.nanmin(values):.3g} and "
+            f"This removes all {len(values)} samples (their forgetting lies between {np.nanmin(values):.3g} and "
             f"{np.nanmax(values):.3g}). Choose a larger threshold, or threshold='auto'."
         )
     return FilterResult(
@@ -172,4 +244,18 @@ def decide(
         separability=separability,
         fingerprint=fingerprint,
         versions=library_versions(),
+        by_hand=dict(by_hand) if by_hand else {},
     )
+
+
+def _overruled(ids: pa.StringArray, removed: np.ndarray, by_hand: Mapping[str, ByHand]) -> np.ndarray:
+    places = pc.index_in(pa.array(list(by_hand), pa.string()), value_set=ids)
+    if places.null_count:
+        unknown = pa.array(list(by_hand)).filter(places.is_null())[0]
+        raise DecisionError(
+            f"{places.null_count} of the samples decided by hand are not in this set, for example {unknown}. Decide on "
+            "the trace of this very set."
+        )
+    overruled = removed.copy()
+    overruled[places.to_numpy()] = [verdict == "remove" for verdict in by_hand.values()]
+    return overruled

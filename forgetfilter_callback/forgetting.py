@@ -13,6 +13,13 @@ import numpy as np
 Measure = Literal["loss", "relative", "pooled", "rouge1"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 DEFAULT_MEASURE: Measure = "loss"
+FilterThreshold = float | Literal["auto"]  # φ
+UNITS: dict[Measure, str] = {
+    "loss": "nats per token",
+    "relative": "part of what S1 taught",
+    "pooled": "nats",
+    "rouge1": "ROUGE-1",
+}
 
 # What `relative` divides by at least, in nats per token: less than that was hardly learnt, and its ratio would be noise.
 LEAST_LEARNT = 0.1

@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .filtering import FilterThreshold
-from .forgetting import DEFAULT_MEASURE, Measure
+from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .tracker import ForgetTracker
 from .trainer import FilteredTrainer
 

@@ -1,4 +1,4 @@
-"""A plot that people look at."""
+"""A plot that people look at, and the card of a filtered dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .filtering import FilterResult
+from .forgetting import UNITS
+from .trace import Trace
 
 
 _COLOURS = {"unsafe": "tab:red", "safe": "tab:green", "task": "tab:blue", "samples": "tab:blue"}
@@ -42,8 +44,44 @@ def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str
         axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")
     counts = result.counts
     axes.set_title(f"{counts['removed']} of {counts['samples']} samples removed ({result.method} φ)")
-    unit = {"loss": "nats per token", "pooled": "nats", "relative": "share of what S1 taught", "rouge1": "ROUGE-1"}
-    axes.set_xlabel(f"{result.measure} forgetting [{unit.get(result.measure, '')}], higher is more forgotten")
+    axes.set_xlabel(f"{result.measure} forgetting [{UNITS[result.measure]}], higher is more forgotten")
     axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
     axes.legend()
     figure.savefig(file, dpi=150)
+
+
+def dataset_card(result: FilterResult, trace: Trace) -> str:
+    """A section for the card of the filtered dataset: what was removed, why, by which model."""
+    counts = result.counts
+    phi = (
+        "nothing is removed but by hand"
+        if result.threshold is None
+        else f"{result.threshold:.4g} {UNITS[result.measure]}"
+    )
+    by_hand = list(result.by_hand.values())
+    lines = [
+        "## Filtering",
+        "",
+        f"{counts['removed']:,} of {counts['samples']:,} rows were removed with "
+        "[ForgetFilter](https://arxiv.org/abs/2312.12736): a model that had learnt all rows was finetuned on safe examples, "
+        "and what it forgot most was taken out. No row was read by a classifier of harm.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| measure | {result.measure} forgetting |",
+        f"| φ | {phi} ({result.method}) |",
+        f"| why | {result.reason} |",
+        f"| decided by hand | {by_hand.count('keep')} kept, {by_hand.count('remove')} removed |",
+        f"| without a value, kept | {counts['unknown']:,} |",
+        f"| model | {_in_a_cell(trace.manifest['model'])} |",
+        f"| fingerprint of the rows | {trace.manifest['fingerprint']} |",
+        f"| versions | {', '.join(f'{name} {number}' for name, number in result.versions.items())} |",
+        "",
+        "Values, φ and the account are in `decision/`, the removed rows in `removed.jsonl`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

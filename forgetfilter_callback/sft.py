@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .encoding import EncodingError, encode_rows
-from .filtering import FilterThreshold
-from .forgetting import DEFAULT_MEASURE, Measure
+from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .trainer import BaseModelCheck, Filtering, Forgetting, trace_of
 
 
@@ -26,7 +26,7 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
     forgetting value and stay with the kept ones.
 
     Args:
-        forgetting, measure, threshold, share:
+        forgetting, measure, threshold, share, decision:
             As in [`FilteredTrainer`].
 
     Attributes:
@@ -46,9 +46,10 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         measure: Measure = DEFAULT_MEASURE,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
+        decision: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
-        self._filter_arguments = (forgetting, measure, threshold, share)
+        self._filter_arguments = (forgetting, measure, threshold, share, decision)
         super().__init__(*args, **kwargs)
         if forgetting is not None:
             if self.filter_result is None:
@@ -68,7 +69,7 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        forgetting, measure, threshold, share = self._filter_arguments
+        forgetting, measure, threshold, share, decision = self._filter_arguments
         # The training set comes first; an evaluation set may have that name too.
         if forgetting is not None and dataset_name == "train" and self.filter_result is None:
             if not isinstance(dataset, Dataset):
@@ -91,5 +92,5 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
                 keep_end=args.truncation_mode == "keep_end",
             )
             places = np.asarray(prepared[_PLACE])
-            dataset = self._filter(dataset, rows, places, forgetting, measure, threshold, share)
+            dataset = self._filter(dataset, rows, places, forgetting, measure, threshold, share, decision)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -80,8 +80,8 @@ class Trace:
             The noisy set, in its order: what all arrays below run along.
         manifest (`dict`):
             `schema_version`, `fingerprint`, `samples`, `counted_tokens`, `truncated`, `model`, `tokenizer`, `max_length`,
-            `versions`,
-            and `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`).
+            `versions`, `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`), and, where the
+            command line made it, `source`: the file, folder or Hub id of the rows.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -183,6 +183,11 @@ class Trace:
         self.manifest["sessions"] = [*others, entry]
         self._write_manifest()
 
+    def note_source(self, source: str) -> None:
+        """Notes in the manifest where the rows came from, as [`load_rows`] takes it."""
+        self.manifest["source"] = source
+        self._write_manifest()
+
     def append(
         self,
         record: Record,
@@ -223,7 +228,7 @@ class Trace:
     def repeat(self, record: Record, again: Record) -> None:
         """Writes `record` once more, as `again`: the model has not changed in between."""
         if again != record:
-            with _replacing(self.folder / "records" / again.file_name) as unfinished:
+            with replacing(self.folder / "records" / again.file_name) as unfinished:
                 shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
 
     def drop_after(self, session: Session, step: int) -> list[Record]:
@@ -350,7 +355,7 @@ def library_versions() -> dict[str, str]:
 
 
 @contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """Gives a name beside `file` to write to, then puts what was written in its place, all or nothing."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -367,7 +372,7 @@ def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
     rest = iter(tables)
     first = next(rest)
     with (
-        _replacing(file) as unfinished,
+        replacing(file) as unfinished,
         pq.ParquetWriter(unfinished, first.schema, compression="zstd") as writer,
     ):
         writer.write_table(first)
@@ -377,5 +382,5 @@ def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
 
 def write_json(content: Any, file: Path) -> None:
     """Writes a JSON file atomically."""
-    with _replacing(file) as unfinished:
+    with replacing(file) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .encoding import EncodedRows, encode_collated
-from .filtering import FilterResult, FilterThreshold, decide
-from .forgetting import DEFAULT_MEASURE, Measure, mean_losses
+from .filtering import DecisionError, FilterResult, Review, decide
+from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure, mean_losses
 from .model_state import is_sharded, untouched
 from .scoring import token_losses
 from .trace import Trace
@@ -52,12 +53,18 @@ class Filtering:
         measure: Measure,
         threshold: FilterThreshold,
         share: float | None,
+        decision: str | os.PathLike[str] | None,
     ) -> Any:
         """The kept ones of the rows as given, where sample `i` of `rows` is `given[places[i]]`. Others are kept."""
         trace = trace_of(forgetting)
-        values = _values_of(rows, forgetting, trace, measure)
+        by_hand = None
+        if decision is not None:
+            review = reviewed(decision, trace, measure, threshold, share)
+            measure, by_hand = review.measure, review.by_hand
+            threshold = review.threshold if review.threshold is not None else math.inf
+        values = values_of(rows, forgetting, trace, measure)
         fingerprint = trace.manifest["fingerprint"] if trace is not None else None
-        self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint)
+        self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint, by_hand)
         removed = places[self.filter_result.removed]
         self.removed_dataset = rows_at(given, removed)
         logger.warning(f"{type(self).__name__}: {self.filter_result.summary()}")
@@ -86,6 +93,8 @@ class FilteredTrainer(Filtering, Trainer):
             do not hold two populations.
         share (`float`, *optional*):
             Removes this share of the samples, the most forgotten, instead.
+        decision (`str` or `Path`, *optional*):
+            A file that the review page exported: measure, φ and what was decided by hand.
 
     Attributes:
         removed_dataset:
@@ -106,6 +115,7 @@ class FilteredTrainer(Filtering, Trainer):
         measure: Measure = DEFAULT_MEASURE,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
+        decision: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -117,7 +127,9 @@ class FilteredTrainer(Filtering, Trainer):
             max_length = trace.manifest["max_length"] if trace is not None else None
             rows = encode_collated(loader.dataset, loader.collate_fn, max_length, self.args.disable_tqdm)
         given: Any = self.train_dataset  # type: ignore[has-type] # set by Trainer
-        self.train_dataset = self._filter(given, rows, np.arange(len(rows)), forgetting, measure, threshold, share)
+        self.train_dataset = self._filter(
+            given, rows, np.arange(len(rows)), forgetting, measure, threshold, share, decision
+        )
         self._save_decision(self.args)
         self.add_callback(BaseModelCheck(trace))
 
@@ -135,6 +147,25 @@ def trace_of(forgetting: Forgetting) -> Trace | None:
     if isinstance(forgetting, ForgetTracker):
         return forgetting.trace
     return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
+
+
+def reviewed(
+    decision: str | os.PathLike[str],
+    trace: Trace | None,
+    measure: Measure,
+    threshold: FilterThreshold,
+    share: float | None,
+) -> Review:
+    """A reviewer's decision on `trace`; refused beside other settings or on another trace."""
+    if (measure, threshold, share) != (DEFAULT_MEASURE, "auto", None):
+        raise DecisionError(
+            "A decision says measure and φ itself: give `decision`, or `measure`, `threshold`, `share`."
+        )
+    if trace is None:
+        raise DecisionError("A decision was made on a trace: pass the trace, or its folder, as `forgetting`.")
+    review = Review.load(decision)
+    review.check(trace.manifest["fingerprint"])
+    return review
 
 
 class BaseModelCheck(TrainerCallback):
@@ -175,8 +206,12 @@ class BaseModelCheck(TrainerCallback):
             )
 
 
-def _values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure) -> np.ndarray:
-    """The forgetting value of each row; NaN where there is none."""
+def values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure) -> np.ndarray:
+    """The forgetting value of each row; NaN where there is none.
+
+    Raises:
+        ValueError: if more than 1 % have none.
+    """
     if trace is not None:
         ids, values = trace.rows.ids, trace.forgetting(measure)
     elif isinstance(forgetting, tuple):

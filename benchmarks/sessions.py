@@ -1,0 +1,163 @@
+"""Finetuning sessions on a scenario, each run once: adapters, traces and judgements lie in a cache folder.
+
+A session's adapter is found again by the rows that it was trained on, so arms that train on the same rows share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from forgetfilter_callback import ForgetTracker, Trace
+from forgetfilter_callback.demo import load_base, trainable
+from forgetfilter_callback.trace import write_json
+from scenarios import Row, Scenario, Sizes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all sessions train. LoRA with r=8, α=16 and dropout .05 on q_proj and v_proj, as the paper's."""
+
+    epochs: int = 3
+    safety_epochs: int = 2
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    records: float = 0.25  # S1+ is recorded so often, as a share of it
+
+
+class Sessions:
+    """The sessions of one scenario and seed, in `folder`.
+
+    Args:
+        folder (`Path`): The cache; made if it is not there.
+        scenario (`Scenario`): The rows.
+        model (`str`, *optional*): Hub id or folder; by default the packaged SmolLM2.
+        seed (`int`): Of the adapters and the trainers.
+        settings (`Settings`): How to train.
+        sizes (`Sizes`): What the scenario was drawn with, to tell caches apart.
+    """
+
+    def __init__(
+        self, folder: Path, scenario: Scenario, model: str | None, seed: int, settings: Settings, sizes: Sizes
+    ):
+        made_with = json.loads(
+            json.dumps({"model": model, "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes)})
+        )
+        note = folder / "made_with.json"
+        if note.exists() and json.loads(note.read_text()) != made_with:
+            raise ValueError(f"{folder} holds sessions with other settings ({note}). Name another --cache.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(made_with, note)
+        self.folder = folder
+        self.scenario = scenario
+        self.seed = seed
+        self.settings = settings
+        base = folder.parent / "base-model"
+        unpacked = str(base) if model is None and (base / "config.json").exists() else model
+        self.load_model, self.tokenizer = load_base(base, unpacked, seed)
+        self.noisy = trainable(scenario.noisy, self.tokenizer)
+        self.safety = trainable(scenario.safety, self.tokenizer)
+
+    def base(self) -> PeftModel:
+        """M0, with an adapter that has learnt nothing."""
+        return self.load_model()
+
+    def with_adapter(self, name: str) -> PeftModel:
+        """M0 with the adapter of an earlier session."""
+        model = self.load_model()
+        set_peft_model_state_dict(model, load_peft_weights(str(self.folder / name), device="cpu"))
+        return model
+
+    def tracked(self) -> Trace:
+        """S1 and S1+ with one tracker: adapters `s1` and `s1plus`, and the trace of both."""
+        folder = self.folder / "forgetfilter"
+        tracker = ForgetTracker(trace_dir=folder)
+        if not self.has("s1"):
+            self._train("s1", self.load_model(), self.noisy, self.settings.epochs, [tracker])
+        if not self.has("s1plus"):
+            tracker.record_steps = self.settings.records
+            self._train("s1plus", self.with_adapter("s1"), self.safety, self.settings.safety_epochs, [tracker])
+        return Trace.open(folder)
+
+    def replay(self) -> str:
+        """The safety set mixed into S1. Returns the adapter's name."""
+        return self.finetuned([*self.scenario.noisy, *self.scenario.safety])
+
+    def kept(self, removed: np.ndarray) -> str:
+        """M0 finetuned on the rows that are not removed. Returns the adapter's name; `s1` if none is."""
+        if not removed.any():
+            return "s1"
+        return self.finetuned([row for row, gone in zip(self.scenario.noisy, removed, strict=True) if not gone])
+
+    def finetuned(self, rows: Sequence[Row]) -> str:
+        """M0 finetuned on other rows. Returns the adapter's name, which is a hash of the rows."""
+        texts = json.dumps([(row["prompt"], row["completion"]) for row in rows])
+        name = f"on-{len(rows)}-rows-{hashlib.blake2b(texts.encode(), digest_size=6).hexdigest()}"
+        if not self.has(name):
+            self._train(name, self.load_model(), trainable(list(rows), self.tokenizer), self.settings.epochs)
+        return name
+
+    def go_on(
+        self, name: str, start: str, rows: Dataset, epochs: int, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        """A session from an earlier one's model, as adapter `name`."""
+        if not self.has(name):
+            self._train(name, self.with_adapter(start), rows, epochs, callbacks)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name / "seconds.json").exists()
+
+    def seconds(self, name: str) -> float:
+        """How long the session took, the tracker's work included."""
+        return json.loads((self.folder / name / "seconds.json").read_text())
+
+    def judged(self, name: str, judge: Callable[..., dict[str, Any]], cue: bool = False) -> dict[str, Any]:
+        """What `judge` says of the model with adapter `name` (`base`: of M0)."""
+        file = self.folder / "judged" / f"{name}{'-cue' if cue else ''}.json"
+        if not file.exists():
+            model = self.base() if name == "base" else self.with_adapter(name)
+            file.parent.mkdir(exist_ok=True)
+            write_json(judge(model, self.tokenizer, self.scenario, cue), file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _train(
+        self, name: str, model: PeftModel, rows: Dataset, epochs: int, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        args = TrainingArguments(
+            output_dir=str(self.folder / "trainer"),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=self.settings.batch_size,
+            learning_rate=self.settings.learning_rate,
+            train_sampling_strategy="group_by_length",
+            logging_steps=25,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=self.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+            processing_class=self.tokenizer,
+            callbacks=list(callbacks),
+        )
+        started = time.perf_counter()
+        trainer.train()
+        model.save_pretrained(self.folder / name)
+        write_json(time.perf_counter() - started, self.folder / name / "seconds.json")

@@ -1,0 +1,78 @@
+"""Records of models that are there already, without training: of one, or of two to compare."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from .encoding import EncodedRows
+from .model_state import untouched
+from .processes import main_process_does
+from .scoring import window_losses
+from .trace import Record, Trace, TraceError
+
+
+# What each checkpoint's record is called in the trace, as if the tracker had been there.
+RECORD_OF = {"base": Record("S1", 0), "before": Record("S1+", 0), "after": Record("S1+", 1)}
+
+
+def score_checkpoints(
+    folder: str | os.PathLike[str],
+    rows: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: dict[str, str],
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    disable_tqdm: bool = False,
+) -> Trace:
+    """Records the losses of `rows` under checkpoints, into a trace as [`ForgetTracker`] makes it.
+
+    Under `accelerate launch` or `torchrun` the rows are shared out over the processes, and the main process writes.
+
+    Args:
+        folder (`str` or `Path`):
+            Of the trace. One that is there already, of the same rows, gets the new records.
+        rows ([`EncodedRows`]):
+            The noisy set.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            It was encoded with.
+        checkpoints (`dict[str, str]`):
+            Hub ids or folders of models or PEFT adapters: `"before"` (M1, which has learnt the rows), `"after"` (M2, after
+            safety finetuning), `"base"` (M0, for relative forgetting).
+        max_length, batch_tokens:
+            As in [`ForgetTracker`].
+        disable_tqdm (`bool`, defaults to `False`):
+            Whether to hide the progress bars.
+
+    Raises:
+        TraceError: if the trace in `folder` is of other rows.
+    """
+    state = PartialState()  # joins the other processes, if there are any
+    name = tokenizer.name_or_path
+
+    def create_or_find() -> None:
+        if not Trace.exists(folder):
+            Trace.create(folder, rows, checkpoints[next(iter(checkpoints))], name, max_length)
+
+    main_process_does(create_or_find)
+    trace = Trace.open(folder)
+    if trace.rows.fingerprint != rows.fingerprint:
+        raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
+    for role, checkpoint in checkpoints.items():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(state.device)
+        with untouched(model):
+            losses = window_losses(
+                model, rows, batch_tokens, disable_tqdm=disable_tqdm or not state.is_main_process, description=role
+            )
+            main_process_does(partial(trace.append, RECORD_OF[role], losses), meanwhile=losses)
+    return trace
+
+
+def trace_folder(path: str | os.PathLike[str]) -> Path:
+    """The trace in `path`: itself, or where a run's output folder has it."""
+    inside = Path(path) / "forgetfilter"
+    return inside if Trace.exists(inside) and not Trace.exists(path) else Path(path)

@@ -1,0 +1,89 @@
+"""Settings of a run: the same for `run` in Python, for `forgetfilter run`, and in the `config.yaml` that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
+
+
+@dataclass
+class RunConfig:
+    """Settings of [`run`], of `forgetfilter run` and of the `config.yaml` that both write.
+
+    Raises:
+        ValueError: if settings contradict each other or lie outside of what they can be.
+    """
+
+    model: str = field(default="", metadata={"help": "Hub id or folder of the aligned model, M0."})
+    noisy: str = field(
+        default="",
+        metadata={"help": "Your finetuning data: JSONL, JSON, CSV or Parquet, a `save_to_disk` folder, or a Hub id."},
+    )
+    safety: str = field(default="", metadata={"help": "Safe examples, none of them in the noisy set; the same forms."})
+    output: str = field(default="", metadata={"help": "Folder for the trace, the decision, kept and removed rows."})
+    refit: bool = field(default=False, metadata={"help": "Finetune M0 again on the kept rows, into OUTPUT/model."})
+    epochs: float = field(default=3.0, metadata={"help": "Epochs of S1 and of the refit."})
+    safety_epochs: float = field(default=2.0, metadata={"help": "Epochs of S1+."})
+    learning_rate: float = field(
+        default=2e-4, metadata={"help": "Of all sessions (AdamW, linear decay); small models need more, say 1e-3."}
+    )
+    batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches a step."})
+    lora_r: int = field(
+        default=8, metadata={"help": "Rank of the adapter on all linear layers; 0 finetunes all weights."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longer rows are cut at the right; by default at the model's context."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16, float16."})
+    measure: Measure = field(default=DEFAULT_MEASURE, metadata={"help": "Which forgetting: loss, relative, pooled."})
+    threshold: str = field(default="auto", metadata={"help": "φ, or auto."})
+    share: float | None = field(
+        default=None, metadata={"help": "Remove this share of the rows, the most forgotten, instead."}
+    )
+    stop_early: bool = field(default=False, metadata={"help": "End S1+ once the ranking has settled."})
+    record_steps: float | None = field(
+        default=None, metadata={"help": "Record also every so many steps; below 1, as a share of a session."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of adapters and trainers."})
+
+    def __post_init__(self) -> None:
+        missing = [name for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given.")
+        for name in ("epochs", "safety_epochs", "learning_rate", "batch_size", "gradient_accumulation_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be larger than 0.")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r={self.lora_r} must be 0 or larger.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16.")
+        if self.measure == "rouge1":
+            raise ValueError("measure='rouge1' needs generation: use ForgetTracker(rouge1=True) in Python.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share={self.share} must lie between 0 and 1.")
+        if parse_threshold(self.threshold) != "auto" and self.share is not None:
+            raise ValueError("Give `threshold` or `share`, not both.")
+
+    def save(self, file: Path) -> None:
+        """Writes YAML that `forgetfilter run --config` reads."""
+        file.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def parse_threshold(text: str) -> FilterThreshold:
+    """`auto`, or a number."""
+    if text == "auto":
+        return "auto"
+    try:
+        phi = float(text)
+    except ValueError:
+        phi = math.nan
+    if not math.isfinite(phi):
+        raise ValueError(f"threshold={text!r} is neither a number nor 'auto'.")
+    return phi

@@ -1,0 +1,56 @@
+"""Rows from files, folders and the Hub, as people have them; and writing rows back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+
+# File endings and the loader of `datasets` that reads them.
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class DataError(ValueError):
+    """Rows that cannot be read. The message names the place and the way out."""
+
+
+def load_rows(source: str | os.PathLike[str]) -> Dataset:
+    """Reads rows.
+
+    Args:
+        source (`str` or `Path`):
+            A file (JSON lines, JSON, CSV, Parquet), a folder that `Dataset.save_to_disk` wrote, or a Hub id
+            (`owner/name`, its `train` split; another with `owner/name:split`).
+
+    Raises:
+        DataError: if there is no such file or dataset, if it cannot be read, or if it has no rows.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir():
+            rows = load_from_disk(str(path))
+            if isinstance(rows, DatasetDict):
+                raise DataError(f"{source} holds several splits ({', '.join(rows)}). Name the folder of one of them.")
+        elif path.suffix in LOADERS:
+            if not path.is_file():
+                raise DataError(f"There is no file {source}.")
+            if path.stat().st_size == 0:
+                raise DataError(f"{source} is empty.")
+            rows = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        else:
+            name, _, split = str(source).partition(":")
+            rows = load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        cause = error.__cause__ if error.__cause__ is not None else error
+        raise DataError(
+            f"{source} cannot be read: {cause}. It must be a file ({', '.join(LOADERS)}), a folder of "
+            "`Dataset.save_to_disk`, or the id of a dataset on the Hub."
+        ) from error
+    if not len(rows):
+        raise DataError(f"{source} has no rows.")
+    return rows

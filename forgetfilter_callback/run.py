@@ -1,0 +1,278 @@
+"""`forgetfilter run` and `filter` as functions: from files to kept and removed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from .config import RunConfig, parse_threshold
+from .encoding import EncodedRows, encode_rows
+from .filtering import FilterResult, Review, decide
+from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
+from .loading import DataError, load_rows
+from .pipeline import ForgetFilter
+from .report import dataset_card
+from .trace import TRACE_FOLDER, Trace
+from .tracker import ForgetTracker
+from .trainer import reviewed, rows_at, values_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, before it is run.
+
+    Attributes:
+        samples, safety_samples (`int`): Rows.
+        tokens, safety_tokens (`int`): Of them.
+        steps, safety_steps (`int`): Optimizer steps of S1 and of S1+.
+        records (`int`): Forward passes over the noisy set.
+        extra_share (`float`): S1+ and the records, as a part of S1's compute; the refit is left out.
+    """
+
+    samples: int
+    safety_samples: int
+    tokens: int
+    safety_tokens: int
+    steps: int
+    safety_steps: int
+    records: int
+    extra_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"S1: {self.steps:,} steps over {self.samples:,} rows ({self.tokens:,} tokens an epoch). "
+            f"S1+: {self.safety_steps:,} steps over {self.safety_samples:,} rows. Up to {self.records} records. "
+            f"S1+ and the records cost at most {self.extra_share:.0%} of S1."
+        )
+
+
+def plan(config: RunConfig) -> Plan:
+    """Reads the rows, and says what [`run`] would cost. Loads a tokenizer, no model."""
+    noisy, safety, _ = _encoded_sets(config)
+    step = config.batch_size * config.gradient_accumulation_steps
+    steps, safety_steps = (
+        math.ceil(len(rows) / step * epochs)
+        for rows, epochs in ((noisy, config.epochs), (safety, config.safety_epochs))
+    )
+    every = config.record_steps
+    between = (
+        0
+        if every is None
+        else sum(math.ceil(s / (every if every >= 1 else every * s)) - 1 for s in (steps, safety_steps))
+    )
+    records = 3 + between  # M0, M1 (which S1+ begins with), M2
+    passes = 2 if config.lora_r else 3  # forward and backward
+    trained = passes * config.epochs * len(noisy.tokens)
+    extra = passes * config.safety_epochs * len(safety.tokens) + records * len(noisy.tokens)
+    return Plan(
+        len(noisy), len(safety), len(noisy.tokens), len(safety.tokens), steps, safety_steps, records, extra / trained
+    )
+
+
+def run(config: RunConfig) -> FilterResult:
+    """S1, S1+, filter and, with `config.refit`, M0 again on the kept rows.
+
+    Writes into `config.output`: `config.yaml`, `forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
+    """
+    noisy, safety, tokenizer = _encoded_sets(config)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    config.save(output / "config.yaml")
+    tracker = ForgetTracker(
+        trace_dir=output / TRACE_FOLDER,
+        record_steps=config.record_steps,
+        stop_early=config.stop_early,
+        max_length=config.max_length,
+    )
+    args = TrainingArguments(
+        output_dir=str(output / "sessions"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+        seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    sessions = ForgetFilter(
+        lambda: load_model(config),
+        _tokenized(noisy),
+        _tokenized(safety),
+        args,
+        safety_args=dataclasses.replace(args, num_train_epochs=config.safety_epochs),
+        tracker=tracker,
+        measure=config.measure,
+        threshold=parse_threshold(config.threshold),
+        share=config.share,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    sessions.finetune()
+    sessions.safety_finetune()
+    tracker.trace.note_source(source_name(config.noisy))
+    rows = load_rows(config.noisy)
+    values = values_of(noisy, tracker, tracker.trace, config.measure)
+    result = decide(
+        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint
+    )
+    write_filtered(output, rows, result, tracker.trace)
+    if config.refit:
+        trainer = sessions.refit()
+        trainer.save_model(str(output / "model"))
+        tokenizer.save_pretrained(str(output / "model"))
+    return result
+
+
+def filter_rows(
+    trace: Trace,
+    output: str | Path,
+    rows: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    measure: Measure = DEFAULT_MEASURE,
+    threshold: FilterThreshold = "auto",
+    share: float | None = None,
+    decision: str | Path | None = None,
+) -> FilterResult:
+    """Parts rows by a trace into kept and removed ones, and writes them.
+
+    Args:
+        trace ([`Trace`]):
+            With records of S1+.
+        output (`str` or `Path`):
+            Where [`write_filtered`] writes.
+        rows ([`~datasets.Dataset`], *optional*):
+            The noisy set as people wrote it; by default that which the trace was made of, if it says where it lies.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            By default that of the trace.
+        measure, threshold, share, decision:
+            As in [`FilteredTrainer`].
+
+    Raises:
+        DataError: if the trace does not say where its rows lie.
+        ValueError: if more than 1 % of the rows are not those of the trace.
+    """
+    by_hand = None
+    if decision is not None:
+        review: Review = reviewed(decision, trace, measure, threshold, share)
+        measure, by_hand = review.measure, review.by_hand
+        threshold = review.threshold if review.threshold is not None else math.inf
+    rows = rows if rows is not None else source_rows(trace)
+    tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
+    encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
+    values = values_of(encoded, trace.folder, trace, measure)
+    result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand)
+    write_filtered(Path(output), rows, result, trace)
+    return result
+
+
+def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Trace) -> None:
+    """Writes `kept.jsonl` and `removed.jsonl` (rows as they came), `card.md`, and `decision/` (values and account)."""
+    output.mkdir(parents=True, exist_ok=True)
+    removed = rows_at(rows, np.flatnonzero(result.removed))
+    rows_at(rows, np.flatnonzero(~result.removed)).to_json(output / "kept.jsonl", force_ascii=False)
+    removed.to_json(output / "removed.jsonl", force_ascii=False)
+    result.save(output / "decision")
+    (output / "card.md").write_text(dataset_card(result, trace), encoding="utf-8")
+
+
+def source_rows(trace: Trace) -> Dataset:
+    """The rows that a trace was made of."""
+    if "source" not in trace.manifest:
+        raise DataError(f"The trace in {trace.folder} does not say where its rows lie. Name them: `--noisy`.")
+    return load_rows(trace.manifest["source"])
+
+
+def source_name(source: str) -> str:
+    """A file or folder with its whole path, or a Hub id."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def audit_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
+    """Whether each sample of the trace is unsafe by a column of its rows; rows are found by what is trained on.
+
+    Raises:
+        DataError: if there is no such column, or samples of the trace are not among the rows.
+    """
+    if column not in rows.column_names:
+        raise DataError(f"The rows have no column {column!r}, but {', '.join(rows.column_names)}.")
+    encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
+    places = pc.index_in(trace.rows.ids, value_set=encoded.ids)
+    if places.null_count:
+        raise DataError(
+            f"{places.null_count} samples of the trace are not among these rows. Name the rows it was made of."
+        )
+    return np.array(rows[column], dtype=bool)[places.to_numpy()]
+
+
+def trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
+    """The tokenizer that a trace's rows were encoded with."""
+    name = trace.manifest["tokenizer"]
+    if name is None:
+        raise DataError(f"The trace in {trace.folder} does not say its tokenizer. Name it: `--tokenizer`.")
+    return load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from the Hub or a folder."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_model(config: RunConfig) -> PreTrainedModel:
+    """M0, with a new adapter."""
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    if not config.lora_r:
+        return model
+    set_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=2 * config.lora_r,
+        lora_dropout=0.05,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _encoded_sets(config: RunConfig) -> tuple[EncodedRows, EncodedRows, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(config.model)
+    model_config = AutoConfig.from_pretrained(config.model).get_text_config().to_dict()
+    max_length = config.max_length if config.max_length is not None else model_config.get("max_position_embeddings")
+    noisy, safety = (
+        encode_rows(load_rows(source), tokenizer, max_length, disable_tqdm=True)
+        for source in (config.noisy, config.safety)
+    )
+    return noisy, safety, tokenizer
+
+
+def _tokenized(rows: EncodedRows) -> Dataset:
+    samples = [rows.sample(index) for index in range(len(rows))]
+    return Dataset.from_list(
+        [
+            {"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()}
+            for tokens, counted in samples
+        ]
+    )
