@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetfilter_callback import Record, Trace
 from forgetfilter_callback.encoding import encode_collated
-from forgetfilter_callback.scoring import token_losses, window_losses
+from forgetfilter_callback.scoring import token_losses, window_scores
 from forgetfilter_callback.trace import write_json
 
 
@@ -78,7 +78,7 @@ def record(folder: str) -> tuple[float, int]:
     encoded = encode_collated(rows, collate, disable_tqdm=True)
     with tempfile.TemporaryDirectory() as trace_folder:
         trace = Trace.create(trace_folder, encoded, "tiny", None, None)
-        trace.append(Record("S1", 0), window_losses(model, encoded, disable_tqdm=True))
+        trace.append(Record("S1", 0), window_scores(model, encoded, disable_tqdm=True))
     return time.perf_counter() - started, peak.most - peak.first
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from .encoding import EncodedRows
 from .model_state import untouched
 from .processes import main_process_does
-from .scoring import window_losses
+from .recorder import has_states
+from .scoring import window_scores
 from .trace import Record, Trace, TraceError
 
 
@@ -65,10 +66,15 @@ def score_checkpoints(
     for role, checkpoint in checkpoints.items():
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(state.device)
         with untouched(model):
-            losses = window_losses(
-                model, rows, batch_tokens, disable_tqdm=disable_tqdm or not state.is_main_process, description=role
+            scores = window_scores(
+                model,
+                rows,
+                batch_tokens,
+                disable_tqdm=disable_tqdm or not state.is_main_process,
+                description=role,
+                with_states=has_states(RECORD_OF[role]),
             )
-            main_process_does(partial(trace.append, RECORD_OF[role], losses), meanwhile=losses)
+            main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
     return trace
 
 

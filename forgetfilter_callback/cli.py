@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 import yaml
 
@@ -65,7 +64,7 @@ def exit_codes() -> Iterator[None]:
         typer.echo(f"forgetfilter: {error}", err=True)
         raise typer.Exit(BAD_DATA) from error
     except Exception as error:
-        if isinstance(error, click.exceptions.Exit | click.ClickException | click.Abort):
+        if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
             raise
         typer.echo(f"forgetfilter: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(FAILED) from error
@@ -86,18 +85,18 @@ def demo(
         run_demo(output, model, seed)
 
 
-def read_config(context: click.Context, file: Path | None) -> Path | None:
+def read_config(context: typer.Context, file: Path | None) -> Path | None:
     """Settings of a YAML file become the defaults that flags stand on top of."""
     if file is None:
         return None
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{file} cannot be read: {error}") from error
+        raise typer.BadParameter(f"{file} cannot be read: {error}") from error
     names = [each.name for each in dataclasses.fields(RunConfig)]
     if not isinstance(settings, dict) or not set(settings) <= set(names):
         unknown = sorted(map(str, set(settings) - set(names))) if isinstance(settings, dict) else "no settings"
-        raise click.BadParameter(f"{file} holds {unknown}; what can be set is {', '.join(names)}.")
+        raise typer.BadParameter(f"{file} holds {unknown}; what can be set is {', '.join(names)}.")
     context.default_map = {name: value for name, value in settings.items() if value is not None}
     return file
 
@@ -174,7 +173,7 @@ def score(
         role: model for role, model in (("base", base), ("before", before), ("after", after)) if model is not None
     }
     if not checkpoints:
-        raise click.UsageError("Name a model: --before, --after or --base.")
+        raise typer.BadParameter("Name a model: --before, --after or --base.")
     with exit_codes():
         import numpy as np
         from accelerate import PartialState
@@ -220,6 +219,7 @@ def filter_command(
         from .loading import load_rows
         from .run import filter_rows
 
+        phi = parse_threshold(threshold)
         opened = _open(trace)
         result = filter_rows(
             opened,
@@ -227,7 +227,7 @@ def filter_command(
             load_rows(noisy) if noisy is not None else None,
             _tokenizer(opened, tokenizer),
             measure,
-            parse_threshold(threshold),
+            phi,
             share,
             decision,
         )

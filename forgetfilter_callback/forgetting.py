@@ -5,12 +5,15 @@ Higher is more forgotten, whichever measure. Losses are flat: those of sample `i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import normalize
 
 
-Measure = Literal["loss", "relative", "pooled", "rouge1"]
+Measure = Literal["loss", "relative", "pooled", "smoothed", "rouge1"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 DEFAULT_MEASURE: Measure = "loss"
 FilterThreshold = float | Literal["auto"]  # φ
@@ -18,6 +21,7 @@ UNITS: dict[Measure, str] = {
     "loss": "nats per token",
     "relative": "part of what S1 taught",
     "pooled": "nats",
+    "smoothed": "nats",
     "rouge1": "ROUGE-1",
 }
 
@@ -27,6 +31,10 @@ LEAST_LEARNT = 0.1
 POOLED_SHRINKAGE = 3
 # `pooled`: how many of a sample's largest pooled rises are averaged.
 POOLED_LARGEST = 3
+# `smoothed`: which share of a sample's pooled rises is averaged, the largest; and how strong the ridge may be, as multiples
+# of the mean squared singular value.
+SMOOTHED_SHARE = 0.1
+SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
 
 
 def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -77,6 +85,47 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
     Returns:
         `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts.
     """
+    return _mean_of_largest(pooled_rises(tokens, offsets, before, after), offsets, lambda counts: POOLED_LARGEST)
+
+
+def smoothed_forgetting(
+    tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
+) -> np.ndarray:
+    """Pooled over tokens, then over samples that are alike: what S1+ does to one is weighed with what it does to its like.
+
+    First, the mean of the largest tenth of a sample's pooled rises (see [`pooled_forgetting`]). Then a ridge regression of
+    that on the direction of the samples' states, whose strength is chosen by leaving samples out: the fitted values.
+
+    Args:
+        tokens, offsets, before, after:
+            As in [`pooled_forgetting`].
+        states (`np.ndarray` of shape `(samples, size)`):
+            What M1 makes of each sample (see [`Scores`]).
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts or a state is not finite.
+    """
+    pooled = pooled_rises(tokens, offsets, before, after)
+    largest = _mean_of_largest(pooled, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
+    known = np.isfinite(largest) & np.isfinite(states).all(axis=1)
+    values = np.full(len(largest), np.nan)
+    if known.sum() < 3:  # nothing to be alike
+        values[known] = largest[known]
+        return values
+    directions = normalize(states[known] - states[known].mean(axis=0, dtype=np.float64))
+    strengths = SMOOTHED_STRENGTHS * len(directions) / min(directions.shape)
+    mean = largest[known].mean()
+    ridge = RidgeCV(strengths, fit_intercept=False).fit(directions, largest[known] - mean)
+    values[known] = ridge.predict(directions) + mean
+    return values
+
+
+def pooled_rises(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The rise of each token, averaged over that token's occurrences in the other samples, and three zeros.
+
+    Returns:
+        `np.ndarray` of shape `(counted_tokens,)`, float64, nats.
+    """
     rises = after.astype(np.float64) - before
     rises[~np.isfinite(rises)] = 0.0  # a diverged token must not reach the other samples
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -88,14 +137,21 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
 
     others_rise = total(kind, rises) - total(of_sample, rises)
     others_count = total(kind) - total(of_sample)
-    pooled = others_rise / (others_count + POOLED_SHRINKAGE)
+    return others_rise / (others_count + POOLED_SHRINKAGE)
 
-    largest_first = np.lexsort([-pooled, samples])
-    rank = np.arange(len(pooled)) - offsets[samples]
-    kept = largest_first[rank < POOLED_LARGEST]
-    counts = np.bincount(samples[kept], minlength=len(offsets) - 1)
-    sums = np.bincount(samples[kept], weights=pooled[kept], minlength=len(offsets) - 1)
-    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+def _mean_of_largest(
+    values: np.ndarray, offsets: np.ndarray, how_many: Callable[[np.ndarray], np.ndarray | int]
+) -> np.ndarray:
+    """The mean of each sample's largest values, as many as `how_many` says of its number of values; NaN of none."""
+    counts = np.diff(offsets)
+    samples = np.repeat(np.arange(len(counts)), counts)
+    largest_first = np.lexsort([-values, samples])
+    rank = np.arange(len(values)) - offsets[samples]
+    kept = largest_first[rank < np.broadcast_to(how_many(counts), len(counts))[samples]]
+    kept_counts = np.bincount(samples[kept], minlength=len(counts))
+    sums = np.bincount(samples[kept], weights=values[kept], minlength=len(counts))
+    return np.divide(sums, kept_counts, out=np.full(len(counts), np.nan), where=kept_counts > 0)
 
 
 def rouge_forgetting(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from .forgetting import LEAST_LEARNT, mean_losses
 from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest
 from .processes import all_do, gathered, main_process_does, share_of
-from .scoring import window_losses
+from .scoring import Scores, window_scores
 from .trace import Record, Trace, TraceError
 
 
@@ -91,10 +91,10 @@ class Recorder:
         if any(each.get("init_lora_weights", True) not in (True, "gaussian") for each in settings):
             return
         with model.disable_adapter():
-            losses = [*window_losses(model, self._trace.rows, self._batch_tokens, disable_tqdm=quiet(args))]
-        base = mean_losses(np.concatenate(losses), self._trace.rows.counted_offsets)
+            scores = [*window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=quiet(args))]
+        base = mean_losses(np.concatenate([window.losses for window in scores]), self._trace.rows.counted_offsets)
         if np.nanmean(base - self._last_means) > LEAST_ADAPTED:
-            main_process_does(partial(self._trace.append, Record("S1", 0), losses))
+            main_process_does(partial(self._trace.append, Record("S1", 0), scores))
 
     def _take(
         self,
@@ -105,7 +105,7 @@ class Recorder:
     ) -> np.ndarray:
         name = f"{record.session} step {record.step}"
         rows = self._trace.rows
-        completions, scores = None, None
+        completions, rouge1_scores = None, None
         if self._with_rouge1:
             if processing_class is None:
                 raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
@@ -121,22 +121,29 @@ class Recorder:
                 description=f"Generating {name}",
             )
             completions = [text for texts in all_do(complete) for text in texts]
-            scores = rouge1(completions, references)
+            rouge1_scores = rouge1(completions, references)
         means: list[np.ndarray] = []
-        losses = window_losses(
-            model, rows, self._batch_tokens, disable_tqdm=quiet(args), description=f"Recording {name}"
+        scores = window_scores(
+            model,
+            rows,
+            self._batch_tokens,
+            disable_tqdm=quiet(args),
+            description=f"Recording {name}",
+            with_states=has_states(record),
         )
-        looked_at = self._looked_at(record, losses, means)
-        main_process_does(partial(self._trace.append, record, looked_at, completions, scores), meanwhile=looked_at)
+        looked_at = self._looked_at(record, scores, means)
+        main_process_does(
+            partial(self._trace.append, record, looked_at, completions, rouge1_scores), meanwhile=looked_at
+        )
         return np.concatenate(means)
 
-    def _looked_at(self, record: Record, losses: Iterator[np.ndarray], means: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Passes losses on, notes `means`, and warns or refuses (then nothing is written) once it has seen them all."""
+    def _looked_at(self, record: Record, scores: Iterator[Scores], means: list[np.ndarray]) -> Iterator[Scores]:
+        """Passes scores on, notes `means`, and warns or refuses (then nothing is written) once it has seen them all."""
         diverged = 0
-        for window, its_losses in zip(self._trace.rows.windows(), losses, strict=True):
-            diverged += int((~np.isfinite(its_losses)).sum())
-            means.append(mean_losses(its_losses, window.counted_offsets))
-            yield its_losses
+        for window, scored in zip(self._trace.rows.windows(), scores, strict=True):
+            diverged += int((~np.isfinite(scored.losses)).sum())
+            means.append(mean_losses(scored.losses, window.counted_offsets))
+            yield scored
         if diverged:
             logger.warning(
                 f"{diverged} of {int(self._trace.rows.counted_offsets[-1])} token losses at {record.session} step "
@@ -165,6 +172,11 @@ class Recorder:
                 f"S1+ does not start from the model that S1 made ({figures} nats per token): what was not learnt cannot "
                 "be forgotten. Start the safety session from S1's model (its last checkpoint, or the same object)."
             )
+
+
+def has_states(record: Record) -> bool:
+    """Whether a record keeps the samples' states: those of M1 are wanted, where S1 ends and S1+ begins."""
+    return (record.session == "S1") == (record.step > 0)
 
 
 def quiet(args: TrainingArguments) -> bool:

@@ -179,7 +179,7 @@ def _texts(
 
 
 def _number(value: float) -> float | None:
-    return round(float(value), 5) if np.isfinite(value) else None
+    return float(value) if np.isfinite(value) else None
 
 
 def split_text(
@@ -202,12 +202,15 @@ def split_text(
     start = int(np.argmax(counted)) if counted.any() else len(tokens)
     rise_of = np.full(len(tokens), np.nan)
     rise_of[counted] = rises
-    prompt = tokenizer.decode(tokens[:start])
+    prompt = _decode(tokenizer, tokens[:start])
     pieces: list[tuple[str, float | None]] = []
     begun = start
     characters = 0
     for end in range(start + 1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[begun:end], clean_up_tokenization_spaces=False)
+        # After the token before it: some tokenizers leave out the space that a text begins with.
+        text = _decode(tokenizer, tokens[max(begun - 1, 0) : end]).removeprefix(
+            _decode(tokenizer, tokens[max(begun - 1, 0) : begun])
+        )
         if text.endswith("\ufffd") and end < len(tokens) and end - begun < 8:
             continue  # a character that goes on in the next token
         its_rises = rise_of[begun:end]
@@ -219,3 +222,7 @@ def split_text(
             pieces.append((" […]", None))
             break
     return prompt, pieces
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -9,9 +9,9 @@ stays the model's own business. A model whose head cannot be reached that way is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,25 @@ _LOGITS_IN_FLOAT32 = 64
 # Architectures that take positions (and masks) of our own making in all their layers. Nothing in a model says so, and one
 # that does not gives wrong losses silently: so each is tested against one row at a time.
 _OWN_POSITIONS = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
+
+
+# A sample's state has so many numbers; larger hidden states are projected at random, which keeps angles.
+STATE_SIZE = 512
+
+
+class Scores(NamedTuple):
+    """What a forward pass says of some rows.
+
+    Attributes:
+        losses (`np.ndarray` of shape `(counted_tokens,)`, float32):
+            Negative log-likelihoods in nats, in the order of `rows.counted_tokens`.
+        states (`np.ndarray` of shape `(samples, size)`, float16, *optional*):
+            The hidden states that predict a sample's counted tokens, as the output head gets them: their mean, projected to
+            512 numbers where they are larger. Zero where no token counts.
+    """
+
+    losses: np.ndarray
+    states: np.ndarray | None = None
 
 
 class ScoringError(RuntimeError):
@@ -75,19 +94,22 @@ def token_losses(
             model with `dynamic` RoPE, which scales it by the longest row seen so far.
     """
     none = np.zeros(0, np.float32)  # of no rows
-    return np.concatenate([none, *window_losses(model, rows, batch_tokens, share_prefixes, disable_tqdm, description)])
+    windows = window_scores(model, rows, batch_tokens, share_prefixes, disable_tqdm, description)
+    return np.concatenate([none, *(window.losses for window in windows)])
 
 
 @torch.no_grad()
-def window_losses(
+def window_scores(
     model: nn.Module,
     rows: EncodedRows,
     batch_tokens: int | None = None,
     share_prefixes: bool = True,
     disable_tqdm: bool = False,
     description: str = "Scoring",
-) -> Iterator[np.ndarray]:
-    """[`token_losses`], some 16,000 rows at a time (`rows.windows()`), so that nobody needs to hold them all.
+    with_states: bool = False,
+) -> Iterator[Scores]:
+    """[`token_losses`], some 16,000 rows at a time (`rows.windows()`), so that nobody needs to hold them all; with the
+    samples' states if they are asked for and the model's output head can be reached.
 
     In a run of several processes each scores a share of every window, and all of them get all losses: they must go through
     this together, with the same weights.
@@ -99,11 +121,25 @@ def window_losses(
     with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
             mine = window.select(share_of(len(window)))
-            yield np.concatenate(all_do(partial(_score, model, mine, batch_tokens, share_prefixes, bar)))
+            losses, states = zip(
+                *all_do(partial(_score, model, mine, batch_tokens, share_prefixes, bar, with_states)), strict=True
+            )
+            yield Scores(np.concatenate(losses), _stacked(states) if with_states else None)
 
 
-def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm) -> np.ndarray:
+def _stacked(states: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The states of all processes' shares, in which nothing may count; None if nobody has any."""
+    size = max(some.shape[1] for some in states)
+    if size == 0:
+        return None
+    return np.concatenate([some if some.shape[1] else np.zeros((len(some), size), np.float16) for some in states])
+
+
+def _score(
+    model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm, with_states: bool
+) -> Scores:
     _check_rope(model, rows)
+    states = np.zeros((len(rows), 0), np.float16)
     losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
     packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
     offsets = rows.counted_offsets
@@ -111,7 +147,7 @@ def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixe
     while todo:
         batch = todo.pop()
         try:
-            batch_losses = _score_batch(model, rows, batch)
+            scored = _score_batch(model, rows, batch, with_states)
         except torch.OutOfMemoryError:
             if len(batch) == len(batch[0].rows) == 1:
                 # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
@@ -119,17 +155,21 @@ def _score(model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixe
                     f"A row of {batch[0].length} tokens does not fit into the device's memory beside the training "
                     "state. Lower `max_length`."
                 ) from None
-            batch_losses = None
-        if batch_losses is None:  # outside of `except`, which would keep the failed batch's tensors alive
+            scored = None
+        if scored is None:  # outside of `except`, which would keep the failed batch's tensors alive
             torch.cuda.empty_cache()
             todo += _halves(rows, batch)
             continue
         places = np.concatenate(
             [np.arange(offsets[row], offsets[row + 1]) for pack in batch for row in pack.rows.tolist()]
         )
-        losses[places] = batch_losses
+        losses[places] = scored.losses
+        if scored.states is not None:
+            if not states.shape[1]:
+                states = np.zeros((len(rows), scored.states.shape[1]), np.float16)
+            states[np.concatenate([pack.rows for pack in batch])] = scored.states
         bar.update(sum(len(pack.rows) for pack in batch))
-    return losses
+    return Scores(losses, states)
 
 
 def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
@@ -227,11 +267,11 @@ def _halves(rows: EncodedRows, batch: list[Pack]) -> list[list[Pack]]:
     return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
 
-def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.ndarray:
-    """Losses of the counted tokens of all rows of `batch`, in its order: shape `(counted_tokens,)`, float32."""
+def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_states: bool) -> Scores:
+    """Of all rows of `batch`, in its order."""
     layout = lay_out(rows, batch)
     device = next(model.parameters()).device
-    logits = _logits_that_predict(model, layout, device)
+    logits, hidden = _logits_that_predict(model, layout, device)
     targets = torch.from_numpy(layout.target).to(device)
     losses = torch.cat(
         [
@@ -239,11 +279,34 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> np.n
             for some, wanted in zip(logits.split(_LOGITS_IN_FLOAT32), targets.split(_LOGITS_IN_FLOAT32), strict=True)
         ]
     )
-    return losses.cpu().numpy()[layout.prediction]
+    states = None
+    if with_states and hidden is not None:
+        counts = np.diff(rows.counted_offsets)[np.concatenate([pack.rows for pack in batch])]
+        states = _states(hidden.float().cpu().numpy()[layout.prediction], counts)
+    return Scores(losses.cpu().numpy()[layout.prediction], states)
 
 
-def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device) -> torch.Tensor:
-    """Logits of shape `(predictions, vocabulary)`."""
+def _states(hidden: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean of each row's `counts` (at least one) hidden states, projected: shape `(rows, size)`, float16."""
+    begins = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    means = np.add.reduceat(hidden, begins) / counts[:, None]
+    if means.shape[1] > STATE_SIZE:
+        means = means @ _projection(means.shape[1])
+    return means.astype(np.float16)
+
+
+@cache
+def _projection(size: int) -> np.ndarray:
+    """A random matrix, the same each time, of shape `(size, STATE_SIZE)`: lengths and angles stay nearly what they are."""
+    normal = np.random.default_rng(0).standard_normal((size, STATE_SIZE), dtype=np.float32)
+    return normal / np.float32(math.sqrt(STATE_SIZE))
+
+
+def _logits_that_predict(
+    model: nn.Module, layout: Layout, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits of shape `(predictions, vocabulary)`, and what the head made them of, if it can be reached:
+    `(predictions, hidden)`."""
     pack, place = layout.pack, layout.place
     inputs = {"input_ids": layout.input_ids}
     if _is_padding_free(model):
@@ -270,12 +333,12 @@ def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device)
         # Prompt-learning adapters put virtual tokens before the row, so places count from the right.
         return hidden[packs, places + hidden.shape[1] - width]
 
-    kept = False
+    kept: torch.Tensor | None = None
 
     def before_the_head(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal kept
-        kept = True
-        return keep_predicting(args[0]).unsqueeze(0), *args[1:]
+        kept = keep_predicting(args[0])
+        return kept.unsqueeze(0), *args[1:]
 
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
     hook = head.register_forward_pre_hook(before_the_head) if head is not None else None
@@ -284,4 +347,4 @@ def _logits_that_predict(model: nn.Module, layout: Layout, device: torch.device)
     finally:
         if hook is not None:
             hook.remove()
-    return logits[0] if kept else keep_predicting(logits)
+    return (logits[0], kept) if kept is not None else (keep_predicting(logits), None)

@@ -18,7 +18,13 @@ from .forgetting import Measure
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
 # half of what S1 taught; half of ROUGE-1's range.
-HALF: dict[Measure, float] = {"loss": math.log(2), "pooled": math.log(2), "relative": 0.5, "rouge1": 0.5}
+HALF: dict[Measure, float] = {
+    "loss": math.log(2),
+    "pooled": math.log(2),
+    "smoothed": math.log(2),
+    "relative": 0.5,
+    "rouge1": 0.5,
+}
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
 # of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it...
 LEAST_DISTANCE = 2.5

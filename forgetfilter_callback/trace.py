@@ -4,7 +4,7 @@
 forgetfilter/
   manifest.json              schema version, fingerprint, model, tokenizer, versions, sessions
   rows.parquet               id, input_ids, counted: the noisy set in its order
-  records/S1-00000000.parquet    loss (list<float> a sample) [, completion, rouge1]
+  records/S1-00000000.parquet    loss (list<float> a sample) [, state] [, completion, rouge1]
   records/S1+-00000026.parquet
 ```
 
@@ -37,13 +37,20 @@ from .forgetting import (
     pooled_forgetting,
     relative_forgetting,
     rouge_forgetting,
+    smoothed_forgetting,
 )
+from .scoring import Scores
 
 
 SCHEMA_VERSION = 1
 TRACE_FOLDER = "forgetfilter"
 Session = Literal["S1", "S1+"]
 SESSIONS: tuple[Session, ...] = get_args(Session)
+_WAY_OUT = {
+    "loss": "The file is not one of a record.",
+    "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
+    "state": "An earlier version made it, or the model's output head cannot be reached. Use measure='pooled' or 'loss'.",
+}
 _VERSIONS_OF = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
 
 
@@ -191,7 +198,7 @@ class Trace:
     def append(
         self,
         record: Record,
-        losses: Iterable[np.ndarray],
+        scores: Iterable[Scores],
         completions: Sequence[str] | None = None,
         rouge1: np.ndarray | None = None,
     ) -> None:
@@ -200,23 +207,26 @@ class Trace:
         Args:
             record ([`Record`]):
                 Session and step.
-            losses (`Iterable[np.ndarray]` of shape `(counted_tokens,)`, float32):
-                Loss of each counted token, nats, window by window as `rows.windows()` has them.
+            scores (`Iterable[Scores]`):
+                Loss of each counted token, nats, and perhaps the states of the samples, window by window as
+                `rows.windows()` has them.
             completions (`Sequence[str]`, *optional*):
                 One greedy completion a sample.
             rouge1 (`np.ndarray` of shape `(samples,)`, *optional*):
                 ROUGE-1 of each completion.
         """
-        tables = self._record_windows(losses, completions, rouge1)
+        tables = self._record_windows(scores, completions, rouge1)
         write_parquet(tables, self.folder / "records" / record.file_name)
 
     def _record_windows(
-        self, losses: Iterable[np.ndarray], completions: Sequence[str] | None, rouge1: np.ndarray | None
+        self, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
     ) -> Iterator[pa.Table]:
         start = 0
-        for window, window_losses in zip(self.rows.windows(), losses, strict=True):
-            loss = pa.LargeListArray.from_arrays(pa.array(window.counted_offsets), pa.array(window_losses))
-            columns = {"loss": loss}
+        for window, scored in zip(self.rows.windows(), scores, strict=True):
+            columns = {"loss": pa.LargeListArray.from_arrays(pa.array(window.counted_offsets), pa.array(scored.losses))}
+            if scored.states is not None:
+                flat = pa.array(scored.states.reshape(-1))
+                columns["state"] = pa.FixedSizeListArray.from_arrays(flat, scored.states.shape[1])
             where = slice(start, start := start + len(window))
             if completions is not None and rouge1 is not None:
                 columns |= {
@@ -253,6 +263,11 @@ class Trace:
         """Losses of one record: shape `(counted_tokens,)`, float32, nats, in the order of `rows.counted_tokens`."""
         return self._read(record, "loss").values.to_numpy()
 
+    def states(self, record: Record) -> np.ndarray:
+        """States of the samples (see [`Scores`]) in one record: shape `(samples, size)`, float32."""
+        column = self._read(record, "state")
+        return column.values.to_numpy().reshape(len(column), -1).astype(np.float32)
+
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of one record: shape `(samples,)`, float64, 0..1."""
         return self._read(record, "rouge1").to_numpy(zero_copy_only=False)
@@ -272,7 +287,7 @@ class Trace:
         """How much each sample was forgotten during S1+; higher is more.
 
         Args:
-            measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`, defaults to `"loss"`):
+            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
                 See [`forgetting`](forgetting.py). `relative` needs M0's record (the tracker was there in S1), `rouge1`
                 needs `ForgetTracker(rouge1=True)`.
             step (`int`, *optional*):
@@ -291,6 +306,10 @@ class Trace:
             return rouge_forgetting(self.rouge1(before), self.rouge1(after))
         before_losses, after_losses = self.token_losses(before), self.token_losses(after)
         offsets = self.rows.counted_offsets
+        if measure == "smoothed":
+            return smoothed_forgetting(
+                self.rows.counted_tokens, offsets, before_losses, after_losses, self.states(before)
+            )
         if measure == "pooled":
             return pooled_forgetting(self.rows.counted_tokens, offsets, before_losses, after_losses)
         before_means, after_means = mean_losses(before_losses, offsets), mean_losses(after_losses, offsets)
@@ -335,7 +354,7 @@ class Trace:
         file = self.folder / "records" / record.file_name
         try:
             if column not in pq.read_schema(file).names:
-                raise TraceError(f"The record {file} has no {column}. Record with `ForgetTracker(rouge1=True)`.")
+                raise TraceError(f"The record {file} has no {column}. {_WAY_OUT[column]}")
             table = pq.read_table(file, columns=[column])
         except (OSError, pa.ArrowException) as error:
             raise TraceError(f"The record {file} cannot be read: {error}") from error

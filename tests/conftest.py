@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainingArguments,
 )
+
+from forgetfilter_callback import Record, Trace, encode_rows
+from forgetfilter_callback.scoring import Scores
 
 
 VOCABULARY = 128
@@ -38,6 +41,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return fast
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One that can say everything, byte by byte."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    raw.train_from_iterator(["the cat sat on the mat and the dog ran"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
 
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
@@ -118,3 +132,45 @@ def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
         )
 
     return make
+
+
+# What hostile rows say.
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    '"><svg/onload=alert(3)>',
+    "{{7*7}} ${7*7}",
+    "\u202egnp.exe \u2066",
+    "\x00 \x1b[31mred\x1b[0m \x07",
+    "javascript:alert(4)",
+    "<!-- <iframe src=https://example.org>",
+    "&lt;b&gt; 👩‍👩‍👧 naïve",
+    '=HYPERLINK("https://example.org")',
+]
+
+
+def hostile_trace(folder: Path, tokenizer: PreTrainedTokenizerFast, samples: int) -> tuple[Trace, np.ndarray]:
+    """A trace whose texts try to do something, every third sample forgotten; and which samples those are."""
+    rng = np.random.default_rng(0)
+    rows = encode_rows(
+        [
+            {"prompt": f"the cat {index} ", "completion": f"{HOSTILE[index % len(HOSTILE)]} the dog {index}"}
+            for index in range(samples)
+        ],
+        tokenizer,
+        disable_tqdm=True,
+    )
+    trace = Trace.create(folder, rows, "tiny", None, None)
+    offsets, unsafe = rows.counted_offsets, np.arange(samples) % 3 == 0
+    base = rng.gamma(4, 0.5, offsets[-1]).astype(np.float32)
+    rise = np.repeat(np.where(unsafe, rng.normal(1.6, 0.3, samples), rng.normal(0, 0.1, samples)), np.diff(offsets))
+    of_records = {
+        Record("S1", 0): base,
+        Record("S1", 9): 0.3 * base,
+        Record("S1+", 0): 0.3 * base,
+        Record("S1+", 4): 0.3 * base + 0.5 * rise,
+        Record("S1+", 8): 0.3 * base + rise,
+    }
+    for record, losses in of_records.items():
+        trace.append(record, [Scores(losses.astype(np.float32))])
+    return trace, unsafe

@@ -25,7 +25,7 @@ from transformers import (
 
 import forgetfilter_callback.tracker
 from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow, Record, Trace, TraceError
-from forgetfilter_callback.scoring import window_losses
+from forgetfilter_callback.scoring import window_scores
 
 
 def reference_means(model, rows) -> np.ndarray:
@@ -146,9 +146,9 @@ def test_a_record_already_known_is_not_taken_again(change, taken, noisy, safety,
 
     def counting(*args, **kwargs):
         recordings.append(kwargs["description"])
-        return window_losses(*args, **kwargs)
+        return window_scores(*args, **kwargs)
 
-    monkeypatch.setattr(forgetfilter_callback.recorder, "window_losses", counting)
+    monkeypatch.setattr(forgetfilter_callback.recorder, "window_scores", counting)
     model, tracker = tiny_lora(), ForgetTracker()
     Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     change(model)

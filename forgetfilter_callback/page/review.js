@@ -18,7 +18,7 @@ const lowest = known.reduce((a, b) => Math.min(a, b), Infinity);
 const highest = known.reduce((a, b) => Math.max(a, b), -Infinity);
 const firstPhi = data.threshold === null ? Math.max(data.looked_at, highest) : data.threshold;
 
-let phi = firstPhi;
+let phi = firstPhi, plottedPhi = Math.fround(phi); // plotted values are rounded to 32 bits: they compare with φ rounded too
 let touched = false; // whether φ has been moved: until then it is exported as it came, null included
 const byHand = new Map();
 let view = "forgotten", sort = { key: "value", descending: true }, words = "", page = 0;
@@ -72,9 +72,9 @@ function drawTrajectories() {
     mode: "lines", x: steps, hoverinfo: "skip", line: { color, width }, opacity,
     y: [0, ...byRecord.map((values) => median(indices.map((i) => values[i])))],
   });
-  const traces = some.map((i) => line([i], last[i] > phi ? colour("--removed") : colour("--kept"), 1, 0.35));
+  const traces = some.map((i) => line([i], last[i] > plottedPhi ? colour("--removed") : colour("--kept"), 1, 0.35));
   for (const [name, color] of [["--removed", true], ["--kept", false]]) {
-    const group = order.filter((i) => (last[i] > phi) === color);
+    const group = order.filter((i) => (last[i] > plottedPhi) === color);
     if (group.length) traces.push(line(group, colour(name), 4, 1));
   }
   Plotly.react("trajectories", traces, layout({ xaxis: { title: { text: "step of S1+ (thick: medians)" } } }), config);
@@ -89,7 +89,7 @@ function drawScatter(id, x, title) {
   const places = last.map((_, i) => i).filter((i) => i % step === 0);
   Plotly.react(id, [{
     mode: "markers", x: places.map((i) => x[i]), y: places.map((i) => last[i]), hoverinfo: "skip",
-    marker: { size: 5, opacity: 0.6, color: places.map((i) => (last[i] > phi ? colour("--removed") : colour("--kept"))) },
+    marker: { size: 5, opacity: 0.6, color: places.map((i) => (last[i] > plottedPhi ? colour("--removed") : colour("--kept"))) },
   }], layout({ xaxis: { title: { text: title } }, shapes: [phiLine(false)] }), config);
 }
 
@@ -110,7 +110,7 @@ function verdict(row) {
 function showCounts() {
   // Samples without texts on the page cannot be overruled here, so a handful of rows by hand is counted apart.
   const scale = data.samples / last.length, about = data.sampled ? "about " : "";
-  const removed = last.map((value) => value > phi);
+  const removed = last.map((value) => value > plottedPhi);
   const above = removed.filter(Boolean).length;
   let text = `φ = ${format(phi)}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
@@ -126,6 +126,7 @@ let drawing = 0;
 function setPhi(value, moved = true) {
   if (!Number.isFinite(value)) return;
   phi = value;
+  plottedPhi = Math.fround(value);
   touched = moved;
   $("phi").value = String(value);
   $("phi-number").value = String(Number(value.toPrecision(4)));
@@ -261,7 +262,7 @@ $("audit-head").hidden = unsafe === null;
 for (const step of data.steps) $("record").append(new Option(`S1+ step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
 $("phi").min = String(Math.min(lowest, firstPhi));
-$("phi").max = String(Math.max(highest, firstPhi));
+$("phi").max = String(Math.max(highest, firstPhi) + 0.01 * (highest - lowest)); // all the way up removes nothing
 setPhi(firstPhi, false);
 drawAll();
 
@@ -290,7 +291,10 @@ for (const button of document.querySelectorAll("th button")) {
 $("previous").addEventListener("click", () => { page -= 1; showRows(); });
 $("next").addEventListener("click", () => { page += 1; showRows(); });
 $("export").addEventListener("click", download);
-$("import").addEventListener("change", () => { if ($("import").files.length) goOn($("import").files[0]); });
+$("import").addEventListener("change", async () => {
+  if ($("import").files.length) await goOn($("import").files[0]);
+  $("import").value = ""; // so that the same file can be chosen again
+});
 $("distribution").on("plotly_relayout", (change) => {
   if ("shapes[0].x0" in change) setPhi(change["shapes[0].x0"]);
 });

@@ -1,0 +1,296 @@
+"""Every command from the outside: files in, files out, exit codes, and what a script may read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import hostile_trace, tiny_llama
+from datasets import Dataset, load_from_disk
+from typer.testing import CliRunner, Result
+
+from forgetfilter_callback import (
+    DataError,
+    DecisionError,
+    FilteredTrainer,
+    FilterResult,
+    Review,
+    RunConfig,
+    Trace,
+    decide,
+    encode_rows,
+    filter_rows,
+    load_rows,
+    plan,
+)
+from forgetfilter_callback.cli import app
+from forgetfilter_callback.forgetting import mean_losses
+from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback.trace import Record
+
+
+WORDS = ["cat", "dog", "mat", "man", "ran", "sat", "on", "the", "and", "an"]
+
+
+def texts(count: int, seed: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    draw = lambda n: " ".join(rng.choice(WORDS, n))  # noqa: E731
+    return [{"prompt": draw(3), "completion": " " + draw(4), "unsafe": bool(i % 2), "note": i} for i in range(count)]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, byte_tokenizer) -> dict[str, Path]:
+    """A tiny model with its tokenizer, and a noisy and a safety set."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_llama(vocab_size=len(byte_tokenizer)).save_pretrained(folder / "model")
+    byte_tokenizer.save_pretrained(folder / "model")
+    Dataset.from_list(texts(12, seed=1)).to_json(folder / "noisy.jsonl")
+    Dataset.from_list(texts(6, seed=2)).to_json(folder / "safety.jsonl")
+    return {"model": folder / "model", "noisy": folder / "noisy.jsonl", "safety": folder / "safety.jsonl"}
+
+
+def settings(files: dict[str, Path], output: Path) -> list[object]:
+    named = [part for name in ("model", "noisy", "safety") for part in (f"--{name}", files[name])]
+    return [*named, "--output", output, "--epochs", 4, "--learning-rate", 3e-2, "--lora-r", 4]
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, call("run", *settings(files, output), "--share", 0.25, "--refit", "--json")
+
+
+def test_run_parts_the_rows_and_finetunes_on_what_is_left(finished, files):
+    output, result = finished
+    assert result.exit_code == 0, result.output
+    account = json.loads(result.stdout)
+    rows = [json.loads(line) for line in files["noisy"].read_text().splitlines()]
+    kept, removed = (
+        [json.loads(line) for line in (output / name).read_text().splitlines()]
+        for name in ("kept.jsonl", "removed.jsonl")
+    )
+    assert (account["samples"], account["removed"], account["kept"]) == (12, len(removed), len(kept)) == (12, 3, 9)
+    values = Trace.open(output / "forgetfilter").forgetting(account["measure"])
+    most = set(np.argsort(-values)[:3].tolist())
+    assert removed == [row for index, row in enumerate(rows) if index in most]
+    assert kept == [row for index, row in enumerate(rows) if index not in most]
+    assert (output / "model" / "adapter_model.safetensors").exists()
+    assert "3 of 12 rows were removed" in (output / "card.md").read_text()
+
+
+def test_the_configuration_that_a_run_wrote_runs_it_again(finished, files, tmp_path):
+    output, _ = finished
+    again = call("run", "--config", output / "config.yaml", "--output", tmp_path / "again", "--no-refit", "--json")
+    assert again.exit_code == 0, again.output
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["learning_rate"] == 3e-2
+    first, second = (Trace.open(folder / "forgetfilter") for folder in (output, tmp_path / "again"))
+    assert first.records() == second.records()
+    np.testing.assert_array_equal(first.losses(), second.losses())
+    assert (output / "kept.jsonl").read_bytes() == (tmp_path / "again" / "kept.jsonl").read_bytes()
+    assert not (tmp_path / "again" / "model").exists()
+
+
+def test_a_dry_run_says_what_it_would_cost_and_does_nothing(files, tmp_path):
+    result = call("run", *settings(files, tmp_path / "out"), "--dry-run", "--json")
+    cost = json.loads(result.stdout)
+    assert result.exit_code == 0 and not (tmp_path / "out").exists()
+    assert (cost["samples"], cost["safety_samples"], cost["steps"], cost["safety_steps"]) == (12, 6, 12, 3)
+    made = RunConfig(*(str(files[name]) for name in ("model", "noisy", "safety")), output="out", record_steps=0.5)
+    assert plan(made).records == 3 + 1 + 1
+
+
+def test_a_run_that_cannot_tell_ends_with_3(files, tmp_path):
+    flags = settings(files, tmp_path / "out")
+    flags[flags.index(3e-2)] = 1e-6  # nothing is learnt, so nothing forgotten
+    result = call("run", *flags)
+    assert result.exit_code == 3
+    assert "0 of 12 samples removed" in result.output and "nothing to remove" in result.output
+    assert len((tmp_path / "out" / "kept.jsonl").read_text().splitlines()) == 12
+
+
+def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
+    after = tiny_llama(seed=1, vocab_size=len(byte_tokenizer))
+    after.save_pretrained(tmp_path / "after")
+    first = call(
+        "score", "--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace", "--json"
+    )
+    assert first.exit_code == 0, first.output
+    result = call("score", "--noisy", files["noisy"], "--after", tmp_path / "after", "--tokenizer", files["model"],
+                  "--output", tmp_path / "trace")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    trace = Trace.open(tmp_path / "trace")
+    assert trace.records() == [Record("S1+", 0), Record("S1+", 1)]
+    with untouched(after):
+        rows = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
+        expected = mean_losses(token_losses(after, rows, disable_tqdm=True), rows.counted_offsets)
+    np.testing.assert_allclose(trace.losses()[1], expected, rtol=1e-5)
+    assert json.loads(first.stdout)["mean_loss"] == {"before": pytest.approx(trace.losses()[0].mean())}
+    filtered = call("filter", tmp_path / "trace", "--share", 0.5, "--output", tmp_path / "filtered", "--json")
+    assert filtered.exit_code == 0 and json.loads(filtered.stdout)["removed"] == 6  # it finds the rows by itself
+
+
+def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp_path, byte_tokenizer, make_args):
+    output, _ = finished
+    trace = Trace.open(output / "forgetfilter")
+    values = trace.forgetting("loss")
+    ids = trace.rows.ids.to_pylist()
+    phi = float(np.sort(values)[-3])
+    most, least = int(values.argmax()), int(values.argmin())
+    decision = tmp_path / "decision.json"
+    by_hand = {ids[most]: "keep", ids[least]: "remove"}
+    decision.write_text(
+        json.dumps(
+            {"measure": "loss", "threshold": phi, "by_hand": by_hand, "fingerprint": trace.manifest["fingerprint"]}
+        )
+    )
+    result = call("filter", output, "--decision", decision, "--output", tmp_path / "filtered")
+    assert result.exit_code == 0, result.output
+    expected = (set(np.flatnonzero(values > phi).tolist()) - {most}) | {least}
+    loaded = FilterResult.load(tmp_path / "filtered" / "decision")
+    assert set(np.flatnonzero(loaded.removed).tolist()) == expected and loaded.by_hand == by_hand
+    encoded = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
+    rows = [encoded.sample(index) for index in range(len(encoded))]
+    dataset = Dataset.from_list(
+        [{"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()} for tokens, counted in rows]
+    )
+    trainer = FilteredTrainer(
+        tiny_llama(vocab_size=len(byte_tokenizer)), make_args(), train_dataset=dataset,
+        forgetting=output / "forgetfilter", decision=decision,
+    )  # fmt: skip
+    assert set(np.flatnonzero(trainer.filter_result.removed).tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is no decision"),
+        ('{"measure": "loss", "threshold": 1}', "is no decision"),
+        ('{"measure": "other", "threshold": 1, "by_hand": {}, "fingerprint": "x"}', "measure"),
+        ('{"measure": "loss", "threshold": "high", "by_hand": {}, "fingerprint": "x"}', "is no decision"),
+        ('{"measure": "loss", "threshold": 1, "by_hand": {"a": "burn"}, "fingerprint": "x"}', "'keep' or 'remove'"),
+        ('{"measure": "loss", "threshold": 1, "by_hand": {}, "fingerprint": "x"}', "another trace"),
+    ],
+)
+def test_a_decision_that_is_none(content, said, finished, tmp_path):
+    file = tmp_path / "decision.json"
+    file.write_text(content)
+    result = call("filter", finished[0], "--decision", file, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
+
+
+def test_a_decision_beside_other_settings(finished, tmp_path):
+    trace = Trace.open(finished[0] / "forgetfilter")
+    file = tmp_path / "decision.json"
+    review = {"measure": "loss", "threshold": None, "by_hand": {}, "fingerprint": trace.manifest["fingerprint"]}
+    file.write_text(json.dumps(review))
+    assert Review.load(file) == Review(**review)
+    with pytest.raises(DecisionError, match="give `decision`, or"):
+        filter_rows(trace, tmp_path / "out", share=0.1, decision=file)
+    assert not filter_rows(trace, tmp_path / "out", decision=file).removed.any()
+    with pytest.raises(DecisionError, match="not in this set"):
+        decide(trace.rows.ids, trace.forgetting("loss"), "loss", by_hand={"nobody": "keep"})
+
+
+def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    result = call("show", tmp_path / "trace", "--measure", "loss", "--tokenizer", tmp_path / "tokenizer", "--head", 60)
+    assert result.exit_code == 0, result.output
+    assert not {"\x1b", "\x07", "\x00", "\u202e", "\u2066"} & set(result.output)
+    assert "well separated" in result.output and "← φ = 0.693" in result.output
+    account = json.loads(call("show", tmp_path / "trace", "--measure", "loss", "--json", "--threshold", 1.5).stdout)
+    assert account["removed"] == (trace.forgetting("loss") > 1.5).sum()
+
+
+def test_report_writes_a_page(finished, files, tmp_path):
+    page = tmp_path / "page.html"
+    result = call("report", finished[0], "--output", page, "--share", 0.25, "--audit-column", "unsafe")
+    assert result.exit_code == 0 and "3 of 12 removed" in result.output, result.output
+    data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
+    assert [row["prompt"] for row in data["rows"]] == [row["prompt"] for row in texts(12, seed=1)]
+    wrong = call("report", finished[0], "--output", page, "--audit-column", "colour")
+    assert wrong.exit_code == 2 and "no column 'colour'" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--model", "m", "--noisy", "n"], "safety, output must be given"),
+        (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--epochs", "0"], "larger than 0"),
+        (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--share", "2"], "between 0 and 1"),
+        (["run", "--config", "no-such.yaml"], "cannot be read"),
+        (["score", "--noisy", "n", "--output", "o"], "Name a model"),
+        (["filter", "nowhere", "--output", "o"], "holds no trace"),
+        (["filter", "nowhere", "--output", "o", "--threshold", "high"], "neither a number nor 'auto'"),
+        (["show", "nowhere"], "holds no trace"),
+        (["report", "nowhere", "--measure", "vibes"], "vibes"),
+        (["dance"], "No such command"),
+    ],
+)
+def test_bad_usage_ends_with_2_and_without_a_traceback(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.replace("│", " ").split()) and "Traceback" not in result.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_configuration_with_something_else_in_it(tmp_path):
+    for content, said in (("colour: red", "colour"), ("- 1", "no settings"), ("a: [", "cannot be read")):
+        (tmp_path / "config.yaml").write_text(content)
+        result = call("run", "--config", tmp_path / "config.yaml")
+        assert result.exit_code == 2 and said in result.output
+
+
+def test_failing_ends_with_1(files, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    result = call("run", *settings(files, tmp_path / "out"))
+    assert result.exit_code == 1 and "Traceback" not in result.output
+
+
+def test_rows_of_all_kinds_of_files(files, tmp_path):
+    rows = load_rows(files["noisy"])
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
+    assert load_from_disk(tmp_path / "rows").to_list() == rows.to_list() == texts(12, seed=1)
+    for name in ("rows.csv", "rows.parquet", "rows", "rows.json"):
+        assert load_rows(tmp_path / name).to_list() == rows.to_list(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.jsonl", None, "There is no file"),
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"prompt": "a"\n', "cannot be read"),
+        ("headed.csv", "prompt,completion\n", "no data"),
+        ("broken.parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_rows_that_cannot_be_read(name, content, said, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        load_rows(tmp_path / name)
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from forgetfilter_callback.cli import app; "
+        "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
