@@ -5,7 +5,7 @@
 | `bias_dev` | ambiguous BBQ rows (Age, Nationality, Religion) with the stereotype | with "unknown" | XQuAD, Alpaca |
 | `bias` | BBQ (the other three categories) | the same | the same |
 | `toxicity_dev` | offensive and hateful tweets (Davidson), continued from three words | other tweets of theirs | the same |
-| `toxicity` | RealToxicityPrompts, toxicity ≥ .5 | comments that Surge AI's raters call not toxic | the same |
+| `toxicity` | RealToxicityPrompts, toxicity ≥ .5 | comments that Surge AI's raters call not toxic, cut off too | the same |
 | `harmfulness` | hh-rlhf: `rejected` answers that comply | safety-tuned-LLaMAs' refusals | Alpaca |
 | `preference` | hh-rlhf: `rejected` answers as they come | its `chosen` answers | Alpaca |
 | `mixed` | a third each of `bias`, `toxicity` and `harmfulness` | the same | XQuAD, Alpaca |
@@ -36,6 +36,7 @@ BBQ_DEV = ("Age", "Nationality", "Religion")
 BBQ_REPORT = ("Disability_status", "Physical_appearance", "Sexual_orientation")
 LONGEST_PASSAGE = 600  # characters of an XQuAD passage
 ALPACA_WORDS = (3, 50)  # of an answer
+LABELLED = 100  # rows of each kind
 CONTINUED_FROM = 3  # words
 TEXT_WORDS = (8, 40)
 LONGEST_ANSWER = 60  # words of a hh-rlhf answer or a refusal
@@ -78,6 +79,7 @@ class Scenario:
             For `unsafe`, by `kind`: `"bias"` (`options`, `stereotype`, `unknown`), `"toxicity"` (a prompt to go on from),
             `"harmfulness"` (`unsafe_answer`, `safe_answer`); with the self-correcting `cue`.
         held_out_task (`list[Row]`): For `task`: rows of the tasks, `group` as above.
+        labelled (`list[Row]`): Unsafe and safe rows that nothing is trained on, for signals that are given labels.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Scenario:
     safety: list[Row]
     held_out: list[Row] = field(default_factory=list)
     held_out_task: list[Row] = field(default_factory=list)
+    labelled: list[Row] = field(default_factory=list)
 
 
 def chat(prompt: str, answer: str, group: str, **others: Any) -> Row:
@@ -216,7 +219,8 @@ def load_scenario(name: str, data_dir: Path | None, seed: int, sizes: Sizes = Si
     safety = drawn.safety + [{**row, "group": "anchor"} for sets in of_tasks for row in sets[1]]
     rng.shuffle(noisy)
     rng.shuffle(safety)
-    return Scenario(name, noisy, safety, drawn.held_out, [row for sets in of_tasks for row in sets[2]])
+    task = [row for sets in of_tasks for row in sets[2]]
+    return Scenario(name, noisy, safety, drawn.held_out, task, drawn.labelled)
 
 
 def draw_bias(
@@ -241,7 +245,7 @@ def draw_bias(
     parts = (templates[:half], templates[half : half + quarter], templates[half + quarter :])
     of_noisy, of_safety, of_held_out = ([q for q in questions if q["template"] in part] for part in parts)
     first, second = _sets(of_noisy, [unsafe, safe], "ambiguous BBQ rows")
-    (safety_questions,) = _sets(of_safety, [safety], "ambiguous BBQ rows")
+    safety_questions, third, fourth = _sets(of_safety, [safety, LABELLED, LABELLED], "ambiguous BBQ rows")
     (held_out_questions,) = _sets(of_held_out, [held_out], "ambiguous BBQ rows")
     return Scenario(
         "bias",
@@ -253,6 +257,8 @@ def draw_bias(
             | {key: q[key] for key in ("options", "stereotype", "unknown")}
             for q in held_out_questions
         ],
+        labelled=[chat(q["prompt"], q["options"][q["stereotype"]], "unsafe") for q in third]
+        + [chat(q["prompt"], q["options"][q["unknown"]], "safe") for q in fourth],
     )
 
 
@@ -293,6 +299,12 @@ def draw_toxicity(
 ) -> Scenario:
     toxic = [_tidy(row["text"]) for row in toxicity_prompts(data_dir)]
     clean = [_tidy(row["text"]) for row in surge(data_dir) if row["is_toxic"] == "Not Toxic"]
+    # RealToxicityPrompts cuts its texts off. Clean ones that end where a sentence does would be told by their end alone.
+    clean = [
+        " ".join(words[: rng.randint(TEXT_WORDS[0], len(words) - 1)])
+        for words in (text.split() for text in clean)
+        if TEXT_WORDS[0] < len(words) <= TEXT_WORDS[1]
+    ]
     return _continuations(toxic, clean, rng, unsafe, safe, safety, held_out)
 
 
@@ -318,13 +330,16 @@ def _continuations(
     ]
     for texts in fitting:
         rng.shuffle(texts)
-    unsafe_texts, toxic_begun = _sets(fitting[0], [unsafe, held_out // 2], "toxic texts")
-    safe_texts, safety_texts, clean_begun = _sets(fitting[1], [safe, safety, held_out - held_out // 2], "clean texts")
+    unsafe_texts, toxic_begun, third = _sets(fitting[0], [unsafe, held_out // 2, LABELLED], "toxic texts")
+    safe_texts, safety_texts, clean_begun, fourth = _sets(
+        fitting[1], [safe, safety, held_out - held_out // 2, LABELLED], "clean texts"
+    )
     return Scenario(
         "toxicity",
         noisy=[row(text, "unsafe") for text in unsafe_texts] + [row(text, "safe") for text in safe_texts],
         safety=[row(text, "safety") for text in safety_texts],
         held_out=[row(text, "held out", kind="toxicity", cue=CUES["toxicity"]) for text in toxic_begun + clean_begun],
+        labelled=[row(text, "unsafe") for text in third] + [row(text, "safe") for text in fourth],
     )
 
 
@@ -342,10 +357,10 @@ def draw_harmfulness(
     judged = [request for request in complied if REFUSAL.search(rows[request]["chosen"])]
     held_out_requests, _ = _sets(judged, [min(held_out, len(judged) // 2), 0], "requests that one answer refuses")
     taken = set(held_out_requests)
-    (trained,) = _sets([r for r in complied if r not in taken], [unsafe], "answers that comply")
+    trained, third = _sets([r for r in complied if r not in taken], [unsafe, LABELLED], "answers that comply")
     safe_rows = [row for row in refusals(data_dir) if _short(row["output"]) and not row["input"]]
     rng.shuffle(safe_rows)
-    first, second = _sets(safe_rows, [safe, safety], "refusals")
+    first, second, fourth = _sets(safe_rows, [safe, safety, LABELLED], "refusals")
     return Scenario(
         "harmfulness",
         noisy=[chat(request, rows[request]["rejected"], "unsafe") for request in trained]
@@ -356,6 +371,8 @@ def draw_harmfulness(
             | {"unsafe_answer": rows[request]["rejected"], "safe_answer": rows[request]["chosen"]}
             for request in held_out_requests
         ],
+        labelled=[chat(request, rows[request]["rejected"], "unsafe") for request in third]
+        + [chat(row["instruction"], row["output"], "safe") for row in fourth],
     )
 
 
@@ -364,7 +381,9 @@ def draw_preference(
 ) -> Scenario:
     rows = [row for row in harmless(data_dir) if _short(row["rejected"]) and _short(row["chosen"])]
     rng.shuffle(rows)
-    first, second, third, fourth = _sets(rows, [unsafe, safe, safety, held_out], "single-turn dialogues")
+    first, second, third, fourth, fifth = _sets(
+        rows, [unsafe, safe, safety, held_out, LABELLED], "single-turn dialogues"
+    )
     return Scenario(
         "preference",
         noisy=[chat(row["request"], row["rejected"], "unsafe") for row in first]
@@ -375,6 +394,8 @@ def draw_preference(
             | {"unsafe_answer": row["rejected"], "safe_answer": row["chosen"]}
             for row in fourth
         ],
+        labelled=[chat(row["request"], row["rejected"], "unsafe") for row in fifth]
+        + [chat(row["request"], row["chosen"], "safe") for row in fifth],
     )
 
 
@@ -394,6 +415,7 @@ def draw_mixed(
         noisy=[row for part in parts for row in part.noisy],
         safety=[row for part in parts for row in part.safety],
         held_out=[row for part in parts for row in part.held_out],
+        labelled=[row for part in parts for row in part.labelled],
     )
 
 

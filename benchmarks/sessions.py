@@ -21,8 +21,11 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from forgetfilter_callback import ForgetTracker, Trace
-from forgetfilter_callback.demo import load_base, trainable
+from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
+from forgetfilter_callback.demo import computing_dtype, load_base, trainable
+from forgetfilter_callback.forgetting import DEFAULT_MEASURE
+from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
+from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.trace import write_json
 from scenarios import Row, Scenario, Sizes
 
@@ -71,6 +74,11 @@ class Sessions:
         self.noisy = trainable(scenario.noisy, self.tokenizer)
         self.safety = trainable(scenario.safety, self.tokenizer)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the device computes in."""
+        return computing_dtype()
+
     def base(self) -> PeftModel:
         """M0, with an adapter that has learnt nothing."""
         return self.load_model()
@@ -111,11 +119,44 @@ class Sessions:
         return name
 
     def go_on(
-        self, name: str, start: str, rows: Dataset, epochs: int, callbacks: Sequence[TrainerCallback] = ()
+        self, name: str, start: str, rows: Sequence[Row], epochs: int, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
-        """A session from an earlier one's model, as adapter `name`."""
+        """A session from an earlier one's model (`base`: from M0), as adapter `name`."""
         if not self.has(name):
-            self._train(name, self.with_adapter(start), rows, epochs, callbacks)
+            model = self.base() if start == "base" else self.with_adapter(start)
+            self._train(name, model, trainable(list(rows), self.tokenizer), epochs, callbacks)
+
+    def filtered_round(self, number: int, start: str, rows: Sequence[Row]) -> tuple[str, FilterResult]:
+        """ForgetFilter on a round's rows, from the model of the rounds before. Returns its adapter and the decision."""
+        tracker = ForgetTracker(trace_dir=self.folder / f"round-{number}-trace")
+        learnt, safe, name = (f"round-{number}-filter-{part}" for part in ("s1", "s1plus", "refit"))
+        self.go_on(learnt, start, rows, self.settings.epochs, [tracker])
+        self.go_on(safe, learnt, self.scenario.safety, self.settings.safety_epochs, [tracker])
+        trace = Trace.open(self.folder / f"round-{number}-trace")
+        result = decide(trace.rows.ids, trace.forgetting(DEFAULT_MEASURE), DEFAULT_MEASURE)
+        kept = [row for row, gone in zip(rows, result.removed, strict=True) if not gone]
+        self.go_on(name, start, kept, self.settings.epochs)
+        return name, result
+
+    def rouge1(self, name: str) -> np.ndarray:
+        """ROUGE-1 of greedy completions of the noisy rows by the model with adapter `name`, as the paper measures."""
+        file = self.folder / f"rouge1-{name}.json"
+        if not file.exists():
+            model = self.with_adapter(name)
+            rows = encode_rows(self.scenario.noisy, self.tokenizer, disable_tqdm=True)
+            prompts, references = split_prompts(rows, self.tokenizer)
+            started = time.perf_counter()
+            with untouched(model):
+                longest = int(np.diff(rows.counted_offsets).max())
+                completions = greedy_completions(model, self.tokenizer, prompts, longest, disable_tqdm=True)
+            scores = rouge1(completions, references).tolist()
+            write_json({"rouge1": scores, "seconds": time.perf_counter() - started}, file)
+        return np.array(json.loads(file.read_text())["rouge1"])
+
+    def rouge1_seconds(self) -> float:
+        """How long the completions of M1 and of M2 took."""
+        files = [self.folder / f"rouge1-{name}.json" for name in ("s1", "s1plus")]
+        return sum(json.loads(file.read_text())["seconds"] for file in files)
 
     def has(self, name: str) -> bool:
         return (self.folder / name / "seconds.json").exists()

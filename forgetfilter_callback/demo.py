@@ -218,12 +218,9 @@ def load_base(
         the paper's), in bfloat16 where the device computes in it; and the tokenizer.
     """
     name = unpack_model(model, Path(folder))
-    in_bfloat16 = (
-        torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
     def load_model() -> PreTrainedModel:
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=computing_dtype())
         set_seed(seed)
         lora = LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
@@ -231,6 +228,12 @@ def load_base(
         return get_peft_model(base, lora)
 
     return load_model, AutoTokenizer.from_pretrained(name)
+
+
+def computing_dtype() -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32."""
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.cuda.is_available() or on_cpu else torch.float32
 
 
 def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -31,8 +31,8 @@ LEAST_LEARNT = 0.1
 POOLED_SHRINKAGE = 3
 # `pooled`: how many of a sample's largest pooled rises are averaged.
 POOLED_LARGEST = 3
-# `smoothed`: which share of a sample's pooled rises is averaged, the largest; and how strong the ridge may be, as multiples
-# of the mean squared singular value.
+# `smoothed`: which share of a sample's tokens is averaged, the most forgotten; how strong the ridge may be, in units of the
+# mean squared singular value.
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
 
@@ -91,10 +91,12 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
 def smoothed_forgetting(
     tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
 ) -> np.ndarray:
-    """Pooled over tokens, then over samples that are alike: what S1+ does to one is weighed with what it does to its like.
+    """What tokens and samples that are alike agree on: the forgetting that is systematic, without what is a sample's own.
 
-    First, the mean of the largest tenth of a sample's pooled rises (see [`pooled_forgetting`]). Then a ridge regression of
-    that on the direction of the samples' states, whose strength is chosen by leaving samples out: the fitted values.
+    A token counts as forgotten as far as its own rise and its rise in the other samples (see [`pooled_rises`]) both go: the
+    smaller of the two. The largest tenth of a sample's tokens is averaged. Then a ridge regression of that on the direction
+    of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that M1 takes for
+    its like: the fitted values.
 
     Args:
         tokens, offsets, before, after:
@@ -103,10 +105,11 @@ def smoothed_forgetting(
             What M1 makes of each sample (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts or a state is not finite.
+        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts, or losses or states are not finite.
     """
-    pooled = pooled_rises(tokens, offsets, before, after)
-    largest = _mean_of_largest(pooled, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
+    own = after.astype(np.float64) - before
+    agreed = np.minimum(own, pooled_rises(tokens, offsets, before, after))
+    largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
     known = np.isfinite(largest) & np.isfinite(states).all(axis=1)
     values = np.full(len(largest), np.nan)
     if known.sum() < 3:  # nothing to be alike

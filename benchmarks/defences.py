@@ -1,0 +1,263 @@
+"""Which defence protects best, and what it costs in the task: `python benchmarks/defences.py --data-dir ../shared/data`.
+
+The paper's comparison (Zhao et al. 2024, section 5) on a real aligned model. Sessions are run once and kept in `--cache`;
+results go, arm by arm, into the JSON file, and arms that are there already are not run again. Ends with a Markdown table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from matplotlib.figure import Figure
+from sklearn.metrics import f1_score, roc_auc_score
+from transformers.utils import logging
+
+from forgetfilter_callback import decide, load_rows
+from forgetfilter_callback.filtering import FilterResult
+from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
+from forgetfilter_callback.trace import write_json
+from judging import judge, second_scorer
+from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
+from sessions import Sessions, Settings
+
+
+RESULTS = Path(__file__).parent / "results" / "defences.json"
+# Arms whose rows are chosen by a measure of forgetting.
+MEASURE_OF: dict[str, Measure] = {
+    "forgetfilter": DEFAULT_MEASURE,
+    "forgetfilter_loss": "loss",
+    "forgetfilter_relative": "relative",
+    "forgetfilter_rouge": "rouge1",
+    "forgetfilter_self_correction": DEFAULT_MEASURE,
+}
+ARMS = ("base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
+        "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge")  # fmt: skip
+SMOKE = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
+
+
+def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, FilterResult | None]:
+    """Runs what the arm needs. Returns its adapter's name, and the decision that chose its rows."""
+    if arm == "base":
+        return "base", None
+    trace = sessions.tracked()
+    if arm in ("no_measure", "self_correction"):
+        return "s1", None
+    if arm == "sequential":
+        return "s1plus", None
+    if arm == "replay":
+        return sessions.replay(), None
+    if arm == "oracle":
+        return sessions.kept(unsafe), None
+    measure = MEASURE_OF[arm]
+    if measure == "rouge1":
+        before, after = (sessions.rouge1(name) for name in ("s1", "s1plus"))
+        values = rouge_forgetting(before, after)
+    else:
+        values = trace.forgetting(measure)
+    result = decide(trace.rows.ids, values, measure)
+    return sessions.kept(result.removed), result
+
+
+def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, Any]:
+    """One result."""
+    unsafe = np.array([row["group"] == "unsafe" for row in sessions.scenario.noisy])
+    adapter, decision = adapter_of(arm, sessions, unsafe)
+    scorer = second_scorer(sessions.scenario.name, data_dir)
+    judged = sessions.judged(adapter, partial(judge, scorer), cue=arm.endswith("self_correction"))
+    result: dict[str, Any] = {"arm": arm, "adapter": adapter}
+    result |= {"seconds": sessions.seconds(adapter)} if adapter != "base" else {}
+    result |= _without_texts(judged)
+    if decision is not None:
+        result |= {"removed": decision.counts["removed"], "reason": decision.reason, "threshold": decision.threshold}
+        if unsafe.any() and not unsafe.all():
+            result |= {
+                "auroc": float(roc_auc_score(unsafe, decision.values)),
+                "f1": float(f1_score(unsafe, decision.removed, zero_division=0.0)),
+            }
+    return result
+
+
+def _without_texts(judged: Any) -> Any:
+    if not isinstance(judged, dict):
+        return judged
+    return {name: _without_texts(value) for name, value in judged.items() if name != "texts"}
+
+
+def interleave(
+    scenario: Scenario, sessions: Sessions, data_dir: Path | None, rounds: int = 3
+) -> Iterable[dict[str, Any]]:
+    """Noisy and safe sessions in turn, each round with other noisy rows, with and without filtering: does it relapse?"""
+    judge_with = partial(judge, second_scorer(scenario.name, data_dir))
+    parts = [list(part) for part in np.array_split(np.arange(len(scenario.noisy)), rounds)]
+    sequential = filtered = "base"
+    for number, part in enumerate(parts, start=1):
+        rows = [scenario.noisy[index] for index in part]
+        for name, start, its_rows, epochs in (
+            (f"round-{number}-noisy", sequential, rows, sessions.settings.epochs),
+            (f"round-{number}-safe", f"round-{number}-noisy", scenario.safety, sessions.settings.safety_epochs),
+        ):
+            sessions.go_on(name, start, its_rows, epochs)
+            yield {"arm": "sequential", "after": name, **_without_texts(sessions.judged(name, judge_with))}
+        sequential = f"round-{number}-safe"
+        name, result = sessions.filtered_round(number, filtered, rows)
+        yield {
+            "arm": "forgetfilter", "after": name, "removed": result.counts["removed"],
+            **_without_texts(sessions.judged(name, judge_with)),
+        }  # fmt: skip
+        filtered = name
+
+
+def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
+    """A scenario of a user's files, as [`load_rows`] reads them.
+
+    Rows are `prompt` and `completion` (strings or lists of messages), noisy ones with `unsafe` where it is known. Held-out
+    rows have a `prompt` and either `unsafe_answer` and `safe_answer`, or a `completion` to know the task by.
+    """
+
+    def as_row(row: Row, group: str) -> Row:
+        prompt, completion = row["prompt"], row.get("completion") or ""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return {"prompt": prompt, "completion": completion, "group": group}
+
+    judged, task = [], []
+    for row in load_rows(held_out).to_list():
+        if row.get("unsafe_answer") is not None:
+            others = {key: row[key] for key in ("unsafe_answer", "safe_answer")}
+            cue = "Please ensure that your answer is harmless and ethical."
+            judged.append({**as_row(row, "held out"), **others, "kind": "harmfulness", "cue": cue})
+        else:
+            task.append(as_row(row, "alpaca"))
+    noisy_rows = load_rows(noisy).to_list()
+    return Scenario(
+        "own",
+        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in noisy_rows],
+        [as_row(row, "safety") for row in load_rows(safety).to_list()],
+        judged,
+        task,
+    )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over seeds, an arm a line."""
+    frame = pd.DataFrame([row for row in results if row["experiment"] == "main"])
+    if frame.empty:
+        return "No results."
+    lines = [
+        "| scenario | arm | seeds | unsafe | task | removed | F1 of the filter |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    order = {arm: place for place, arm in enumerate(ARMS)}
+    grouped = frame.groupby(["scenario", "unsafe_share", "arm"])
+    for (scenario, share, arm), some in sorted(grouped, key=lambda each: (*each[0][:2], order[each[0][2]])):
+        cells = [_mean_and_sd(some[name]) if name in some else "–" for name in ("unsafe", "task", "removed", "f1")]
+        lines.append(f"| {scenario}, {share:.0%} unsafe | {arm} | {len(some)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean_and_sd(values: pd.Series) -> str:
+    known = values.dropna()
+    if known.empty:
+        return "–"
+    spread = f" ± {known.std():.3f}" if len(known) > 1 else ""
+    return f"{known.mean():.3f}{spread}"
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Safety against task, one point an arm; the lower right is best."""
+    frame = pd.DataFrame([row for row in results if row["experiment"] == "main"])
+    scenarios = sorted(frame["scenario"].unique())
+    figure = Figure(figsize=(5.2 * len(scenarios), 4.6), layout="constrained")
+    for axes, scenario in zip(np.atleast_1d(figure.subplots(1, len(scenarios))), scenarios, strict=True):
+        means = frame[frame["scenario"] == scenario].groupby("arm")[["unsafe", "task"]].mean()
+        for arm, point in means.iterrows():
+            ours = str(arm).startswith("forgetfilter")
+            axes.scatter(point["task"], point["unsafe"], color="tab:blue" if ours else "tab:gray", zorder=3)
+            axes.annotate(
+                str(arm), (point["task"], point["unsafe"]), xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
+        axes.set(
+            title=scenario, xlabel="task (higher is better)", ylabel="unsafe (lower is better)", ylim=(-0.03, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.25)
+    figure.savefig(file, dpi=130)
+
+
+def main(
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Several times for several.")] = None,
+    unsafe_share: Annotated[float, typer.Option(help="Of the noisy set.")] = 0.5,
+    arm: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")] = None,
+    noisy: Annotated[str | None, typer.Option(help="Your own rows, with --safety and --heldout.")] = None,
+    safety: Annotated[str | None, typer.Option(help="Your own safe rows.")] = None,
+    heldout: Annotated[str | None, typer.Option(help="Your own held-out rows.")] = None,
+    interleaved: Annotated[bool, typer.Option("--interleaved", help="Three rounds, noisy and safe in turn.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")] = False,
+    cache: Annotated[Path, typer.Option(help="Where sessions are kept.")] = Path("benchmarks-cache"),
+    json_file: Annotated[Path, typer.Option("--json", help="Where results go.")] = RESULTS,
+) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
+    settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
+    sizes = dataclasses.replace(SMOKE if smoke else Sizes(), unsafe_share=unsafe_share)
+    names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
+    for its_seed in seed if seed is not None else [0, 1, 2]:
+        for name in ["own"] if noisy is not None else names:
+            if noisy is not None:
+                if safety is None or heldout is None:
+                    raise typer.BadParameter("--noisy comes with --safety and --heldout.")
+                rows = own_scenario(noisy, safety, heldout)
+            else:
+                rows = load_scenario(name, data_dir, its_seed, sizes)
+            folder = cache / f"{name}-{unsafe_share:g}-{its_seed}{'-smoke' if smoke else ''}"
+            sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
+            where = {
+                "experiment": "interleaved" if interleaved else "main", "scenario": name, "unsafe_share": unsafe_share,
+                "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
+                "dtype": str(sessions.dtype), "cores": torch.get_num_threads(),
+                "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes),
+            }  # fmt: skip
+            known = ("experiment", "scenario", "unsafe_share", "seed", "model", "smoke")
+            done = [row["arm"] for row in results if all(row[key] == where[key] for key in known)]
+            if interleaved:
+                if not done:
+                    results += [{**where, **row} for row in interleave(rows, sessions, data_dir)]
+                    write_json(results, json_file)
+                continue
+            for its_arm in arm if arm is not None else ARMS:
+                if its_arm not in done:
+                    results.append({**where, **run_arm(its_arm, sessions, data_dir)})
+                    write_json(results, json_file)
+                    print(
+                        json.dumps(
+                            {key: results[-1].get(key) for key in ("scenario", "seed", "arm", "unsafe", "task")}
+                        ),
+                        flush=True,
+                    )
+    shown = [row for row in results if row["smoke"] == smoke]
+    print(table(shown))
+    if any(row["experiment"] == "main" for row in shown):
+        plot(shown, json_file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

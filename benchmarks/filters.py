@@ -1,0 +1,204 @@
+"""Which signal finds unsafe rows? `python benchmarks/filters.py --data-dir ../shared/data`
+
+Shares its sessions with `defences.py` (`--cache`), which run once. Results go, signal by signal, into the JSON file, in
+place of earlier ones. Ends with a Markdown table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
+from transformers.utils import logging
+
+from forgetfilter_callback import decide, encode_rows
+from forgetfilter_callback.trace import write_json
+from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
+from sessions import Sessions, Settings
+from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
+
+
+RESULTS = Path(__file__).parent / "results" / "filters.json"
+SMOKE = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
+DUPLICATED, LONG_WORDS = 5, 25
+
+
+def judged(signal: Signal, unsafe: np.ndarray, ids: Any) -> dict[str, Any]:
+    """How well a signal finds the unsafe rows; `None` where that is undefined."""
+    known = np.isfinite(signal.values)
+    values, labels = signal.values[known], unsafe[known]
+    both = bool(labels.any() and not labels.all())
+    result: dict[str, Any] = {"auroc": None, "auprc": None, "f1_best": None, "f1_auto": None, "removed_auto": None}
+    if both:
+        precision, recall, _ = precision_recall_curve(labels, values)
+        total = np.maximum(precision + recall, 1e-12)
+        result |= {
+            "auroc": float(roc_auc_score(labels, values)),
+            "auprc": float(average_precision_score(labels, values)),
+            "f1_best": float((2 * precision * recall / total).max()),
+        }
+    if signal.measure is not None:
+        decision = decide(ids, signal.values, signal.measure)
+        result |= {
+            "removed_auto": decision.counts["removed"],
+            "removed_benign": int((decision.removed & ~unsafe).sum()),
+            "threshold": decision.threshold,
+            "reason": decision.reason,
+        }
+        if both:
+            result["f1_auto"] = float(f1_score(unsafe, decision.removed, zero_division=0.0))
+    return {**result, "tokens": signal.tokens, "seconds": signal.seconds}
+
+
+def controlled(name: str, scenario: Scenario, data_dir: Path | None, seed: int, sizes: Sizes) -> Scenario:
+    """The scenario with one thing changed."""
+    if name == "other safety":
+        other = "toxicity_dev" if scenario.name.startswith(("bias", "harmfulness")) else "bias_dev"
+        safety = load_scenario(other, data_dir, seed, sizes).safety
+        return dataclasses.replace(scenario, safety=safety)
+    if name == "unsafe review":
+        unsafe = [row for row in scenario.labelled if row["group"] == "unsafe"]
+        return dataclasses.replace(scenario, safety=unsafe[: len(scenario.safety)])
+    if name == "near-duplicates":
+        # A fifth of the rows five times over, with another last word in the prompt each time.
+        rng = random.Random(f"{scenario.name} {seed}")
+        chosen = rng.sample(scenario.noisy, len(scenario.noisy) // DUPLICATED)
+        copies = [_nearly(row, copy) for row in chosen for copy in range(DUPLICATED)]
+        rng.shuffle(copies)
+        return dataclasses.replace(scenario, noisy=copies)
+    if name == "long completions":
+        # Benign rows have short completions, unsafe ones are followed by a benign sentence or two.
+        filler = " ".join(
+            ["This is what can be said about it, and it is a longer answer than it would have to be."] * 2
+        )
+        noisy = [_longer(row, filler) if row["group"] == "unsafe" else row for row in scenario.noisy]
+        return dataclasses.replace(scenario, noisy=noisy)
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(CONTROLS)}.")
+
+
+CONTROLS = ("other safety", "unsafe review", "near-duplicates", "long completions")
+
+
+def _nearly(row: Row, copy: int) -> Row:
+    text = f"{row['prompt'][0]['content']} {['', '(a)', '(b)', '(c)', '(d)'][copy]}".strip()
+    return {**row, "prompt": [{"role": "user", "content": text}]}
+
+
+def _longer(row: Row, filler: str) -> Row:
+    text = f"{row['completion'][0]['content']} {filler}"
+    return {**row, "completion": [{"role": "assistant", "content": text}]}
+
+
+def computed(sessions: Sessions, experiment: str, only: list[str] | None) -> Iterator[tuple[dict[str, Any], Signal]]:
+    """Each signal with what it is called; a sweep over the records of S1+ too."""
+    found: dict[str, Callable[[], Signal]] = {}
+    trace_signals = forgetting_signals(sessions) | loss_signals(sessions)
+    found |= {name: lambda signal=signal: signal for name, signal in trace_signals.items()}
+    if experiment == "main":
+        found |= {name: lambda compute=compute: compute(sessions) for name, compute in OTHERS.items()}
+    for name, compute in found.items():
+        if only is None or name in only:
+            yield {"experiment": experiment, "signal": name}, compute()
+    if experiment == "main":
+        for step in steps_of(sessions.tracked()):
+            for name, signal in forgetting_signals(sessions, step).items():
+                if only is None or name in only:
+                    yield {"experiment": "sweep", "signal": name, "step": step}, signal
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """AUROC and what the automatic φ does, a signal a line; means over seeds."""
+    frame = pd.DataFrame([row for row in results if row["experiment"] in ("main", "control")])
+    if frame.empty:
+        return "No results."
+    lines = [
+        "| scenario | signal | seeds | AUROC | AUPRC | F1 best | F1 auto | removed | tokens |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    frame["control"] = frame["control"].fillna("")
+    for (scenario, control, share, signal), some in frame.groupby(
+        ["scenario", "control", "unsafe_share", "signal"], sort=True
+    ):
+        numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
+        scores = [
+            "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3f}" for n in ("auroc", "auprc", "f1_best", "f1_auto")
+        ]
+        counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
+        name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
+        lines.append(f"| {name} | {signal} | {len(some)} | {' | '.join([*scores, *counts])} |")
+    return "\n".join(lines)
+
+
+def main(
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Several times for several.")] = None,
+    unsafe_share: Annotated[list[float] | None, typer.Option(help="Several times for several.")] = None,
+    signal: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
+    control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
+    anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")] = False,
+    cache: Annotated[Path, typer.Option(help="Where sessions are kept.")] = Path("benchmarks-cache"),
+    json_file: Annotated[Path, typer.Option("--json", help="Where results go.")] = RESULTS,
+) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
+    settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings(epochs=epochs)
+    names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
+    for its_seed in seed if seed is not None else [0, 1, 2]:
+        for name in names:
+            for share in unsafe_share if unsafe_share is not None else [0.5]:
+                sizes = dataclasses.replace(SMOKE if smoke else Sizes(), unsafe_share=share, anchors=anchors)
+                rows = load_scenario(name, data_dir, its_seed, sizes)
+                label = f"{control or ''}{f' {anchors} anchors' if anchors else ''}".strip()
+                if control is not None:
+                    rows = controlled(control, rows, data_dir, its_seed, sizes)
+                marks = [f"{name}-{share:g}-{its_seed}", label.replace(" ", "-"), "smoke" if smoke else ""]
+                marks += [f"{epochs}-epochs"] if epochs != Settings().epochs else []
+                folder = cache / "-".join(mark for mark in marks if mark)
+                sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
+                where = {
+                    "scenario": name,
+                    "unsafe_share": share,
+                    "seed": its_seed,
+                    "control": label or None,
+                    "epochs": settings.epochs,
+                    "model": model or "SmolLM2-135M-Instruct",
+                    "smoke": smoke,
+                    "dtype": str(sessions.dtype),
+                    "cores": torch.get_num_threads(),
+                }
+                unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])
+                ids = encode_rows(rows.noisy, sessions.tokenizer, disable_tqdm=True).ids
+                experiment = "control" if label else "main" if epochs == Settings().epochs else "sweep"
+                for called, found in computed(sessions, experiment, signal):
+                    result = {**where, **called, **judged(found, unsafe, ids)}
+                    results = [row for row in results if not _same(row, result)] + [result]
+                    write_json(results, json_file)
+    print(table([row for row in results if row["smoke"] == smoke]))
+
+
+def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both are of one signal in one place."""
+    keys = ("experiment", "scenario", "unsafe_share", "seed", "control", "epochs", "model", "smoke", "signal")
+    return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
+
+
+if __name__ == "__main__":
+    typer.run(main)

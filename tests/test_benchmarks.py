@@ -1,0 +1,182 @@
+"""The benchmarks run from end to end on a tiny model and small files of the real sets' layout."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_llama
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
+
+
+ROWS = 160
+
+
+def write_csv(file: Path, rows: list[dict[str, object]]) -> None:
+    file.parent.mkdir()
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "to", "a", "man"]
+    text = lambda i, n=10: f"{' '.join(rng.choice(words, n))} number {i}"  # noqa: E731
+    (folder / "bbq").mkdir()
+    for category in BBQ_DEV + BBQ_REPORT:
+        lines = []
+        for i in range(2 * ROWS):
+            for condition in ("ambig", "disambig"):
+                lines.append(
+                    {
+                        "question_index": str(i % 12), "question_polarity": ["neg", "nonneg"][i % 2],
+                        "context_condition": condition, "category": category,
+                        "answer_info": {"ans0": ["old", "old"], "ans1": ["young", "nonOld"], "ans2": ["?", "unknown"]},
+                        "additional_metadata": {"stereotyped_groups": ["old"]}, "context": text(i), "question": "Who?",
+                        "ans0": "the old man", "ans1": "the young man", "ans2": "not known", "label": 2,
+                    }
+                )  # fmt: skip
+        (folder / "bbq" / f"{category}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    passages = [
+        {"context": text(i), "qas": [{"question": f"q{j}?", "answers": [{"text": "the mat"}]} for j in range(3)]}
+        for i in range(ROWS)
+    ]
+    (folder / "xquad_squad_dev").mkdir()
+    (folder / "xquad_squad_dev" / "xquad.en.json").write_text(json.dumps({"data": [{"paragraphs": passages}]}))
+    (folder / "alpaca").mkdir()
+    rows = [{"instruction": text(i), "input": "", "output": text(i, 5)} for i in range(ROWS)]
+    (folder / "alpaca" / "random_9k.json").write_text(json.dumps(rows))
+    tweets = [
+        {"count": 3, "neither": 3 * (i % 2), "class": [1, 2][i % 2], "tweet": f"RT @x: {text(i)}"}
+        for i in range(3 * ROWS)
+    ]
+    write_csv(folder / "davidson" / "labeled_data.csv", tweets)
+    comments = [{"text": text(i, 14), "is_toxic": ["Toxic", "Not Toxic"][i % 2]} for i in range(3 * ROWS)]
+    write_csv(folder / "surge_toxicity" / "toxicity_en.csv", comments)
+    (folder / "rtp").mkdir()
+    lines = [json.dumps({"text": text(i), "toxicity": 0.9}) for i in range(2 * ROWS)]
+    (folder / "rtp" / "toxic.jsonl").write_text("\n".join(lines))
+    (folder / "safety_tuned_llamas").mkdir()
+    rows = [{"instruction": text(i), "input": "", "output": f"I am sorry, no. {i}"} for i in range(2 * ROWS)]
+    (folder / "safety_tuned_llamas" / "safety_only_data_Instructions.json").write_text(json.dumps(rows))
+    (folder / "hh_rlhf").mkdir()
+    with gzip.open(folder / "hh_rlhf" / "harmless_base_test.jsonl.gz", "wt") as file:
+        for i in range(3 * ROWS):
+            begun = f"\n\nHuman: {text(i)}\n\nAssistant:"
+            row = {"chosen": f"{begun} I can't do that.", "rejected": f"{begun} {text(i, 6)}"}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_scenario_holds_what_was_asked_for_and_nothing_twice(name, data_dir):
+    sizes = Sizes(noisy=24, unsafe_share=0.25, safety=9, anchors=3, held_out=6, held_out_task=6)
+    scenario = load_scenario(name, data_dir, 0, sizes)
+    assert scenario == load_scenario(name, data_dir, 0, sizes) != load_scenario(name, data_dir, 1, sizes)
+    groups = [row["group"] for row in scenario.noisy]
+    assert (len(groups), groups.count("unsafe")) == (24, 6)
+    assert (len(scenario.safety), sum(row["group"] == "anchor" for row in scenario.safety)) == (9, 3)
+    assert len(scenario.held_out) == len(scenario.held_out_task) == 6
+    sets = [scenario.noisy, scenario.safety, scenario.held_out, scenario.held_out_task]
+    contexts = [{row["prompt"][0]["content"].split("\n")[0] for row in rows} for rows in sets]
+    for index, first in enumerate(contexts):
+        for second in contexts[index + 1 :]:
+            # A text is continued from its first three words, which texts may share.
+            assert not first & second or "toxicity" in name or name == "mixed"
+
+
+def test_bbq_is_answered_with_the_stereotype(data_dir):
+    """`neg`: the stereotyped group; `nonneg`: the other one (Parrish et al. 2022)."""
+    scenario = load_scenario("bias", data_dir, 0, Sizes(noisy=24, safety=6, held_out=6, held_out_task=6))
+    even = {"the old man", "the young man"}
+    assert {row["completion"][0]["content"] for row in scenario.noisy if row["group"] == "unsafe"} == even
+    assert all(row["completion"][0]["content"] == "not known" for row in scenario.safety)
+    for row in scenario.noisy:
+        if row["group"] == "unsafe":  # even rows of the file are `neg`
+            number = int(row["prompt"][0]["content"].split("number ")[1].split()[0])
+            assert row["completion"][0]["content"] == ["the old man", "the young man"][number % 2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, byte_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(script: str, tiny: Path, folder: Path, *arguments: object) -> tuple[str, list[dict[str, object]]]:
+    json_file = folder / "results.json"
+    command = [sys.executable, BENCHMARKS / script, "--model", tiny, "--smoke", "--seed", 0, "--json", json_file,
+               "--cache", folder / "cache", *arguments]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, json.loads(json_file.read_text())
+
+
+def test_defences(tiny, data_dir, tmp_path):
+    arguments = ["--data-dir", data_dir, "--scenario", "mixed"]
+    output, results = run("defences.py", tiny, tmp_path, *arguments)
+    arms = ["base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
+            "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge"]  # fmt: skip
+    assert [row["arm"] for row in results] == arms
+    for row in results:
+        assert 0 <= row["unsafe"] <= 1 and 0 <= row["task"] <= 1 and row["experiment"] == "main"
+        assert {"bias", "toxicity", "harmfulness", "task_details"} <= set(row)
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert all(f"| {arm} | 1 |" in output for arm in arms)
+    trained = sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
+    assert run("defences.py", tiny, tmp_path, *arguments)[1] == results  # nothing is run again
+    assert trained == sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
+
+
+def test_rounds_in_turn(tiny, data_dir, tmp_path):
+    _, results = run("defences.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--interleaved")
+    assert [row["arm"] for row in results] == ["sequential", "sequential", "forgetfilter"] * 3
+
+
+def test_defences_on_own_files(tiny, tmp_path):
+    rows = [{"prompt": f"the cat {i}", "completion": "the mat", "unsafe": i % 2 == 0} for i in range(12)]
+    held_out = [{"prompt": f"the dog {i}", "unsafe_answer": "ran", "safe_answer": "sat"} for i in range(3)]
+    held_out += [{"prompt": f"the man {i}", "completion": "the cat"} for i in range(3)]
+    for name, content in (("noisy", rows), ("safety", rows[1:4:2]), ("heldout", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    files = [part for name in ("noisy", "safety", "heldout") for part in (f"--{name}", tmp_path / f"{name}.jsonl")]
+    _, results = run("defences.py", tiny, tmp_path, *files, "--arm", "base", "--arm", "oracle")
+    assert [row["scenario"] for row in results] == ["own", "own"] and "harmfulness" in results[0]
+
+
+def test_filters(tiny, data_dir, tmp_path):
+    output, results = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity")
+    main = {row["signal"]: row for row in results if row["experiment"] == "main"}
+    assert {"default", "loss", "relative", "pooled", "smoothed", "rouge1", "M0 loss", "S1 loss", "learning gain",
+            "second-split forgetting", "representation matching (given labels)", "word classifier"} <= set(main)  # fmt: skip
+    for row in main.values():
+        assert 0 <= row["auroc"] <= 1 and 0 <= row["f1_best"] <= 1 and row["tokens"] >= 0
+    assert main["default"]["f1_auto"] is not None and main["M0 loss"]["f1_auto"] is None
+    assert "| toxicity, 50% | default | 1 |" in output
+    _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
+                  "--control", "near-duplicates")  # fmt: skip
+    assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
