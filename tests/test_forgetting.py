@@ -13,6 +13,7 @@ from forgetfilter_callback.forgetting import (
     pooled_forgetting,
     relative_forgetting,
     rouge_forgetting,
+    smoothed_forgetting,
 )
 
 
@@ -66,3 +67,57 @@ def test_higher_is_more_forgotten_for_all():
     assert loss_forgetting(low, high) > 0
     assert relative_forgetting(np.array([1.0]), low, high) > 0
     assert rouge_forgetting(high, low) > 0
+
+
+def smoothed_by_hand(tokens, before, after, states, strengths):
+    """Loops; the strength by leaving each sample out in turn and solving anew."""
+    largest = []
+    for i, own in enumerate(tokens):
+        agreed = []
+        for place, token in enumerate(own):
+            others = [
+                float(after[j][k]) - float(before[j][k])
+                for j in range(len(tokens))
+                for k in range(len(tokens[j]))
+                if j != i and tokens[j][k] == token
+            ]
+            agreed.append(min(float(after[i][place]) - float(before[i][place]), sum(others) / (len(others) + 3)))
+        agreed.sort(reverse=True)
+        largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]))
+    y, mean = np.array(largest) - np.mean(largest), np.mean(largest)
+    x = states - states.mean(axis=0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def fit(rows, strength):
+        return np.linalg.solve(x[rows].T @ x[rows] + strength * np.eye(x.shape[1]), x[rows].T @ y[rows])
+
+    def error(strength):
+        others = [[j for j in range(len(y)) if j != i] for i in range(len(y))]
+        return sum((y[i] - x[i] @ fit(others[i], strength)) ** 2 for i in range(len(y)))
+
+    return x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
+
+
+def test_smoothed_forgetting_is_what_tokens_and_samples_alike_agree_on(samples):
+    tokens, before, after, offsets = samples
+    known = [i for i, own in enumerate(tokens) if len(own)]
+    states = np.random.default_rng(5).normal(size=(len(tokens), 4)).astype(np.float32)
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
+    strengths = np.logspace(-4, 4, 33) * len(known) / min(len(known), 4)
+    parts = [[x[i] for i in known] for x in (tokens, before, after)]
+    expected = smoothed_by_hand(*parts, states[known].astype(float), strengths)
+    np.testing.assert_allclose(values[known], expected, rtol=1e-6)
+    assert np.isnan(values[[i for i in range(len(tokens)) if i not in known]]).all()
+
+
+def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):
+    tokens, before, after, offsets = samples
+    states = np.random.default_rng(5).normal(size=(len(tokens), 4)).astype(np.float32)
+    first = next(i for i, own in enumerate(tokens) if len(own))
+    states[first] = np.nan
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
+    assert np.isnan(values[first]) and np.isfinite(values).sum() == sum(len(own) > 0 for own in tokens) - 1
+    alone = smoothed_forgetting(np.array([7]), np.array([0, 1]), np.zeros(1), np.ones(1), np.ones((1, 2)))
+    np.testing.assert_allclose(alone, [0.0])  # nobody agrees

@@ -422,3 +422,29 @@ def test_untouched_restores_dynamic_rope_that_training_has_grown():
         assert model.model.rotary_emb.max_seq_len_cached == 100
     assert model.model.rotary_emb.max_seq_len_cached == 80
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("size", [512, 8])
+def test_states_are_the_mean_hidden_states_that_predict_a_row(size, share_prefixes, monkeypatch):
+    monkeypatch.setattr(scoring, "STATE_SIZE", size)
+    scoring._projection.cache_clear()
+    dataset = rows_that_begin_alike()
+    uncounted = {"input_ids": [9, 8, 7], "labels": [-100] * 3}
+    rows = encode_rows([*dataset, uncounted], disable_tqdm=True)
+    model = tiny_llama()
+    with untouched(model):
+        (scored,) = scoring.window_scores(model, rows, 64, share_prefixes, disable_tqdm=True, with_states=True)
+    expected = np.zeros((len(rows), 32), np.float32)
+    for index, row in enumerate(dataset):
+        with torch.no_grad():
+            hidden = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[-1][0]
+        places = [place - 1 for place in range(1, len(row["labels"])) if row["labels"][place] != -100]
+        expected[index] = hidden[places].mean(0).numpy()
+    if size < 32:
+        matrix = np.random.default_rng(0).standard_normal((32, size), dtype=np.float32) / np.sqrt(size)
+        expected = expected @ matrix
+    scoring._projection.cache_clear()
+    assert scored.states.dtype == np.float16
+    np.testing.assert_allclose(scored.states, expected, rtol=2e-3, atol=2e-3)
+    assert not scored.states[-1].any()
