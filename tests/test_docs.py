@@ -6,13 +6,14 @@ import copy
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import tiny_llama
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
@@ -61,15 +62,17 @@ def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
         kind = SFTConfig if "SFTTrainer" in snippet else TrainingArguments
         args = kind(output_dir=f"out-{number}", num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=True,
                     save_strategy="no")  # fmt: skip
-        model = tiny_llama(vocab_size=300)
-        model.config.name_or_path = model.name_or_path = "model"
+        load_model = partial(AutoModelForCausalLM.from_pretrained, "model")
         names = {
-            "tokenizer": byte_tokenizer, "model": model, "base": tiny_llama(vocab_size=300),
-            "load_model": lambda: tiny_llama(vocab_size=300),
+            "tokenizer": byte_tokenizer,
+            "collator": DataCollatorForSeq2Seq(byte_tokenizer),
+            "load_model": load_model,
+            "model": load_model(),
+            "base": load_model(),
             "noisy": texts if kind is SFTConfig else noisy,
             "safety": texts.select(range(3)) if kind is SFTConfig else safety,
-            "args": args, "args1": args, "args2": copy.deepcopy(args), "args3": copy.deepcopy(args),
-        }  # fmt: skip
+            **{name: copy.deepcopy(args) for name in ("args", "args1", "args2", "args3")},
+        }
         exec(compile(snippet, f"snippet {number}", "exec"), names)
 
 
