@@ -32,8 +32,6 @@ def score_checkpoints(
 ) -> Trace:
     """Records the losses of `rows` under checkpoints, into a trace as [`ForgetTracker`] makes it.
 
-    Under `accelerate launch` or `torchrun` the rows are shared out over the processes, and the main process writes.
-
     Args:
         folder (`str` or `Path`):
             Of the trace. One that is there already, of the same rows, gets the new records.

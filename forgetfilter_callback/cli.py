@@ -168,7 +168,7 @@ def score(
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens a batch.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record the losses of rows under models that you have already. Runs under `accelerate launch` too."""
+    """Record the losses of rows under models that you have already."""
     checkpoints = {
         role: model for role, model in (("base", base), ("before", before), ("after", after)) if model is not None
     }
