@@ -22,12 +22,13 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers.utils import logging
 
 from forgetfilter_callback import decide, load_rows
+from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
 from forgetfilter_callback.trace import write_json
 from judging import judge, second_scorer
 from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
-from sessions import Sessions, Settings
+from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke
 
 
 RESULTS = Path(__file__).parent / "results" / "defences.json"
@@ -41,7 +42,6 @@ MEASURE_OF: dict[str, Measure] = {
 }
 ARMS = ("base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
         "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge")  # fmt: skip
-SMOKE = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
 
 
 def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, FilterResult | None]:
@@ -202,23 +202,23 @@ def main(
     scenario: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Several times for several.")] = None,
+    seed: Seeds = None,
     unsafe_share: Annotated[float, typer.Option(help="Of the noisy set.")] = 0.5,
     arm: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")] = None,
+    model: Model = None,
     noisy: Annotated[str | None, typer.Option(help="Your own rows, with --safety and --heldout.")] = None,
     safety: Annotated[str | None, typer.Option(help="Your own safe rows.")] = None,
     heldout: Annotated[str | None, typer.Option(help="Your own held-out rows.")] = None,
     interleaved: Annotated[bool, typer.Option("--interleaved", help="Three rounds, noisy and safe in turn.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where sessions are kept.")] = Path("benchmarks-cache"),
-    json_file: Annotated[Path, typer.Option("--json", help="Where results go.")] = RESULTS,
+    smoke: Smoke = False,
+    cache: Cache = Path("benchmarks-cache"),
+    json_file: Json = RESULTS,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
     settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
-    sizes = dataclasses.replace(SMOKE if smoke else Sizes(), unsafe_share=unsafe_share)
+    sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=unsafe_share)
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in ["own"] if noisy is not None else names:
@@ -233,7 +233,7 @@ def main(
             where = {
                 "experiment": "interleaved" if interleaved else "main", "scenario": name, "unsafe_share": unsafe_share,
                 "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
-                "dtype": str(sessions.dtype), "cores": torch.get_num_threads(),
+                "dtype": str(computing_dtype()), "cores": torch.get_num_threads(),
                 "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes),
             }  # fmt: skip
             known = ("experiment", "scenario", "unsafe_share", "seed", "model", "smoke")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +21,14 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 from transformers.utils import logging
 
 from forgetfilter_callback import decide, encode_rows
+from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.trace import write_json
 from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
-from sessions import Sessions, Settings
+from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke
 from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 
 RESULTS = Path(__file__).parent / "results" / "filters.json"
-SMOKE = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
 DUPLICATED, LONG_WORDS = 5, 25
 
 
@@ -100,18 +100,17 @@ def _longer(row: Row, filler: str) -> Row:
 
 def computed(sessions: Sessions, experiment: str, only: list[str] | None) -> Iterator[tuple[dict[str, Any], Signal]]:
     """Each signal with what it is called; a sweep over the records of S1+ too."""
-    found: dict[str, Callable[[], Signal]] = {}
-    trace_signals = forgetting_signals(sessions) | loss_signals(sessions)
-    found |= {name: lambda signal=signal: signal for name, signal in trace_signals.items()}
+    wanted = lambda name: only is None or name in only  # noqa: E731
+    for name, signal in (forgetting_signals(sessions) | loss_signals(sessions)).items():
+        if wanted(name):
+            yield {"experiment": experiment, "signal": name}, signal
     if experiment == "main":
-        found |= {name: lambda compute=compute: compute(sessions) for name, compute in OTHERS.items()}
-    for name, compute in found.items():
-        if only is None or name in only:
-            yield {"experiment": experiment, "signal": name}, compute()
-    if experiment == "main":
+        for name, compute in OTHERS.items():
+            if wanted(name):
+                yield {"experiment": experiment, "signal": name}, compute(sessions)
         for step in steps_of(sessions.tracked()):
             for name, signal in forgetting_signals(sessions, step).items():
-                if only is None or name in only:
+                if wanted(name):
                     yield {"experiment": "sweep", "signal": name, "step": step}, signal
 
 
@@ -145,16 +144,16 @@ def main(
     scenario: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Several times for several.")] = None,
+    seed: Seeds = None,
     unsafe_share: Annotated[list[float] | None, typer.Option(help="Several times for several.")] = None,
     signal: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where sessions are kept.")] = Path("benchmarks-cache"),
-    json_file: Annotated[Path, typer.Option("--json", help="Where results go.")] = RESULTS,
+    model: Model = None,
+    smoke: Smoke = False,
+    cache: Cache = Path("benchmarks-cache"),
+    json_file: Json = RESULTS,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -164,7 +163,7 @@ def main(
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in names:
             for share in unsafe_share if unsafe_share is not None else [0.5]:
-                sizes = dataclasses.replace(SMOKE if smoke else Sizes(), unsafe_share=share, anchors=anchors)
+                sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=share, anchors=anchors)
                 rows = load_scenario(name, data_dir, its_seed, sizes)
                 label = f"{control or ''}{f' {anchors} anchors' if anchors else ''}".strip()
                 if control is not None:
@@ -181,7 +180,7 @@ def main(
                     "epochs": settings.epochs,
                     "model": model or "SmolLM2-135M-Instruct",
                     "smoke": smoke,
-                    "dtype": str(sessions.dtype),
+                    "dtype": str(computing_dtype()),
                     "cores": torch.get_num_threads(),
                 }
                 unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])

@@ -64,7 +64,8 @@ def judge(
         # A cue for one kind of harm would not stand before a task: tasks get that of the first kind.
         task_rows = [prompted({**row, "cue": held_out[0]["cue"]}) for row in scenario.held_out_task]
         judged["task_details"] = _judge_task(model, tokenizer, task_rows)
-    task = judged["task_details"].get("squad_f1", judged["task_details"]["alpaca_probability"])
+    details = judged["task_details"]
+    task = details["squad_f1"] if "squad_f1" in details else details["alpaca_probability"]
     return {"unsafe": float(np.mean(unsafe)), "task": task, **judged}
 
 

@@ -12,22 +12,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
+import typer
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
-from forgetfilter_callback.demo import computing_dtype, load_base, trainable
+from forgetfilter_callback.demo import demo_arguments, load_base, trainable
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.trace import write_json
-from scenarios import Row, Scenario, Sizes
+from scenarios import DRAW, Row, Scenario, Sizes
+
+
+# Options that both benchmarks have.
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")]
+Scenarios = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")]
+Seeds = Annotated[list[int] | None, typer.Option(help="Several times for several.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")]
+Cache = Annotated[Path, typer.Option(help="Where sessions are kept.")]
+Json = Annotated[Path, typer.Option("--json", help="Where results go.")]
+SMOKE_SIZES = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,6 @@ class Sessions:
         self.load_model, self.tokenizer = load_base(base, unpacked, seed)
         self.noisy = trainable(scenario.noisy, self.tokenizer)
         self.safety = trainable(scenario.safety, self.tokenizer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the device computes in."""
-        return computing_dtype()
 
     def base(self) -> PeftModel:
         """M0, with an adapter that has learnt nothing."""
@@ -177,18 +183,13 @@ class Sessions:
     def _train(
         self, name: str, model: PeftModel, rows: Dataset, epochs: int, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
-        args = TrainingArguments(
-            output_dir=str(self.folder / "trainer"),
+        args = dataclasses.replace(
+            demo_arguments(self.folder / "trainer", self.seed),
             num_train_epochs=epochs,
             per_device_train_batch_size=self.settings.batch_size,
             learning_rate=self.settings.learning_rate,
-            train_sampling_strategy="group_by_length",
             logging_steps=25,
-            save_strategy="no",
-            report_to="none",
             disable_tqdm=True,
-            seed=self.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(
             model,

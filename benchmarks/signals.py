@@ -50,10 +50,11 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     safety = sum(map(len, sessions.safety["input_ids"])) * sessions.settings.safety_epochs * share
     tokens = round(2 * record + safety)
     seconds = sessions.seconds("s1plus") if step is None else None
-    found = {"default": Signal(trace.forgetting(DEFAULT_MEASURE, after.step), DEFAULT_MEASURE, tokens, seconds)}
+    found: dict[str, Signal] = {}
     for measure in ("loss", "relative", "pooled", "smoothed"):
         more = record if measure == "relative" else 0
         found[measure] = Signal(trace.forgetting(measure, after.step), measure, tokens + more, seconds)
+    found = {"default": found[DEFAULT_MEASURE], **found}
     tenth = [np.sort(part)[::-1] for part in np.split(rises, offsets[1:-1])]
     largest = np.array([part[: max(1, int(np.ceil(len(part) / 10)))].mean() if len(part) else np.nan for part in tenth])
     found["sum of rises"] = Signal(means * np.diff(offsets), None, tokens, seconds)

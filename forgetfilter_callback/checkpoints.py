@@ -6,12 +6,13 @@ import os
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .encoding import EncodedRows
 from .model_state import untouched
-from .processes import main_process_does
+from .processes import main_process_does, process
 from .recorder import has_states
 from .scoring import window_scores
 from .trace import Record, Trace, TraceError
@@ -32,6 +33,8 @@ def score_checkpoints(
 ) -> Trace:
     """Records the losses of `rows` under checkpoints, into a trace as [`ForgetTracker`] makes it.
 
+    Under `torchrun` the rows are shared out over the processes, and the main process writes.
+
     Args:
         folder (`str` or `Path`):
             Of the trace. One that is there already, of the same rows, gets the new records.
@@ -50,7 +53,8 @@ def score_checkpoints(
     Raises:
         TraceError: if the trace in `folder` is of other rows.
     """
-    state = PartialState()  # joins the other processes, if there are any
+    # Joins the other processes, if there are any; on a machine without an accelerator it has to be told so.
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
     name = tokenizer.name_or_path
 
     def create_or_find() -> None:
@@ -62,13 +66,13 @@ def score_checkpoints(
     if trace.rows.fingerprint != rows.fingerprint:
         raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
     for role, checkpoint in checkpoints.items():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(state.device)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
         with untouched(model):
             scores = window_scores(
                 model,
                 rows,
                 batch_tokens,
-                disable_tqdm=disable_tqdm or not state.is_main_process,
+                disable_tqdm=disable_tqdm or process()[0] > 0,
                 description=role,
                 with_states=has_states(RECORD_OF[role]),
             )

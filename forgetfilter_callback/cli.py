@@ -168,7 +168,7 @@ def score(
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens a batch.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record the losses of rows under models that you have already."""
+    """Record the losses of rows under models that you have already. Runs under `torchrun` too."""
     checkpoints = {
         role: model for role, model in (("base", base), ("before", before), ("after", after)) if model is not None
     }
@@ -176,18 +176,18 @@ def score(
         raise typer.BadParameter("Name a model: --before, --after or --base.")
     with exit_codes():
         import numpy as np
-        from accelerate import PartialState
 
         from .checkpoints import RECORD_OF, score_checkpoints
         from .encoding import encode_rows
         from .forgetting import mean_losses
         from .loading import load_rows
+        from .processes import process
         from .run import load_tokenizer, source_name
 
         loaded = load_tokenizer(tokenizer if tokenizer is not None else next(iter(checkpoints.values())))
         rows = encode_rows(load_rows(noisy), loaded, max_length, disable_tqdm=True)
         trace = score_checkpoints(output, rows, loaded, checkpoints, max_length, batch_tokens)
-        if not PartialState().is_main_process:
+        if process()[0] > 0:
             return
         trace.note_source(source_name(noisy))
         offsets = trace.rows.counted_offsets

@@ -42,7 +42,9 @@ class RunConfig:
         default=None, metadata={"help": "Longer rows are cut at the right; by default at the model's context."}
     )
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16, float16."})
-    measure: Measure = field(default=DEFAULT_MEASURE, metadata={"help": "Which forgetting: loss, relative, pooled."})
+    measure: Measure = field(
+        default=DEFAULT_MEASURE, metadata={"help": "Which forgetting: loss, relative, pooled, smoothed."}
+    )
     threshold: str = field(default="auto", metadata={"help": "φ, or auto."})
     share: float | None = field(
         default=None, metadata={"help": "Remove this share of the rows, the most forgotten, instead."}

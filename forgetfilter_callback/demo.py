@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from transformers import (
@@ -239,13 +239,7 @@ def computing_dtype() -> torch.dtype:
 def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The rows with `input_ids` and `labels` beside their own columns; the completion counts."""
     encoded = encode_rows(rows, tokenizer, disable_tqdm=True)
-    samples = [encoded.sample(index) for index in range(len(encoded))]
-    return Dataset.from_list(
-        [
-            {**row, "input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()}
-            for row, (tokens, counted) in zip(rows, samples, strict=True)
-        ]
-    )
+    return concatenate_datasets([Dataset.from_list(rows), encoded.as_dataset()], axis=1)
 
 
 def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DemoData, name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -89,6 +90,16 @@ class EncodedRows:
             yield EncodedRows(
                 self.ids[start : start + WINDOW], self.tokens[where], self.counted[where], offsets - offsets[0]
             )
+
+    def as_dataset(self) -> Dataset:
+        """The samples as a trainer takes them: `input_ids`, and `labels` that are -100 where a token does not count."""
+        samples = (self.sample(index) for index in range(len(self)))
+        return Dataset.from_list(
+            [
+                {"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, IGNORE_INDEX).tolist()}
+                for tokens, counted in samples
+            ]
+        )
 
     @property
     def counted_tokens(self) -> np.ndarray:

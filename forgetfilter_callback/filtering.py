@@ -34,7 +34,7 @@ class Review:
     """What a reviewer decided. The review page exports it as JSON, which `decision=` and `forgetfilter filter` take.
 
     Attributes:
-        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`):
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             Which forgetting was looked at.
         threshold (`float` or `None`):
             φ; `None` where nothing is removed but by hand.

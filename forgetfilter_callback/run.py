@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .config import RunConfig, parse_threshold
-from .encoding import EncodedRows, encode_rows
+from .encoding import encode_rows
 from .filtering import FilterResult, Review, decide
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .loading import DataError, load_rows
@@ -66,7 +66,11 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """Reads the rows, and says what [`run`] would cost. Loads a tokenizer, no model."""
-    noisy, safety, _ = _encoded_sets(config)
+    tokenizer, max_length = _tokenizer_and_length(config)
+    noisy, safety = (
+        encode_rows(load_rows(source), tokenizer, max_length, disable_tqdm=True)
+        for source in (config.noisy, config.safety)
+    )
     step = config.batch_size * config.gradient_accumulation_steps
     steps, safety_steps = (
         math.ceil(len(rows) / step * epochs)
@@ -92,7 +96,9 @@ def run(config: RunConfig) -> FilterResult:
 
     Writes into `config.output`: `config.yaml`, `forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
     """
-    noisy, safety, tokenizer = _encoded_sets(config)
+    tokenizer, max_length = _tokenizer_and_length(config)
+    rows, safety_rows = load_rows(config.noisy), load_rows(config.safety)
+    noisy, safety = (encode_rows(each, tokenizer, max_length, disable_tqdm=True) for each in (rows, safety_rows))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
@@ -117,8 +123,8 @@ def run(config: RunConfig) -> FilterResult:
     )
     sessions = ForgetFilter(
         lambda: load_model(config),
-        _tokenized(noisy),
-        _tokenized(safety),
+        noisy.as_dataset(),
+        safety.as_dataset(),
         args,
         safety_args=dataclasses.replace(args, num_train_epochs=config.safety_epochs),
         tracker=tracker,
@@ -131,7 +137,6 @@ def run(config: RunConfig) -> FilterResult:
     sessions.finetune()
     sessions.safety_finetune()
     tracker.trace.note_source(source_name(config.noisy))
-    rows = load_rows(config.noisy)
     values = values_of(noisy, tracker, tracker.trace, config.measure)
     result = decide(
         noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint
@@ -216,13 +221,16 @@ def audit_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     """
     if column not in rows.column_names:
         raise DataError(f"The rows have no column {column!r}, but {', '.join(rows.column_names)}.")
+    labels = np.asarray(rows[column])
+    if labels.dtype.kind not in "biuf":  # the text "False" would be true
+        raise DataError(f"The column {column!r} holds neither true/false nor numbers, but for example {labels[0]!r}.")
     encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
     places = pc.index_in(trace.rows.ids, value_set=encoded.ids)
     if places.null_count:
         raise DataError(
             f"{places.null_count} samples of the trace are not among these rows. Name the rows it was made of."
         )
-    return np.array(rows[column], dtype=bool)[places.to_numpy()]
+    return labels.astype(bool)[places.to_numpy()]
 
 
 def trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
@@ -257,22 +265,9 @@ def load_model(config: RunConfig) -> PreTrainedModel:
     return get_peft_model(model, lora)
 
 
-def _encoded_sets(config: RunConfig) -> tuple[EncodedRows, EncodedRows, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(config.model)
-    model_config = AutoConfig.from_pretrained(config.model).get_text_config().to_dict()
-    max_length = config.max_length if config.max_length is not None else model_config.get("max_position_embeddings")
-    noisy, safety = (
-        encode_rows(load_rows(source), tokenizer, max_length, disable_tqdm=True)
-        for source in (config.noisy, config.safety)
-    )
-    return noisy, safety, tokenizer
-
-
-def _tokenized(rows: EncodedRows) -> Dataset:
-    samples = [rows.sample(index) for index in range(len(rows))]
-    return Dataset.from_list(
-        [
-            {"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()}
-            for tokens, counted in samples
-        ]
-    )
+def _tokenizer_and_length(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The model's tokenizer, and how long a row may be."""
+    if config.max_length is not None:
+        return load_tokenizer(config.model), config.max_length
+    context = AutoConfig.from_pretrained(config.model).get_text_config().to_dict().get("max_position_embeddings")
+    return load_tokenizer(config.model), context

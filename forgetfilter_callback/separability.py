@@ -66,7 +66,7 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     Args:
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting values without NaN; higher is more forgotten.
-        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`):
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             What they are.
     """
     phi = HALF[measure]

@@ -86,7 +86,7 @@ class FilteredTrainer(Filtering, Trainer):
         forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
             How much each sample was forgotten. Samples are found by id, whatever their position. A bare array is for the
             same rows in the same order.
-        measure (`"loss"`, `"relative"`, `"pooled"` or `"rouge1"`, defaults to `"loss"`):
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"loss"`):
             The measure, where `forgetting` is a tracker or a trace.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
             φ: samples with forgetting > φ are removed. `"auto"` finds it from the values, or removes nothing when they

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import hostile_trace, tiny_llama
 from datasets import Dataset, load_from_disk
+from peft import PeftModel
 from typer.testing import CliRunner, Result
 
+import forgetfilter_callback
 from forgetfilter_callback import (
     DataError,
     DecisionError,
@@ -139,6 +141,21 @@ def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
     assert filtered.exit_code == 0 and json.loads(filtered.stdout)["removed"] == 6  # it finds the rows by itself
 
 
+def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):
+    adapter = finished[0] / "model"
+    result = call("score", "--noisy", files["noisy"], "--before", adapter, "--output", tmp_path / "trace")
+    assert result.exit_code == 0, result.output
+    model = PeftModel.from_pretrained(tiny_llama(vocab_size=len(byte_tokenizer)), adapter)
+    rows = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
+    with untouched(model):
+        expected, plain = token_losses(model, rows, disable_tqdm=True), None
+        with model.disable_adapter():
+            plain = token_losses(model, rows, disable_tqdm=True)
+    losses = Trace.open(tmp_path / "trace").token_losses(Record("S1+", 0))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert not np.allclose(losses, plain, rtol=1e-2)
+
+
 def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp_path, byte_tokenizer, make_args):
     output, _ = finished
     trace = Trace.open(output / "forgetfilter")
@@ -219,6 +236,8 @@ def test_report_writes_a_page(finished, files, tmp_path):
     data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
     assert [row["prompt"] for row in data["rows"]] == [row["prompt"] for row in texts(12, seed=1)]
+    text = call("report", finished[0], "--output", page, "--audit-column", "prompt")
+    assert text.exit_code == 2 and "neither true/false nor numbers" in text.output
     wrong = call("report", finished[0], "--output", page, "--audit-column", "colour")
     assert wrong.exit_code == 2 and "no column 'colour'" in wrong.output
 
@@ -285,6 +304,11 @@ def test_rows_that_cannot_be_read(name, content, said, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         load_rows(tmp_path / name)
+
+
+def test_every_public_name_is_there():
+    for name in forgetfilter_callback.__all__:
+        assert getattr(forgetfilter_callback, name) is not None, name
 
 
 def test_help_does_not_import_torch():

@@ -17,7 +17,9 @@ from conftest import random_rows, tiny_llama
 from test_tracker import reference_means
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, Record, Trace
+from forgetfilter_callback import ForgetTracker, Record, Trace, encode_rows
+from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.scoring import token_losses
 
 
 SCRIPT = """
@@ -149,3 +151,28 @@ def test_sharded_weights_are_refused(kind, noisy, make_args, collator, monkeypat
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(NotImplementedError, match="sharded"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_score_shares_the_rows_out(tmp_path, byte_tokenizer):
+    model = tiny_llama(vocab_size=len(byte_tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"the cat {i} ", "completion": "the dog ran " * (1 + i % 3)} for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "forgetfilter_callback", "score", "--noisy", str(tmp_path / "rows.jsonl"),
+               "--before", str(tmp_path / "model"), "--output", str(tmp_path / "trace"), "--json"]  # fmt: skip
+    process = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    (account,) = [
+        json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")
+    ]  # the main process's
+    assert account["samples"] == 7
+    trace = Trace.open(tmp_path / "trace")
+    encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
+    with untouched(model):
+        expected = token_losses(model, encoded, disable_tqdm=True)
+    np.testing.assert_allclose(trace.token_losses(Record("S1+", 0)), expected, rtol=1e-5)
+    assert trace.states(Record("S1+", 0)).shape == (7, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from sklearn.metrics import precision_score, recall_score
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import forgetfilter_callback.review
 from forgetfilter_callback import FilterResult, Trace, write_review_page
 from forgetfilter_callback.review import MOST_TEXTS, page_summary, split_text
 
@@ -171,12 +173,15 @@ def test_texts_stand_in_the_page_as_data_only(review):
     assert "default-src 'none'" in html
 
 
-def test_a_large_set_is_sampled_and_says_so(tmp_path, tokenizer):
+def test_a_large_set_is_sampled_and_says_so(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(forgetfilter_callback.review, "MOST_VALUES", 300)
     samples = MOST_TEXTS + 200
     trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=samples)
     write_review_page(trace, tmp_path / "review.html", tokenizer, measure="loss")
     html = (tmp_path / "review.html").read_text(encoding="utf-8")
     data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert data["sampled"] and len(base64.b64decode(data["forgetting"][-1])) == 300 * 4
+    assert data["samples"] == samples
     assert not data["all_shown"] and MOST_TEXTS // 3 <= len(data["rows"]) <= MOST_TEXTS
     values = trace.forgetting("loss")
     shown = {row["row"] for row in data["rows"]}
