@@ -60,7 +60,7 @@ def exit_codes() -> Iterator[None]:
     disable_progress_bars()  # of reading and writing files
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:  # all errors about data and settings are such
+    except ValueError as error:  # all errors about data and settings are such
         typer.echo(f"forgetfilter: {error}", err=True)
         raise typer.Exit(BAD_DATA) from error
     except Exception as error:
