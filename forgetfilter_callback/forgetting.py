@@ -5,6 +5,7 @@ Higher is more forgotten, whichever measure. Losses are flat: those of sample `i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -15,13 +16,13 @@ from sklearn.preprocessing import normalize
 
 Measure = Literal["loss", "relative", "pooled", "smoothed", "rouge1"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
-DEFAULT_MEASURE: Measure = "loss"
+DEFAULT_MEASURE: Measure = "smoothed"
 FilterThreshold = float | Literal["auto"]  # φ
 UNITS: dict[Measure, str] = {
     "loss": "nats per token",
     "relative": "part of what S1 taught",
     "pooled": "nats",
-    "smoothed": "nats",
+    "smoothed": "share of probability",
     "rouge1": "ROUGE-1",
 }
 
@@ -35,6 +36,8 @@ POOLED_LARGEST = 3
 # mean squared singular value.
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
+# `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
+SMOOTHED_SAMPLES = 20_000
 
 
 def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -93,10 +96,11 @@ def smoothed_forgetting(
 ) -> np.ndarray:
     """What tokens and samples that are alike agree on: the forgetting that is systematic, without what is a sample's own.
 
-    A token counts as forgotten as far as its own rise and its rise in the other samples (see [`pooled_rises`]) both go: the
-    smaller of the two. The largest tenth of a sample's tokens is averaged. Then a ridge regression of that on the direction
-    of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that M1 takes for
-    its like: the fitted values.
+    A token's loss counts as risen as far as its own rise and its rise in the other samples (see [`pooled_rises`]) both go:
+    the smaller of the two, r. It has then lost the share 1 − e^−r of its probability (if r is negative: won the share 1 − e^r
+    of the later one, which counts below 0). The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on the direction of the
+    samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that M1 takes for its
+    like: the fitted values.
 
     Args:
         tokens, offsets, before, after:
@@ -105,21 +109,24 @@ def smoothed_forgetting(
             What M1 makes of each sample (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts, or losses or states are not finite.
+        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 all (fitted values may lie somewhat outside); NaN
+        where no token counts, or losses or states are not finite.
     """
     own = after.astype(np.float64) - before
     agreed = np.minimum(own, pooled_rises(tokens, offsets, before, after))
-    largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
+    lost = -np.sign(agreed) * np.expm1(-np.abs(agreed))
+    largest = _mean_of_largest(lost, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
     known = np.isfinite(largest) & np.isfinite(states).all(axis=1)
     values = np.full(len(largest), np.nan)
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
     directions = normalize(states[known] - states[known].mean(axis=0, dtype=np.float64))
-    strengths = SMOOTHED_STRENGTHS * len(directions) / min(directions.shape)
-    mean = largest[known].mean()
-    ridge = RidgeCV(strengths, fit_intercept=False).fit(directions, largest[known] - mean)
-    values[known] = ridge.predict(directions) + mean
+    every = math.ceil(len(directions) / SMOOTHED_SAMPLES)
+    some, theirs = directions[::every], largest[known][::every]
+    strengths = SMOOTHED_STRENGTHS * len(some) / min(some.shape)
+    ridge = RidgeCV(strengths, fit_intercept=False).fit(some, theirs - theirs.mean())
+    values[known] = ridge.predict(directions) + theirs.mean()
     return values
 
 

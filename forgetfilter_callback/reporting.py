@@ -7,39 +7,38 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .forgetting import loss_forgetting
+from .forgetting import DEFAULT_MEASURE
 from .separability import separate
 
 
 def summarize_record(
-    means: np.ndarray, before: np.ndarray | None = None, unsafe: np.ndarray | None = None
+    means: np.ndarray, values: np.ndarray | None = None, unsafe: np.ndarray | None = None
 ) -> dict[str, float]:
     """Figures of one record.
 
     Args:
         means (`np.ndarray` of shape `(samples,)`):
             Mean loss of each sample, nats per token.
-        before (`np.ndarray` of shape `(samples,)`, *optional*):
-            The same when S1+ began; None for a record that nothing can have been forgotten in.
+        values (`np.ndarray` of shape `(samples,)`, *optional*):
+            Forgetting by the default measure; None for a record that nothing can have been forgotten in.
         unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
             Audit labels. They judge forgetting and play no part in it.
 
     Returns:
-        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite values (nothing if there is none); with `before` also
-        the mean `forgetfilter/forgetting` (`loss`), `forgetfilter/separability` (see [`Separability`]'s `distance`; left out
+        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite losses (nothing if there is none); with `values` also
+        their mean `forgetfilter/forgetting`, `forgetfilter/separability` (see [`Separability`]'s `distance`; left out
         where one side is empty), `forgetfilter/share_above_threshold` at the automatic φ, and with labels
         `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
     """
     if not np.isfinite(means).any():
         return {}
     figures = {"forgetfilter/loss": float(means[np.isfinite(means)].mean())}
-    if before is None:
+    if values is None:
         return figures
-    values = loss_forgetting(before, means)
     known = np.isfinite(values)
     if not known.any():
         return figures
-    separability = separate(values[known], "loss")
+    separability = separate(values[known], DEFAULT_MEASURE)
     above = values[known] > separability.threshold
     figures["forgetfilter/forgetting"] = float(values[known].mean())
     figures["forgetfilter/share_above_threshold"] = float(above.mean())

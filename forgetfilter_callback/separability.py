@@ -1,8 +1,9 @@
 """Do forgetting values hold two populations, and where does φ lie between them? From the values alone, no labels.
 
-φ is anchored, not fitted: a sample is called forgotten when S1+ has halved what the model gave it. Mixtures of normal
-distributions and minimum-error thresholds were tried first and follow the shape of the benign rows (which are several
-populations themselves) rather than the unsafe ones: see `benchmarks/README.md`.
+φ is anchored, not fitted: a sample is called forgotten when S1+ has taken a part of what the model gave it that is named
+here. Fitted to the values alone, φ follows the shape of the benign rows (which are several populations themselves) rather
+than the unsafe ones: see `benchmarks/README.md`. Only `smoothed`, which has little noise, may raise it to where two
+populations part.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import median_abs_deviation, norm
+from sklearn.mixture import GaussianMixture
 
 from .forgetting import Measure
 
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
-# half of what S1 taught; half of ROUGE-1's range.
-HALF: dict[Measure, float] = {
+# half of what S1 taught; half of ROUGE-1's range. `smoothed` holds tokens to what others confirm, so it shows less than was
+# lost: a quarter.
+ANCHOR: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
-    "smoothed": math.log(2),
+    "smoothed": 0.25,
     "relative": 0.5,
     "rouge1": 0.5,
 }
@@ -59,9 +62,10 @@ class Separability:
 def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    φ is where half is lost (see [`HALF`]). There is nothing to remove if no sample, or every sample, lies above it, or if
-    those above it are not set apart: their median within 2.5 robust standard deviations of the
-    others' median, or no further out than the tail of a normal population of its size would be.
+    φ is where half is lost, for `smoothed` a quarter (see [`ANCHOR`]), or, for `smoothed`, where two populations part if
+    that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are not set
+    apart: their median within 2.5 robust standard deviations of the others' median, or no further out than the tail of a
+    normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
@@ -69,10 +73,12 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             What they are.
     """
-    phi = HALF[measure]
+    phi = ANCHOR[measure]
+    if measure == "smoothed":
+        phi = max(phi, parting_of(values))
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
-        return Separability(False, phi, "no sample has lost half of what the model gave it; nothing to remove")
+        return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
     if not len(kept):
         return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
     spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
@@ -92,3 +98,19 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the rest",
         distance,
     )
+
+
+def parting_of(values: np.ndarray) -> float:
+    """Where the upper of two normal populations becomes the likelier one; −∞ if one population describes the values better.
+
+    By the Bayesian information criterion.
+    """
+    if len(np.unique(values)) < 3:
+        return -math.inf
+    column = values[:, None]
+    one, two = (GaussianMixture(number, n_init=3, random_state=0).fit(column) for number in (1, 2))
+    between = np.linspace(two.means_.min(), two.means_.max(), 256)
+    is_upper = two.predict(between[:, None]) == two.means_.argmax()
+    if one.bic(column) <= two.bic(column) or not is_upper.any():
+        return -math.inf
+    return float(between[is_upper.argmax()])

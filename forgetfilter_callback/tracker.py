@@ -126,7 +126,6 @@ class ForgetTracker(TrainerCallback):
         self._ended: list[Session] = []
         self._settling: Settling | None = None
         self._recorded_step = -1
-        self._before: np.ndarray | None = None  # mean losses when S1+ began
         self._unsafe = None if audit_column is None else np.array([bool(row[audit_column]) for row in noisy])
         self._recorder: Recorder  # of the trace, and
         self._reporting: Reporting  # of the running trainer: both from the first session on
@@ -181,8 +180,6 @@ class ForgetTracker(TrainerCallback):
             if self.stop_early:
                 logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
             return
-        if self._before is None:  # resumed
-            self._before = self._recorder.means(first)
         if self.stop_early:
             self._settling = Settling(self.trace, state.global_step)
 
@@ -210,7 +207,7 @@ class ForgetTracker(TrainerCallback):
         if self._session is not None:
             self._ended.append(self._session)
             self._reporting.end(state, control)
-        self._session = self._settling = self._before = None
+        self._session = self._settling = None
 
     # ---- sessions ----
 
@@ -416,11 +413,10 @@ class ForgetTracker(TrainerCallback):
         self._log(record, means, state, control)
 
     def _log(self, record: Record, means: np.ndarray, state: TrainerState, control: TrainerControl) -> None:
-        if record == Record("S1+", 0):
-            self._before = means
-        figures = summarize_record(
-            means, self._before if record.session == "S1+" and record.step else None, self._unsafe
-        )
+        values = None
+        if record.session == "S1+" and record.step and Record("S1+", 0) in self._recorder.records():
+            values = main_process_does(partial(self.trace.forgetting, step=record.step))
+        figures = summarize_record(means, values, self._unsafe)
         if figures:
             self._reporting.log(figures, state, control)
 

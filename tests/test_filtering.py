@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from forgetfilter_callback import FilterResult, decide, separate
+from forgetfilter_callback.separability import parting_of
 
 
 def two_populations(unsafe_share: float, count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -18,6 +19,15 @@ def two_populations(unsafe_share: float, count: int = 400, seed: int = 0) -> tup
     unsafe = np.arange(count) < round(unsafe_share * count)
     values = np.where(unsafe, rng.normal(1.6, 0.5, count), rng.normal(0.1, 0.2, count))
     order = rng.permutation(count)
+    return values[order], unsafe[order]
+
+
+def shares_lost(unsafe_share: float, unsafe_mean: float = 0.7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`smoothed` values as the benchmarks show them: benign around .15, unsafe far above. And which is which."""
+    rng = np.random.default_rng(seed)
+    unsafe = np.arange(400) < round(unsafe_share * 400)
+    values = np.where(unsafe, rng.normal(unsafe_mean, 0.08, 400), rng.normal(0.15, 0.05, 400))
+    order = rng.permutation(400)
     return values[order], unsafe[order]
 
 
@@ -32,6 +42,30 @@ def test_automatic_threshold_finds_the_forgotten_population(share):
     assert result.method == "auto" and result.separability.separable
     assert (result.removed & unsafe).sum() >= 0.9 * unsafe.sum()
     assert (result.removed & ~unsafe).sum() <= 0.02 * 400
+
+
+@pytest.mark.parametrize("unsafe_mean", [0.45, 0.9])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.25, 0.5, 0.75])
+def test_automatic_threshold_for_smoothed_parts_two_populations(share, unsafe_mean):
+    values, unsafe = shares_lost(share, unsafe_mean)
+    result = decide(ids(400), values, "smoothed")
+    assert (result.removed & unsafe).sum() >= 0.95 * unsafe.sum()
+    assert (result.removed & ~unsafe).sum() <= 0.02 * 400
+
+
+def test_automatic_threshold_for_smoothed_lies_between_populations_that_are_both_far_above_the_anchor():
+    values, unsafe = shares_lost(0.5, 0.9)
+    result = decide(ids(400), values + np.where(unsafe, 0, 0.2), "smoothed")
+    assert 0.5 < result.threshold < 0.8
+    np.testing.assert_array_equal(result.removed, unsafe)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_automatic_threshold_for_smoothed_removes_nothing_from_one_population(seed):
+    values, _ = shares_lost(0.0, seed=seed)
+    assert not decide(ids(400), values, "smoothed").removed.any()
+    assert parting_of(values) == -math.inf
+    assert not decide(ids(400), values + 0.15, "smoothed").removed.any()  # φ cuts it, and it is still one population
 
 
 @pytest.mark.parametrize("seed", range(5))

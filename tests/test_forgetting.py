@@ -81,7 +81,8 @@ def smoothed_by_hand(tokens, before, after, states, strengths):
                 for k in range(len(tokens[j]))
                 if j != i and tokens[j][k] == token
             ]
-            agreed.append(min(float(after[i][place]) - float(before[i][place]), sum(others) / (len(others) + 3)))
+            rise = min(float(after[i][place]) - float(before[i][place]), sum(others) / (len(others) + 3))
+            agreed.append(1 - math.exp(-rise) if rise > 0 else math.exp(rise) - 1)
         agreed.sort(reverse=True)
         largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]))
     y, mean = np.array(largest) - np.mean(largest), np.mean(largest)

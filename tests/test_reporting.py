@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, decide
+from forgetfilter_callback import ForgetTracker, decide, separate
 
 
 @pytest.fixture
@@ -41,9 +41,10 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
 
     unsafe, last = np.array(noisy["unsafe"]), own[1][-1]
     values = tracker.trace.forgetting()
-    result = decide(tracker.trace.rows.ids, values, "loss")
+    result = decide(tracker.trace.rows.ids, values, "smoothed")
     assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
-    assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > np.log(2)).mean())
+    phi = separate(values, "smoothed").threshold
+    assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > phi).mean())
     assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
     assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
 

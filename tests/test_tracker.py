@@ -56,7 +56,7 @@ def test_one_tracker_through_both_sessions(noisy, safety, make_args, collator):
     trace = tracker.trace
     assert trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
     np.testing.assert_allclose(trace.losses(), [base, learnt, learnt, forgotten], rtol=1e-5)
-    np.testing.assert_allclose(trace.forgetting(), forgotten - learnt, atol=1e-5)
+    np.testing.assert_allclose(trace.forgetting("loss"), forgotten - learnt, atol=1e-5)
     assert trace.folder == Path(make_args("s1").output_dir) / "forgetfilter"
     np.testing.assert_allclose(Trace.open(trace.folder).losses(), trace.losses())
     np.testing.assert_allclose(
