@@ -37,7 +37,7 @@ POOLED_LARGEST = 3
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
-SMOOTHED_SAMPLES = 20_000
+SMOOTHED_SAMPLES = 10_000
 
 
 def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -97,10 +97,10 @@ def smoothed_forgetting(
     """What tokens and samples that are alike agree on: the forgetting that is systematic, without what is a sample's own.
 
     A token's loss counts as risen as far as its own rise and its rise in the other samples (see [`pooled_rises`]) both go:
-    the smaller of the two, r. It has then lost the share 1 − e^−r of its probability (if r is negative: won the share 1 − e^r
-    of the later one, which counts below 0). The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on the direction of the
-    samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that M1 takes for its
-    like: the fitted values.
+    the smaller of the two, r. So it has lost the share 1 − e^−r of its probability (where r is negative, it has won the
+    share 1 − e^r of the later one, which counts below 0). The mean over the tenth of a sample's tokens that lost most is the
+    sample's. Then a ridge regression of that on the direction of the samples' states, whose strength is chosen by leaving
+    samples out, draws a sample towards those that M1 takes for its like: the fitted values.
 
     Args:
         tokens, offsets, before, after:
@@ -139,8 +139,8 @@ def pooled_rises(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, af
     rises = after.astype(np.float64) - before
     rises[~np.isfinite(rises)] = 0.0  # a diverged token must not reach the other samples
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    _, kind = np.unique(tokens, return_inverse=True)
-    _, of_sample = np.unique(np.stack([samples, kind]), axis=1, return_inverse=True)
+    kinds, kind = np.unique(tokens, return_inverse=True)
+    _, of_sample = np.unique(samples * len(kinds) + kind, return_inverse=True)
 
     def total(group: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(group, weights=weights)[group]

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
@@ -48,17 +49,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # some keep their whole weights for a backward pass that does not come
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether no process has all weights, so that a forward pass of one alone would be wrong, or wait for ever."""
-    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    sharded_tensors = any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
-    )  # tensor parallelism, FSDP2
-    return sharded_tensors or PartialState().distributed_type not in whole
+    """Whether each process has a part of every weight (FSDP2), so that all must go through a forward pass together."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def cannot_record(model: nn.Module) -> str | None:
+    """Why a process cannot score rows of its own with `model`; `None` if it can (alone, or together with the others)."""
+    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
+        return "tensor parallelism: several processes compute one row"
+    kind = PartialState().distributed_type
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return None
+    return None if kind == DistributedType.FSDP and is_sharded(model) else f"weights are sharded by {kind.value}"
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ def _page_data(
         plotted = np.sort(np.random.default_rng(0).choice(samples, MOST_VALUES, replace=False))
     records = [record for record in trace.records() if record.session == "S1+" and record.step > 0]
     records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MOST_RECORDS).round().astype(int))]
-    by_record = [trace.forgetting(result.measure, record.step)[plotted] for record in records]
+    by_record = [trace.forgetting(result.measure, record.step)[plotted] for record in records[:-1]]
+    by_record.append(result.values[plotted])
     first = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     base = mean_losses(trace.token_losses(first), trace.rows.counted_offsets)
     shown = _shown_samples(result)

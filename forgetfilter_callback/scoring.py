@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from .encoding import EncodedRows
+from .model_state import is_sharded
 from .packing import Layout, Pack, lay_out, most_predictions, needed_lengths, plan_packs, split_pack
-from .processes import all_do, share_of
+from .processes import all_do, gathered, share_of
 
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
@@ -121,8 +122,9 @@ def window_scores(
     with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
             mine = window.select(share_of(len(window)))
+            idle = window.select(np.flatnonzero(np.diff(window.counted_offsets))[:1])
             losses, states = zip(
-                *all_do(partial(_score, model, mine, batch_tokens, share_prefixes, bar, with_states)), strict=True
+                *all_do(partial(_score, model, mine, idle, batch_tokens, share_prefixes, bar, with_states)), strict=True
             )
             yield Scores(np.concatenate(losses), _stacked(states) if with_states else None)
 
@@ -136,19 +138,32 @@ def _stacked(states: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _score(
-    model: nn.Module, rows: EncodedRows, batch_tokens: int, share_prefixes: bool, bar: tqdm, with_states: bool
+    model: nn.Module,
+    rows: EncodedRows,
+    idle: EncodedRows,
+    batch_tokens: int,
+    share_prefixes: bool,
+    bar: tqdm,
+    with_states: bool,
 ) -> Scores:
+    """Of `rows`. `idle` is a row to go through where other processes that share the weights have more batches."""
     _check_rope(model, rows)
+    sharded = is_sharded(model)
     states = np.zeros((len(rows), 0), np.float16)
     losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
     packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
     offsets = rows.counted_offsets
     todo = _batches(packs, rows, batch_tokens, _longrope_context(model))
-    while todo:
+    while any(gathered(bool(todo))) if sharded else todo:
+        if not todo:
+            _score_batch(model, idle, plan_packs(idle, None), with_states=False)
+            continue
         batch = todo.pop()
         try:
             scored = _score_batch(model, rows, batch, with_states)
         except torch.OutOfMemoryError:
+            if sharded:  # the others wait for this very pass
+                raise
             if len(batch) == len(batch[0].rows) == 1:
                 # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
                 raise ScoringError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from accelerate.state import PartialState
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
-from .model_state import is_sharded, untouched
+from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
 from .processes import main_process_does
 from .recorder import Recorder, quiet
@@ -88,7 +88,8 @@ class ForgetTracker(TrainerCallback):
         EncodingError: if the rows are no causal-language-modelling samples, or the set is empty.
         NotOneSampleARow: without `noisy`, if the training set is packed or streamed.
         TraceError: if the trace in the folder is of other data, or the sessions do not fit together.
-        NotImplementedError: where weights are sharded over processes (FSDP, DeepSpeed).
+        NotImplementedError: where weights are sharded over processes otherwise than by FSDP2 (FSDP1, DeepSpeed, tensor
+            parallelism), and with `rouge1` by FSDP2 too.
     """
 
     def __init__(
@@ -146,11 +147,13 @@ class ForgetTracker(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, processing_class = kwargs["model"], kwargs["processing_class"]
-        if is_sharded(model):
+        reason = cannot_record(model)
+        if reason is not None:
             raise NotImplementedError(
-                f"ForgetTracker does not record where weights are sharded ({PartialState().distributed_type}). Train "
-                "with DDP or on one process, or without the tracker."
+                f"ForgetTracker does not record here ({reason}). Train with DDP, FSDP2 or on one process, or without it."
             )
+        if self.rouge1 and is_sharded(model):
+            raise NotImplementedError("rouge1=True generates, which does not work with sharded weights (FSDP) yet.")
         # Again with a smaller batch (`auto_find_batch_size`): the same session, whose record at step 0 stands.
         session = self._session if self._running_control is control else None
         again = session is not None
@@ -414,8 +417,10 @@ class ForgetTracker(TrainerCallback):
 
     def _log(self, record: Record, means: np.ndarray, state: TrainerState, control: TrainerControl) -> None:
         values = None
-        if record.session == "S1+" and record.step and Record("S1+", 0) in self._recorder.records():
-            values = main_process_does(partial(self.trace.forgetting, step=record.step))
+        if record.session == "S1+" and record.step:
+            # Not where the trace cannot say: it has no record at step 0, or the model's head could not be reached.
+            with suppress(TraceError):
+                values = main_process_does(partial(self.trace.forgetting, step=record.step))
         figures = summarize_record(means, values, self._unsafe)
         if figures:
             self._reporting.log(figures, state, control)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .encoding import EncodedRows, encode_collated
 from .filtering import DecisionError, FilterResult, Review, decide
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure, mean_losses
-from .model_state import is_sharded, untouched
+from .model_state import cannot_record, untouched
 from .scoring import token_losses
 from .trace import Trace
 from .tracker import ForgetTracker
@@ -86,7 +86,7 @@ class FilteredTrainer(Filtering, Trainer):
         forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
             How much each sample was forgotten. Samples are found by id, whatever their position. A bare array is for the
             same rows in the same order.
-        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"loss"`):
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
             The measure, where `forgetting` is a tracker or a trace.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
             φ: samples with forgetting > φ are removed. `"auto"` finds it from the values, or removes nothing when they
@@ -179,8 +179,9 @@ class BaseModelCheck(TrainerCallback):
     ) -> None:
         if state.global_step > 0:
             return
-        if is_sharded(kwargs["model"]):
-            logger.warning("Weights are sharded, so it could not be checked that this model is the base model.")
+        reason = cannot_record(kwargs["model"])
+        if reason is not None:
+            logger.warning(f"It could not be checked that this model is the base model ({reason}).")
             return
         if self.trace is None or self.trace.base_record is None:
             logger.warning(

@@ -1,4 +1,4 @@
-"""Two processes (`accelerate launch`, DDP on the CPU): the same values as one process, and training untouched."""
+"""Two processes (`accelerate launch`, DDP and FSDP2 on the CPU): the same values as one process, and training untouched."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ from forgetfilter_callback import FilteredTrainer, ForgetTracker
 from transformers import Trainer, TrainingArguments
 
 output, tracked, rows = Path(sys.argv[1]), sys.argv[2] != "untracked", int(sys.argv[3])
+if "fsdp2" in sys.argv:
+    # accelerate has FSDP on accelerators only; torch has it on the CPU too.
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    initialize = AcceleratorState.__init__
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )
+
+    def with_fsdp(self, *args, **kwargs):
+        initialize(self, *args, **kwargs)
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = plugin
+
+    AcceleratorState.__init__ = with_fsdp
+
+def whole(weights):
+    return {{name: value.full_tensor() if "fsdp2" in sys.argv else value for name, value in weights.items()}}
 
 def collate(rows):
     width = max(len(row["input_ids"]) for row in rows)
@@ -53,8 +74,9 @@ for folder, dataset in (("s1", noisy), ("s1plus", safety)):
         {{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
         for log in trainer.state.log_history if "forgetfilter/loss" not in log
     ]
+    state = whole(model.state_dict())
     if trainer.args.process_index == 0:
-        torch.save(model.state_dict(), output / f"{{folder}}.pt")
+        torch.save(state, output / f"{{folder}}.pt")
 generators = (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
 removed = None
 if tracked:
@@ -87,10 +109,15 @@ def weights(file: Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory) -> Path:
+def tracked(tmp_path_factory, kind) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
-    process = launch(folder, "tracked", 17)  # an odd number: shares of 9 and 8
+    process = launch(folder, "tracked", 17, kind)  # an odd number: shares of 9 and 8
     assert process.returncode == 0, process.stderr[-4000:]
     return folder
 
@@ -114,8 +141,8 @@ def test_all_processes_decide_alike(tracked):
     assert decisions[0] == decisions[1] == np.sort(np.argsort(values)[-5:]).tolist()
 
 
-def test_training_is_untouched_on_every_process(tracked, tmp_path):
-    process = launch(tmp_path / "plain", "untracked", 17)
+def test_training_is_untouched_on_every_process(tracked, kind, tmp_path):
+    process = launch(tmp_path / "plain", "untracked", 17, kind)
     assert process.returncode == 0, process.stderr[-4000:]
     for rank in range(2):
         plain, with_tracker = (
@@ -129,8 +156,8 @@ def test_training_is_untouched_on_every_process(tracked, tmp_path):
             np.testing.assert_array_equal(value.numpy(), tracked_weights[name].numpy())
 
 
-def test_a_process_without_a_row(tmp_path):
-    process = launch(tmp_path / "three", "stopping", 2, processes=3)
+def test_a_process_without_a_row(tmp_path, kind):
+    process = launch(tmp_path / "three", "stopping", 2, kind, processes=3)
     assert process.returncode == 0, process.stderr[-4000:]
     trace = Trace.open(tmp_path / "three" / "s1" / "forgetfilter")
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(2, seed=1)), rtol=1e-5)
@@ -143,12 +170,12 @@ def test_a_failure_of_the_main_process_ends_all(tmp_path):
     assert (process.returncode != 0 and "FileExistsError" in process.stderr) or "NotADirectoryError" in process.stderr
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_weights_are_refused(kind, noisy, make_args, collator, monkeypatch):
+@pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])  # FSDP1: no module is FSDP2's
+def test_weights_sharded_otherwise_are_refused(sharding, noisy, make_args, collator, monkeypatch):
     trainer = Trainer(
         tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[ForgetTracker()]
     )
-    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", sharding)
     with pytest.raises(NotImplementedError, match="sharded"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingA
 from trl import SFTConfig
 from typer.testing import CliRunner
 
+import forgetfilter_callback
 from forgetfilter_callback import Trace
 from forgetfilter_callback.cli import app
 
@@ -89,6 +92,15 @@ def test_the_commands_run(workplace):
         result = CliRunner().invoke(app, arguments)
         # A random model forgets nothing in particular.
         assert result.exit_code in (0, 3), (command, result.output)
+
+
+def test_the_api_reference_builds_and_has_every_public_name(tmp_path):
+    command = [sys.executable, "-W", "error:Found:UserWarning", ROOT / "docs" / "build_api.py", tmp_path]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    page = (tmp_path / "forgetfilter_callback.html").read_text(encoding="utf-8")
+    for name in forgetfilter_callback.__all__:
+        assert f'<section id="{name}">' in page, name
+    assert '<section id="FilteredSFTTrainer">' in (tmp_path / "forgetfilter_callback" / "sft.html").read_text()
 
 
 def test_files_that_the_documents_link_to_exist():

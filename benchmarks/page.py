@@ -1,0 +1,111 @@
+"""How large the review page gets, and how long it takes to open: `python benchmarks/page.py`.
+
+Made-up traces of samples of 60 words, 30 of which count, a quarter of them forgotten, with five records of S1+. Opened from
+disk in headless Chromium, until graphs and table stand; the median of three openings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import typer
+from datasets import Dataset
+from playwright.sync_api import sync_playwright
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from forgetfilter_callback import Record, Trace, write_review_page
+from forgetfilter_callback.encoding import encode_collated
+from forgetfilter_callback.scoring import STATE_SIZE, Scores
+from forgetfilter_callback.trace import write_json
+from scale import collate
+
+
+LENGTH, COUNTED = 60, 30
+STEPS = (0, 10, 20, 30, 40)
+
+
+def made_up_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
+    """A trace, and which of its samples are the forgotten ones."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, len(WORDS), (count, LENGTH), dtype=np.int32)
+    labels = np.where(np.arange(LENGTH) < LENGTH - COUNTED, -100, tokens).astype(np.int32)
+    columns = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), LENGTH)
+        for name, values in (("input_ids", tokens), ("labels", labels))
+    }
+    rows = encode_collated(Dataset(pa.table(columns)), collate, disable_tqdm=True)
+    trace = Trace.create(folder, rows, "made up", None, None)
+    unsafe = rng.random(count) < 0.25
+    learnt = rng.gamma(2, 0.3, (count, COUNTED)).astype(np.float32)
+    states = rng.normal(size=(count, STATE_SIZE)).astype(np.float16)
+    states[:, 0] += 20 * unsafe
+    for step in STEPS:
+        rise = np.where(unsafe, 1.5, 0.1)[:, None] * rng.gamma(2, 0.5, (count, COUNTED)) * (step / STEPS[-1]) ** 0.5
+        losses = (learnt + rise).astype(np.float32)
+        ends = np.cumsum([0, *(len(window) for window in rows.windows())])
+        windows = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        trace.append(
+            Record("S1+", step),
+            (Scores(losses[window].ravel(), states[window] if step == 0 else None) for window in windows),
+        )
+    return trace, unsafe
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran", "around", "town", "and", "people", "watched"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def seconds_to_open(file: Path) -> float:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page()
+        started = time.perf_counter()
+        page.goto(file.as_uri())
+        page.wait_for_selector("#rows tr")
+        page.wait_for_selector(".plotly .main-svg")
+        taken = time.perf_counter() - started
+        browser.close()
+    return taken
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json")] = Path(__file__).parent / "results" / "page.json",
+    counts: Annotated[list[int], typer.Option("--rows", help="How many; may be given several times.")] = [  # noqa: B006
+        1_000,
+        100_000,
+        1_000_000,
+    ],
+) -> None:
+    datasets.disable_progress_bars()
+    results: list[dict[str, Any]] = []
+    print("| samples | seconds to write | MB | seconds to open |\n|---:|---:|---:|---:|")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            trace, unsafe = made_up_trace(f"{folder}/trace", count)
+            file = Path(folder, "review.html")
+            started = time.perf_counter()
+            write_review_page(trace, file, tokenizer(), unsafe=unsafe)
+            written = time.perf_counter() - started
+            opened = statistics.median(seconds_to_open(file) for _ in range(3))
+            size = file.stat().st_size
+        results.append({"samples": count, "seconds_to_write": written, "bytes": size, "seconds_to_open": opened})
+        print(f"| {count:,} | {written:.1f} | {size / 1e6:.1f} | {opened:.1f} |", flush=True)
+        write_json(results, json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
