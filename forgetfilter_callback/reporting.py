@@ -1,4 +1,4 @@
-"""What a record says, in a few figures, for `state.log_history` and TensorBoard."""
+"""What a record says, in a few figures, for `state.log_history` and the reporters."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def summarize_record(
 class Reporting:
     """Logs figures without `trainer.log`, which a callback cannot reach and which would swallow the trainer's next line.
 
-    Reporters are callbacks that have run before ours, so TensorBoard gets an event file of its own. Others get nothing.
+    Reporters are callbacks that have run before ours, so figures go where theirs do: to the run of this process that Weights
+    & Biases or MLflow have begun, and to an event file of our own for TensorBoard. Other reporters get nothing.
     """
 
     def __init__(self, args: TrainingArguments):
         self._args = args
-        # A second instance of other reporters could end, rename or replace the trainer's own run.
         self._tensorboard = TensorBoardCallback() if "tensorboard" in args.report_to else None
 
     def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
@@ -69,6 +69,16 @@ class Reporting:
         state.log_history.append({**figures, "epoch": state.epoch, "step": state.global_step})
         if self._tensorboard is not None:
             self._tensorboard.on_log(self._args, state, control, logs=figures)
+        if not state.is_world_process_zero:
+            return
+        if "wandb" in self._args.report_to:
+            import wandb
+
+            wandb.log({**figures, "train/global_step": state.global_step})  # as `WandbCallback` does
+        if "mlflow" in self._args.report_to:
+            import mlflow
+
+            mlflow.log_metrics(figures, step=state.global_step)
 
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         if self._tensorboard is not None:

@@ -70,3 +70,33 @@ def test_an_audit_column_that_is_not_there(noisy):
         ForgetTracker(noisy, audit_column="toxic")
     with pytest.raises(ValueError, match="none are given"):
         ForgetTracker(audit_column="unsafe")
+
+
+def test_mlflow_has_them_and_all_lines_of_the_trainer(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="mlflow")
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    for name in ("forgetfilter/loss", "loss"):
+        found = [metric for run in runs for metric in client.get_metric_history(run.info.run_id, name)]
+        expected = [(entry["step"], entry[name]) for history in histories for entry in history if name in entry]
+        np.testing.assert_allclose(sorted((each.step, each.value) for each in found), sorted(expected))
+
+
+def test_wandb_has_them_and_all_lines_of_the_trainer(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    logged = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(dir=tmp_path, mode="offline") as run:
+        log = run.log
+        monkeypatch.setattr(wandb, "log", lambda figures: (logged.append(figures), log(figures)))
+        histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="wandb")
+    ours = [(each["train/global_step"], each["forgetfilter/loss"]) for each in logged if "forgetfilter/loss" in each]
+    lines = [entry for history in histories for entry in history]
+    assert ours == [(entry["step"], entry["forgetfilter/loss"]) for entry in lines if "forgetfilter/loss" in entry]
+    assert sum("train/loss" in each for each in logged) == sum("loss" in entry for entry in lines) > 6

@@ -21,6 +21,7 @@ FEATURES = {
     "dataloader workers": {"dataloader_num_workers": 2},
     "activation checkpointing": {"activation_checkpointing": True},
     "auto_find_batch_size": {"auto_find_batch_size": True},
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "schedule-free": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
     "evaluation between steps": {"eval_strategy": "steps", "eval_steps": 2},
 }
