@@ -29,6 +29,7 @@ sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from conftest import random_rows, tiny_llama
 from forgetfilter_callback import FilteredTrainer, ForgetTracker
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 output, tracked, rows = Path(sys.argv[1]), sys.argv[2] != "untracked", int(sys.argv[3])
@@ -52,7 +53,7 @@ if "fsdp2" in sys.argv:
     AcceleratorState.__init__ = with_fsdp
 
 def whole(weights):
-    return {{name: value.full_tensor() if "fsdp2" in sys.argv else value for name, value in weights.items()}}
+    return {{name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}}
 
 def collate(rows):
     width = max(len(row["input_ids"]) for row in rows)
@@ -60,7 +61,7 @@ def collate(rows):
     return {{"input_ids": pad("input_ids", 1), "labels": pad("labels", -100)}}
 
 def args(folder):
-    return TrainingArguments(str(output / folder), num_train_epochs=2, per_device_train_batch_size=2, use_cpu=True,
+    return TrainingArguments(str(output / folder), num_train_epochs=2, per_device_train_batch_size=2, use_cpu="gpu" not in sys.argv,
                              learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
 
 model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=sys.argv[2] == "stopping")
@@ -93,12 +94,18 @@ os._exit(0)
 """
 
 
-def launch(folder: Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess:
+def launch(
+    folder: Path, *arguments: object, processes: int = 2, config: str | None = None
+) -> subprocess.CompletedProcess:
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    if config is not None:
+        command += ["--config_file", str(Path(__file__).parent / "distributed" / f"{config}.yaml")]
+    else:
+        command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(script), str(folder), *map(str, arguments)], capture_output=True, text=True, env=environment
@@ -168,6 +175,21 @@ def test_a_failure_of_the_main_process_ends_all(tmp_path):
     (tmp_path / "full" / "s1" / "forgetfilter").write_text("a file where the trace's folder should be")
     process = launch(tmp_path / "full", "tracked", 6)
     assert (process.returncode != 0 and "FileExistsError" in process.stderr) or "NotADirectoryError" in process.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
+def test_sharded_weights_on_gpus(config, tmp_path):
+    process = launch(tmp_path / "gpus", "tracked", 17, "gpu", config=config)
+    if config != "fsdp2":
+        assert "ForgetTracker does not record here" in process.stderr
+        return
+    assert process.returncode == 0, process.stderr[-4000:]
+    model = tiny_llama()
+    model.load_state_dict(weights(tmp_path / "gpus" / "s1plus.pt"))
+    losses = Trace.open(tmp_path / "gpus" / "s1" / "forgetfilter").losses()
+    np.testing.assert_allclose(losses[-1], reference_means(model, random_rows(17, seed=1)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])  # FSDP1: no module is FSDP2's

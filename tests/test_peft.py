@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from test_tracker import reference_means
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 import forgetfilter_callback.recorder
 import forgetfilter_callback.trainer
@@ -57,6 +64,39 @@ def test_losses_and_training_with_an_adapter(name, noisy, safety, make_args, col
     assert np.abs(learnt - base).mean() > 0.002
     for (key, one), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(one, other) and one.requires_grad == other.requires_grad, key
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "precision"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 1e-5),
+        ({"load_in_8bit": True}, 2e-3),
+    ],  # 8-bit: float16 inside
+)
+def test_a_quantised_base_model(quantisation, precision, noisy, safety, make_args, collator, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def load():
+        config = BitsAndBytesConfig(**quantisation)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+        torch.manual_seed(0)
+        return get_peft_model(prepare_model_for_kbit_training(base), CONFIGS["LoRA"])
+
+    plain, model, tracker = load(), load(), ForgetTracker()
+    expected = [reference_means(model.eval(), noisy)]
+    for folder, rows in (("s1", noisy), ("s1plus", safety)):
+        train(plain, make_args(f"{folder}-plain", learning_rate=0.1), rows, collator)
+        train(model, make_args(folder, learning_rate=0.1), rows, collator, tracker)
+        expected += [reference_means(model.eval(), noisy)] * (2 if folder == "s1" else 1)
+    np.testing.assert_allclose(tracker.trace.losses(), expected, rtol=precision)
+    assert np.abs(expected[1] - expected[0]).mean() > 0.01
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    FilteredTrainer(
+        load(), make_args("filtered", max_steps=1), train_dataset=noisy, data_collator=collator, forgetting=tracker,
+        share=0.2,
+    ).train()  # M0 is known again  # fmt: skip
 
 
 def test_the_base_model_is_the_adapter_off(noisy, safety, make_args, collator, monkeypatch):
