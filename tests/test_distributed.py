@@ -61,8 +61,9 @@ def collate(rows):
     return {{"input_ids": pad("input_ids", 1), "labels": pad("labels", -100)}}
 
 def args(folder):
-    return TrainingArguments(str(output / folder), num_train_epochs=2, per_device_train_batch_size=2, use_cpu="gpu" not in sys.argv,
-                             learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    return TrainingArguments(str(output / folder), num_train_epochs=2, per_device_train_batch_size=2, learning_rate=1e-2,
+                             use_cpu="gpu" not in sys.argv, logging_steps=1, save_strategy="no", report_to="none",
+                             disable_tqdm=True)
 
 model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=sys.argv[2] == "stopping")
 noisy, safety = random_rows(rows, seed=1), random_rows(12, seed=2)
