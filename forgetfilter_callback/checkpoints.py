@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .encoding import EncodedRows
@@ -56,8 +57,11 @@ def score_checkpoints(
     # Joins the other processes, if there are any; on a machine without an accelerator it has to be told so.
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     name = tokenizer.name_or_path
+    lock: FileLock | None = None  # the main process's
 
     def create_or_find() -> None:
+        nonlocal lock
+        lock = Trace.lock(folder)
         if not Trace.exists(folder):
             Trace.create(folder, rows, checkpoints[next(iter(checkpoints))], name, max_length)
 
@@ -77,6 +81,8 @@ def score_checkpoints(
                 with_states=has_states(RECORD_OF[role]),
             )
             main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
+    if lock is not None:
+        lock.release(force=True)
     return trace
 
 

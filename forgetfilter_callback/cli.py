@@ -288,6 +288,24 @@ def show(
         show_trace(opened, result, Console(), _tokenizer(opened, tokenizer), head)
 
 
+@app.command()
+def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
+    """Check the files of a trace, and say what is wrong with them. Ends with 2 if anything is."""
+    with exit_codes():
+        from .checkpoints import trace_folder
+        from .doctor import examine
+
+        found = examine(trace_folder(trace))
+        if as_json:
+            typer.echo(json.dumps(found._asdict()))
+        else:
+            for text in found.problems + found.notes:
+                typer.echo(text)
+            typer.echo(f"{trace} is {'damaged' if found.problems else 'sound'}.")
+        if found.problems:
+            raise typer.Exit(BAD_DATA)
+
+
 def _open(path: Path) -> Trace:
     from .checkpoints import trace_folder
     from .trace import Trace

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from .encoding import EncodedRows
 from .forgetting import (
@@ -139,6 +140,28 @@ class Trace:
         trace = cls(folder, rows, manifest)
         trace._write_manifest()
         return trace
+
+    @staticmethod
+    def lock(folder: str | os.PathLike[str]) -> FileLock | None:
+        """Claims `folder` for this process, until the lock is released or the process ends, however it ends.
+
+        Returns:
+            [`filelock.FileLock`], or `None` where the file system has no locks.
+
+        Raises:
+            TraceError: if another process has it.
+        """
+        lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TraceError(
+                f"Another process is recording into {folder}. Give this run another `trace_dir` or `output_dir`, or end "
+                "the other one first."
+            ) from None
+        except NotImplementedError:
+            return None
+        return lock
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
+from filelock import FileLock
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -37,6 +40,8 @@ from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 logger = get_logger(__name__)  # says things once, on the main process
 
+# A disk that is full (or a quota), read-only or failing; other errors are of the caller's making.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # A session is S1 if it trains on at least this share of the noisy set.
 _SHARE_OF_S1 = 0.5
 # Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
@@ -79,6 +84,9 @@ class ForgetTracker(TrainerCallback):
             Padded tokens in a scoring batch; by default 2048 on a CPU, 16384 elsewhere.
         audit_column (`str`, *optional*):
             A column of `noisy` that is true for unsafe rows, to log AUROC and F1 by. It decides nothing.
+        raise_on_disk_error (`bool`, defaults to `False`):
+            Whether a full, failing or read-only disk ends training. By default the rest of the session is not tracked, an
+            error says so once, and training goes on.
 
     Attributes:
         trace ([`Trace`]):
@@ -104,6 +112,7 @@ class ForgetTracker(TrainerCallback):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         audit_column: str | None = None,
+        raise_on_disk_error: bool = False,
     ):
         if audit_column is not None and (noisy is None or audit_column not in noisy[0]):
             raise ValueError(
@@ -121,12 +130,15 @@ class ForgetTracker(TrainerCallback):
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.audit_column = audit_column
+        self.raise_on_disk_error = raise_on_disk_error
         self._trace: Trace | None = None
         self._session: Session | None = None  # the running one, None between sessions
         self._running_control: TrainerControl | None = None  # of the trainer that it runs in
         self._ended: list[Session] = []
         self._settling: Settling | None = None
         self._recorded_step = -1
+        self._lock: FileLock | None = None  # on the trace's folder, while a session runs; the main process's
+        self._lost = False  # the disk failed
         self._unsafe = None if audit_column is None else np.array([bool(row[audit_column]) for row in noisy])
         self._recorder: Recorder  # of the trace, and
         self._reporting: Reporting  # of the running trainer: both from the first session on
@@ -144,6 +156,14 @@ class ForgetTracker(TrainerCallback):
     # ---- events of the trainer ----
 
     def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._lost and self._trace is None:
+            return  # the noisy set was never seen: this session must not be taken for the one that learns it
+        with self._going_on():
+            self._on_train_begin(args, state, control, **kwargs)
+
+    def _on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, processing_class = kwargs["model"], kwargs["processing_class"]
@@ -196,13 +216,15 @@ class ForgetTracker(TrainerCallback):
                 )
                 control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
-            self._record(args, state, control, **kwargs)
+            with self._going_on():
+                self._record(args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Another callback may have stopped the training after `on_step_end`. This line is the last thing before the weights
         # of the best checkpoint are loaded; `on_train_end` would be too late.
         if "train_runtime" in kwargs["logs"] and self._recorded_step != state.global_step < state.max_steps:
-            self._record(args, state, control, **kwargs)
+            with self._going_on():
+                self._record(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,6 +233,25 @@ class ForgetTracker(TrainerCallback):
             self._ended.append(self._session)
             self._reporting.end(state, control)
         self._session = self._settling = None
+        if self._lock is not None:
+            self._lock.release(force=True)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Training goes on where the disk does not; the rest of the session is not tracked."""
+        try:
+            yield
+        except OSError as error:
+            if self.raise_on_disk_error or error.errno not in _DISK_ERRORS:
+                raise
+            self._session = self._settling = None
+            self._lost = True
+            logger.error(
+                f"FORGETTING IS NO LONGER TRACKED: the trace could not be written ({error}). Training goes on without it. "
+                "The records before this one are intact. Free the disk, and run the session again from a checkpoint "
+                "(`resume_from_checkpoint`) or anew. To stop training instead: "
+                "`ForgetTracker(raise_on_disk_error=True)`."
+            )
 
     # ---- sessions ----
 
@@ -224,6 +265,7 @@ class ForgetTracker(TrainerCallback):
     ) -> Session:
         """Says which session this is, and notes it in the trace."""
         training_rows: EncodedRows | None
+        main_process_does(partial(self._claim, self._folder(args)))
         if self._trace is None:
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
@@ -287,6 +329,14 @@ class ForgetTracker(TrainerCallback):
         share = f"{steps / state.max_steps:.0%} of this session's {state.max_steps:,}"
         return f"{words}: at most the compute of {steps:,} training steps ({share})"
 
+    def _folder(self, args: TrainingArguments) -> Path:
+        if self._trace is not None:
+            return self._trace.folder
+        return Path(self.trace_dir if self.trace_dir is not None else Path(args.output_dir) / TRACE_FOLDER)
+
+    def _claim(self, folder: Path) -> None:
+        self._lock = Trace.lock(folder)
+
     def _open_trace(
         self,
         args: TrainingArguments,
@@ -294,7 +344,7 @@ class ForgetTracker(TrainerCallback):
         processing_class: PreTrainedTokenizerBase | None,
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Trace:
-        folder = Path(self.trace_dir if self.trace_dir is not None else Path(args.output_dir) / TRACE_FOLDER)
+        folder = self._folder(args)
         if self.trace_dir is not None and self.noisy is None and main_process_does(partial(Trace.exists, folder)):
             return Trace.open(folder)
         rows = self._noisy_rows(args, model, processing_class, train_dataloader)
