@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from .forgetting import MEASURES, FilterThreshold, Measure
 from .separability import Separability, separate
-from .trace import library_versions, write_json, write_parquet
+from .trace import library_versions, write_json, write_parquet, write_rows
 
 
 Method = Literal["auto", "fixed", "share"]
@@ -147,7 +147,7 @@ class FilterResult:
         write_parquet([table], folder / "values.parquet")
         (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
         if isinstance(removed_rows, Dataset):
-            removed_rows.to_json(folder / "removed.jsonl", force_ascii=False)
+            write_rows(removed_rows, folder / "removed.jsonl")
 
     @classmethod
     def load(cls, folder: str | Path) -> FilterResult:

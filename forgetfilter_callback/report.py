@@ -84,4 +84,6 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
 
 
 def _in_a_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """As code, in which neither markup nor links mean anything."""
+    plain = "".join(character if character.isprintable() else " " for character in text.replace("`", "'"))
+    return f"`{plain.replace('|', chr(92) + '|')}`"

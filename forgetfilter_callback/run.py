@@ -30,9 +30,9 @@ from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .loading import DataError, load_rows
 from .pipeline import ForgetFilter
 from .report import dataset_card
-from .trace import TRACE_FOLDER, Trace
+from .trace import TRACE_FOLDER, Trace, write_rows, write_text
 from .tracker import ForgetTracker
-from .trainer import reviewed, rows_at, values_of
+from .trainer import reviewed, values_of
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,10 @@ def filter_rows(
 def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Trace) -> None:
     """Writes `kept.jsonl` and `removed.jsonl` (rows as they came), `card.md`, and `decision/` (values and account)."""
     output.mkdir(parents=True, exist_ok=True)
-    removed = rows_at(rows, np.flatnonzero(result.removed))
-    rows_at(rows, np.flatnonzero(~result.removed)).to_json(output / "kept.jsonl", force_ascii=False)
-    removed.to_json(output / "removed.jsonl", force_ascii=False)
+    write_rows(rows.select(np.flatnonzero(~result.removed)), output / "kept.jsonl")
+    write_rows(rows.select(np.flatnonzero(result.removed)), output / "removed.jsonl")
     result.save(output / "decision")
-    (output / "card.md").write_text(dataset_card(result, trace), encoding="utf-8")
+    write_text(dataset_card(result, trace), output / "card.md")
 
 
 def source_rows(trace: Trace) -> Dataset:

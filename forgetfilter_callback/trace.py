@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 from filelock import FileLock, Timeout
 
 from .encoding import EncodedRows
@@ -424,5 +425,16 @@ def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
 
 def write_json(content: Any, file: Path) -> None:
     """Writes a JSON file atomically."""
+    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Writes a text file atomically."""
     with replacing(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_rows(rows: Dataset, file: Path) -> None:
+    """Writes rows as JSON lines, atomically."""
+    with replacing(file) as unfinished:
+        rows.to_json(unfinished, force_ascii=False)

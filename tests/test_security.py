@@ -1,0 +1,127 @@
+"""Rows, traces and settings come from strangers: nothing in them runs, reads or writes what it should not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import HOSTILE, hostile_trace, tiny_llama
+from datasets import Dataset
+from test_cli import call, settings, texts
+
+import forgetfilter_callback
+from forgetfilter_callback import Trace, TraceError, decide
+from forgetfilter_callback.report import dataset_card
+
+
+PACKAGE = Path(forgetfilter_callback.__file__).parent
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess", "ctypes"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "yaml.load",
+    "np.load",
+}
+FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle", "weights_only"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
+def test_nothing_in_the_package_runs_what_it_reads(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.partition(".")[0] for alias in node.names} & FORBIDDEN_MODULES
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in FORBIDDEN_MODULES
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
+            assert not {keyword.arg for keyword in node.keywords} & FORBIDDEN_ARGUMENTS, ast.unparse(node)
+
+
+@pytest.fixture
+def files(tmp_path, byte_tokenizer) -> dict[str, Path]:
+    """A tiny model, and rows that say and are named what they should not."""
+    tiny_llama(vocab_size=len(byte_tokenizer)).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {**row, "id": f"../../{index}", "completion": f" {HOSTILE[index % len(HOSTILE)]}{row['completion']}"}
+        for index, row in enumerate(texts(12, seed=1))
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "noisy.jsonl")
+    Dataset.from_list(texts(6, seed=2)).to_json(tmp_path / "safety.jsonl")
+    return {name: tmp_path / (name if name == "model" else f"{name}.jsonl") for name in ("model", "noisy", "safety")}
+
+
+def test_a_run_on_hostile_rows_stays_in_its_folder_and_tells_no_secrets(files, tmp_path, monkeypatch, caplog):
+    """Ids that are paths, texts that are markup, escape sequences and formulas; and a token in the environment."""
+    secret = "hf_abcdefghijklmnopqrstuvwxyz012345"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    caplog.set_level(logging.DEBUG)
+    output = tmp_path / "deep" / "out"
+    before = {file for file in tmp_path.rglob("*") if output not in file.parents}
+    result = call("run", *settings(files, output), "--share", 0.25)
+    assert result.exit_code == 0, result.output
+    new = {file for file in tmp_path.rglob("*") if output not in file.parents} - before
+    assert new == {output.parent, output}
+    kept, removed = (
+        [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("kept", "removed")
+    )
+    assert sorted(row["note"] for row in kept + removed) == list(range(12))
+    given = Dataset.from_json(str(files["noisy"]))
+    assert {row["completion"] for row in kept + removed} == set(given["completion"])
+    written = [file for file in output.rglob("*") if file.is_file()]
+    assert len(written) > 8 and not any(secret.encode() in file.read_bytes() for file in written)
+    assert secret not in result.output and secret not in caplog.text
+    assert "\x1b[31m" not in result.output and "\x07" not in result.output  # progress bars move the cursor
+
+
+def test_files_that_are_links_are_replaced_not_written_through(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"prompt": f"the cat {i} ", "completion": f"{HOSTILE[i % 10]} the dog {i}"} for i in range(30)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    (output / "decision").mkdir(parents=True)
+    for name in ("kept.jsonl", "removed.jsonl", "card.md", "decision/decision.json", "decision/values.parquet"):
+        (output / name).symlink_to(victim)
+    result = call("filter", trace.folder, "--measure", "loss", "--share", 0.3, "--noisy", tmp_path / "rows.jsonl",
+                  "--tokenizer", tmp_path / "tokenizer", "--output", output)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert victim.read_text() == "mine" and not any(file.is_symlink() for file in output.rglob("*"))
+    assert sum(1 for _ in (output / "removed.jsonl").open()) == 9
+
+
+def test_a_trace_reads_no_file_of_another_folder(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    (tmp_path / "S1+-00000099.parquet").write_bytes((trace.folder / "records" / "S1+-00000008.parquet").read_bytes())
+    for name in ("S1+-..parquet", "S1+-0x10.parquet", "..-1.parquet", "S2-00000001.parquet"):
+        (trace.folder / "records" / name).write_bytes(b"")
+    assert len(Trace.open(trace.folder).records()) == 5
+    with pytest.raises(TraceError, match="no record at step"):
+        trace.forgetting("loss", step=99)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['touch pwned']", "a: !!python/name:os.system"])
+def test_settings_are_read_safely(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    result = call("run", "--config", "config.yaml")
+    assert result.exit_code == 2 and "cannot be read" in result.output and not (tmp_path / "pwned").exists()
+
+
+def test_a_card_says_nothing_but_what_it_should(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    trace.manifest["model"] = "evil | model\n\n# Approved\n<script>alert(1)</script>[x](javascript:alert(2))"
+    card = dataset_card(decide(trace.rows.ids, trace.forgetting("loss"), "loss"), trace)
+    (line,) = [line for line in card.splitlines() if line.startswith("| model")]
+    assert line == "| model | `evil \\| model  # Approved <script>alert(1)</script>[x](javascript:alert(2))` |"
+    assert card.count("\n#") == 0 and card.count("<script>") == 1  # in code, where it is text
