@@ -16,7 +16,7 @@ from .model_state import untouched
 from .processes import main_process_does, process
 from .recorder import has_states
 from .scoring import window_scores
-from .trace import Record, Trace, TraceError
+from .trace import Record, Trace, TraceError, whole_name
 
 
 # What each checkpoint's record is called in the trace, as if the tracker had been there.
@@ -52,7 +52,7 @@ def score_checkpoints(
             Whether to hide the progress bars.
 
     Raises:
-        TraceError: if the trace in `folder` is of other rows.
+        TraceError: if the trace in `folder` is of other rows, or is a tracker's; if a model cannot be loaded.
     """
     # Joins the other processes, if there are any; on a machine without an accelerator it has to be told so.
     device = PartialState(cpu=not torch.accelerator.is_available()).device
@@ -63,14 +63,24 @@ def score_checkpoints(
         nonlocal lock
         lock = Trace.lock(folder)
         if not Trace.exists(folder):
-            Trace.create(folder, rows, checkpoints[next(iter(checkpoints))], name, max_length)
+            model = checkpoints[next(iter(checkpoints))]
+            Trace.create(folder, rows, whole_name(model), whole_name(name), max_length)
 
-    main_process_does(create_or_find)
-    trace = Trace.open(folder)
-    if trace.rows.fingerprint != rows.fingerprint:
-        raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
+    trace: Trace | None = None
     for role, checkpoint in checkpoints.items():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
+        except (OSError, ValueError) as error:
+            raise TraceError(f"The model {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if trace is None:
+            main_process_does(create_or_find)
+            trace = Trace.open(folder)
+            if trace.rows.fingerprint != rows.fingerprint:
+                raise TraceError(
+                    f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder."
+                )
+            if trace.manifest["sessions"]:
+                raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
         with untouched(model):
             scores = window_scores(
                 model,
@@ -83,6 +93,7 @@ def score_checkpoints(
             main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
     if lock is not None:
         lock.release(force=True)
+    assert trace is not None, "no checkpoint is named"
     return trace
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import sys
@@ -46,6 +47,9 @@ NoisyOption = Annotated[str | None, typer.Option(help="The rows; by default wher
 @app.callback()
 def main() -> None:
     """Find unsafe finetuning data by how fast a model forgets it."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show φ is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
 
@@ -61,12 +65,16 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # all errors about data and settings are such
-        typer.echo(f"forgetfilter: {error}", err=True)
+        from .show import plain
+
+        typer.echo(f"forgetfilter: {plain(str(error))}", err=True)
         raise typer.Exit(BAD_DATA) from error
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
             raise
-        typer.echo(f"forgetfilter: {type(error).__name__}: {error}", err=True)
+        from .show import plain
+
+        typer.echo(f"forgetfilter: {type(error).__name__}: {plain(str(error))}", err=True)
         raise typer.Exit(FAILED) from error
 
 
@@ -159,13 +167,16 @@ def run(
 @app.command()
 def score(
     noisy: Annotated[str, typer.Option(help="The rows: a file, a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder of the trace; one that is there already is added to.")],
+    output: Annotated[Path, typer.Option(help="Folder of the trace; one that `score` made of these rows is added to.")],
     before: Annotated[str | None, typer.Option(help="M1: a model that has learnt the rows (or its adapter).")] = None,
     after: Annotated[str | None, typer.Option(help="M2: M1 after safety finetuning.")] = None,
     base: Annotated[str | None, typer.Option(help="M0, for relative forgetting.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="By default that of the first model named.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longer rows are cut at the right.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens a batch.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longer rows are cut at the right; by default at the first model's context."),
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Padded tokens a batch.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Record the losses of rows under models that you have already. Runs under `torchrun` too."""
@@ -178,18 +189,20 @@ def score(
         import numpy as np
 
         from .checkpoints import RECORD_OF, score_checkpoints
-        from .encoding import encode_rows
         from .forgetting import mean_losses
         from .loading import load_rows
         from .processes import process
-        from .run import load_tokenizer, source_name
+        from .run import context_of, encode_from, load_tokenizer
+        from .trace import whole_name
 
-        loaded = load_tokenizer(tokenizer if tokenizer is not None else next(iter(checkpoints.values())))
-        rows = encode_rows(load_rows(noisy), loaded, max_length, disable_tqdm=True)
+        first = next(iter(checkpoints.values()))
+        loaded = load_tokenizer(tokenizer if tokenizer is not None else first)
+        max_length = max_length if max_length is not None else context_of(first)
+        rows = encode_from(noisy, load_rows(noisy), loaded, max_length)
         trace = score_checkpoints(output, rows, loaded, checkpoints, max_length, batch_tokens)
         if process()[0] > 0:
             return
-        trace.note_source(source_name(noisy))
+        trace.note_source(whole_name(noisy), rows.truncated)
         offsets = trace.rows.counted_offsets
         means = {
             role: float(np.nanmean(mean_losses(trace.token_losses(RECORD_OF[role]), offsets))) for role in checkpoints
@@ -216,7 +229,6 @@ def filter_command(
 ) -> None:
     """Part the rows of a trace into kept and removed ones."""
     with exit_codes():
-        from .loading import load_rows
         from .run import filter_rows
 
         phi = parse_threshold(threshold)
@@ -224,7 +236,7 @@ def filter_command(
         result = filter_rows(
             opened,
             output,
-            load_rows(noisy) if noisy is not None else None,
+            noisy,
             _tokenizer(opened, tokenizer),
             measure,
             phi,
@@ -249,13 +261,13 @@ def report(
     with exit_codes():
         from .loading import load_rows
         from .review import page_summary, write_review_page
-        from .run import audit_labels, source_rows
+        from .run import audit_labels, source_of
 
         opened = _open(trace)
         loaded = _tokenizer(opened, tokenizer)
         unsafe = None
         if audit_column is not None:
-            rows = load_rows(noisy) if noisy is not None else source_rows(opened)
+            rows = load_rows(noisy if noisy is not None else source_of(opened))
             unsafe = audit_labels(opened, rows, loaded, audit_column)
         result = write_review_page(opened, output, loaded, measure, parse_threshold(threshold), share, unsafe)
         typer.echo(f"{page_summary(result)} Open {output} in a browser.")
@@ -285,7 +297,8 @@ def show(
         if as_json:
             typer.echo(json.dumps(_account(result)))
             return
-        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer), head)
+        named = tokenizer is not None or opened.manifest["tokenizer"] is not None
+        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer) if named else None, head)
 
 
 @app.command()

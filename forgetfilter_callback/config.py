@@ -60,8 +60,13 @@ class RunConfig:
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given.")
         for name in ("epochs", "safety_epochs", "learning_rate", "batch_size", "gradient_accumulation_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be larger than 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be larger than 0, and finite.")
+        check_record_steps(self.record_steps)
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves no token to predict.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2³² − 1.")
         if self.lora_r < 0:
             raise ValueError(f"lora_r={self.lora_r} must be 0 or larger.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -76,6 +81,12 @@ class RunConfig:
     def save(self, file: Path) -> None:
         """Writes YAML that `forgetfilter run --config` reads."""
         file.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def check_record_steps(record_steps: float | None) -> None:
+    """A number of steps, or a share below 1."""
+    if record_steps is not None and not (0 < record_steps < 1 or (record_steps >= 1 and record_steps % 1 == 0)):
+        raise ValueError(f"record_steps={record_steps} is neither a number of steps nor a share below 1.")
 
 
 def parse_threshold(text: str) -> FilterThreshold:

@@ -43,7 +43,7 @@ from .generation import greedy_completions
 from .model_state import untouched
 from .pipeline import ForgetFilter
 from .report import plot_forgetting
-from .trace import TRACE_FOLDER, Trace, write_json, write_rows
+from .trace import TRACE_FOLDER, Trace, as_json_lines, write_json, write_lines
 from .tracker import ForgetTracker
 
 
@@ -413,8 +413,8 @@ def _summarize(result: FilterResult, groups: np.ndarray, judged: dict[str, dict[
 def _write_results(output: Path, noisy: Dataset, result: FilterResult, summary: dict[str, Any]) -> None:
     write_json(summary, output / "summary.json")
     texts = noisy.remove_columns(["input_ids", "labels"]).add_column("forgetting", result.values)
-    write_rows(texts.select(np.flatnonzero(~result.removed)), output / "kept.jsonl")
-    write_rows(texts.select(np.flatnonzero(result.removed)), output / "removed.jsonl")
+    for file, which in (("kept.jsonl", ~result.removed), ("removed.jsonl", result.removed)):
+        write_lines(as_json_lines(texts.select(np.flatnonzero(which))), output / file)
     plot_forgetting(result, output / "forgetting.png", noisy["group"])
     markdown = summary_markdown(summary)
     (output / "summary.md").write_text(markdown, encoding="utf-8")

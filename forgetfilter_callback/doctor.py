@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,19 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .recorder import has_states
-from .trace import SCHEMA_VERSION, SESSIONS, Record, Trace, TraceError
-
-
-MANIFEST = {
-    "schema_version": int,
-    "fingerprint": str,
-    "samples": int,
-    "counted_tokens": int,
-    "truncated": int,
-    "model": str,
-    "versions": dict,
-    "sessions": list,
-}
+from .trace import SESSIONS, Record, Trace, TraceError
 
 
 class Findings(NamedTuple):
@@ -42,9 +29,6 @@ class Findings(NamedTuple):
 def examine(folder: str | Path) -> Findings:
     """Looks at every file of the trace in `folder`."""
     folder = Path(folder)
-    found = _examine_manifest(folder)
-    if found:
-        return Findings(found, [])
     try:
         trace = Trace.open(folder)
     except TraceError as error:
@@ -53,7 +37,7 @@ def examine(folder: str | Path) -> Findings:
         f"{file} was being written when the process ended. Nothing reads it; delete it."
         for file in sorted(folder.rglob(".*.tmp"))
     ]
-    found += [
+    found = [
         f"{file} is no record: its name is not `<session>-<step>.parquet`. Move it elsewhere."
         for file in sorted((folder / "records").iterdir())
         if not file.name.startswith(".") and file.name not in {record.file_name for record in trace.records()}
@@ -64,24 +48,6 @@ def examine(folder: str | Path) -> Findings:
         its_problems, its_notes = _examine_record(trace, record)
         found, notes = found + its_problems, notes + its_notes
     return Findings(found, notes + _examine_sessions(trace))
-
-
-def _examine_manifest(folder: Path) -> list[str]:
-    file = folder / "manifest.json"
-    if not file.is_file():
-        return [f"{folder} holds no trace: there is no manifest.json."]
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{file} cannot be read: {error}. Restore it, or record anew."]
-    if not isinstance(manifest, dict):
-        return [f"{file} is no manifest. Restore it, or record anew."]
-    wrong = [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]
-    if wrong:
-        return [f"{file} lacks {', '.join(wrong)}, or has something else there. Restore it, or record anew."]
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        return [f"{file} was written by a newer forgetfilter-callback. Upgrade it."]
-    return []
 
 
 def _examine_record(trace: Trace, record: Record) -> Findings:

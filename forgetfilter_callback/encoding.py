@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -293,6 +293,8 @@ def encode_rows(
     """
 
     def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(row, Mapping):
+            raise EncodingError(f"a row is a dict, this one is {type(row).__name__}.")
         if "input_ids" in row:
             tokens = np.asarray(row["input_ids"], dtype=np.int32)
             labels = np.asarray(row["labels"]) if "labels" in row else _masked(tokens, row, completion_only_loss)
@@ -311,25 +313,52 @@ def encode_rows(
             raise EncodingError("this row holds images, which are not supported. Pass text rows.")
         tokenize = _tokenizer(processing_class, row, assistant_only_loss, chat_template)
         if "prompt" in row and "completion" in row:
-            prompt, completion = row["prompt"], row["completion"]
-            if isinstance(prompt, str):
+            prompt, completion = _checked(row, "prompt"), _checked(row, "completion")
+            if isinstance(prompt, str) is not isinstance(completion, str):
+                raise EncodingError("`prompt` is text and `completion` messages, or the other way round. Use one form.")
+            if isinstance(completion, str):
                 completion = _with_eos(completion, processing_class)
             prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
-            tokens, counted = tokenize(prompt + completion)
+            tokens, counted = tokenize(prompt + completion)  # type: ignore[operator] # of one kind
             if completion_only_loss is not False:
                 counted[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, counted
         if "messages" in row:
-            return tokenize(row["messages"])
+            return tokenize(_checked(row, "messages"))
         if text_column in row:
-            return tokenize(_with_eos(row[text_column], processing_class))
+            text = _checked(row, text_column)
+            if not isinstance(text, str):
+                raise EncodingError(f"`{text_column}` holds messages. Name the column `messages`.")
+            return tokenize(_with_eos(text, processing_class))
         raise EncodingError(
             f"columns {sorted(row)} hold no sample. Use `prompt` and `completion`, `messages`, `text`, or `input_ids`."
         )
 
     if isinstance(rows, torch.utils.data.IterableDataset):
         raise NotOneSampleARow("An IterableDataset has no fixed rows. Pass a map-style dataset or a list of rows.")
-    return _encode(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
+    if isinstance(rows, str) or not isinstance(rows, Dataset | torch.utils.data.Dataset | Sequence):
+        raise EncodingError(f"The noisy set is {type(rows).__name__}, not a dataset or a list of rows.")
+    known = cast(Sequence[Any], rows)
+    return _encode(known, encode_one, len(known), max_length, disable_tqdm, keep_end)
+
+
+def _checked(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
+    """The text, or the messages, in a column of `row`."""
+    value = row[column]
+    if isinstance(value, str) and column != "messages":
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise EncodingError(f"`{column}` is no valid text ({error.reason} at {error.start}). Repair it.") from error
+        return value
+    messages = isinstance(value, list) and bool(value)
+    if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in value):
+        raise EncodingError(
+            f"`{column}` holds {value!r:.60}, neither text nor a list of messages with `role` and `content`."
+            if column != "messages"
+            else f"`messages` holds {value!r:.60}, not a list of messages with `role` and `content`."
+        )
+    return value
 
 
 def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from .forgetting import MEASURES, FilterThreshold, Measure
 from .separability import Separability, separate
-from .trace import library_versions, write_json, write_parquet, write_rows
+from .trace import as_json_lines, library_versions, write_json, write_lines, write_parquet
 
 
 Method = Literal["auto", "fixed", "share"]
@@ -147,7 +147,7 @@ class FilterResult:
         write_parquet([table], folder / "values.parquet")
         (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
         if isinstance(removed_rows, Dataset):
-            write_rows(removed_rows, folder / "removed.jsonl")
+            write_lines(as_json_lines(removed_rows), folder / "removed.jsonl")
 
     @classmethod
     def load(cls, folder: str | Path) -> FilterResult:

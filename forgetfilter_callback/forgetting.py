@@ -86,9 +86,11 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
             Losses at the beginning of S1+ and later, nats.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts.
+        `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts, or losses are not finite.
     """
-    return _mean_of_largest(pooled_rises(tokens, offsets, before, after), offsets, lambda counts: POOLED_LARGEST)
+    values = _mean_of_largest(pooled_rises(tokens, offsets, before, after), offsets, lambda counts: POOLED_LARGEST)
+    values[~_all_finite(after - before, offsets)] = np.nan
+    return values
 
 
 def smoothed_forgetting(
@@ -116,7 +118,7 @@ def smoothed_forgetting(
     agreed = np.minimum(own, pooled_rises(tokens, offsets, before, after))
     lost = -np.sign(agreed) * np.expm1(-np.abs(agreed))
     largest = _mean_of_largest(lost, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
-    known = np.isfinite(largest) & np.isfinite(states).all(axis=1)
+    known = np.isfinite(largest) & np.isfinite(states).all(axis=1) & _all_finite(own, offsets)
     values = np.full(len(largest), np.nan)
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
@@ -148,6 +150,12 @@ def pooled_rises(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, af
     others_rise = total(kind, rises) - total(of_sample, rises)
     others_count = total(kind) - total(of_sample)
     return others_rise / (others_count + POOLED_SHRINKAGE)
+
+
+def _all_finite(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether all of each sample's losses are finite."""
+    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return np.bincount(samples[~np.isfinite(losses)], minlength=len(offsets) - 1) == 0
 
 
 def _mean_of_largest(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from .trace import as_json_lines
 
 
 # File endings and the loader of `datasets` that reads them.
@@ -29,21 +34,23 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
         DataError: if there is no such file or dataset, if it cannot be read, or if it has no rows.
     """
     path = Path(source)
+    kind = path.suffix.lower()
     try:
         if path.is_dir():
             rows = load_from_disk(str(path))
             if isinstance(rows, DatasetDict):
                 raise DataError(f"{source} holds several splits ({', '.join(rows)}). Name the folder of one of them.")
-        elif path.suffix in LOADERS:
+        elif kind in LOADERS:
             if not path.is_file():
                 raise DataError(f"There is no file {source}.")
             if path.stat().st_size == 0:
                 raise DataError(f"{source} is empty.")
-            rows = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+            rows = load_dataset(LOADERS[kind], data_files=glob.escape(str(path)), split="train")
         else:
             name, _, split = str(source).partition(":")
             rows = load_dataset(name, split=split or "train")
-    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+        rows.data.table.validate(full=True)  # texts that are not UTF-8, which would be found out when they are read
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
         cause = error.__cause__ if error.__cause__ is not None else error
@@ -54,3 +61,17 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
     if not len(rows):
         raise DataError(f"{source} has no rows.")
     return rows
+
+
+def lines_of(source: str, rows: Dataset) -> Iterable[str]:
+    """Rows as JSON lines: of a file of JSON lines its very lines, otherwise made anew.
+
+    (Read and written again, a date would be another text, and a number might have fewer digits.)
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".jsonl" and path.is_file():
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = [line.rstrip("\r\n") for line in file if line.strip()]
+        if len(lines) == len(rows):
+            return lines
+    return as_json_lines(rows)

@@ -15,7 +15,7 @@ from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest
 from .processes import all_do, gathered, main_process_does, share_of
 from .scoring import Scores, window_scores
-from .trace import Record, Trace, TraceError
+from .trace import Record, Session, Trace, TraceError
 
 
 logger = get_logger(__name__)  # says things once, on the main process
@@ -65,6 +65,8 @@ class Recorder:
             means = self._last_means
             if record == Record("S1+", 0):
                 self._check_learnt(means)
+            if record.step == 0:
+                self.drop_after(record.session, -1)
             main_process_does(partial(self._trace.repeat, self._last, record))
         else:
             means = self._take(record, args, model, processing_class)
@@ -78,6 +80,13 @@ class Recorder:
     def means(self, record: Record) -> np.ndarray:
         """Mean losses of a record that was taken earlier."""
         return mean_losses(self._trace.token_losses(record), self._trace.rows.counted_offsets)
+
+    def drop_after(self, session: Session, step: int) -> None:
+        """Deletes what an earlier run of the session left beyond `step`, and says so."""
+        dropped = main_process_does(partial(self._trace.drop_after, session, step))
+        if dropped:
+            names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
+            logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
 
     def record_base(self, args: TrainingArguments, model: PeftModel) -> None:
         """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
@@ -152,6 +161,8 @@ class Recorder:
             )
         if record == Record("S1+", 0):
             self._check_learnt(np.concatenate(means))
+        if record.step == 0:
+            self.drop_after(record.session, -1)
 
     def _check_learnt(self, means: np.ndarray) -> None:
         """S1+ must start from the model that S1 made: compares its first mean losses with S1's, where the trace has them."""

@@ -74,11 +74,13 @@ class Reporting:
         if "wandb" in self._args.report_to:
             import wandb
 
-            wandb.log({**figures, "train/global_step": state.global_step})  # as `WandbCallback` does
+            if wandb.run is not None:
+                wandb.log({**figures, "train/global_step": state.global_step})  # as `WandbCallback` does
         if "mlflow" in self._args.report_to:
             import mlflow
 
-            mlflow.log_metrics(figures, step=state.global_step)
+            if mlflow.active_run() is not None:
+                mlflow.log_metrics(figures, step=state.global_step, synchronous=False)
 
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         if self._tensorboard is not None:

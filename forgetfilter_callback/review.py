@@ -73,6 +73,7 @@ def write_review_page(
         script=script,
         script_hashes=[_csp_hash(text) for text in (get_plotlyjs(), script)],
     )
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(file)) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
     return result

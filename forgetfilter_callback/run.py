@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,15 +26,18 @@ from transformers import (
 )
 
 from .config import RunConfig, parse_threshold
-from .encoding import encode_rows
+from .encoding import EncodedRows, EncodingError, encode_rows
 from .filtering import FilterResult, Review, decide
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
-from .loading import DataError, load_rows
+from .loading import DataError, lines_of, load_rows
 from .pipeline import ForgetFilter
 from .report import dataset_card
-from .trace import TRACE_FOLDER, Trace, write_rows, write_text
+from .trace import TRACE_FOLDER, Trace, TraceError, whole_name, write_lines, write_text
 from .tracker import ForgetTracker
 from .trainer import reviewed, values_of
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,10 @@ def plan(config: RunConfig) -> Plan:
     """Reads the rows, and says what [`run`] would cost. Loads a tokenizer, no model."""
     tokenizer, max_length = _tokenizer_and_length(config)
     noisy, safety = (
-        encode_rows(load_rows(source), tokenizer, max_length, disable_tqdm=True)
-        for source in (config.noisy, config.safety)
+        encode_from(source, load_rows(source), tokenizer, max_length) for source in (config.noisy, config.safety)
     )
-    step = config.batch_size * config.gradient_accumulation_steps
     steps, safety_steps = (
-        math.ceil(len(rows) / step * epochs)
+        math.ceil(epochs * math.ceil(math.ceil(len(rows) / config.batch_size) / config.gradient_accumulation_steps))
         for rows, epochs in ((noisy, config.epochs), (safety, config.safety_epochs))
     )
     every = config.record_steps
@@ -97,9 +100,15 @@ def run(config: RunConfig) -> FilterResult:
     Writes into `config.output`: `config.yaml`, `forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
     """
     tokenizer, max_length = _tokenizer_and_length(config)
-    rows, safety_rows = load_rows(config.noisy), load_rows(config.safety)
-    noisy, safety = (encode_rows(each, tokenizer, max_length, disable_tqdm=True) for each in (rows, safety_rows))
+    rows = load_rows(config.noisy)
+    noisy = encode_from(config.noisy, rows, tokenizer, max_length)
+    safety = encode_from(config.safety, load_rows(config.safety), tokenizer, max_length)
     output = Path(config.output)
+    refuse_own_input(config.noisy, output)
+    if Trace.exists(output / TRACE_FOLDER):
+        earlier = Trace.open(output / TRACE_FOLDER)
+        if earlier.rows.fingerprint != noisy.fingerprint:
+            raise TraceError(f"{output} holds a run on other rows (or with another tokenizer). Name another --output.")
     output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
     tracker = ForgetTracker(
@@ -136,12 +145,12 @@ def run(config: RunConfig) -> FilterResult:
     )
     sessions.finetune()
     sessions.safety_finetune()
-    tracker.trace.note_source(source_name(config.noisy))
+    tracker.trace.note_source(whole_name(config.noisy), noisy.truncated)
     values = values_of(noisy, tracker, tracker.trace, config.measure)
     result = decide(
         noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint
     )
-    write_filtered(output, rows, result, tracker.trace)
+    write_filtered(output, rows, result, tracker.trace, config.noisy)
     if config.refit:
         trainer = sessions.refit()
         trainer.save_model(str(output / "model"))
@@ -152,7 +161,7 @@ def run(config: RunConfig) -> FilterResult:
 def filter_rows(
     trace: Trace,
     output: str | Path,
-    rows: Dataset | None = None,
+    source: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     measure: Measure = DEFAULT_MEASURE,
     threshold: FilterThreshold = "auto",
@@ -166,8 +175,8 @@ def filter_rows(
             With records of S1+.
         output (`str` or `Path`):
             Where [`write_filtered`] writes.
-        rows ([`~datasets.Dataset`], *optional*):
-            The noisy set as people wrote it; by default that which the trace was made of, if it says where it lies.
+        source (`str`, *optional*):
+            The noisy set, as [`load_rows`] takes it; by default that which the trace was made of, if it says where it lies.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default that of the trace.
         measure, threshold, share, decision:
@@ -182,34 +191,39 @@ def filter_rows(
         review: Review = reviewed(decision, trace, measure, threshold, share)
         measure, by_hand = review.measure, review.by_hand
         threshold = review.threshold if review.threshold is not None else math.inf
-    rows = rows if rows is not None else source_rows(trace)
+    source = source if source is not None else source_of(trace)
+    refuse_own_input(source, Path(output))
+    rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
-    encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
+    encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
     values = values_of(encoded, trace.folder, trace, measure)
     result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand)
-    write_filtered(Path(output), rows, result, trace)
+    write_filtered(Path(output), rows, result, trace, source)
     return result
 
 
-def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Trace) -> None:
-    """Writes `kept.jsonl` and `removed.jsonl` (rows as they came), `card.md`, and `decision/` (values and account)."""
+def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Trace, source: str) -> None:
+    """Writes `kept.jsonl` and `removed.jsonl` (rows as they came: the very lines of JSON lines), `card.md`, and `decision/`
+    (values and account)."""
     output.mkdir(parents=True, exist_ok=True)
-    write_rows(rows.select(np.flatnonzero(~result.removed)), output / "kept.jsonl")
-    write_rows(rows.select(np.flatnonzero(result.removed)), output / "removed.jsonl")
+    for name, which in (("kept", ~result.removed), ("removed", result.removed)):
+        write_lines(itertools.compress(lines_of(source, rows), which), output / f"{name}.jsonl")
     result.save(output / "decision")
     write_text(dataset_card(result, trace), output / "card.md")
 
 
-def source_rows(trace: Trace) -> Dataset:
-    """The rows that a trace was made of."""
+def source_of(trace: Trace) -> str:
+    """Where the rows lie that a trace was made of."""
     if "source" not in trace.manifest:
         raise DataError(f"The trace in {trace.folder} does not say where its rows lie. Name them: `--noisy`.")
-    return load_rows(trace.manifest["source"])
+    source: str = trace.manifest["source"]
+    return source
 
 
-def source_name(source: str) -> str:
-    """A file or folder with its whole path, or a Hub id."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
+def refuse_own_input(source: str, output: Path) -> None:
+    """The kept rows of an earlier run must not be overwritten by those of this one, which are fewer."""
+    if Path(source).resolve() in [(output / f"{name}.jsonl").resolve() for name in ("kept", "removed")]:
+        raise DataError(f"{source} would be overwritten by what is left of it. Name another --output.")
 
 
 def audit_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
@@ -264,9 +278,33 @@ def load_model(config: RunConfig) -> PreTrainedModel:
     return get_peft_model(model, lora)
 
 
+def encode_from(source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> EncodedRows:
+    """Encodes rows; an error names where they came from, and a warning says how many were cut."""
+    try:
+        encoded = encode_rows(rows, tokenizer, max_length, disable_tqdm=True)
+    except EncodingError as error:
+        raise EncodingError(f"{source}: {error}") from error
+    if encoded.truncated:
+        logger.warning(
+            f"{source}: {encoded.truncated} of {len(encoded)} rows were longer than {max_length} tokens and were cut at the "
+            "right. What was cut is neither trained on nor scored."
+        )
+    return encoded
+
+
 def _tokenizer_and_length(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
     """The model's tokenizer, and how long a row may be."""
     if config.max_length is not None:
         return load_tokenizer(config.model), config.max_length
-    context = AutoConfig.from_pretrained(config.model).get_text_config().to_dict().get("max_position_embeddings")
-    return load_tokenizer(config.model), context
+    tokenizer = load_tokenizer(config.model)
+    return tokenizer, context_of(config.model)
+
+
+def context_of(model: str) -> int | None:
+    """How many tokens a model (or the base model of an adapter) has places for, where it says so."""
+    try:
+        if (Path(model) / "adapter_config.json").is_file():
+            return context_of(PeftConfig.from_pretrained(model).base_model_name_or_path)
+        return AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+    except (OSError, ValueError) as error:
+        raise DataError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
-from .encoding import EncodedRows
+from .encoding import EncodedRows, EncodingError
 from .model_state import is_sharded
 from .packing import Layout, Pack, lay_out, most_predictions, needed_lengths, plan_packs, split_pack
 from .processes import all_do, gathered, share_of
@@ -122,6 +122,7 @@ def window_scores(
     with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
             mine = window.select(share_of(len(window)))
+            _check_rows(model, window)
             idle = window.select(np.flatnonzero(np.diff(window.counted_offsets))[:1])
             losses, states = zip(
                 *all_do(partial(_score, model, mine, idle, batch_tokens, share_prefixes, bar, with_states)), strict=True
@@ -147,14 +148,14 @@ def _score(
     with_states: bool,
 ) -> Scores:
     """Of `rows`. `idle` is a row to go through where other processes that share the weights have more batches."""
-    _check_rope(model, rows)
     sharded = is_sharded(model)
     states = np.zeros((len(rows), 0), np.float16)
     losses = np.full(rows.counted_offsets[-1], np.nan, dtype=np.float32)
     packs = plan_packs(rows, batch_tokens if share_prefixes and can_share_prefixes(model, rows) else None)
     offsets = rows.counted_offsets
     todo = _batches(packs, rows, batch_tokens, _longrope_context(model))
-    while any(gathered(bool(todo))) if sharded else todo:
+    failed: Exception | None = None
+    while _has_more(todo, failed) if sharded else todo:
         if not todo:
             _score_batch(model, idle, plan_packs(idle, None), with_states=False)
             continue
@@ -162,8 +163,6 @@ def _score(
         try:
             scored = _score_batch(model, rows, batch, with_states)
         except torch.OutOfMemoryError:
-            if sharded:  # the others wait for this very pass
-                raise
             if len(batch) == len(batch[0].rows) == 1:
                 # Not the error of torch, which would make `auto_find_batch_size` halve the training batch.
                 raise ScoringError(
@@ -171,6 +170,11 @@ def _score(
                     "state. Lower `max_length`."
                 ) from None
             scored = None
+        except Exception as error:
+            if not sharded:
+                raise
+            failed = error  # the others must hear of it, in the next round
+            continue
         if scored is None:  # outside of `except`, which would keep the failed batch's tensors alive
             torch.cuda.empty_cache()
             todo += _halves(rows, batch)
@@ -185,6 +189,16 @@ def _score(
             states[np.concatenate([pack.rows for pack in batch])] = scored.states
         bar.update(sum(len(pack.rows) for pack in batch))
     return Scores(losses, states)
+
+
+def _has_more(todo: list[list[Pack]], failed: Exception | None) -> bool:
+    """Whether any process has more to do; raises on all of them if one has failed. (A pass that fails in its middle leaves
+    the others waiting for its part of the weights, until torch's time limit ends them.)"""
+    everyone = gathered((bool(todo), failed))
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return any(has_more for has_more, _ in everyone)
 
 
 def can_share_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
@@ -233,6 +247,17 @@ def _virtual_tokens(model: nn.Module) -> int:
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return 0
     return model.active_peft_config.num_virtual_tokens
+
+
+def _check_rows(model: nn.Module, rows: EncodedRows) -> None:
+    config: PreTrainedConfig = model.config
+    vocabulary = config.get_text_config().vocab_size
+    if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < vocabulary:
+        raise EncodingError(
+            f"Token ids of the rows run from {rows.tokens.min()} to {rows.tokens.max()}, beyond the model's vocabulary of "
+            f"{vocabulary}: they were encoded with another tokenizer."
+        )
+    _check_rope(model, rows)
 
 
 def _check_rope(model: nn.Module, rows: EncodedRows) -> None:

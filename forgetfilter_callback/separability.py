@@ -73,9 +73,11 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             What they are.
     """
-    phi = ANCHOR[measure]
-    if measure == "smoothed":
-        phi = max(phi, parting_of(values))
+    phi, raised = ANCHOR[measure], ""
+    if measure == "smoothed" and (parting := parting_of(values)) > phi:
+        between = int(((values > phi) & (values <= parting)).sum())
+        raised = f"; φ was raised from {phi:.2f} to where two populations part, past {between} samples"
+        phi = parting
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
         return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
@@ -95,7 +97,7 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     return Separability(
         True,
         phi,
-        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the rest",
+        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the rest{raised}",
         distance,
     )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +26,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 from filelock import FileLock, Timeout
 
 from .encoding import EncodedRows
@@ -52,6 +51,16 @@ _WAY_OUT = {
     "loss": "The file is not one of a record.",
     "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
     "state": "An earlier version made it, or the model's output head cannot be reached. Use measure='pooled' or 'loss'.",
+}
+_MANIFEST: dict[str, type] = {
+    "schema_version": int,
+    "fingerprint": str,
+    "samples": int,
+    "counted_tokens": int,
+    "truncated": int,
+    "model": str,
+    "versions": dict,
+    "sessions": list,
 }
 _VERSIONS_OF = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
 
@@ -187,6 +196,13 @@ class Trace:
             table = pq.read_table(folder / "rows.parquet")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
+        known = manifest if isinstance(manifest, dict) else {}
+        wrong = [key for key, kind in _MANIFEST.items() if not isinstance(known.get(key), kind)]
+        if wrong:
+            raise TraceError(
+                f"manifest.json in {folder} lacks {', '.join(wrong)}, or has something else there. Restore it, or record "
+                "anew."
+            )
         if manifest["schema_version"] > SCHEMA_VERSION:
             raise TraceError(
                 f"The trace in {folder} was written by a newer forgetfilter-callback (schema "
@@ -214,9 +230,9 @@ class Trace:
         self.manifest["sessions"] = [*others, entry]
         self._write_manifest()
 
-    def note_source(self, source: str) -> None:
-        """Notes in the manifest where the rows came from, as [`load_rows`] takes it."""
-        self.manifest["source"] = source
+    def note_source(self, source: str, truncated: int) -> None:
+        """Notes in the manifest where the rows came from, as [`load_rows`] takes it, and how many of them were cut."""
+        self.manifest |= {"source": source, "truncated": truncated}
         self._write_manifest()
 
     def append(
@@ -386,7 +402,12 @@ class Trace:
             raise TraceError(
                 f"The record {file} has {len(table)} samples, the trace {len(self.rows)}: it is of other data."
             )
-        return table[column].combine_chunks()
+        found = table[column].combine_chunks()
+        if column == "loss" and not (
+            pa.types.is_large_list(found.type) and np.array_equal(found.offsets.to_numpy(), self.rows.counted_offsets)
+        ):
+            raise TraceError(f"The record {file} does not have one loss for each counted token: it is of other data.")
+        return found
 
     def _write_manifest(self) -> None:
         write_json(self.manifest, self.folder / "manifest.json")
@@ -434,7 +455,17 @@ def write_text(text: str, file: Path) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def write_rows(rows: Dataset, file: Path) -> None:
-    """Writes rows as JSON lines, atomically."""
-    with replacing(file) as unfinished:
-        rows.to_json(unfinished, force_ascii=False)
+def write_lines(lines: Iterable[str], file: Path) -> None:
+    """Writes lines, atomically."""
+    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
+def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Rows as JSON, one a line. What JSON has no form for, such as a time, is written as text."""
+    return (json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows)
+
+
+def whole_name(name: str) -> str:
+    """A file or folder with its whole path, so that it is found from elsewhere; or a Hub id."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name

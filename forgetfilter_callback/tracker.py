@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .config import check_record_steps
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
@@ -35,7 +36,7 @@ from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses
 from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
-from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
+from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError, whole_name
 
 
 logger = get_logger(__name__)  # says things once, on the main process
@@ -114,13 +115,19 @@ class ForgetTracker(TrainerCallback):
         audit_column: str | None = None,
         raise_on_disk_error: bool = False,
     ):
-        if audit_column is not None and (noisy is None or audit_column not in noisy[0]):
+        if audit_column is not None and (noisy is None or not len(noisy) or audit_column not in noisy[0]):
             raise ValueError(
                 f"audit_column={audit_column!r} names a column of the rows given to the tracker: "
-                f"{'none are given' if noisy is None else sorted(noisy[0])}."
+                f"{'none are given' if noisy is None or not len(noisy) else sorted(noisy[0])}."
             )
-        if record_steps is not None and (record_steps <= 0 or (record_steps > 1 and record_steps != int(record_steps))):
-            raise ValueError(f"record_steps={record_steps} is neither a number of steps nor a share below 1.")
+        if audit_column is not None and isinstance(noisy[0][audit_column], str):  # the text "False" would be true
+            raise ValueError(f"audit_column={audit_column!r} holds text. It must be true or false, or numbers.")
+        check_record_steps(record_steps)
+        for name, value, least in (
+            ("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1), ("max_new_tokens", max_new_tokens, 1)
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be {least} or larger.")
         self.noisy = noisy
         self.trace_dir = trace_dir
         self.record_steps = record_steps
@@ -184,10 +191,12 @@ class ForgetTracker(TrainerCallback):
             with untouched(model):
                 self._reporting.begin(state, control, model)
                 session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
-        self._drop_stale_records(session, state.global_step if state.global_step > 0 or again else -1)
         self._session, self._running_control = session, control
         here = Record(session, state.global_step)
-        known = here in self._recorder.records()
+        anew = here.step == 0 and not again
+        if not anew:
+            self._recorder.drop_after(session, here.step)
+        known = not anew and here in self._recorder.records()
         if known and here.step == 0:  # again; the trainer has begun a new log
             self._log(here, self._recorder.means(here), state, control)
         elif not known and (here.step == 0 or here.step >= state.max_steps):
@@ -359,13 +368,13 @@ class ForgetTracker(TrainerCallback):
                 f"{uncounted} of {len(rows)} samples have no counted token, so they have no loss: their forgetting is "
                 "NaN and they are kept. Look at their labels and at max_length."
             )
-        tokenizer = processing_class.name_or_path if processing_class is not None else None
+        tokenizer = whole_name(processing_class.name_or_path) if processing_class is not None else None
 
         def create_or_find() -> dict[str, Any] | None:
             if Trace.exists(folder):
                 return None
             context = _context(model, self.max_length)
-            return Trace.create(folder, rows, model.config.name_or_path, tokenizer, context).manifest
+            return Trace.create(folder, rows, whole_name(model.config.name_or_path), tokenizer, context).manifest
 
         manifest = main_process_does(create_or_find)
         if manifest is not None:
@@ -427,12 +436,6 @@ class ForgetTracker(TrainerCallback):
             )
         except NotOneSampleARow:
             return None
-
-    def _drop_stale_records(self, session: Session, step: int) -> None:
-        dropped = main_process_does(partial(self.trace.drop_after, session, step))
-        if dropped:
-            names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
-            logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
 
     # ---- records ----
 

@@ -120,6 +120,8 @@ class FilteredTrainer(Filtering, Trainer):
     ):
         super().__init__(*args, **kwargs)
         if forgetting is None:
+            if (measure, threshold, share, decision) != (DEFAULT_MEASURE, "auto", None, None):
+                raise ValueError("There is nothing to filter by: pass the tracker, a trace or values as `forgetting`.")
             return
         trace = trace_of(forgetting)
         with untouched(self.model):

@@ -14,9 +14,18 @@ import torch
 from conftest import tiny_llama
 from datasets import Dataset
 from test_cli import call, settings, texts
-from transformers import DataCollatorForSeq2Seq
 
-from forgetfilter_callback import ForgetTracker, Record, Trace, TraceError, decide, encode_rows, load_rows, separate
+from forgetfilter_callback import (
+    EncodingError,
+    FilteredTrainer,
+    ForgetTracker,
+    Record,
+    Trace,
+    TraceError,
+    decide,
+    encode_rows,
+    load_rows,
+)
 from forgetfilter_callback.forgetting import MEASURES
 from forgetfilter_callback.scoring import Scores, token_losses
 
@@ -62,17 +71,25 @@ BAD_TABLES = {
     "blank lines": ("noisy.jsonl", "\n\n\n", "noisy.jsonl"),
     "cut off": ("noisy.jsonl", json.dumps(PAIR) + "\n" + '{"prompt": "the c', "cannot be read"),
     "no known columns": ("noisy.jsonl", json.dumps({"question": "a", "answer": "b"}), "prompt"),
-    "a number for a text": ("noisy.jsonl", json.dumps({"prompt": 1, "completion": 2}), "row 0"),
-    "null for a text": ("noisy.jsonl", json.dumps(PAIR) + "\n" + json.dumps({"prompt": None, "completion": None}), "row 1"),
-    "messages without roles": ("noisy.jsonl", json.dumps({"messages": [{"content": "a"}]}), "row 0"),
-    "messages that are a text": ("noisy.jsonl", json.dumps({"messages": "hello"}), "row 0"),
-    "no messages": ("noisy.jsonl", json.dumps({"messages": []}), "row 0"),
+    "a number for a text": ("noisy.jsonl", json.dumps({"prompt": 1, "completion": 2}), "Row 0"),
+    "null for a text": (
+        "noisy.jsonl",
+        json.dumps(PAIR) + "\n" + json.dumps({"prompt": None, "completion": None}),
+        "Row 1",
+    ),
+    "messages without roles": ("noisy.jsonl", json.dumps({"messages": [{"content": "a"}]}), "Row 0"),
+    "messages that are a text": ("noisy.jsonl", json.dumps({"messages": "hello"}), "Row 0"),
+    "no messages": ("noisy.jsonl", json.dumps({"messages": []}), "Row 0"),
     "a list of numbers": ("noisy.json", "[1, 2, 3]", "noisy.json"),
     "no JSON": ("noisy.json", "hello", "cannot be read"),
     "not UTF-8": ("noisy.jsonl", b'{"prompt": "\xff\xfe", "completion": "a"}', "cannot be read"),
     "no table": ("noisy.parquet", "PAR1 and no more", "cannot be read"),
     "a header only": ("noisy.csv", "prompt,completion\n", "noisy.csv"),
-    "schemas that differ": ("noisy.jsonl", json.dumps(PAIR) + "\n" + json.dumps({"prompt": {"a": 1}, "completion": []}), "noisy.jsonl"),
+    "schemas that differ": (
+        "noisy.jsonl",
+        json.dumps(PAIR) + "\n" + json.dumps({"prompt": {"a": 1}, "completion": []}),
+        "noisy.jsonl",
+    ),
 }
 
 
@@ -88,7 +105,9 @@ def test_bad_tables(name, command, files, tmp_path):
     else:
         result = call("score", "--noisy", path, "--before", files["model"], "--output", output)
     refused(result, said)
-    assert not (output / "kept.jsonl").exists() and not Trace.exists(output) and not Trace.exists(output / "forgetfilter")
+    assert (
+        not (output / "kept.jsonl").exists() and not Trace.exists(output) and not Trace.exists(output / "forgetfilter")
+    )
 
 
 @pytest.mark.parametrize("row", [{"prompt": "", "completion": ""}, {"prompt": "the cat", "completion": ""}])
@@ -136,7 +155,9 @@ def test_texts_of_all_kinds_come_out_as_they_came_in(name, finished, files, tmp_
     assert np.isfinite(Trace.open(tmp_path / "scored").losses()).all()
     filtered = call("filter", tmp_path / "scored", "--threshold", 0.1, "--output", tmp_path / "out")
     assert filtered.exit_code in (0, 3), filtered.output
-    kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    kept = [
+        json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
     assert {row["note"]: row for row in kept} == {row["note"]: row for row in rows}
     assert call("show", tmp_path / "scored", "--threshold", 0.1).exit_code == 0
     assert call("report", tmp_path / "scored", "--output", tmp_path / "page.html").exit_code == 0
@@ -145,7 +166,7 @@ def test_texts_of_all_kinds_come_out_as_they_came_in(name, finished, files, tmp_
 def test_lone_surrogates_are_refused(files, tmp_path):
     (tmp_path / "noisy.jsonl").write_text('{"prompt": "a", "completion": "\\ud800"}\n' * 3)
     refused(call("run", *settings({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out")), "noisy.jsonl")
-    with pytest.raises(ValueError, match="row 0"):
+    with pytest.raises(ValueError, match="Row 0"):
         encode_rows([{"prompt": "a", "completion": "\ud800"}], load_tokenizer(files), disable_tqdm=True)
 
 
@@ -265,7 +286,6 @@ def test_damaged_traces_are_refused_by_every_command(damage, run_folder, tmp_pat
 
 def test_a_missing_record_is_told(run_folder):
     (run_folder / "forgetfilter" / "records" / Record("S1+", 0).file_name).unlink()
-    refused(call("doctor", run_folder), "no record at step 0") if False else None
     refused(call("show", run_folder), "no record at step 0")
     assert "no record at step 0" in call("doctor", run_folder).output
 
@@ -278,7 +298,9 @@ def test_a_sound_trace_is_sound(finished):
 
 def test_rows_that_a_trace_does_not_know(finished, files, tmp_path):
     Dataset.from_list(texts(12, seed=77)).to_json(tmp_path / "others.jsonl")
-    refused(call("filter", finished, "--noisy", tmp_path / "others.jsonl", "--output", tmp_path / "out"), "not the rows")
+    refused(
+        call("filter", finished, "--noisy", tmp_path / "others.jsonl", "--output", tmp_path / "out"), "not the rows"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -289,6 +311,7 @@ ARGUMENTS = [
     ("--learning-rate", "nan"), ("--batch-size", "0"), ("--lora-r", "-1"), ("--max-length", "0"), ("--share", "0"),
     ("--share", "1"), ("--share", "nan"), ("--threshold", "nan"), ("--threshold", "high"), ("--measure", "vibes"),
     ("--measure", "rouge1"), ("--dtype", "float13"), ("--seed", "-5"), ("--records", "0"), ("--model", "no/such-model"),
+    ("--record-steps", "-1"), ("--record-steps", "1.5"), ("--epochs", "inf"), ("--learning-rate", "inf"),
     ("--noisy", "no-such-file.jsonl"), ("--safety", "no-such-file.jsonl"), ("--colour", "red"),
 ]  # fmt: skip
 
@@ -301,12 +324,32 @@ def test_arguments_that_make_no_sense(flag, value, files, tmp_path, monkeypatch)
     assert not (tmp_path / "out" / "kept.jsonl").exists()
 
 
-def test_a_bare_call_with_wrong_things(byte_tokenizer, noisy, make_args):
-    for value in (None, 5, "text", [1, 2]):
-        with pytest.raises((ValueError, TypeError)):
+def test_a_bare_call_with_wrong_things(byte_tokenizer, noisy):
+    for value in (None, 5, "text", [1, 2], [["prompt"]]):
+        with pytest.raises(EncodingError):
             encode_rows(value, byte_tokenizer, disable_tqdm=True)
-    with pytest.raises(ValueError, match="none of"):
-        separate_of = Trace.forgetting
-        separate_of(None, "vibes")
-    with pytest.raises(ValueError):
-        ForgetTracker(noisy, audit_column="no such")
+    for wrong in ({"audit_column": "no such"}, {"max_length": -1}, {"batch_tokens": 0}, {"record_steps": float("nan")},
+                  {"max_new_tokens": 0}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ForgetTracker(noisy, **wrong)
+    with pytest.raises(ValueError, match="audit_column"):
+        ForgetTracker([], audit_column="unsafe")
+    with pytest.raises(ValueError, match="holds text"):
+        ForgetTracker([{"input_ids": [1], "unsafe": "False"}], audit_column="unsafe")
+
+
+def test_tokens_beyond_the_vocabulary():
+    rows = encode_rows([{"input_ids": [1, 2, 99_999]}], disable_tqdm=True)
+    with pytest.raises(EncodingError, match="vocabulary of 128"):
+        token_losses(tiny_llama(), rows, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("name", ["data[1].jsonl", "NOISY.JSONL", "ro ws*.jsonl"])
+def test_file_names_that_mean_something_else_elsewhere(name, tmp_path):
+    (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
+    assert load_rows(tmp_path / name).to_list() == [PAIR]
+
+
+def test_a_filter_without_anything_to_filter_by(noisy, make_args):
+    with pytest.raises(ValueError, match="nothing to filter by"):
+        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, share=0.2)

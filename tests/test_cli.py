@@ -106,7 +106,7 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(files, tmp_path):
     result = call("run", *settings(files, tmp_path / "out"), "--dry-run", "--json")
     cost = json.loads(result.stdout)
     assert result.exit_code == 0 and not (tmp_path / "out").exists()
-    assert (cost["samples"], cost["safety_samples"], cost["steps"], cost["safety_steps"]) == (12, 6, 12, 3)
+    assert (cost["samples"], cost["safety_samples"], cost["steps"], cost["safety_steps"]) == (12, 6, 12, 4)
     made = RunConfig(*(str(files[name]) for name in ("model", "noisy", "safety")), output="out", record_steps=0.5)
     assert plan(made).records == 3 + 1 + 1
 
@@ -276,6 +276,74 @@ def test_failing_ends_with_1(files, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     result = call("run", *settings(files, tmp_path / "out"))
     assert result.exit_code == 1 and "Traceback" not in result.output
+
+
+def test_rows_come_out_as_the_very_lines_that_went_in(files, tmp_path):
+    """With dates, long numbers and keys that not all have, which reading and writing would change; and twice."""
+    lines = [
+        json.dumps({**row, "date": "2024-05-01 10:00:00", "x": 0.12345678901234566, **({"only": 1} if i == 3 else {})})
+        for i, row in enumerate(texts(12, seed=1))
+    ]
+    (tmp_path / "noisy.jsonl").write_text("\n\n".join(lines) + "\n")
+    given = {**files, "noisy": tmp_path / "noisy.jsonl"}
+    assert call("run", *settings(given, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    kept, removed = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("kept", "removed"))
+    assert sorted(kept + removed) == sorted(lines) and len(removed) == 3
+    assert [line for line in lines if line in kept] == kept
+    # A second round, on what the first one kept, must not write over it.
+    again = call(
+        "run", *settings({**files, "noisy": tmp_path / "out" / "kept.jsonl"}, tmp_path / "out"), "--share", 0.25
+    )
+    assert again.exit_code == 2 and "would be overwritten" in again.output
+    assert (tmp_path / "out" / "kept.jsonl").read_text().splitlines() == kept
+
+
+def test_a_run_on_other_rows_leaves_an_earlier_one_alone(files, tmp_path):
+    assert call("run", *settings(files, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    Dataset.from_list(texts(12, seed=77)).to_json(tmp_path / "others.jsonl")
+    result = call("run", *settings({**files, "noisy": tmp_path / "others.jsonl"}, tmp_path / "out"), "--share", 0.25)
+    assert result.exit_code == 2 and "other rows" in result.output
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
+def test_a_dry_run_counts_the_steps_that_a_run_makes(files, tmp_path):
+    Dataset.from_list(texts(13, seed=1)).to_json(tmp_path / "noisy.jsonl")
+    given = {**files, "noisy": tmp_path / "noisy.jsonl"}
+    arguments = [
+        *settings(given, tmp_path / "out"),
+        "--batch-size",
+        4,
+        "--gradient-accumulation-steps",
+        2,
+        "--share",
+        0.25,
+    ]
+    planned = json.loads(call("run", *arguments, "--dry-run", "--json").stdout)
+    assert call("run", *arguments).exit_code == 0
+    made = [entry["max_steps"] for entry in Trace.open(tmp_path / "out" / "forgetfilter").manifest["sessions"]]
+    assert [planned["steps"], planned["safety_steps"]] == made
+
+
+def test_score_leaves_a_tracked_trace_alone_and_makes_none_for_a_model_that_is_not_there(finished, files, tmp_path):
+    trace = finished[0] / "forgetfilter"
+    mixed = call("score", "--noisy", files["noisy"], "--before", files["model"], "--output", trace)
+    assert mixed.exit_code == 2 and "were tracked" in mixed.output
+    missing = call("score", "--noisy", files["noisy"], "--before", tmp_path / "none", "--tokenizer", files["model"],
+                   "--max-length", 60, "--output", tmp_path / "scored")  # fmt: skip
+    assert missing.exit_code == 2 and "cannot be loaded" in missing.output and not Trace.exists(tmp_path / "scored")
+
+
+def test_rows_that_are_cut_are_counted(files, tmp_path, caplog):
+    long = {**texts(1, seed=3)[0], "completion": " cat" * 100}
+    Dataset.from_list([*texts(11, seed=1), long]).to_json(tmp_path / "long.jsonl")
+    given = {**files, "noisy": tmp_path / "long.jsonl"}
+    assert call("run", *settings(given, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    scored = call("score", "--noisy", given["noisy"], "--before", files["model"], "--output", tmp_path / "scored")
+    assert scored.exit_code == 0
+    assert caplog.text.count("1 of 12 rows were longer than 64 tokens") == 2
+    for folder in (tmp_path / "out" / "forgetfilter", tmp_path / "scored"):
+        assert Trace.open(folder).manifest["truncated"] == 1
 
 
 def test_rows_of_all_kinds_of_files(files, tmp_path):

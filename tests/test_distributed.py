@@ -175,7 +175,8 @@ def test_a_failure_of_the_main_process_ends_all(tmp_path):
     (tmp_path / "full" / "s1").mkdir(parents=True)
     (tmp_path / "full" / "s1" / "forgetfilter").write_text("a file where the trace's folder should be")
     process = launch(tmp_path / "full", "tracked", 6)
-    assert (process.returncode != 0 and "FileExistsError" in process.stderr) or "NotADirectoryError" in process.stderr
+    assert process.returncode != 0
+    assert "FileExistsError" in process.stderr or "NotADirectoryError" in process.stderr
 
 
 @pytest.mark.gpu

@@ -120,5 +120,12 @@ def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):
     flat = [np.concatenate(x) for x in (tokens, before, after)]
     values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
     assert np.isnan(values[first]) and np.isfinite(values).sum() == sum(len(own) > 0 for own in tokens) - 1
+    broken = flat[2].copy()
+    broken[offsets[3] + 1] = np.inf
+    for values in (
+        smoothed_forgetting(flat[0], offsets, flat[1], broken, np.ones_like(states) + states),
+        pooled_forgetting(flat[0], offsets, flat[1], broken),
+    ):
+        assert np.isnan(values[3])
     alone = smoothed_forgetting(np.array([7]), np.array([0, 1]), np.zeros(1), np.ones(1), np.ones((1, 2)))
     np.testing.assert_allclose(alone, [0.0])  # nobody agrees

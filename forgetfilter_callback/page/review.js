@@ -244,7 +244,7 @@ async function goOn(file) {
     if (decision.threshold !== null && !Number.isFinite(decision.threshold)) throw new Error("threshold is no number");
     byHand.clear();
     for (const [id, choice] of choices) byHand.set(id, choice);
-    setPhi(decision.threshold ?? firstPhi, decision.threshold !== null);
+    setPhi(decision.threshold ?? Number($("phi").max)); // null: nothing but by hand
   } catch (error) {
     $("problem").textContent = `This decision cannot be gone on with: ${error.message}.`;
   }
@@ -268,7 +268,10 @@ drawAll();
 
 $("record").addEventListener("change", drawDistribution);
 $("phi").addEventListener("input", () => setPhi(Number($("phi").value)));
-$("phi-number").addEventListener("change", () => setPhi(Number($("phi-number").value)));
+$("phi-number").addEventListener("change", () => {
+  if ($("phi-number").value === "") setPhi(phi, touched);
+  else setPhi(Number($("phi-number").value));
+});
 $("phi-reset").addEventListener("click", () => setPhi(firstPhi, false));
 $("view").addEventListener("change", () => {
   view = $("view").value;
