@@ -30,7 +30,7 @@ Trainer(model, s1, train_dataset=noisy, **common).train()
 tracker = ForgetTracker(data.noisy, trace_dir="already-tuned/trace")
 Trainer(model, args, train_dataset=safety, callbacks=[tracker], **common).train()
 
-result = decide(tracker.trace.rows.ids, tracker.trace.forgetting(), "loss")
+result = decide(tracker.trace.rows.ids, tracker.trace.forgetting("smoothed"), "smoothed")
 print(result.summary())
 for row, value, removed in zip(data.noisy, result.values, result.removed, strict=True):
     if removed:

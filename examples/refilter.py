@@ -10,7 +10,7 @@ from forgetfilter_callback import Trace, TraceError, decide
 folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/forgetfilter"]
 trace = Trace.open(folder)
 print(trace)
-for measure in ("loss", "relative", "pooled"):
+for measure in ("smoothed", "loss", "relative", "pooled"):
     try:
         values = trace.forgetting(measure)
     except TraceError as error:  # a trace without the base model's record has no relative forgetting

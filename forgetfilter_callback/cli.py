@@ -212,7 +212,12 @@ def score(
             return
         for role, mean in means.items():
             typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(rows):,} rows")
-        typer.echo(f"Trace in {output}. With both --before and --after there: forgetfilter report {output}")
+        complete = len(trace.records()) > 1 and {RECORD_OF[role] for role in ("before", "after")} <= set(
+            trace.records()
+        )
+        typer.echo(
+            f"Trace in {output}. Next: forgetfilter {'report' if complete else 'score … --before … --after …'} {output}"
+        )
 
 
 @app.command(name="filter")
@@ -342,7 +347,7 @@ def _end(result: FilterResult, output: Path, as_json: bool) -> None:
         typer.echo(json.dumps({**_account(result), "output": str(output)}))
     else:
         typer.echo(result.summary())
-        typer.echo(f"Written to {output}: kept.jsonl, removed.jsonl, card.md, decision/.")
+        typer.echo(f"In {output}: {', '.join(sorted(each.name for each in output.iterdir() if each.name[0] != '.'))}.")
     if result.method == "auto" and not result.separability.separable:
         raise typer.Exit(NOT_SEPARABLE)
 

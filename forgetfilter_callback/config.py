@@ -58,7 +58,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         missing = [name for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
         if missing:
-            raise ValueError(f"{', '.join(missing)} must be given.")
+            raise ValueError(f"{', '.join(f'--{name}' for name in missing)} must be given.")
         for name in ("epochs", "safety_epochs", "learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be larger than 0, and finite.")

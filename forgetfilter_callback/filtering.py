@@ -40,14 +40,14 @@ class Review:
             φ; `None` where nothing is removed but by hand.
         by_hand (`dict[str, str]`):
             Sample ids, each with `"keep"` or `"remove"`, whatever φ says.
-        fingerprint (`str`):
-            Of the trace that was looked at.
+        trace (`str`):
+            The [`~Trace.identity`] of the trace that was looked at.
     """
 
     measure: Measure
     threshold: float | None
     by_hand: dict[str, ByHand]
-    fingerprint: str
+    trace: str
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Review:
@@ -58,7 +58,7 @@ class Review:
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-            review = cls(**{name: content[name] for name in ("measure", "threshold", "by_hand", "fingerprint")})
+            review = cls(**{name: content[name] for name in ("measure", "threshold", "by_hand", "trace")})
             threshold_fits = review.threshold is None or math.isfinite(float(review.threshold))
             by_hand_fits = all(value in get_args(ByHand) for value in review.by_hand.values())
         except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -73,12 +73,12 @@ class Review:
             )
         return review
 
-    def check(self, fingerprint: str | None) -> None:
-        """Refuses a decision made on another trace."""
-        if fingerprint != self.fingerprint:
+    def check(self, identity: str) -> None:
+        """Refuses a decision made on another trace, or before its last record."""
+        if identity != self.trace:
             raise DecisionError(
-                f"This decision was made on another trace (fingerprint {self.fingerprint}, this one's is {fingerprint}). "
-                "Make a review page of this trace and decide there."
+                f"This decision was made on another trace ({self.trace}, this one is {identity}), or on this one before its "
+                "last record was taken. Make a review page of this trace and decide there."
             )
 
 
@@ -227,7 +227,7 @@ def decide(
         reason = f"φ as given; values lie between {np.nanmin(values):.3g} and {np.nanmax(values):.3g}"
     if by_hand:
         removed = _overruled(ids, removed, by_hand)
-        reason += f"; {len(by_hand)} samples by hand"
+        reason += f"; {len(by_hand)} by hand"
     if len(removed) and removed.all():
         raise ValueError(
             f"This removes all {len(values)} samples (their forgetting lies between {np.nanmin(values):.3g} and "

@@ -105,7 +105,7 @@ def _page_data(
         "threshold": result.threshold,
         # Where the line stands if nothing is removed: at the place that the automatic φ looked at.
         "looked_at": result.separability.threshold,
-        "fingerprint": trace.manifest["fingerprint"],
+        "trace": trace.identity(),
         "model": trace.manifest["model"],
         "samples": samples,
         "sampled": len(plotted) < samples,

@@ -75,6 +75,7 @@ def plan(config: RunConfig) -> Plan:
     noisy, safety = (
         encode_from(source, load_rows(source), tokenizer, max_length) for source in (config.noisy, config.safety)
     )
+    _refuse_shared(noisy, safety)
     steps, safety_steps = (
         math.ceil(epochs * math.ceil(math.ceil(len(rows) / config.batch_size) / config.gradient_accumulation_steps))
         for rows, epochs in ((noisy, config.epochs), (safety, config.safety_epochs))
@@ -103,6 +104,7 @@ def run(config: RunConfig) -> FilterResult:
     rows = load_rows(config.noisy)
     noisy = encode_from(config.noisy, rows, tokenizer, max_length)
     safety = encode_from(config.safety, load_rows(config.safety), tokenizer, max_length)
+    _refuse_shared(noisy, safety)
     output = Path(config.output)
     refuse_own_input(config.noisy, output)
     if Trace.exists(output / TRACE_FOLDER):
@@ -220,6 +222,15 @@ def source_of(trace: Trace) -> str:
     return source
 
 
+def _refuse_shared(noisy: EncodedRows, safety: EncodedRows) -> None:
+    shared = pc.is_in(safety.ids, value_set=noisy.ids).true_count
+    if shared:
+        raise DataError(
+            f"{shared} of the {len(safety)} safe rows are in the noisy set too, where they cannot be forgotten. Take them out "
+            "of one of the two."
+        )
+
+
 def refuse_own_input(source: str, output: Path) -> None:
     """The kept rows of an earlier run must not be overwritten by those of this one, which are fewer."""
     if Path(source).resolve() in [(output / f"{name}.jsonl").resolve() for name in ("kept", "removed")]:
@@ -236,7 +247,9 @@ def audit_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase
         raise DataError(f"The rows have no column {column!r}, but {', '.join(rows.column_names)}.")
     labels = np.asarray(rows[column])
     if labels.dtype.kind not in "biuf":  # the text "False" would be true
-        raise DataError(f"The column {column!r} holds neither true/false nor numbers, but for example {labels[0]!r}.")
+        raise DataError(
+            f"The column {column!r} holds neither true/false nor numbers, but for example {str(labels[0])!r}."
+        )
     encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
     places = pc.index_in(trace.rows.ids, value_set=encoded.ids)
     if places.null_count:

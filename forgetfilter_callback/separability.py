@@ -76,7 +76,7 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     phi, raised = ANCHOR[measure], ""
     if measure == "smoothed" and (parting := parting_of(values)) > phi:
         between = int(((values > phi) & (values <= parting)).sum())
-        raised = f"; φ was raised from {phi:.2f} to where two populations part, past {between} samples"
+        raised = f"; φ was raised from {phi:.2f}, past {between} of the rest, to where two populations part"
         phi = parting
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):

@@ -13,6 +13,7 @@ Every file is written under another name first and then renamed, so that a crash
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -289,6 +290,13 @@ class Trace:
         for record in stale:
             (self.folder / "records" / record.file_name).unlink()
         return stale
+
+    def identity(self) -> str:
+        """Of the rows and of the records that forgetting is measured between: a decision on one trace fits no other."""
+        digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
+        for record in self.first_and_last():
+            digest.update(self.token_losses(record).tobytes())
+        return digest.hexdigest()
 
     def records(self) -> list[Record]:
         """All records, in order of session and step."""

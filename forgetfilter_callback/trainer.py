@@ -166,7 +166,7 @@ def reviewed(
     if trace is None:
         raise DecisionError("A decision was made on a trace: pass the trace, or its folder, as `forgetting`.")
     review = Review.load(decision)
-    review.check(trace.manifest["fingerprint"])
+    review.check(trace.identity())
     return review
 
 

@@ -166,9 +166,7 @@ def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp
     decision = tmp_path / "decision.json"
     by_hand = {ids[most]: "keep", ids[least]: "remove"}
     decision.write_text(
-        json.dumps(
-            {"measure": "loss", "threshold": phi, "by_hand": by_hand, "fingerprint": trace.manifest["fingerprint"]}
-        )
+        json.dumps({"measure": "loss", "threshold": phi, "by_hand": by_hand, "trace": trace.identity()})
     )
     result = call("filter", output, "--decision", decision, "--output", tmp_path / "filtered")
     assert result.exit_code == 0, result.output
@@ -192,10 +190,10 @@ def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp
     [
         ("{", "is no decision"),
         ('{"measure": "loss", "threshold": 1}', "is no decision"),
-        ('{"measure": "other", "threshold": 1, "by_hand": {}, "fingerprint": "x"}', "measure"),
-        ('{"measure": "loss", "threshold": "high", "by_hand": {}, "fingerprint": "x"}', "is no decision"),
-        ('{"measure": "loss", "threshold": 1, "by_hand": {"a": "burn"}, "fingerprint": "x"}', "'keep' or 'remove'"),
-        ('{"measure": "loss", "threshold": 1, "by_hand": {}, "fingerprint": "x"}', "another trace"),
+        ('{"measure": "other", "threshold": 1, "by_hand": {}, "trace": "x"}', "measure"),
+        ('{"measure": "loss", "threshold": "high", "by_hand": {}, "trace": "x"}', "is no decision"),
+        ('{"measure": "loss", "threshold": 1, "by_hand": {"a": "burn"}, "trace": "x"}', "'keep' or 'remove'"),
+        ('{"measure": "loss", "threshold": 1, "by_hand": {}, "trace": "x"}', "another trace"),
     ],
 )
 def test_a_decision_that_is_none(content, said, finished, tmp_path):
@@ -208,7 +206,7 @@ def test_a_decision_that_is_none(content, said, finished, tmp_path):
 def test_a_decision_beside_other_settings(finished, tmp_path):
     trace = Trace.open(finished[0] / "forgetfilter")
     file = tmp_path / "decision.json"
-    review = {"measure": "loss", "threshold": None, "by_hand": {}, "fingerprint": trace.manifest["fingerprint"]}
+    review = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": trace.identity()}
     file.write_text(json.dumps(review))
     assert Review.load(file) == Review(**review)
     with pytest.raises(DecisionError, match="give `decision`, or"):
@@ -245,7 +243,7 @@ def test_report_writes_a_page(finished, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--model", "m", "--noisy", "n"], "safety, output must be given"),
+        (["run", "--model", "m", "--noisy", "n"], "--safety, --output must be given"),
         (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--epochs", "0"], "larger than 0"),
         (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--share", "2"], "between 0 and 1"),
         (["run", "--config", "no-such.yaml"], "cannot be read"),

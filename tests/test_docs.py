@@ -86,8 +86,8 @@ def test_the_commands_run(workplace):
         program, *arguments = shlex.split(command)
         assert program == "forgetfilter"
         if "decision.json" in arguments:
-            fingerprint = Trace.open("out/forgetfilter").manifest["fingerprint"]
-            decision = {"measure": "loss", "threshold": None, "by_hand": {}, "fingerprint": fingerprint}
+            identity = Trace.open("out/forgetfilter").identity()
+            decision = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": identity}
             (workplace / "decision.json").write_text(json.dumps(decision))
         result = CliRunner().invoke(app, arguments)
         # A random model forgets nothing in particular.

@@ -127,7 +127,8 @@ def test_what_is_decided_goes_out_and_in_again(page, review, tmp_path):
     page.locator(f"select[data-sample='{ids[most]}']").select_option("keep")
     page.select_option("#view", "kept")
     page.locator(f"select[data-sample='{ids[least]}']").select_option("remove")
-    assert "By hand: 1 kept, 1 removed" in page.inner_text("#decision")
+    assert "By hand: 1 kept, 1 removed." in page.inner_text("#decision")
+    assert "50 of 150 removed, 100 kept. Against the audit column: precision 0.980" in page.inner_text("#decision")
     with page.expect_download() as download:
         page.click("#export")
     file = tmp_path / "decision.json"
@@ -137,7 +138,7 @@ def test_what_is_decided_goes_out_and_in_again(page, review, tmp_path):
         "measure": "loss",
         "threshold": result.threshold,
         "by_hand": {ids[most]: "keep", ids[least]: "remove"},
-        "fingerprint": trace.manifest["fingerprint"],
+        "trace": trace.identity(),
     }
     page.reload()
     page.wait_for_selector("#rows tr")
@@ -145,7 +146,7 @@ def test_what_is_decided_goes_out_and_in_again(page, review, tmp_path):
     page.set_input_files("#import", file)
     expect(page.locator("#decision")).to_contain_text("By hand: 1 kept, 1 removed")
     assert float(page.input_value("#phi-number")) == 3.0
-    file.write_text(json.dumps({**decision, "fingerprint": "other"}))
+    file.write_text(json.dumps({**decision, "trace": "other"}))
     page.set_input_files("#import", file)
     expect(page.locator("#problem")).to_contain_text("another trace")
 

@@ -108,9 +108,10 @@ function verdict(row) {
 }
 
 function showCounts() {
-  // Samples without texts on the page cannot be overruled here, so a handful of rows by hand is counted apart.
   const scale = data.samples / last.length, about = data.sampled ? "about " : "";
   const removed = last.map((value) => value > plottedPhi);
+  // Of a part drawn at random, the few that are decided by hand are not scaled up: they are told, and not counted in.
+  if (!data.sampled) for (const row of data.rows) if (byHand.has(row.id)) removed[row.row] = byHand.get(row.id) === "remove";
   const above = removed.filter(Boolean).length;
   let text = `φ = ${format(phi)}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
@@ -119,7 +120,7 @@ function showCounts() {
   }
   $("counts").textContent = text;
   const kept = [...byHand.values()].filter((choice) => choice === "keep").length;
-  $("decision").textContent = `${text} By hand: ${kept} kept, ${byHand.size - kept} removed.`;
+  $("decision").textContent = `${text} By hand: ${kept} kept, ${byHand.size - kept} removed${data.sampled ? " (not counted in)" : ""}.`;
 }
 
 let drawing = 0;
@@ -221,7 +222,7 @@ function showRows() {
 function exported() {
   return {
     measure: data.measure, threshold: touched ? phi : data.threshold,
-    by_hand: Object.fromEntries(byHand), fingerprint: data.fingerprint,
+    by_hand: Object.fromEntries(byHand), trace: data.trace,
   };
 }
 
@@ -237,7 +238,7 @@ async function goOn(file) {
   $("problem").textContent = "";
   try {
     const decision = JSON.parse(await file.text());
-    if (decision.fingerprint !== data.fingerprint) throw new Error("it was made on another trace");
+    if (decision.trace !== data.trace) throw new Error("it was made on another trace");
     if (decision.measure !== data.measure) throw new Error(`it is of ${decision.measure} forgetting, this page of ${data.measure}`);
     const choices = Object.entries(decision.by_hand);
     if (!choices.every(([, choice]) => choice === "keep" || choice === "remove")) throw new Error("by_hand holds neither keep nor remove");
@@ -253,7 +254,7 @@ async function goOn(file) {
 // ---- at the beginning ----
 
 $("summary").textContent = data.summary;
-$("about").textContent = `Model ${data.model}. Trace ${data.fingerprint}.` +
+$("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
   (data.sampled ? ` The graphs and the counts below show ${count(last.length)} of the ${count(data.samples)} samples, drawn at random.` : "");
 $("shown").textContent = data.all_shown
   ? `All ${count(data.rows.length)} samples.`
