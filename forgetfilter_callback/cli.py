@@ -212,12 +212,9 @@ def score(
             return
         for role, mean in means.items():
             typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(rows):,} rows")
-        complete = len(trace.records()) > 1 and {RECORD_OF[role] for role in ("before", "after")} <= set(
-            trace.records()
-        )
-        typer.echo(
-            f"Trace in {output}. Next: forgetfilter {'report' if complete else 'score … --before … --after …'} {output}"
-        )
+        complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
+        rest = f"forgetfilter report {output}" if complete else "`score` --before and --after there too"
+        typer.echo(f"Trace in {output}. Next: {rest}")
 
 
 @app.command(name="filter")
