@@ -226,8 +226,8 @@ def _refuse_shared(noisy: EncodedRows, safety: EncodedRows) -> None:
     shared = pc.is_in(safety.ids, value_set=noisy.ids).true_count
     if shared:
         raise DataError(
-            f"{shared} of the {len(safety)} safe rows are in the noisy set too, so they cannot be forgotten. Take them out of "
-            "one of the two."
+            f"{shared} of the {len(safety)} safe rows are in the noisy set too, so they cannot be forgotten. Take them "
+            "out of one of the two."
         )
 
 
