@@ -337,6 +337,7 @@ def run_demo(
         args,
         safety_args=dataclasses.replace(args, num_train_epochs=2),
         tracker=ForgetTracker(trace_dir=trace_folder),
+        measure="loss",  # the unsafe answers are names of which most stand in one row only: nothing to pool
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )

@@ -32,8 +32,10 @@ LEAST_LEARNT = 0.1
 POOLED_SHRINKAGE = 3
 # `pooled`: how many of a sample's largest pooled rises are averaged.
 POOLED_LARGEST = 3
-# `smoothed`: which share of a sample's tokens is averaged, the most forgotten; how strong the ridge may be, in units of the
+# `smoothed`: how far a token's own loss is trusted where no other sample has the token; which share of a sample's tokens is
+# averaged, the most forgotten; how strong the ridge may be, in units of the
 # mean squared singular value.
+SMOOTHED_TRUST = 0.25
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
@@ -88,8 +90,9 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
     Returns:
         `np.ndarray` of shape `(samples,)`, float64, nats; NaN where no token counts, or losses are not finite.
     """
-    values = _mean_of_largest(pooled_rises(tokens, offsets, before, after), offsets, lambda counts: POOLED_LARGEST)
-    values[~_all_finite(after - before, offsets)] = np.nan
+    rises = after.astype(np.float64) - before
+    values = _mean_of_largest(pooled(tokens, offsets, rises), offsets, lambda counts: POOLED_LARGEST)
+    values[~_all_finite(rises, offsets)] = np.nan
     return values
 
 
@@ -98,11 +101,12 @@ def smoothed_forgetting(
 ) -> np.ndarray:
     """What tokens and samples that are alike agree on: the forgetting that is systematic, without what is a sample's own.
 
-    A token's loss counts as risen as far as its own rise and its rise in the other samples (see [`pooled_rises`]) both go:
-    the smaller of the two, r. So it has lost the share 1 − e^−r of its probability (where r is negative, it has won the
-    share 1 − e^r of the later one, which counts below 0). The mean over the tenth of a sample's tokens that lost most is the
-    sample's. Then a ridge regression of that on the direction of the samples' states, whose strength is chosen by leaving
-    samples out, draws a sample towards those that M1 takes for its like: the fitted values.
+    A token whose loss rises by r has lost the share 1 − e^−r of its probability (where r is negative, it has won the share
+    1 − e^r of the later one, which counts below 0). That counts as far as the token's own loss and its loss in the other
+    samples (see [`pooled`]; a token that no other sample has is trusted with a quarter of its own) both go: the smaller of
+    the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
+    the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
+    M1 takes for its like: the fitted values.
 
     Args:
         tokens, offsets, before, after:
@@ -114,11 +118,11 @@ def smoothed_forgetting(
         `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 all (fitted values may lie somewhat outside); NaN
         where no token counts, or losses or states are not finite.
     """
-    own = after.astype(np.float64) - before
-    agreed = np.minimum(own, pooled_rises(tokens, offsets, before, after))
-    lost = -np.sign(agreed) * np.expm1(-np.abs(agreed))
-    largest = _mean_of_largest(lost, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
-    known = np.isfinite(largest) & np.isfinite(states).all(axis=1) & _all_finite(own, offsets)
+    rises = after.astype(np.float64) - before
+    lost = -np.sign(rises) * np.expm1(-np.abs(rises))
+    agreed = np.minimum(lost, pooled(tokens, offsets, lost, prior=SMOOTHED_TRUST * lost))
+    largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
+    known = np.isfinite(largest) & np.isfinite(states).all(axis=1) & _all_finite(rises, offsets)
     values = np.full(len(largest), np.nan)
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
@@ -132,14 +136,13 @@ def smoothed_forgetting(
     return values
 
 
-def pooled_rises(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The rise of each token, averaged over that token's occurrences in the other samples, and three zeros.
+def pooled(tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:
+    """Each token's value, averaged over that token's occurrences in the other samples, and three of `prior`.
 
     Returns:
-        `np.ndarray` of shape `(counted_tokens,)`, float64, nats.
+        `np.ndarray` of shape `(counted_tokens,)`, float64.
     """
-    rises = after.astype(np.float64) - before
-    rises[~np.isfinite(rises)] = 0.0  # a diverged token must not reach the other samples
+    values = np.where(np.isfinite(values), values, 0.0)  # a diverged token must not reach the other samples
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     kinds, kind = np.unique(tokens, return_inverse=True)
     _, of_sample = np.unique(samples * len(kinds) + kind, return_inverse=True)
@@ -147,9 +150,9 @@ def pooled_rises(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, af
     def total(group: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(group, weights=weights)[group]
 
-    others_rise = total(kind, rises) - total(of_sample, rises)
+    others = total(kind, values) - total(of_sample, values)
     others_count = total(kind) - total(of_sample)
-    return others_rise / (others_count + POOLED_SHRINKAGE)
+    return (others + POOLED_SHRINKAGE * prior) / (others_count + POOLED_SHRINKAGE)
 
 
 def _all_finite(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ ANCHOR: dict[Measure, float] = {
 }
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
 # of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it...
-LEAST_DISTANCE = 2.5
+LEAST_DISTANCE = 2.41
 # ...and further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
@@ -64,7 +64,7 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
 
     φ is where half is lost, for `smoothed` a quarter (see [`ANCHOR`]), or, for `smoothed`, where two populations part if
     that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are not set
-    apart: their median within 2.5 robust standard deviations of the others' median, or no further out than the tail of a
+    apart: their median within 2.41 robust standard deviations of the others' median, or no further out than the tail of a
     normal population of its size would be.
 
     Args:

@@ -69,20 +69,24 @@ def test_higher_is_more_forgotten_for_all():
     assert rouge_forgetting(high, low) > 0
 
 
+def share_lost(rise):
+    return 1 - math.exp(-rise) if rise > 0 else math.exp(rise) - 1
+
+
 def smoothed_by_hand(tokens, before, after, states, strengths):
     """Loops; the strength by leaving each sample out in turn and solving anew."""
     largest = []
     for i, own in enumerate(tokens):
         agreed = []
+        lost = [share_lost(float(after[i][k]) - float(before[i][k])) for k in range(len(own))]
         for place, token in enumerate(own):
             others = [
-                float(after[j][k]) - float(before[j][k])
+                share_lost(float(after[j][k]) - float(before[j][k]))
                 for j in range(len(tokens))
                 for k in range(len(tokens[j]))
                 if j != i and tokens[j][k] == token
             ]
-            rise = min(float(after[i][place]) - float(before[i][place]), sum(others) / (len(others) + 3))
-            agreed.append(1 - math.exp(-rise) if rise > 0 else math.exp(rise) - 1)
+            agreed.append(min(lost[place], (sum(others) + 3 * 0.25 * lost[place]) / (len(others) + 3)))
         agreed.sort(reverse=True)
         largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]))
     y, mean = np.array(largest) - np.mean(largest), np.mean(largest)
@@ -128,4 +132,4 @@ def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):
     ):
         assert np.isnan(values[3])
     alone = smoothed_forgetting(np.array([7]), np.array([0, 1]), np.zeros(1), np.ones(1), np.ones((1, 2)))
-    np.testing.assert_allclose(alone, [0.0])  # nobody agrees
+    np.testing.assert_allclose(alone, [0.25 * (1 - math.exp(-1))])  # nobody agrees: trusted with a quarter
