@@ -185,7 +185,11 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             ours = str(arm).startswith("forgetfilter")
             axes.scatter(point["task"], point["unsafe"], color="tab:blue" if ours else "tab:gray", zorder=3)
             axes.annotate(
-                str(arm), (point["task"], point["unsafe"]), xytext=(4, 4), textcoords="offset points", fontsize=8
+                str(arm),
+                (point["task"], point["unsafe"]),
+                xytext=(4, -12 if ours else 4),
+                textcoords="offset points",
+                fontsize=8,
             )
         axes.set(
             title=scenario, xlabel="task (higher is better)", ylabel="unsafe (lower is better)", ylim=(-0.03, None)
