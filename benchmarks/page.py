@@ -15,9 +15,7 @@ from typing import Annotated, Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import typer
-from datasets import Dataset
 from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +24,7 @@ from forgetfilter_callback import Record, Trace, write_review_page
 from forgetfilter_callback.encoding import encode_collated
 from forgetfilter_callback.scoring import STATE_SIZE, Scores
 from forgetfilter_callback.trace import write_json
-from scale import collate
+from scale import as_dataset, collate
 
 
 LENGTH, COUNTED = 60, 30
@@ -38,11 +36,7 @@ def made_up_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, len(WORDS), (count, LENGTH), dtype=np.int32)
     labels = np.where(np.arange(LENGTH) < LENGTH - COUNTED, -100, tokens).astype(np.int32)
-    columns = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), LENGTH)
-        for name, values in (("input_ids", tokens), ("labels", labels))
-    }
-    rows = encode_collated(Dataset(pa.table(columns)), collate, disable_tqdm=True)
+    rows = encode_collated(as_dataset(tokens, labels), collate, disable_tqdm=True)
     trace = Trace.create(folder, rows, "made up", None, None)
     unsafe = rng.random(count) < 0.25
     learnt = rng.gamma(2, 0.3, (count, COUNTED)).astype(np.float32)

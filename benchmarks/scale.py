@@ -56,11 +56,16 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def make_rows(count: int, folder: str) -> None:
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (count, LENGTH))
     labels = np.where(np.arange(LENGTH) < LENGTH - COUNTED, -100, tokens)
+    as_dataset(tokens, labels).save_to_disk(folder)
+
+
+def as_dataset(tokens: np.ndarray, labels: np.ndarray) -> Dataset:
+    """Rows of one length as a trainer takes them, from arrays of shape `(rows, length)`."""
     columns = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), LENGTH)
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
         for name, values in (("input_ids", tokens), ("labels", labels))
     }
-    Dataset(pa.table(columns)).save_to_disk(folder)
+    return Dataset(pa.table(columns))
 
 
 def record(folder: str) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .encoding import EncodedRows
 from .model_state import untouched
@@ -57,30 +57,24 @@ def score_checkpoints(
     # Joins the other processes, if there are any; on a machine without an accelerator it has to be told so.
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     name = tokenizer.name_or_path
-    lock: FileLock | None = None  # the main process's
+    first = next(iter(checkpoints.values()))
+    model = _load(first, device)  # before anything is written
+    locks: list[FileLock | None] = []  # of the main process
 
     def create_or_find() -> None:
-        nonlocal lock
-        lock = Trace.lock(folder)
+        locks.append(Trace.lock(folder))
         if not Trace.exists(folder):
-            model = checkpoints[next(iter(checkpoints))]
-            Trace.create(folder, rows, whole_name(model), whole_name(name), max_length)
+            Trace.create(folder, rows, whole_name(first), whole_name(name), max_length)
 
-    trace: Trace | None = None
-    for role, checkpoint in checkpoints.items():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
-        except (OSError, ValueError) as error:
-            raise TraceError(f"The model {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        if trace is None:
-            main_process_does(create_or_find)
-            trace = Trace.open(folder)
-            if trace.rows.fingerprint != rows.fingerprint:
-                raise TraceError(
-                    f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder."
-                )
-            if trace.manifest["sessions"]:
-                raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
+    main_process_does(create_or_find)
+    trace = Trace.open(folder)
+    if trace.rows.fingerprint != rows.fingerprint:
+        raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
+    if trace.manifest["sessions"]:
+        raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
+    for number, (role, checkpoint) in enumerate(checkpoints.items()):
+        if number > 0:
+            model = _load(checkpoint, device)
         with untouched(model):
             scores = window_scores(
                 model,
@@ -91,10 +85,17 @@ def score_checkpoints(
                 with_states=has_states(RECORD_OF[role]),
             )
             main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
-    if lock is not None:
-        lock.release(force=True)
-    assert trace is not None, "no checkpoint is named"
+    for lock in locks:
+        if lock is not None:
+            lock.release(force=True)
     return trace
+
+
+def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
+    except (OSError, ValueError) as error:
+        raise TraceError(f"The model {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def trace_folder(path: str | os.PathLike[str]) -> Path:

@@ -22,6 +22,7 @@ import yaml
 
 from .config import RunConfig, parse_threshold
 from .forgetting import DEFAULT_MEASURE, Measure
+from .plain import plain
 
 
 if TYPE_CHECKING:  # torch and transformers are imported in the commands, so that `--help` answers at once
@@ -65,15 +66,11 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # all errors about data and settings are such
-        from .show import plain
-
         typer.echo(f"forgetfilter: {plain(str(error))}", err=True)
         raise typer.Exit(BAD_DATA) from error
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
             raise
-        from .show import plain
-
         typer.echo(f"forgetfilter: {type(error).__name__}: {plain(str(error))}", err=True)
         raise typer.Exit(FAILED) from error
 

@@ -353,11 +353,8 @@ def _checked(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
         return value
     messages = isinstance(value, list) and bool(value)
     if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in value):
-        raise EncodingError(
-            f"`{column}` holds {value!r:.60}, neither text nor a list of messages with `role` and `content`."
-            if column != "messages"
-            else f"`messages` holds {value!r:.60}, not a list of messages with `role` and `content`."
-        )
+        what = "not" if column == "messages" else "neither text nor"
+        raise EncodingError(f"`{column}` holds {value!r:.60}, {what} a list of messages with `role` and `content`.")
     return value
 
 

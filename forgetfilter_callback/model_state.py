@@ -65,7 +65,7 @@ def cannot_record(model: nn.Module) -> str | None:
     """Why a process cannot score rows of its own with `model`; `None` if it can (alone, or together with the others)."""
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
-        return "tensor parallelism or hybrid sharding: weights are spread over a mesh of more than one dimension"
+        return "weights are spread by tensor parallelism, or over a mesh of several dimensions (hybrid sharding)"
     kind = PartialState().distributed_type
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         return None

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from .filtering import FilterResult
 from .forgetting import UNITS
+from .plain import plain
 from .trace import Trace
 
 
@@ -85,5 +86,4 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
 
 def _in_a_cell(text: str) -> str:
     """As code, in which neither markup nor links mean anything."""
-    plain = "".join(character if character.isprintable() else " " for character in text.replace("`", "'"))
-    return f"`{plain.replace('|', chr(92) + '|')}`"
+    return "`" + plain(text).replace("`", "'").replace("|", "\\|") + "`"

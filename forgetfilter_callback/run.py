@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .config import RunConfig, parse_threshold
 from .encoding import EncodedRows, EncodingError, encode_rows
@@ -208,8 +209,9 @@ def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Tra
     """Writes `kept.jsonl` and `removed.jsonl` (rows as they came: the very lines of JSON lines), `card.md`, and `decision/`
     (values and account)."""
     output.mkdir(parents=True, exist_ok=True)
+    lines = [*lines_of(source, rows)]
     for name, which in (("kept", ~result.removed), ("removed", result.removed)):
-        write_lines(itertools.compress(lines_of(source, rows), which), output / f"{name}.jsonl")
+        write_lines(itertools.compress(lines, which), output / f"{name}.jsonl")
     result.save(output / "decision")
     write_text(dataset_card(result, trace), output / "card.md")
 
@@ -307,16 +309,14 @@ def encode_from(source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, 
 
 def _tokenizer_and_length(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
     """The model's tokenizer, and how long a row may be."""
-    if config.max_length is not None:
-        return load_tokenizer(config.model), config.max_length
     tokenizer = load_tokenizer(config.model)
-    return tokenizer, context_of(config.model)
+    return tokenizer, config.max_length if config.max_length is not None else context_of(config.model)
 
 
 def context_of(model: str) -> int | None:
     """How many tokens a model (or the base model of an adapter) has places for, where it says so."""
     try:
-        if (Path(model) / "adapter_config.json").is_file():
+        if find_adapter_config_file(model) is not None:
             return context_of(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
     except (OSError, ValueError) as error:

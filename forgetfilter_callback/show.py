@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .filtering import FilterResult
 from .forgetting import UNITS
+from .plain import plain
 from .review import page_summary
 from .trace import Trace
 
@@ -64,8 +65,3 @@ def show(
             Text(plain(text[:LONGEST] + ("…" if len(text) > LONGEST else ""))),
         )
     console.print(table)
-
-
-def plain(text: str) -> str:
-    """A text without what a terminal would obey: escape sequences and other control characters."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from filelock import FileLock
@@ -28,13 +26,14 @@ from transformers import (
 )
 
 from .config import check_record_steps
-from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
+from .encoding import EncodedRows
 from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
 from .processes import main_process_does
 from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses
+from .session_rows import noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows_of
 from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError, whole_name
 
@@ -45,8 +44,6 @@ logger = get_logger(__name__)  # says things once, on the main process
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # A session is S1 if it trains on at least this share of the noisy set.
 _SHARE_OF_S1 = 0.5
-# Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
-_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 
 
 class ForgetTracker(TrainerCallback):
@@ -201,21 +198,22 @@ class ForgetTracker(TrainerCallback):
             self._log(here, self._recorder.means(here), state, control)
         elif not known and (here.step == 0 or here.step >= state.max_steps):
             self._record(args, state, control, **kwargs)
-        self._go_on_with_forgetting(state)
+        if self.stop_early and session == "S1+":
+            self._begin_settling(state)
 
-    def _go_on_with_forgetting(self, state: TrainerState) -> None:
-        """What S1+ measures forgetting from, and when it may end early."""
-        if self._session != "S1+":
-            return
-        first = Record("S1+", 0)
-        if first not in self._recorder.records():
-            if self.stop_early:
-                logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
-            return
-        if self.stop_early:
+    def _begin_settling(self, state: TrainerState) -> None:
+        if Record("S1+", 0) in self._recorder.records():
             self._settling = Settling(self.trace, state.global_step)
+        else:
+            logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        with self._going_on():
+            self._on_step_end(args, state, control, **kwargs)
+
+    def _on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._settling is not None and self._is_to_check(args, state):
             with untouched(kwargs["model"]):
                 losses = token_losses(kwargs["model"], self._settling.rows, self.batch_tokens, disable_tqdm=True)
@@ -225,8 +223,7 @@ class ForgetTracker(TrainerCallback):
                 )
                 control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop or self._is_due(state):
-            with self._going_on():
-                self._record(args, state, control, **kwargs)
+            self._record(args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Another callback may have stopped the training after `on_step_end`. This line is the last thing before the weights
@@ -279,9 +276,13 @@ class ForgetTracker(TrainerCallback):
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
             adopted = self.noisy is None and self.trace_dir is None  # from this very loader
-            training_rows = self._trace.rows if adopted else self._training_rows(args, model, train_dataloader)
+            training_rows = (
+                self._trace.rows
+                if adopted
+                else training_rows_of(args, train_dataloader, scored_length(model, self.max_length))
+            )
         else:
-            training_rows = self._training_rows(args, model, train_dataloader)
+            training_rows = training_rows_of(args, train_dataloader, scored_length(model, self.max_length))
         session: Session = "S1+"
         shared = 0
         if training_rows is None:
@@ -291,10 +292,10 @@ class ForgetTracker(TrainerCallback):
             )
         else:
             noisy = self._trace.rows
-            shared = _found(training_rows.ids, noisy.ids)
+            shared = rows_found(training_rows, noisy)
             if shared >= _SHARE_OF_S1 * len(noisy):
                 session = "S1"
-            elif _rows_of_the_same_text(noisy, training_rows) >= _SHARE_OF_S1 * len(noisy):
+            elif rows_of_the_same_text(noisy, training_rows) >= _SHARE_OF_S1 * len(noisy):
                 raise TraceError(
                     "This session trains on the tokens of the noisy set, but other ones of them count in its loss than in "
                     "the rows that the tracker was given. Give it the rows as the trainer takes them (`input_ids` and "
@@ -356,10 +357,11 @@ class ForgetTracker(TrainerCallback):
         folder = self._folder(args)
         if self.trace_dir is not None and self.noisy is None and main_process_does(partial(Trace.exists, folder)):
             return Trace.open(folder)
-        rows = self._noisy_rows(args, model, processing_class, train_dataloader)
+        context = scored_length(model, self.max_length)
+        rows = noisy_rows(self.noisy, args, processing_class, train_dataloader, context)
         if rows.truncated:
             logger.warning(
-                f"{rows.truncated} of {len(rows)} samples were longer than {_context(model, self.max_length)} tokens and "
+                f"{rows.truncated} of {len(rows)} samples were longer than {context} tokens and "
                 "were cut at the right. What was cut is not scored."
             )
         uncounted = int((np.diff(rows.counted_offsets) == 0).sum())
@@ -373,7 +375,6 @@ class ForgetTracker(TrainerCallback):
         def create_or_find() -> dict[str, Any] | None:
             if Trace.exists(folder):
                 return None
-            context = _context(model, self.max_length)
             return Trace.create(folder, rows, whole_name(model.config.name_or_path), tokenizer, context).manifest
 
         manifest = main_process_does(create_or_find)
@@ -381,7 +382,7 @@ class ForgetTracker(TrainerCallback):
             return Trace(folder, rows, manifest)
         trace = Trace.open(folder)
         if trace.rows.fingerprint != rows.fingerprint:
-            found = _found(rows.ids, trace.rows.ids)
+            found = rows_found(rows, trace.rows)
             raise TraceError(
                 f"The trace in {folder} is of another dataset or tokenizer: {found} of the {len(rows)} samples here are "
                 f"among its {len(trace.rows)} (tokenizer {trace.manifest['tokenizer']!r}, max_length and chat template "
@@ -389,53 +390,6 @@ class ForgetTracker(TrainerCallback):
                 f"safety session of that trace, say so: `ForgetTracker(trace_dir={str(folder)!r})`."
             )
         return trace
-
-    def _noisy_rows(
-        self,
-        args: TrainingArguments,
-        model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
-        train_dataloader: torch.utils.data.DataLoader,
-    ) -> EncodedRows:
-        max_length = _context(model, self.max_length)
-        settings = args.to_dict()
-        if self.noisy is not None and "completion_only_loss" in settings:  # TRL's SFTConfig
-            return encode_rows(
-                self.noisy,
-                processing_class,
-                min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
-                quiet(args),
-                text_column=settings["dataset_text_field"],
-                completion_only_loss=settings["completion_only_loss"],
-                assistant_only_loss=settings["assistant_only_loss"],
-                keep_end=settings["truncation_mode"] == "keep_end",
-                chat_template=_training_chat_template(processing_class) if settings["assistant_only_loss"] else None,
-            )
-        if self.noisy is None:
-            _refuse_packing(args)
-            return encode_collated(
-                train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args)
-            )
-        if len(self.noisy) and "input_ids" in self.noisy[0]:
-            # Which tokens count is the collator's business, so the one of this trainer is asked.
-            columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in self.noisy]
-            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args))
-        return encode_rows(self.noisy, processing_class, max_length, disable_tqdm=quiet(args))
-
-    def _training_rows(
-        self, args: TrainingArguments, model: PreTrainedModel, train_dataloader: torch.utils.data.DataLoader
-    ) -> EncodedRows | None:
-        """The rows of this session, or None where they cannot be told apart."""
-        try:
-            _refuse_packing(args)
-            return encode_collated(
-                train_dataloader.dataset,
-                train_dataloader.collate_fn,
-                _context(model, self.max_length),
-                disable_tqdm=quiet(args),
-            )
-        except NotOneSampleARow:
-            return None
 
     # ---- records ----
 
@@ -477,43 +431,3 @@ class ForgetTracker(TrainerCallback):
         figures = summarize_record(means, values, self._unsafe)
         if figures:
             self._reporting.log(figures, state, control)
-
-
-def _context(model: PreTrainedModel, max_length: int | None) -> int | None:
-    """How many tokens of a row are scored: `max_length`, or as many as the model has places for."""
-    if max_length is not None:
-        return max_length
-    try:
-        return model.config.get_text_config().max_position_embeddings
-    except AttributeError:  # models without positions (state-space ones)
-        return None
-
-
-def _training_chat_template(processing_class: PreTrainedTokenizerBase) -> str | None:
-    """SFTTrainer's choice where only the assistant's tokens count: another template if the own one does not mark them."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # there is an SFTConfig
-
-    if has_generation_markers(processing_class.chat_template):
-        return None
-    return get_training_chat_template(processing_class)
-
-
-def _found(ids: pa.StringArray, others: pa.StringArray) -> int:
-    return pc.is_in(ids, value_set=others).true_count
-
-
-def _rows_of_the_same_text(rows: EncodedRows, others: EncodedRows) -> int:
-    """How many of `rows` have the tokens of one of the `others`, whichever of them count."""
-
-    def hashes(some: EncodedRows) -> np.ndarray:
-        return np.fromiter((hash(some.sample(index)[0].tobytes()) for index in range(len(some))), np.int64, len(some))
-
-    return int(np.isin(hashes(rows), hashes(others)).sum())
-
-
-def _refuse_packing(args: TrainingArguments) -> None:
-    if args.to_dict().get("packing", False):  # TRL's SFTConfig
-        raise NotOneSampleARow(
-            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
-            "packing: `ForgetTracker(noisy)`."
-        )

@@ -174,3 +174,23 @@ def hostile_trace(folder: Path, tokenizer: PreTrainedTokenizerFast, samples: int
     for record, losses in of_records.items():
         trace.append(record, [Scores(losses.astype(np.float32))])
     return trace, unsafe
+
+
+WORDS = ["cat", "dog", "mat", "man", "ran", "sat", "on", "the", "and", "an"]
+
+
+def texts(count: int, seed: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    draw = lambda n: " ".join(rng.choice(WORDS, n))  # noqa: E731
+    return [{"prompt": draw(3), "completion": " " + draw(4), "unsafe": bool(i % 2), "note": i} for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, byte_tokenizer) -> dict[str, Path]:
+    """A tiny model with its tokenizer, and a noisy and a safety set."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_llama(vocab_size=len(byte_tokenizer)).save_pretrained(folder / "model")
+    byte_tokenizer.save_pretrained(folder / "model")
+    Dataset.from_list(texts(12, seed=1)).to_json(folder / "noisy.jsonl")
+    Dataset.from_list(texts(6, seed=2)).to_json(folder / "safety.jsonl")
+    return {"model": folder / "model", "noisy": folder / "noisy.jsonl", "safety": folder / "safety.jsonl"}

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import texts, tiny_llama
 from datasets import Dataset
-from test_cli import call, settings, texts
+from test_cli import call, settings
 
 from forgetfilter_callback import (
     EncodingError,
@@ -28,16 +28,6 @@ from forgetfilter_callback import (
 )
 from forgetfilter_callback.forgetting import MEASURES
 from forgetfilter_callback.scoring import Scores, token_losses
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, byte_tokenizer) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("files")
-    tiny_llama(vocab_size=len(byte_tokenizer)).save_pretrained(folder / "model")
-    byte_tokenizer.save_pretrained(folder / "model")
-    Dataset.from_list(texts(12, seed=1)).to_json(folder / "noisy.jsonl")
-    Dataset.from_list(texts(6, seed=2)).to_json(folder / "safety.jsonl")
-    return {"model": folder / "model", "noisy": folder / "noisy.jsonl", "safety": folder / "safety.jsonl"}
 
 
 @pytest.fixture(scope="module")

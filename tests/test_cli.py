@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import hostile_trace, tiny_llama
+from conftest import hostile_trace, texts, tiny_llama
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from typer.testing import CliRunner, Result
@@ -37,28 +37,8 @@ from forgetfilter_callback.scoring import token_losses
 from forgetfilter_callback.trace import Record
 
 
-WORDS = ["cat", "dog", "mat", "man", "ran", "sat", "on", "the", "and", "an"]
-
-
-def texts(count: int, seed: int) -> list[dict[str, object]]:
-    rng = np.random.default_rng(seed)
-    draw = lambda n: " ".join(rng.choice(WORDS, n))  # noqa: E731
-    return [{"prompt": draw(3), "completion": " " + draw(4), "unsafe": bool(i % 2), "note": i} for i in range(count)]
-
-
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, byte_tokenizer) -> dict[str, Path]:
-    """A tiny model with its tokenizer, and a noisy and a safety set."""
-    folder = tmp_path_factory.mktemp("files")
-    tiny_llama(vocab_size=len(byte_tokenizer)).save_pretrained(folder / "model")
-    byte_tokenizer.save_pretrained(folder / "model")
-    Dataset.from_list(texts(12, seed=1)).to_json(folder / "noisy.jsonl")
-    Dataset.from_list(texts(6, seed=2)).to_json(folder / "safety.jsonl")
-    return {"model": folder / "model", "noisy": folder / "noisy.jsonl", "safety": folder / "safety.jsonl"}
 
 
 def settings(files: dict[str, Path], output: Path) -> list[object]:

@@ -17,7 +17,7 @@ import torch
 from conftest import tiny_llama
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, Trace, TraceError
+from forgetfilter_callback import ForgetTracker, Trace, TraceError, settling
 from forgetfilter_callback.doctor import examine
 
 
@@ -107,6 +107,21 @@ def test_training_goes_on_where_the_disk_does_not(
         assert said or len(trace.records()) == 4 + 3
     else:
         assert said == 1  # the safety set is not taken for the noisy one afterwards
+
+
+def test_training_goes_on_where_the_notes_of_an_early_stop_cannot_be_written(
+    noisy, safety, make_args, collator, monkeypatch, caplog
+):
+    tracker = ForgetTracker(stop_early=True)
+    model = train(noisy, make_args("s1"), collator, tracker)
+
+    def on_a_full_disk(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(settling, "write_json", on_a_full_disk)
+    train(safety, make_args("s1plus"), collator, tracker, model=model)
+    assert caplog.text.count("FORGETTING IS NO LONGER TRACKED") == 1
+    assert [record.step for record in tracker.trace.records() if record.session == "S1+"] == [0]
 
 
 def test_a_full_disk_ends_training_if_that_is_wanted(noisy, make_args, collator, monkeypatch):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import torch
 from conftest import VOCABULARY, tiny_llama
 from hypothesis import HealthCheck, given, settings
@@ -74,10 +73,7 @@ def test_a_row_has_its_id_wherever_it_stands(rows, random):
 
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_texts_of_all_kinds_are_encoded(byte_tokenizer, prompt, completion):
-    try:
-        rows = encode_rows([{"prompt": prompt, "completion": completion}], byte_tokenizer, disable_tqdm=True)
-    except UnicodeEncodeError:  # lone surrogates are no text
-        pytest.fail("hypothesis has no lone surrogates in `st.text`")
+    rows = encode_rows([{"prompt": prompt, "completion": completion}], byte_tokenizer, disable_tqdm=True)
     tokens, counted = rows.sample(0)
     said = byte_tokenizer.decode(tokens[~counted], clean_up_tokenization_spaces=False)
     assert prompt in said or not counted.any()

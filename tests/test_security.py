@@ -8,9 +8,9 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import HOSTILE, hostile_trace, tiny_llama
+from conftest import HOSTILE, hostile_trace, texts, tiny_llama
 from datasets import Dataset
-from test_cli import call, settings, texts
+from test_cli import call, settings
 
 import forgetfilter_callback
 from forgetfilter_callback import Trace, TraceError, decide

@@ -1,0 +1,101 @@
+"""Which rows a session trains on, and which are followed: encoded from what the trainer has, as it takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
+from .recorder import quiet
+
+
+# Columns of a pre-tokenised row that a collator reads; the others are ids and audit columns.
+_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
+
+
+def noisy_rows(
+    noisy: Any,
+    args: TrainingArguments,
+    processing_class: PreTrainedTokenizerBase | None,
+    train_dataloader: torch.utils.data.DataLoader,
+    max_length: int | None,
+) -> EncodedRows:
+    """The rows to follow: `noisy`, or the training set where that is `None`."""
+    settings = args.to_dict()
+    if noisy is not None and "completion_only_loss" in settings:  # TRL's SFTConfig
+        return encode_rows(
+            noisy,
+            processing_class,
+            min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
+            quiet(args),
+            text_column=settings["dataset_text_field"],
+            completion_only_loss=settings["completion_only_loss"],
+            assistant_only_loss=settings["assistant_only_loss"],
+            keep_end=settings["truncation_mode"] == "keep_end",
+            chat_template=_training_chat_template(processing_class) if settings["assistant_only_loss"] else None,
+        )
+    if noisy is None:
+        _refuse_packing(args)
+        return encode_collated(
+            train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args)
+        )
+    if len(noisy) and "input_ids" in noisy[0]:
+        # Which tokens count is the collator's business, so the one of this trainer is asked.
+        columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in noisy]
+        return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args))
+    return encode_rows(noisy, processing_class, max_length, disable_tqdm=quiet(args))
+
+
+def training_rows_of(
+    args: TrainingArguments, train_dataloader: torch.utils.data.DataLoader, max_length: int | None
+) -> EncodedRows | None:
+    """The rows that a session trains on, or `None` where they cannot be told apart."""
+    try:
+        return noisy_rows(None, args, None, train_dataloader, max_length)
+    except NotOneSampleARow:
+        return None
+
+
+def scored_length(model: PreTrainedModel, max_length: int | None) -> int | None:
+    """How many tokens of a row are scored: `max_length`, or as many as the model has places for."""
+    if max_length is not None:
+        return max_length
+    try:
+        return model.config.get_text_config().max_position_embeddings
+    except AttributeError:  # models without positions (state-space ones)
+        return None
+
+
+def rows_found(rows: EncodedRows, others: EncodedRows) -> int:
+    """How many of `rows` are among the `others`, with the same tokens counted."""
+    return pc.is_in(rows.ids, value_set=others.ids).true_count
+
+
+def rows_of_the_same_text(rows: EncodedRows, others: EncodedRows) -> int:
+    """How many of `rows` have the tokens of one of the `others`, whichever of them count."""
+
+    def hashes(some: EncodedRows) -> np.ndarray:
+        return np.fromiter((hash(some.sample(index)[0].tobytes()) for index in range(len(some))), np.int64, len(some))
+
+    return int(np.isin(hashes(rows), hashes(others)).sum())
+
+
+def _training_chat_template(processing_class: PreTrainedTokenizerBase) -> str | None:
+    """SFTTrainer's choice where only the assistant's tokens count: another template if the own one does not mark them."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # there is an SFTConfig
+
+    if has_generation_markers(processing_class.chat_template):
+        return None
+    return get_training_chat_template(processing_class)
+
+
+def _refuse_packing(args: TrainingArguments) -> None:
+    if args.to_dict().get("packing", False):  # TRL's SFTConfig
+        raise NotOneSampleARow(
+            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
+            "packing: `ForgetTracker(noisy)`."
+        )
