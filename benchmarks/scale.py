@@ -83,7 +83,7 @@ def record(folder: str) -> tuple[float, int]:
     encoded = encode_collated(rows, collate, disable_tqdm=True)
     with tempfile.TemporaryDirectory() as trace_folder:
         trace = Trace.create(trace_folder, encoded, "tiny", None, None)
-        trace.append(Record("S1", 0), window_scores(model, encoded, disable_tqdm=True))
+        trace.append(Record("S1+", 0), window_scores(model, encoded, disable_tqdm=True, with_states=True))
     return time.perf_counter() - started, peak.most - peak.first
 
 

@@ -110,9 +110,14 @@ class EncodedRows:
     def counted_offsets(self) -> np.ndarray:
         """Offsets, of shape `(samples + 1,)`, int64, of the samples in [`counted_tokens`]."""
         offsets = np.zeros_like(self.offsets)
-        with_tokens = np.flatnonzero(np.diff(self.offsets))
-        offsets[with_tokens + 1] = np.add.reduceat(self.counted, self.offsets[with_tokens], dtype=np.int64)
-        return np.cumsum(offsets, out=offsets)
+        for start in range(0, len(self), WINDOW):
+            begins = self.offsets[start : start + WINDOW + 1]
+            counts = np.zeros(len(begins) - 1, np.int64)
+            with_tokens = np.flatnonzero(np.diff(begins))
+            window = self.counted[begins[0] : begins[-1]]
+            counts[with_tokens] = np.add.reduceat(window, begins[with_tokens] - begins[0], dtype=np.int64)
+            offsets[start + 1 : start + 1 + len(counts)] = offsets[start] + np.cumsum(counts)
+        return offsets
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,7 +139,7 @@ def _encode(
     if total == 0:
         raise EncodingError("The noisy set is empty: there is nothing to track. Pass the rows you finetune on.")
     # Grown in place: a Python object a row would be larger than most rows.
-    all_tokens, all_counted, offsets, digests = array("i"), bytearray(), array("q", [0]), bytearray()
+    all_tokens, all_counted, offsets, ids = array("i"), bytearray(), array("q", [0]), bytearray()
     truncated = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
         try:
@@ -147,12 +152,12 @@ def _encode(
             truncated += 1
         counted[:1] = False
         token_bytes, counted_bytes = tokens.tobytes(), counted.tobytes()
-        digests += hashlib.blake2b(token_bytes + counted_bytes, digest_size=_DIGEST_BYTES).digest()
+        ids += hashlib.blake2b(token_bytes + counted_bytes, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
         all_tokens.frombytes(token_bytes)
         all_counted += counted_bytes
         offsets.append(len(all_tokens))
     return EncodedRows(
-        ids=_sample_ids(np.frombuffer(digests, f"V{_DIGEST_BYTES}")),
+        ids=_numbered(ids),
         tokens=np.frombuffer(all_tokens, np.int32),
         counted=np.frombuffer(all_counted, bool),
         offsets=np.frombuffer(offsets, np.int64),
@@ -160,28 +165,30 @@ def _encode(
     )
 
 
-def _sample_ids(digests: np.ndarray) -> pa.StringArray:
-    """Each digest with the number of times it stood before: `…-0`, and `…-1` for a row's first duplicate."""
-    order = np.argsort(digests.view(f"S{_DIGEST_BYTES}"), kind="stable")
-    # Places in that order whose digest is that of the place before; few, in most sets.
-    windows = ((start, digests[order[start : start + WINDOW + 1]]) for start in range(0, len(digests), WINDOW))
+def _numbered(ids: bytearray) -> pa.StringArray:
+    """The ids, which all end in `-0`, with the number of times a row stood before: `…-1` for its first duplicate."""
+    width = 2 * _DIGEST_BYTES + 2
+    rows = np.frombuffer(ids, f"S{width}")
+    order = np.argsort(rows, kind="stable")
+    # Places in that order whose row is that of the place before; few, in most sets.
+    windows = ((start, rows[order[start : start + WINDOW + 1]]) for start in range(0, len(rows), WINDOW))
     repeats = np.concatenate([np.flatnonzero(some[1:] == some[:-1]) + start + 1 for start, some in windows])
     begins = np.flatnonzero(np.diff(repeats, prepend=-1) != 1)
-    occurrence = np.zeros(len(digests), np.int32)
-    occurrence[order[repeats]] = 1 + np.arange(len(repeats)) - np.repeat(begins, np.diff(begins, append=len(repeats)))
+    numbers = 1 + np.arange(len(repeats)) - np.repeat(begins, np.diff(begins, append=len(repeats)))
+    repeats = order[repeats]
     del order
-    return pa.concat_arrays(
-        pa.array(
-            [
-                f"{digest.tobytes().hex()}-{number}"
-                for digest, number in zip(
-                    digests[start : start + WINDOW], occurrence[start : start + WINDOW].tolist(), strict=True
-                )
-            ],
-            pa.string(),
-        )
-        for start in range(0, len(digests), WINDOW)
-    )
+    ends = np.full(len(rows) + 1, width, np.int32)
+    ends[0] = 0
+    if len(repeats):
+        numbered, begin = bytearray(), 0
+        for place, number in sorted(zip(repeats.tolist(), numbers.tolist(), strict=True)):
+            digits = str(number).encode()
+            numbered += ids[begin : (place + 1) * width - 1] + digits
+            begin = (place + 1) * width
+            ends[place + 1] += len(digits) - 1
+        ids = numbered + ids[begin:]
+    np.cumsum(ends, out=ends)
+    return pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(ids))
 
 
 def encode_collated(

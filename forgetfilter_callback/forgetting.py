@@ -127,12 +127,18 @@ def smoothed_forgetting(
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
-    directions = normalize(states[known] - states[known].mean(axis=0, dtype=np.float64))
-    every = math.ceil(len(directions) / SMOOTHED_SAMPLES)
-    some, theirs = directions[::every], largest[known][::every]
+    centre = states[known].mean(axis=0, dtype=np.float64)
+
+    def directions(samples: np.ndarray) -> np.ndarray:
+        return normalize(states[samples].astype(np.float64) - centre)
+
+    places = np.flatnonzero(known)
+    every = math.ceil(len(places) / SMOOTHED_SAMPLES)
+    some, theirs = directions(places[::every]), largest[places[::every]]
     strengths = SMOOTHED_STRENGTHS * len(some) / min(some.shape)
-    ridge = RidgeCV(strengths, fit_intercept=False).fit(some, theirs - theirs.mean())
-    values[known] = ridge.predict(directions) + theirs.mean()
+    ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(some, theirs - theirs.mean())
+    for part in np.array_split(places, every):
+        values[part] = ridge.predict(directions(part)) + theirs.mean()
     return values
 
 

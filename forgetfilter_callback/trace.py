@@ -312,9 +312,9 @@ class Trace:
         return self._read(record, "loss").values.to_numpy()
 
     def states(self, record: Record) -> np.ndarray:
-        """States of the samples (see [`Scores`]) in one record: shape `(samples, size)`, float32."""
+        """States of the samples (see [`Scores`]) in one record: shape `(samples, size)`, float16."""
         column = self._read(record, "state")
-        return column.values.to_numpy().reshape(len(column), -1).astype(np.float32)
+        return column.values.to_numpy().reshape(len(column), -1)
 
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of one record: shape `(samples,)`, float64, 0..1."""
