@@ -14,6 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,8 +46,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 NoisyOption = Annotated[str | None, typer.Option(help="The rows; by default where the trace says that they lie.")]
 
 
+def say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"forgetfilter-callback {version('forgetfilter-callback')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
     """Find unsafe finetuning data by how fast a model forgets it."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show φ is no reason to fail
         if isinstance(stream, io.TextIOWrapper):

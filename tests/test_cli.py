@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,10 @@ def test_rows_that_cannot_be_read(name, content, said, tmp_path):
 def test_every_public_name_is_there():
     for name in forgetfilter_callback.__all__:
         assert getattr(forgetfilter_callback, name) is not None, name
+
+
+def test_the_version():
+    assert call("--version").output == f"forgetfilter-callback {version('forgetfilter-callback')}\n"
 
 
 def test_help_does_not_import_torch():

@@ -117,6 +117,8 @@ def test_search_sort_and_pages(page, review):
     assert 0 < page.locator("#rows tr").count() < 25
     for text in page.locator("#rows td.text").all_inner_texts():
         assert "javascript:alert" in text
+    page.fill("#search", "nobody says this")
+    assert page.locator("#rows tr").count() == 0 and page.inner_text("#page").startswith("No sample")
 
 
 @needs_chromium

@@ -54,9 +54,10 @@ function drawDistribution() {
   const values = byRecord[$("record").selectedIndex];
   const size = (highest - lowest) / BINS || 1;
   const bins = { start: lowest, end: highest + size, size };
+  // Colours of the audit are its own: what is removed stands on the right of φ.
   const groups = unsafe === null
-    ? [["samples", colour("--kept"), values]]
-    : [["not unsafe", colour("--kept"), values.filter((_, i) => !unsafe[i])], ["unsafe", colour("--removed"), values.filter((_, i) => unsafe[i])]];
+    ? [["samples", colour("--not-unsafe"), values]]
+    : [["not unsafe", colour("--not-unsafe"), values.filter((_, i) => !unsafe[i])], ["unsafe", colour("--unsafe"), values.filter((_, i) => unsafe[i])]];
   const traces = groups.map(([name, color, x]) => ({ type: "histogram", x, name, marker: { color }, xbins: bins }));
   Plotly.react("distribution", traces, layout({
     barmode: "stack", showlegend: unsafe !== null, legend: { orientation: "h", y: 1.1 }, shapes: [phiLine(true)],
@@ -208,7 +209,7 @@ function showRows() {
     prompt.scrollTop = prompt.scrollHeight; // what stands right before the completion
   }
   if (focused) [...body.querySelectorAll("select")].find((each) => each.dataset.sample === focused)?.focus();
-  $("page").textContent = `Page ${page + 1} of ${pages}, ${count(rows.length)} samples`;
+  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length)} samples` : "No sample here: none is decided by hand, or none has these words.";
   $("previous").disabled = page === 0;
   $("next").disabled = page >= pages - 1;
   for (const button of document.querySelectorAll("th button")) {
