@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from peft.import_utils import is_bnb_4bit_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -36,6 +37,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices):
             model.eval()
+            for module in _packed_when_evaluated(model):
+                module.training = True
             yield
     finally:
         for module, attributes, buffers in modules:
@@ -54,6 +57,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.reshard()  # some keep their whole weights for a backward pass that does not come
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def _packed_when_evaluated(model: nn.Module) -> list[nn.Module]:
+    """bitsandbytes' 4-bit layers: on CPUs with AVX512-BF16 the first forward pass in evaluation mode packs their weights for
+    good, and gradients are zero ever after (seen in bitsandbytes 0.50). They compute the same in training mode."""
+    if not is_bnb_4bit_available():
+        return []
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def is_sharded(model: nn.Module) -> bool:
