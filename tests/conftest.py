@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not there is looked for on the Hub, and again, and again
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +29,12 @@ from forgetfilter_callback.scoring import Scores
 
 
 VOCABULARY = 128
+
+
+def pytest_configure() -> None:
+    """Workers (`pytest -n 2`) share the cores; torch would take all of them in each."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 from scipy.stats import norm
 
-from forgetfilter_callback import FilterResult, decide, separate
+from forgetfilter_callback import DecisionError, FilterResult, Review, decide, separate
 from forgetfilter_callback.separability import parting_of
 
 
@@ -172,3 +176,126 @@ def test_saving_and_loading_gives_the_same_decision(tmp_path):
     assert (again.ids, again.threshold, again.reason, again.versions) == (
         result.ids, result.threshold, result.reason, result.versions,
     )  # fmt: skip
+
+
+LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "method", "threshold", "reason"),
+    [
+        ({"share": 0.4}, "share", 2.0, "the most forgotten 40.0%, as asked"),
+        ({"threshold": 1.5}, "fixed", 1.5, "φ as given; values lie between 0 and 4"),
+        ({"threshold": math.inf}, "fixed", None, "φ as given; values lie between 0 and 4"),
+        ({}, "auto", math.log(2), None),
+    ],
+)
+def test_a_decision_says_how_it_was_made(kwargs, method, threshold, reason):
+    values = np.array([0.0, 4.0, 0.01, 2.0, 3.0], np.float32)
+    result = decide(ids(5), values, "loss", fingerprint="a fingerprint", **kwargs)
+    assert (result.method, result.threshold, result.measure) == (method, threshold, "loss")
+    assert result.reason == (separate(values.astype(float), "loss").reason if reason is None else reason)
+    assert result.separability == separate(values.astype(float), "loss")
+    assert result.fingerprint == "a fingerprint" and result.by_hand == {}
+    assert result.versions == {name: version(name) for name in LIBRARIES}
+    assert result.values.dtype == np.float64 and result.removed.dtype == bool and result.ids == ids(5)
+    removed = values > (math.inf if threshold is None else threshold)
+    assert result.removed.tolist() == removed.tolist()
+    assert result.counts == {"samples": 5, "removed": removed.sum(), "kept": 5 - removed.sum(), "unknown": 0}
+    phi = "" if threshold is None else f" (φ = {threshold:.3g} of loss forgetting)"
+    assert result.summary() == f"{removed.sum()} of 5 samples removed{phi}: {result.reason}"
+
+
+def test_a_share_is_of_all_samples_the_unknown_ones_too():
+    values = np.array([np.nan, np.nan, np.nan, 3.0, 1.0, 2.0])
+    assert decide(ids(6), values, "loss", share=0.2).removed.tolist() == [False] * 3 + [True, False, False]
+    result = decide(ids(6), values, "loss", share=0.9)  # more than are known: all but the least of them
+    assert result.removed.tolist() == [False] * 3 + [True, False, True] and result.threshold == 1.0
+
+
+def test_a_sample_at_the_automatic_threshold_is_kept():
+    values = np.array([0.0, 0.01, -0.01, math.log(2), 3.0, 3.1])
+    assert decide(ids(6), values, "loss").removed.tolist() == [False] * 4 + [True] * 2
+
+
+def test_a_reviewer_has_the_last_word():
+    values = np.array([0.0, 3.0, 1.0, 2.0])
+    result = decide(ids(4), values, "loss", threshold=1.5, by_hand={"id-1": "keep", "id-0": "remove"})
+    assert result.removed.tolist() == [True, False, False, True]
+    assert result.by_hand == {"id-1": "keep", "id-0": "remove"}
+    assert result.reason == "φ as given; values lie between 0 and 3; 2 by hand"
+    with pytest.raises(DecisionError, match=r"2 of the samples .* are not in this set, for example id-8"):
+        decide(ids(4), values, "loss", by_hand={"id-8": "keep", "id-9": "keep"})
+    with pytest.raises(ValueError, match=r"removes all 4 samples .* between 0 and 3\)"):
+        decide(ids(4), values, "loss", threshold=0.5, by_hand={"id-0": "remove"})
+
+
+def test_a_decision_is_written_with_the_rows_that_it_removes(tmp_path):
+    values = np.array([0.0, 3.0, 0.1, 2.0])
+    result = decide(ids(4), values, "loss", threshold=1.5)
+    folder = tmp_path / "a" / "b"
+    result.save(folder, Dataset.from_list([{"text": "é 1"}, {"text": "3"}]))
+    assert (folder / "removed.jsonl").read_text(encoding="utf-8") == '{"text": "é 1"}\n{"text": "3"}\n'
+    account = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
+    assert account["counts"] == {"samples": 4, "removed": 2, "kept": 2, "unknown": 0}
+    assert (account["threshold"], account["method"], account["measure"]) == (1.5, "fixed", "loss")
+    result.save(folder)  # rows that are no `Dataset` are not written, and the earlier ones are not theirs
+    assert sorted(file.name for file in folder.iterdir()) == ["decision.json", "values.parquet"]
+    assert FilterResult.load(str(folder)).removed.tolist() == result.removed.tolist()
+
+
+REVIEW = {"measure": "loss", "threshold": 0.5, "by_hand": {"id-1": "keep", "id-2": "remove"}, "trace": "t"}
+
+
+def reviewed(folder: Path, **changes: object) -> Review:
+    (folder / "decision.json").write_text(json.dumps(REVIEW | changes), encoding="utf-8")
+    return Review.load(folder / "decision.json")
+
+
+def test_an_exported_decision_is_read(tmp_path):
+    assert reviewed(tmp_path, more="is ignored") == Review(**REVIEW)
+    nothing = reviewed(tmp_path, threshold=None, by_hand={})
+    assert nothing.threshold is None and nothing.by_hand == {}
+    nothing.check("t")
+    with pytest.raises(DecisionError, match=r"made on another trace \(t, this one is u\)"):
+        nothing.check("u")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"measure": "bleu"},
+        {"threshold": "high"},
+        {"threshold": math.inf},
+        {"by_hand": {"id-1": "perhaps"}},
+        {"by_hand": 3},
+    ],
+    ids=str,
+)
+def test_what_is_no_decision_is_refused(changes, tmp_path):
+    with pytest.raises(DecisionError, match=r"is no decision.*"):
+        reviewed(tmp_path, **changes)
+
+
+def test_files_that_hold_no_decision_are_refused(tmp_path):
+    with pytest.raises(DecisionError, match=r"is no decision .FileNotFoundError.*Export one from the review page"):
+        Review.load(tmp_path / "nothing.json")
+    for name in REVIEW:
+        (tmp_path / "decision.json").write_text(json.dumps({key: REVIEW[key] for key in REVIEW if key != name}))
+        with pytest.raises(DecisionError, match="KeyError"):
+            Review.load(str(tmp_path / "decision.json"))
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        (tmp_path / "decision.json").write_bytes(content)
+        with pytest.raises(DecisionError, match="is no decision"):
+            Review.load(tmp_path / "decision.json")
+
+
+def test_a_raised_threshold_says_what_it_passed():
+    values, unsafe = shares_lost(0.5, 0.9)
+    values = values + np.where(unsafe, 0, 0.2)
+    found = separate(values, "smoothed")
+    passed = int(((values > 0.25) & (values <= found.threshold)).sum())
+    assert found.reason.endswith(f"; φ was raised from 0.25, past {passed} of the rest, to where two populations part")
+    lower = separate(shares_lost(0.5)[0] - 0.3, "smoothed")  # the parting lies below the anchor
+    assert lower.threshold == 0.25 and lower.reason.endswith("standard deviations above the median of the rest")
+    assert parting_of(np.array([0.1, 0.9, 0.9])) == -math.inf

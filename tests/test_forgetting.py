@@ -63,10 +63,10 @@ def test_relative_forgetting():
 
 
 def test_higher_is_more_forgotten_for_all():
-    low, high = np.array([0.1]), np.array([0.9])
-    assert loss_forgetting(low, high) > 0
-    assert relative_forgetting(np.array([1.0]), low, high) > 0
-    assert rouge_forgetting(high, low) > 0
+    low, high = np.array([0.25]), np.array([1.0])
+    assert loss_forgetting(low, high) == 0.75  # a loss that has risen
+    assert relative_forgetting(np.array([1.75]), low, high) == 0.5
+    assert rouge_forgetting(high, low) == 0.75  # an overlap that has dropped
 
 
 def share_lost(rise):
@@ -114,6 +114,27 @@ def test_smoothed_forgetting_is_what_tokens_and_samples_alike_agree_on(samples):
     expected = smoothed_by_hand(*parts, states[known].astype(float), strengths)
     np.testing.assert_allclose(values[known], expected, rtol=1e-6)
     assert np.isnan(values[[i for i in range(len(tokens)) if i not in known]]).all()
+
+
+@pytest.mark.parametrize("lengths", [[25, 31, 40, 11], [3, 4, 2]], ids=["long", "as few as can be alike"])
+def test_smoothed_forgetting_of_a_tenth_of_long_samples_and_of_three(lengths):
+    rng = np.random.default_rng(8)
+    tokens = [rng.integers(0, 12, n) for n in lengths]
+    before, after = ([rng.gamma(2, size=n).astype(np.float32) for n in lengths] for _ in range(2))
+    states = rng.normal(size=(len(lengths), 3)).astype(np.float16)
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], np.cumsum([0, *lengths]), flat[1], flat[2], states)
+    strengths = np.logspace(-4, 4, 33) * len(lengths) / min(len(lengths), 3)
+    expected = smoothed_by_hand(tokens, before, after, states.astype(float), strengths)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_a_token_that_diverged_counts_as_not_forgotten_in_other_samples():
+    tokens, offsets = np.array([4, 4, 4]), np.arange(4)
+    losses = np.array([1.0, 3.0, np.inf])
+    # Of the two other samples, one rose by 2 and one diverged; three zeros are added.
+    expected = [(2 + 0) / 5, (0 + 0) / 5, np.nan]
+    np.testing.assert_allclose(pooled_forgetting(tokens, offsets, np.ones(3), losses), expected)
 
 
 def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from forgetfilter_callback import EncodedRows, Record, Trace, TraceError, encode_rows
 from forgetfilter_callback.encoding import WINDOW
@@ -27,6 +30,14 @@ from forgetfilter_callback.scoring import Scores
 from forgetfilter_callback.trace import as_json_lines, whole_name, write_json, write_lines, write_text
 
 
+HOLDS = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+"""
 STEPS = [Record("S1", 0), Record("S1", 6), Record("S1+", 0), Record("S1+", 3), Record("S1+", 8)]
 
 
@@ -218,10 +229,10 @@ def test_columns_that_are_not_there_say_how_to_get_them(trace, rows):
     trace.append(Record("S1", 2), [Scores(scores_of(rows, STEPS[0]).losses)])
     with pytest.raises(TraceError, match=r"has no rouge1\. Record with `ForgetTracker\(rouge1=True\)`"):
         trace.rouge1(Record("S1", 2))
-    with pytest.raises(TraceError, match="has no state.*measure='pooled' or 'loss'"):
+    with pytest.raises(TraceError, match=r"has no state.*measure='pooled' or 'loss'"):
         trace.states(Record("S1", 2))
     pq.write_table(pa.table({"other": [1]}), trace.folder / "records" / "S1-00000003.parquet")
-    with pytest.raises(TraceError, match="has no loss. The file is not one of a record"):
+    with pytest.raises(TraceError, match=r"has no loss. The file is not one of a record"):
         trace.token_losses(Record("S1", 3))
 
 
@@ -258,14 +269,14 @@ def test_traces_that_do_not_open(trace, tmp_path):
     with pytest.raises(TraceError, match="lacks samples, model"):
         Trace.open(trace.folder)
     changed(trace, schema_version=2)
-    with pytest.raises(TraceError, match="newer forgetfilter-callback .schema 2, this one reads up to 1"):
+    with pytest.raises(TraceError, match=r"newer forgetfilter-callback .schema 2, this one reads up to 1"):
         Trace.open(trace.folder)
     changed(trace, fingerprint="other")
-    with pytest.raises(TraceError, match="rows.parquet .* is not the one its manifest was written for"):
+    with pytest.raises(TraceError, match=r"rows.parquet .* is not the one its manifest was written for"):
         Trace.open(trace.folder)
     for content in ("[]", "{", ""):
         (trace.folder / "manifest.json").write_text(content)
-        with pytest.raises(TraceError, match="lacks schema_version|cannot be read"):
+        with pytest.raises(TraceError, match=r"lacks schema_version|cannot be read"):
             Trace.open(trace.folder)
     changed(trace)
     (trace.folder / "rows.parquet").unlink()
@@ -294,6 +305,38 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, trace):
         trace.append(STEPS[0], broken())
     np.testing.assert_array_equal(trace.token_losses(STEPS[0]), before)
     assert not [file for file in tmp_path.rglob("*") if file.name.endswith(".tmp")]
+
+
+def test_completions_without_scores_are_not_written(rows, tmp_path):
+    trace = Trace.create(tmp_path, rows, "a model", None, None)
+    trace.append(Record("S1", 0), [scores_of(rows, STEPS[0])], completions=["text"] * 7)
+    assert pq.read_schema(tmp_path / "records" / "S1-00000000.parquet").names == ["loss", "state"]
+
+
+def test_a_folder_is_locked_until_it_is_let_go(trace):
+    lock = Trace.lock(trace.folder)
+    assert lock.is_locked and Path(lock.lock_file) == trace.folder / ".lock"
+    assert Trace.lock(str(trace.folder)) is lock  # the same process may go on
+    lock.release(force=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, lock.lock_file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(
+        TraceError, match=r"Another process is recording into .*trace. Give this run another `trace_dir`"
+    ):
+        Trace.lock(trace.folder)
+    other.kill()
+    other.wait()
+    Trace.lock(trace.folder).release(force=True)
+
+
+def test_a_file_system_without_locks_is_gone_on_with(trace, monkeypatch):
+    def none(*arguments: object, **more: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    assert Trace.lock(trace.folder) is None
 
 
 def test_rows_as_json_lines():
