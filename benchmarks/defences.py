@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from forgetfilter_callback import decide, load_rows
 from forgetfilter_callback.demo import computing_dtype
+from forgetfilter_callback.files import write_json
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
-from forgetfilter_callback.trace import write_json
 from judging import judge, second_scorer
 from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
 from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from forgetfilter_callback import decide, encode_rows
 from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.trace import write_json
+from forgetfilter_callback.files import write_json
 from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
 from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke
 from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from forgetfilter_callback import Record, Trace, write_review_page
 from forgetfilter_callback.encoding import encode_collated
+from forgetfilter_callback.files import write_json
 from forgetfilter_callback.scoring import STATE_SIZE, Scores
-from forgetfilter_callback.trace import write_json
 from scale import as_dataset, collate
 
 

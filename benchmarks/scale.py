@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetfilter_callback import Record, Trace
 from forgetfilter_callback.encoding import encode_collated
+from forgetfilter_callback.files import write_json
 from forgetfilter_callback.scoring import token_losses, window_scores
-from forgetfilter_callback.trace import write_json
 
 
 LENGTH, COUNTED, VOCABULARY = 16, 8, 512

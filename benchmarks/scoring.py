@@ -28,11 +28,11 @@ from transformers.utils import logging
 
 from forgetfilter_callback import EncodedRows, encode_rows
 from forgetfilter_callback.demo import unpack_model
+from forgetfilter_callback.files import write_json
 from forgetfilter_callback.generation import greedy_completions, split_prompts
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.packing import plan_packs
 from forgetfilter_callback.scoring import BATCH_TOKENS_ON_CPU, token_losses
-from forgetfilter_callback.trace import write_json
 
 
 GENERATED_ROWS, GENERATED_TOKENS = 6, 500

@@ -23,10 +23,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
 from forgetfilter_callback.demo import demo_arguments, load_base, trainable
+from forgetfilter_callback.files import write_json
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
 from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.trace import write_json
 from scenarios import DRAW, Row, Scenario, Sizes
 
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from forgetfilter_callback import ForgetFilter, ForgetTracker, decide
 from forgetfilter_callback.demo import demo_arguments, load_base, load_demo_data, trainable
-from forgetfilter_callback.trace import write_json
+from forgetfilter_callback.files import write_json
 
 
 RESULTS = Path(__file__).parent / "results" / "threshold.json"

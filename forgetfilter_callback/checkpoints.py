@@ -12,11 +12,12 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .encoding import EncodedRows
+from .files import whole_name
 from .model_state import untouched
 from .processes import main_process_does, process
 from .recorder import has_states
 from .scoring import window_scores
-from .trace import Record, Trace, TraceError, whole_name
+from .trace import Record, Trace, TraceError
 
 
 # What each checkpoint's record is called in the trace, as if the tracker had been there.
@@ -87,13 +88,13 @@ def score_checkpoints(
             main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
     for lock in locks:
         if lock is not None:
-            lock.release(force=True)
+            lock.release()
     return trace
 
 
 def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device)
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False).to(device)
     except (OSError, ValueError) as error:
         raise TraceError(f"The model {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 

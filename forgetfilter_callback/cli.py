@@ -197,11 +197,11 @@ def score(
         import numpy as np
 
         from .checkpoints import RECORD_OF, score_checkpoints
+        from .files import whole_name
         from .forgetting import mean_losses
         from .loading import load_rows
         from .processes import process
         from .run import context_of, encode_from, load_tokenizer
-        from .trace import whole_name
 
         first = next(iter(checkpoints.values()))
         loaded = load_tokenizer(tokenizer if tokenizer is not None else first)
@@ -323,7 +323,7 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps(found._asdict()))
         else:
             for text in found.problems + found.notes:
-                typer.echo(text)
+                typer.echo(plain(text))
             typer.echo(f"{trace} is {'damaged' if found.problems else 'sound'}.")
         if found.problems:
             raise typer.Exit(BAD_DATA)

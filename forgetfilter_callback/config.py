@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from .files import write_text
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 
 
@@ -80,7 +81,7 @@ class RunConfig:
 
     def save(self, file: Path) -> None:
         """Writes YAML that `forgetfilter run --config` reads."""
-        file.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), file)
 
 
 def check_record_steps(record_steps: float | None) -> None:

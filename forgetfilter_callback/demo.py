@@ -38,12 +38,13 @@ from transformers import (
 )
 
 from .encoding import encode_rows
+from .files import as_json_lines, write_json, write_lines
 from .filtering import FilterResult
 from .generation import greedy_completions
 from .model_state import untouched
 from .pipeline import ForgetFilter
 from .report import plot_forgetting
-from .trace import TRACE_FOLDER, Trace, as_json_lines, write_json, write_lines
+from .trace import TRACE_FOLDER, Trace
 from .tracker import ForgetTracker
 
 
@@ -194,9 +195,13 @@ def unpack_model(model: str | None, folder: Path) -> str:
         return model
     package = _package_folder(MODEL_PACKAGE)
     AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=MODEL_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        package,
+        gguf_file=MODEL_FILE,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     ).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=MODEL_FILE).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, gguf_file=MODEL_FILE, trust_remote_code=False).save_pretrained(folder)
     return str(folder)
 
 
@@ -220,14 +225,14 @@ def load_base(
     name = unpack_model(model, Path(folder))
 
     def load_model() -> PreTrainedModel:
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=computing_dtype())
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=computing_dtype(), trust_remote_code=False)
         set_seed(seed)
         lora = LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         return get_peft_model(base, lora)
 
-    return load_model, AutoTokenizer.from_pretrained(name)
+    return load_model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def computing_dtype() -> torch.dtype:

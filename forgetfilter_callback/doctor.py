@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .encoding import IGNORE_INDEX, encode_rows
 from .recorder import has_states
 from .trace import SESSIONS, Record, Trace, TraceError
 
@@ -39,39 +40,53 @@ def examine(folder: str | Path) -> Findings:
     ]
     found = [
         f"{file} is no record: its name is not `<session>-<step>.parquet`. Move it elsewhere."
-        for file in sorted((folder / "records").iterdir())
+        for file in sorted((folder / "records").glob("*"))
         if not file.name.startswith(".") and file.name not in {record.file_name for record in trace.records()}
     ]
-    if len(pc.unique(trace.rows.ids)) < len(trace.rows):
-        found.append("rows.parquet names a sample twice. Record anew.")
+    found += _examine_rows(trace)
     for record in trace.records():
         its_problems, its_notes = _examine_record(trace, record)
         found, notes = found + its_problems, notes + its_notes
-    return Findings(found, notes + _examine_sessions(trace))
+    its_problems, its_notes = _examine_sessions(trace)
+    return Findings(found + its_problems, notes + its_notes)
+
+
+def _examine_rows(trace: Trace) -> list[str]:
+    if len(pc.unique(trace.rows.ids)) < len(trace.rows):
+        return ["rows.parquet names a sample twice. Record anew."]
+    # An id is a hash of what its row holds.
+    rows = map(trace.rows.sample, range(len(trace.rows)))
+    held = [{"input_ids": tokens, "labels": np.where(counted, tokens, IGNORE_INDEX)} for tokens, counted in rows]
+    others = pc.not_equal(encode_rows(held, disable_tqdm=True).ids, trace.rows.ids).true_count
+    if not others:
+        return []
+    return [f"rows.parquet: {others} of {len(held)} rows are not what their ids say. Restore the file, or record anew."]
 
 
 def _examine_record(trace: Trace, record: Record) -> Findings:
     file = trace.folder / "records" / record.file_name
     again = "Delete it: the session's next run takes it anew."
     try:
-        table = pq.read_table(file)
-        losses = table["loss"].combine_chunks()
-    except (OSError, KeyError, pa.ArrowException) as error:
-        return Findings([f"{file} cannot be read ({error}). {again}"], [])
-    if len(table) != len(trace.rows) or not np.array_equal(losses.offsets.to_numpy(), trace.rows.counted_offsets):
-        return Findings([f"{file} is of other rows: {len(table)} samples, or other tokens that count. {again}"], [])
+        names = pq.read_table(file, page_checksum_verification=True).column_names
+        losses = trace.token_losses(record)
+        for column, read in (("state", trace.states), ("rouge1", trace.rouge1)):
+            if column in names:
+                read(record)
+    except (OSError, TraceError, pa.ArrowException) as error:
+        return Findings([f"{file}: {error} {again}"], [])
     notes = []
-    unknown = int((~np.isfinite(losses.values.to_numpy())).sum())
+    unknown = int((~np.isfinite(losses)).sum())
     if unknown:
         notes.append(f"{file} has {unknown} losses that are not finite: the model diverged. Its samples are kept.")
-    if has_states(record) and "state" not in table.column_names:
+    if has_states(record) and "state" not in names:
         notes.append(f"{file} has no states, which `smoothed` forgetting needs. Use another measure.")
     return Findings([], notes)
 
 
-def _examine_sessions(trace: Trace) -> list[str]:
+def _examine_sessions(trace: Trace) -> Findings:
     records = trace.records()
-    found = []
+    found: list[str] = []
+    problems: list[str] = []
     last_step = {entry["session"]: entry["max_steps"] for entry in trace.manifest["sessions"]}
     for session in SESSIONS:
         steps = [record.step for record in records if record.session == session]
@@ -81,7 +96,7 @@ def _examine_sessions(trace: Trace) -> list[str]:
                 "stopped (early, or by a crash). Finish it with `resume_from_checkpoint`, unless it was meant."
             )
         if session == "S1+" and steps and min(steps) > 0:
-            found.append("S1+ has no record at step 0, which forgetting is measured from. Run the session anew.")
+            problems.append("S1+ has no record at step 0, which forgetting is measured from. Run the session anew.")
     if not records:
         found.append("There are no records yet.")
-    return found
+    return Findings(problems, found)

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,8 @@ IGNORE_INDEX = -100
 # Work that needs memory for each row is done on so many rows at a time.
 WINDOW = 16_384
 _DIGEST_BYTES = 12
+# So many rows are collated twice, to see whether a collator always says the same.
+_COLLATED_TWICE = 16
 
 
 class EncodingError(ValueError):
@@ -146,6 +149,8 @@ def _encode(
             tokens, counted = encode_one(row)
         except EncodingError as error:
             raise type(error)(f"Row {index}: {error}") from error
+        except (TypeError, ValueError, OverflowError, TemplateError) as error:
+            raise EncodingError(f"Row {index}: {error} ({type(error).__name__})") from error
         if max_length is not None and len(tokens) > max_length:
             within = slice(-max_length, None) if keep_end else slice(max_length)
             tokens, counted = tokens[within], counted[within]
@@ -219,8 +224,17 @@ def encode_collated(
             "(`datasets.load_dataset(..., streaming=False)`), or name the rows to follow: `ForgetTracker(noisy)`."
         )
 
+    rows_seen = 0
+
     def encode_one(row: Any) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal rows_seen
         batch = collate_fn([row])
+        if rows_seen < _COLLATED_TWICE and not _equal(batch, collate_fn([row])):
+            raise EncodingError(
+                "the collator makes another batch of the same row each time (random masks, augmentation), so a row has no "
+                "loss of its own, and collating for a record would change what training draws. Use one that does not."
+            )
+        rows_seen += 1
         if "input_ids" not in batch or "labels" not in batch:
             raise EncodingError(
                 f"the collator gives {sorted(batch)}, but `input_ids` and `labels` are needed. Use a collator that "
@@ -255,6 +269,11 @@ def encode_collated(
         return input_ids[0].numpy().astype(np.int32), counted.numpy()
 
     return _encode((dataset[i] for i in range(len(dataset))), encode_one, len(dataset), max_length, disable_tqdm)
+
+
+def _equal(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    tensors = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
+    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in tensors)
 
 
 def encode_rows(
@@ -303,7 +322,7 @@ def encode_rows(
         if not isinstance(row, Mapping):
             raise EncodingError(f"a row is a dict, this one is {type(row).__name__}.")
         if "input_ids" in row:
-            tokens = np.asarray(row["input_ids"], dtype=np.int32)
+            tokens = _token_ids(row["input_ids"])
             labels = np.asarray(row["labels"]) if "labels" in row else _masked(tokens, row, completion_only_loss)
             if "attention_mask" in row:
                 real = np.asarray(row["attention_mask"], dtype=bool)
@@ -365,6 +384,16 @@ def _checked(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
     return value
 
 
+def _token_ids(values: Any) -> np.ndarray:
+    """Token ids of a row as int32."""
+    tokens = np.asarray(values)
+    if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+        raise EncodingError(f"`input_ids` is no list of whole numbers ({tokens.dtype} of shape {tokens.shape}).")
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31:
+        raise EncodingError(f"`input_ids` run from {tokens.min()} to {tokens.max()}, which are no token ids.")
+    return tokens.astype(np.int32)
+
+
 def _masked(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray:
     """Labels of a pre-tokenised row that has TRL's masks, or none."""
     masks = ["completion_mask"] if completion_only_loss and "completion_mask" in row else []
@@ -403,7 +432,7 @@ def _tokenizer(
             return_assistant_tokens_mask=assistant_only_loss and not add_generation_prompt,
             tools=tools,
             chat_template=chat_template,
-            **row.get("chat_template_kwargs", {}),
+            **(row.get("chat_template_kwargs") or {}),  # datasets fills in `None` where some rows have none
         )
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
         if not assistant_only_loss or add_generation_prompt:

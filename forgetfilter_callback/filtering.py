@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,11 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from .files import as_json_lines, replacing, write_json, write_lines, write_parquet
 from .forgetting import MEASURES, FilterThreshold, Measure
 from .separability import Separability, separate
-from .trace import as_json_lines, library_versions, write_json, write_lines, write_parquet
+from .trace import library_versions
 
 
+SCHEMA_VERSION = 1  # of decision.json
 Method = Literal["auto", "fixed", "share"]
 ByHand = Literal["keep", "remove"]
 
@@ -142,26 +145,44 @@ class FilterResult:
         account = asdict(self)
         for column in ("ids", "values", "removed"):
             del account[column]
-        write_json({"counts": self.counts, **account}, folder / "decision.json")
-        table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
-        write_parquet([table], folder / "values.parquet")
-        (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
-        if isinstance(removed_rows, Dataset):
-            write_lines(as_json_lines(removed_rows), folder / "removed.jsonl")
+        with ExitStack() as parts:  # all of them or none; the account gets its name last
+            at_last = parts.enter_context(replacing(folder / "decision.json"))
+            write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **account}, at_last)
+            table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
+            write_parquet([table], parts.enter_context(replacing(folder / "values.parquet")))
+            if isinstance(removed_rows, Dataset):
+                rows = parts.enter_context(replacing(folder / "removed.jsonl"))
+                write_lines(as_json_lines(removed_rows), rows)
+        if not isinstance(removed_rows, Dataset):
+            (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
 
     @classmethod
     def load(cls, folder: str | Path) -> FilterResult:
-        """Reads what [`save`] wrote."""
-        account = json.loads((Path(folder) / "decision.json").read_text(encoding="utf-8"))
-        del account["counts"]
-        account["separability"] = Separability(**account["separability"])
-        table = pq.read_table(Path(folder) / "values.parquet")
-        return cls(
-            ids=table["id"].combine_chunks(),
-            values=table["forgetting"].to_numpy(),
-            removed=table["removed"].to_numpy(),
-            **account,
-        )
+        """Reads what [`save`] wrote.
+
+        Raises:
+            DecisionError: if it is not that, or a newer version's.
+        """
+        try:
+            account = json.loads((Path(folder) / "decision.json").read_text(encoding="utf-8"))
+            if account.pop("schema_version") > SCHEMA_VERSION:
+                raise DecisionError(f"A newer forgetfilter-callback wrote the decision in {folder}. Upgrade this one.")
+            del account["counts"]
+            account["separability"] = Separability(**account["separability"])
+            table = pq.read_table(Path(folder) / "values.parquet")
+            return cls(
+                ids=table["id"].combine_chunks(),
+                values=table["forgetting"].to_numpy(),
+                removed=table["removed"].to_numpy(),
+                **account,
+            )
+        except DecisionError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise DecisionError(
+                f"{folder} holds no decision ({type(error).__name__}: {error}). `FilterResult.save` and `forgetfilter "
+                "filter` write them."
+            ) from error
 
 
 def decide(
@@ -193,8 +214,13 @@ def decide(
             Ids with `"keep"` or `"remove"`, whatever φ says.
 
     Raises:
-        ValueError: if everything would be removed, if no value is finite, or if `threshold` or `share` cannot be.
+        ValueError: if everything would be removed, if no value is finite, if there is not one value an id, or if `measure`,
+            `threshold` or `share` cannot be.
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure={measure!r} is none of {', '.join(MEASURES)}.")
+    if np.shape(values) != (len(ids),):
+        raise ValueError(f"There are {len(ids)} ids and values of shape {np.shape(values)}. Give one value a sample.")
     values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
     if not known.any():

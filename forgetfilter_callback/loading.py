@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +13,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from .trace import as_json_lines
+from .files import as_json_lines
+
+
+logger = logging.getLogger(__name__)
 
 
 # File endings and the loader of `datasets` that reads them.
@@ -50,7 +55,9 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
             name, _, split = str(source).partition(":")
             rows = load_dataset(name, split=split or "train")
         rows.data.table.validate(full=True)  # texts that are not UTF-8, which would be found out when they are read
-    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, pa.ArrowException) as error:
+    except (
+        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException
+    ) as error:  # fmt: skip
         if isinstance(error, DataError):
             raise
         cause = error.__cause__ if error.__cause__ is not None else error
@@ -63,15 +70,26 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
     return rows
 
 
-def lines_of(source: str, rows: Dataset) -> Iterable[str]:
-    """Rows as JSON lines: of a file of JSON lines its very lines, otherwise made anew.
+def digest_of(source: str) -> str | None:
+    """A hash of a file of JSON lines; `None` of all else."""
+    path = Path(source)
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def lines_of(source: str, rows: Dataset, digest: str | None) -> Iterable[str]:
+    """Rows as JSON lines: of a file of JSON lines its very lines, if its [`digest_of`] is still that of when `rows` were
+    read; otherwise made anew.
 
     (Read and written again, a date would be another text, and a number might have fewer digits.)
     """
-    path = Path(source)
-    if path.suffix.lower() == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file if line.strip()]
-        if len(lines) == len(rows):
-            return lines
-    return as_json_lines(rows)
+    if digest is None:
+        return as_json_lines(rows)
+    if digest_of(source) != digest:
+        logger.warning(f"{source} has changed since it was read. Rows are written as they were then, made anew.")
+        return as_json_lines(rows)
+    with Path(source).open(encoding="utf-8-sig", newline="\n") as file:
+        lines = [line.rstrip("\r\n") for line in file if line.strip()]
+    return lines if len(lines) == len(rows) else as_json_lines(rows)

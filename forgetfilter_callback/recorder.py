@@ -65,9 +65,9 @@ class Recorder:
             means = self._last_means
             if record == Record("S1+", 0):
                 self._check_learnt(means)
-            if record.step == 0:
-                self.drop_after(record.session, -1)
-            main_process_does(partial(self._trace.repeat, self._last, record))
+            self._say_dropped(
+                record, main_process_does(partial(self._trace.repeat, self._last, record, anew=record.step == 0))
+            )
         else:
             means = self._take(record, args, model, processing_class)
         self._last, self._last_digest, self._last_means = record, digest, means
@@ -83,10 +83,12 @@ class Recorder:
 
     def drop_after(self, session: Session, step: int) -> None:
         """Deletes what an earlier run of the session left beyond `step`, and says so."""
-        dropped = main_process_does(partial(self._trace.drop_after, session, step))
+        self._say_dropped(Record(session, step), main_process_does(partial(self._trace.drop_after, session, step)))
+
+    def _say_dropped(self, start: Record, dropped: list[Record]) -> None:
         if dropped:
             names = ", ".join(f"{record.session} step {record.step}" for record in dropped)
-            logger.warning(f"{session} starts anew from step {max(step, 0)}: dropped the later records {names}.")
+            logger.warning(f"{start.session} starts anew from step {start.step}: dropped the later records {names}.")
 
     def record_base(self, args: TrainingArguments, model: PeftModel) -> None:
         """The base model's record, for relative forgetting and the check of M0: the model with its adapters off.
@@ -141,9 +143,8 @@ class Recorder:
             with_states=has_states(record),
         )
         looked_at = self._looked_at(record, scores, means)
-        main_process_does(
-            partial(self._trace.append, record, looked_at, completions, rouge1_scores), meanwhile=looked_at
-        )
+        append = partial(self._trace.append, record, looked_at, completions, rouge1_scores, anew=record.step == 0)
+        self._say_dropped(record, main_process_does(append, meanwhile=looked_at))
         return np.concatenate(means)
 
     def _looked_at(self, record: Record, scores: Iterator[Scores], means: list[np.ndarray]) -> Iterator[Scores]:
@@ -161,8 +162,6 @@ class Recorder:
             )
         if record == Record("S1+", 0):
             self._check_learnt(np.concatenate(means))
-        if record.step == 0:
-            self.drop_after(record.session, -1)
 
     def _check_learnt(self, means: np.ndarray) -> None:
         """S1+ must start from the model that S1 made: compares its first mean losses with S1's, where the trace has them."""

@@ -19,9 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from transformers import PreTrainedTokenizerBase
 
+from .files import replacing
 from .filtering import FilterResult, decide
 from .forgetting import DEFAULT_MEASURE, UNITS, FilterThreshold, Measure, mean_losses
-from .trace import Trace, replacing
+from .trace import Trace
 
 
 # What keeps a page below 10 MB: so many samples in the graphs, records of S1+, and samples with their texts (a third each of

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +30,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .config import RunConfig, parse_threshold
 from .encoding import EncodedRows, EncodingError, encode_rows
+from .files import replacing, whole_name, write_lines, write_text
 from .filtering import FilterResult, Review, decide
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
-from .loading import DataError, lines_of, load_rows
+from .loading import DataError, digest_of, lines_of, load_rows
 from .pipeline import ForgetFilter
 from .report import dataset_card
-from .trace import TRACE_FOLDER, Trace, TraceError, whole_name, write_lines, write_text
+from .trace import TRACE_FOLDER, Trace, TraceError
 from .tracker import ForgetTracker
 from .trainer import reviewed, values_of
 
@@ -102,17 +105,35 @@ def run(config: RunConfig) -> FilterResult:
     Writes into `config.output`: `config.yaml`, `forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
     """
     tokenizer, max_length = _tokenizer_and_length(config)
+    digest = digest_of(config.noisy)
     rows = load_rows(config.noisy)
     noisy = encode_from(config.noisy, rows, tokenizer, max_length)
     safety = encode_from(config.safety, load_rows(config.safety), tokenizer, max_length)
     _refuse_shared(noisy, safety)
     output = Path(config.output)
-    refuse_own_input(config.noisy, output)
+    for source in (config.noisy, config.safety):
+        refuse_own_input(source, output)
+    lock = Trace.lock(output / TRACE_FOLDER)
+    try:
+        return _run(config, output, tokenizer, rows, digest, noisy, safety)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(
+    config: RunConfig,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    digest: str | None,
+    noisy: EncodedRows,
+    safety: EncodedRows,
+) -> FilterResult:
     if Trace.exists(output / TRACE_FOLDER):
         earlier = Trace.open(output / TRACE_FOLDER)
         if earlier.rows.fingerprint != noisy.fingerprint:
             raise TraceError(f"{output} holds a run on other rows (or with another tokenizer). Name another --output.")
-    output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
     tracker = ForgetTracker(
         trace_dir=output / TRACE_FOLDER,
@@ -153,7 +174,7 @@ def run(config: RunConfig) -> FilterResult:
     result = decide(
         noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint
     )
-    write_filtered(output, rows, result, tracker.trace, config.noisy)
+    write_filtered(output, lines_of(config.noisy, rows, digest), result, tracker.trace)
     if config.refit:
         trainer = sessions.refit()
         trainer.save_model(str(output / "model"))
@@ -196,24 +217,26 @@ def filter_rows(
         threshold = review.threshold if review.threshold is not None else math.inf
     source = source if source is not None else source_of(trace)
     refuse_own_input(source, Path(output))
+    digest = digest_of(source)
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
     encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
     values = values_of(encoded, trace.folder, trace, measure)
     result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand)
-    write_filtered(Path(output), rows, result, trace, source)
+    write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result
 
 
-def write_filtered(output: Path, rows: Dataset, result: FilterResult, trace: Trace, source: str) -> None:
-    """Writes `kept.jsonl` and `removed.jsonl` (rows as they came: the very lines of JSON lines), `card.md`, and `decision/`
-    (values and account)."""
+def write_filtered(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:
+    """Writes `kept.jsonl` and `removed.jsonl` (`lines`, a row each), `card.md`, and `decision/` (values and account): none
+    of them if one cannot be written."""
     output.mkdir(parents=True, exist_ok=True)
-    lines = [*lines_of(source, rows)]
-    for name, which in (("kept", ~result.removed), ("removed", result.removed)):
-        write_lines(itertools.compress(lines, which), output / f"{name}.jsonl")
-    result.save(output / "decision")
-    write_text(dataset_card(result, trace), output / "card.md")
+    lines = [*lines]
+    with ExitStack() as parts:
+        for name, which in (("kept", ~result.removed), ("removed", result.removed)):
+            write_lines(itertools.compress(lines, which), parts.enter_context(replacing(output / f"{name}.jsonl")))
+        write_text(dataset_card(result, trace), parts.enter_context(replacing(output / "card.md")))
+        result.save(output / "decision")
 
 
 def source_of(trace: Trace) -> str:
@@ -272,14 +295,14 @@ def trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer from the Hub or a folder."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"The tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_model(config: RunConfig) -> PreTrainedModel:
     """M0, with a new adapter."""
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
     if not config.lora_r:
         return model
     set_seed(config.seed)
@@ -318,6 +341,11 @@ def context_of(model: str) -> int | None:
     try:
         if find_adapter_config_file(model) is not None:
             return context_of(PeftConfig.from_pretrained(model).base_model_name_or_path)
-        return AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+        return (
+            AutoConfig.from_pretrained(model, trust_remote_code=False)
+            .get_text_config()
+            .to_dict()
+            .get("max_position_embeddings")
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error

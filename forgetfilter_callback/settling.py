@@ -10,9 +10,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from .encoding import EncodedRows
+from .files import write_json
 from .forgetting import mean_losses
 from .processes import main_process_does
-from .trace import Record, Trace, write_json
+from .trace import Record, Trace
 
 
 # So many samples are followed, and the checks are spread evenly over the session: most of what can be saved is saved.

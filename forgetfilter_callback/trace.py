@@ -8,28 +8,32 @@ forgetfilter/
   records/S1+-00000026.parquet
 ```
 
-Every file is written under another name first and then renamed, so that a crash loses at most the record in progress.
+Every file is written all or nothing, so that a crash loses at most the record in progress.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from .encoding import EncodedRows
+from .files import replacing, write_json, write_parquet
 from .forgetting import (
     DEFAULT_MEASURE,
     MEASURES,
@@ -44,6 +48,8 @@ from .forgetting import (
 from .scoring import Scores
 
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 TRACE_FOLDER = "forgetfilter"
 Session = Literal["S1", "S1+"]
@@ -53,16 +59,27 @@ _WAY_OUT = {
     "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
     "state": "An earlier version made it, or the model's output head cannot be reached. Use measure='pooled' or 'loss'.",
 }
-_MANIFEST: dict[str, type] = {
+_MANIFEST: dict[str, type | UnionType] = {
     "schema_version": int,
     "fingerprint": str,
     "samples": int,
     "counted_tokens": int,
     "truncated": int,
     "model": str,
+    "tokenizer": str | None,
+    "max_length": int | None,
     "versions": dict,
     "sessions": list,
 }
+_OF_A_SESSION = {"session": str, "output_dir": str, "max_steps": int}
+_OF_ROWS = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "counted": pa.large_list(pa.bool_())}
+_OF_RECORDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "loss": lambda kind: kind == pa.large_list(pa.float32()),
+    "rouge1": lambda kind: kind == pa.float64(),
+    "state": lambda kind: pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float16(),
+}
+# What a file system without locks answers (NFS without its lock daemon, some FUSE ones).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _VERSIONS_OF = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
 
 
@@ -157,7 +174,7 @@ class Trace:
         """Claims `folder` for this process, until the lock is released or the process ends, however it ends.
 
         Returns:
-            [`filelock.FileLock`], or `None` where the file system has no locks.
+            [`filelock.FileLock`], or `None` where the file system has no locks (it is said, once a folder).
 
         Raises:
             TraceError: if another process has it.
@@ -170,7 +187,10 @@ class Trace:
                 f"Another process is recording into {folder}. Give this run another `trace_dir` or `output_dir`, or end "
                 "the other one first."
             ) from None
-        except NotImplementedError:
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(f"{folder} lies where files cannot be locked ({error}). Let no other run record into it.")
             return None
         return lock
 
@@ -198,16 +218,26 @@ class Trace:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
         known = manifest if isinstance(manifest, dict) else {}
-        wrong = [key for key, kind in _MANIFEST.items() if not isinstance(known.get(key), kind)]
+        wrong = [key for key, kind in _MANIFEST.items() if key not in known or not isinstance(known[key], kind)]
+        if "sessions" not in wrong and not all(_is_session(entry) for entry in known["sessions"]):
+            wrong.append("sessions")
         if wrong:
             raise TraceError(
                 f"manifest.json in {folder} lacks {', '.join(wrong)}, or has something else there. Restore it, or record "
                 "anew."
             )
+        if manifest["schema_version"] < 1:
+            raise TraceError(f"manifest.json in {folder} names no schema version. Restore it, or record anew.")
         if manifest["schema_version"] > SCHEMA_VERSION:
             raise TraceError(
                 f"The trace in {folder} was written by a newer forgetfilter-callback (schema "
                 f"{manifest['schema_version']}, this one reads up to {SCHEMA_VERSION}). Upgrade forgetfilter-callback."
+            )
+        types = {name: table.schema.field(name).type for name in table.column_names}
+        if {name: types.get(name) for name in _OF_ROWS} != _OF_ROWS or any(map(_has_gaps, table.columns)):
+            raise TraceError(
+                f"rows.parquet of the trace in {folder} does not have a trace's columns ({', '.join(_OF_ROWS)}), or has "
+                "gaps in them. Restore the file, or record anew."
             )
         input_ids, counted = (table[name].combine_chunks() for name in ("input_ids", "counted"))
         rows = EncodedRows(
@@ -217,11 +247,13 @@ class Trace:
             offsets=input_ids.offsets.to_numpy(),
             truncated=manifest["truncated"],
         )
-        if rows.fingerprint != manifest["fingerprint"]:
-            raise TraceError(
-                f"rows.parquet of the trace in {folder} is not the one its manifest was written for (fingerprint "
-                f"{rows.fingerprint}, manifest {manifest['fingerprint']}). Restore the file, or record anew."
-            )
+        found = {"fingerprint": rows.fingerprint, "samples": len(rows), "counted_tokens": int(rows.counted.sum())}
+        for name, value in found.items():
+            if value != manifest[name]:
+                raise TraceError(
+                    f"rows.parquet of the trace in {folder} is not the one its manifest was written for ({name} {value}, "
+                    f"manifest {manifest[name]}). Restore the file, or record anew."
+                )
         return cls(folder, rows, manifest)
 
     def begin_session(self, session: Session, output_dir: str, max_steps: int) -> None:
@@ -242,7 +274,8 @@ class Trace:
         scores: Iterable[Scores],
         completions: Sequence[str] | None = None,
         rouge1: np.ndarray | None = None,
-    ) -> None:
+        anew: bool = False,
+    ) -> list[Record]:
         """Writes one record, of which no more than a window is held.
 
         Args:
@@ -255,9 +288,17 @@ class Trace:
                 One greedy completion a sample.
             rouge1 (`np.ndarray` of shape `(samples,)`, *optional*):
                 ROUGE-1 of each completion.
+            anew (`bool`, defaults to `False`):
+                Whether the session begins anew with this record: once it is on disk, and not before, the session's other
+                records go, and those of later sessions.
+
+        Returns:
+            `list[Record]`: what was deleted.
         """
+        dropped: list[Record] = []
         tables = self._record_windows(scores, completions, rouge1)
-        write_parquet(tables, self.folder / "records" / record.file_name)
+        write_parquet(tables, self.folder / "records" / record.file_name, self._others_go(record, anew, dropped))
+        return dropped
 
     def _record_windows(
         self, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
@@ -276,20 +317,38 @@ class Trace:
                 }
             yield pa.table(columns)
 
-    def repeat(self, record: Record, again: Record) -> None:
-        """Writes `record` once more, as `again`: the model has not changed in between."""
-        if again != record:
-            with replacing(self.folder / "records" / again.file_name) as unfinished:
-                shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
+    def repeat(self, record: Record, again: Record, anew: bool = False) -> list[Record]:
+        """Writes `record` once more, as `again`: the model has not changed in between. `anew` as in [`append`]."""
+        dropped: list[Record] = []
+        file = self.folder / "records" / again.file_name
+        with replacing(file, self._others_go(again, anew, dropped)) as unfinished:
+            shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
+        return dropped
+
+    def _others_go(self, record: Record, anew: bool, dropped: list[Record]) -> Callable[[], None]:
+        """Deletes what a session that begins anew with `record` leaves behind, and notes it in `dropped`."""
+
+        def go() -> None:
+            records = self.records()
+            if anew and any(other.session == record.session for other in records):
+                later = SESSIONS[SESSIONS.index(record.session) :]
+                dropped.extend(other for other in records if other.session in later and other != record)
+                self._delete(dropped)
+
+        return go
 
     def drop_after(self, session: Session, step: int) -> list[Record]:
         """Deletes the records of `session` past `step`, and those of later sessions if any was deleted. Returns them."""
         stale = [r for r in self.records() if r.session == session and r.step > step]
         if stale:
             stale += [r for r in self.records() if SESSIONS.index(r.session) > SESSIONS.index(session)]
-        for record in stale:
-            (self.folder / "records" / record.file_name).unlink()
+        self._delete(stale)
         return stale
+
+    def _delete(self, records: list[Record]) -> None:
+        # The last first: cut off in the middle, what is left of a session says that its successors are stale too.
+        for record in sorted(records, reverse=True):
+            (self.folder / "records" / record.file_name).unlink()
 
     def identity(self) -> str:
         """Of the rows and of the records that forgetting is measured between: a decision on one trace fits no other."""
@@ -411,9 +470,9 @@ class Trace:
                 f"The record {file} has {len(table)} samples, the trace {len(self.rows)}: it is of other data."
             )
         found = table[column].combine_chunks()
-        if column == "loss" and not (
-            pa.types.is_large_list(found.type) and np.array_equal(found.offsets.to_numpy(), self.rows.counted_offsets)
-        ):
+        if not _OF_RECORDS[column](found.type) or _has_gaps(found):
+            raise TraceError(f"The record {file} has a {column} of another type, or gaps in it. {_WAY_OUT['loss']}")
+        if column == "loss" and not np.array_equal(found.offsets.to_numpy(), self.rows.counted_offsets):
             raise TraceError(f"The record {file} does not have one loss for each counted token: it is of other data.")
         return found
 
@@ -421,59 +480,15 @@ class Trace:
         write_json(self.manifest, self.folder / "manifest.json")
 
 
+def _is_session(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _OF_A_SESSION.items())
+
+
+def _has_gaps(column: pa.Array | pa.ChunkedArray) -> bool:
+    nested = pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    return column.null_count > 0 or (nested and pc.list_flatten(column).null_count > 0)
+
+
 def library_versions() -> dict[str, str]:
     """Versions of this library and of those that a result depends on."""
     return {name: version(name) for name in _VERSIONS_OF}
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Gives a name beside `file` to write to, then puts what was written in its place, all or nothing."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
-    """Writes a Parquet file atomically, of a row group a table; there is at least one."""
-    rest = iter(tables)
-    first = next(rest)
-    with (
-        replacing(file) as unfinished,
-        pq.ParquetWriter(unfinished, first.schema, compression="zstd") as writer,
-    ):
-        writer.write_table(first)
-        for table in rest:
-            writer.write_table(table)
-
-
-def write_json(content: Any, file: Path) -> None:
-    """Writes a JSON file atomically."""
-    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
-
-
-def write_text(text: str, file: Path) -> None:
-    """Writes a text file atomically."""
-    with replacing(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def write_lines(lines: Iterable[str], file: Path) -> None:
-    """Writes lines, atomically."""
-    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-
-
-def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows as JSON, one a line. What JSON has no form for, such as a time, is written as text."""
-    return (json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows)
-
-
-def whole_name(name: str) -> str:
-    """A file or folder with its whole path, so that it is found from elsewhere; or a Hub id."""
-    return str(Path(name).absolute()) if name and Path(name).exists() else name

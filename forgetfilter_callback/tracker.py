@@ -27,6 +27,7 @@ from transformers import (
 
 from .config import check_record_steps
 from .encoding import EncodedRows
+from .files import whole_name
 from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
 from .processes import main_process_does
@@ -35,13 +36,13 @@ from .reporting import Reporting, summarize_record
 from .scoring import token_losses
 from .session_rows import noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows_of
 from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
-from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError, whole_name
+from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
 logger = get_logger(__name__)  # says things once, on the main process
 
-# A disk that is full (or a quota), read-only or failing; other errors are of the caller's making.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# A disk that is full (or a quota), read-only, failing or gone (NFS); other errors are of the caller's making.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 # A session is S1 if it trains on at least this share of the noisy set.
 _SHARE_OF_S1 = 0.5
 
@@ -240,7 +241,8 @@ class ForgetTracker(TrainerCallback):
             self._reporting.end(state, control)
         self._session = self._settling = None
         if self._lock is not None:
-            self._lock.release(force=True)
+            self._lock.release()
+            self._lock = None
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
@@ -345,7 +347,8 @@ class ForgetTracker(TrainerCallback):
         return Path(self.trace_dir if self.trace_dir is not None else Path(args.output_dir) / TRACE_FOLDER)
 
     def _claim(self, folder: Path) -> None:
-        self._lock = Trace.lock(folder)
+        if self._lock is None:  # an interrupted session has kept it
+            self._lock = Trace.lock(folder)
 
     def _open_trace(
         self,

@@ -3,12 +3,15 @@ documented exit code, no traceback, and nothing half-written."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import texts, tiny_llama
@@ -73,6 +76,24 @@ BAD_TABLES = {
     "a list of numbers": ("noisy.json", "[1, 2, 3]", "noisy.json"),
     "no JSON": ("noisy.json", "hello", "cannot be read"),
     "not UTF-8": ("noisy.jsonl", b'{"prompt": "\xff\xfe", "completion": "a"}', "cannot be read"),
+    "ids in batches": ("noisy.jsonl", json.dumps({"input_ids": [[1, 2, 3]]}), "Row 0: `input_ids` is no list of whole"),
+    "ids that are fractions": (
+        "noisy.jsonl",
+        json.dumps({"input_ids": [1.5, 2.0]}),
+        "Row 0: `input_ids` is no list of whole",
+    ),
+    "ids that are null": ("noisy.jsonl", json.dumps({"input_ids": None}), "Row 0"),
+    "ids that are too large": (
+        "noisy.jsonl",
+        json.dumps({"input_ids": [1, 3_000_000_000]}),
+        "Row 0: `input_ids` run from",
+    ),
+    "ids below zero": ("noisy.jsonl", json.dumps({"input_ids": [1, -5]}), "Row 0: `input_ids` run from -5"),
+    "tools that are no JSON": (
+        "noisy.jsonl",
+        json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": "nope"}),
+        "Row 0",
+    ),
     "no table": ("noisy.parquet", "PAR1 and no more", "cannot be read"),
     "a header only": ("noisy.csv", "prompt,completion\n", "noisy.csv"),
     "schemas that differ": (
@@ -98,6 +119,32 @@ def test_bad_tables(name, command, files, tmp_path):
     assert (
         not (output / "kept.jsonl").exists() and not Trace.exists(output) and not Trace.exists(output / "forgetfilter")
     )
+
+
+def test_a_folder_that_is_no_dataset(files, tmp_path):
+    Dataset.from_list([PAIR]).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "state.json").write_text("{}")
+    refused(
+        call("score", "--noisy", tmp_path / "rows", "--before", files["model"], "--output", tmp_path / "out"),
+        "cannot be read",
+    )
+
+
+def test_a_chat_template_that_refuses_a_row(byte_tokenizer):
+    picky = copy.deepcopy(byte_tokenizer)
+    picky.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(EncodingError, match=r"Row 0: System role not supported \(TemplateError\)"):
+        encode_rows([{"messages": [{"role": "system", "content": "a"}]}], picky, disable_tqdm=True)
+
+
+def test_template_settings_that_only_some_rows_have(byte_tokenizer):
+    polite = copy.deepcopy(byte_tokenizer)
+    polite.chat_template = "{% for m in messages %}{{ m.content }}{% if loud %}!{% endif %}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "a"}]}] * 2
+    rows = Dataset.from_list([{**rows[0], "chat_template_kwargs": {"loud": True}}, rows[1]])
+    assert rows[1]["chat_template_kwargs"] is None
+    encoded = encode_rows(rows, polite, disable_tqdm=True)
+    assert [polite.decode(encoded.sample(index)[0]) for index in range(2)] == ["a!", "a"]
 
 
 @pytest.mark.parametrize("row", [{"prompt": "", "completion": ""}, {"prompt": "the cat", "completion": ""}])
@@ -235,8 +282,40 @@ DAMAGES = {
     "a record cut off": lambda out: cut(last_record(out)),
     "an empty record": lambda out: last_record(out).write_bytes(b""),
     "a record of other data": lambda out: other_record(out),
+    "no samples": lambda out: edit(out, samples="DELETED"),
+    "other samples": lambda out: edit(out, samples=999_999),
+    "fewer counted tokens": lambda out: edit(out, counted_tokens=-1),
+    "no tokenizer": lambda out: edit(out, tokenizer="DELETED"),
+    "a version before the first": lambda out: edit(out, schema_version=-3),
+    "sessions that are none": lambda out: edit(out, sessions=[{}]),
+    "rows without a column": lambda out: edit_rows(out, lambda table: table.drop_columns("counted")),
+    "rows that are no lists": lambda out: edit_rows(out, lambda table: replaced(table, "input_ids", table["id"])),
+    "rows with gaps": lambda out: edit_rows(out, with_gaps),
+    "a record of texts": lambda out: edit_record(out, lambda losses: pa.array(["a"] * len(losses))),
+    "a record with gaps": lambda out: edit_record(
+        out, lambda losses: pa.array([None, *losses.to_pylist()[1:]], losses.type)
+    ),
     "no manifest": lambda out: (out / "forgetfilter" / "manifest.json").unlink(),
 }
+
+
+def replaced(table: pa.Table, name: str, column: object) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def with_gaps(table: pa.Table) -> pa.Table:
+    rows = table["input_ids"].to_pylist()
+    return replaced(table, "input_ids", pa.array([[None, *rows[0][1:]], *rows[1:]], table["input_ids"].type))
+
+
+def edit_rows(out: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    file = out / "forgetfilter" / "rows.parquet"
+    pq.write_table(change(pq.read_table(file)), file)
+
+
+def edit_record(out: Path, change: Callable[[pa.Array], pa.Array]) -> None:
+    table = pq.read_table(last_record(out))
+    pq.write_table(replaced(table, "loss", change(table["loss"].combine_chunks())), last_record(out))
 
 
 def last_record(out: Path) -> Path:
@@ -277,7 +356,33 @@ def test_damaged_traces_are_refused_by_every_command(damage, run_folder, tmp_pat
 def test_a_missing_record_is_told(run_folder):
     (run_folder / "forgetfilter" / "records" / Record("S1+", 0).file_name).unlink()
     refused(call("show", run_folder), "no record at step 0")
-    assert "no record at step 0" in call("doctor", run_folder).output
+    refused(call("doctor", run_folder), "no record at step 0")
+
+
+def test_a_trace_without_its_folder_of_records_is_told(run_folder):
+    shutil.rmtree(run_folder / "forgetfilter" / "records")
+    refused(call("show", run_folder), "the session on the noisy set only")
+    assert "There are no records yet" in call("doctor", run_folder).output
+
+
+def test_rows_that_are_not_what_their_ids_say_are_found_out(run_folder):
+    edit_rows(
+        run_folder,
+        lambda table: replaced(
+            table,
+            "input_ids",
+            pa.array([[7] * len(row) for row in table["input_ids"].to_pylist()], table["input_ids"].type),
+        ),
+    )
+    refused(call("doctor", run_folder), "rows are not what their ids say")
+
+
+def test_a_page_of_a_record_that_has_rotted_is_found_out(run_folder):
+    file = last_record(run_folder)
+    content = bytearray(file.read_bytes())
+    content[40] ^= 1  # in the first page
+    file.write_bytes(content)
+    refused(call("doctor", run_folder), "record")
 
 
 def test_a_sound_trace_is_sound(finished):

@@ -358,6 +358,68 @@ def test_every_public_name_is_there():
         assert getattr(forgetfilter_callback, name) is not None, name
 
 
+def test_a_run_beside_another_changes_nothing(finished, files):
+    output, _ = finished
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and file.name != ".lock"}
+    lock = output / "forgetfilter" / ".lock"
+    hold = "import filelock, sys; l = filelock.FileLock(sys.argv[1]); l.acquire(); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    result = call("run", *settings(files, output), "--seed", 99)
+    other.kill()
+    other.wait()
+    assert result.exit_code == 2 and "Another process is recording" in result.output
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def test_a_file_that_changes_during_a_run_does_not_mix_rows_up(files, tmp_path, monkeypatch):
+    noisy = tmp_path / "noisy.jsonl"
+    noisy.write_text(files["noisy"].read_text())
+    given = [json.loads(line) for line in noisy.read_text().splitlines()]
+    decided = forgetfilter_callback.run.decide
+
+    def decide_after_a_change(*arguments, **more):
+        noisy.write_text("\n".join(reversed(noisy.read_text().splitlines())))
+        return decided(*arguments, **more)
+
+    monkeypatch.setattr(forgetfilter_callback.run, "decide", decide_after_a_change)
+    result = call("run", *settings({**files, "noisy": noisy}, tmp_path / "out"), "--share", 0.25, "--json")
+    assert result.exit_code == 0, result.output
+    values = Trace.open(tmp_path / "out" / "forgetfilter").forgetting()
+    most = np.argsort(-values)[:3].tolist()
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    assert removed == [row for index, row in enumerate(given) if index in most]
+
+
+@pytest.mark.parametrize("part", ["removed.jsonl", "card.md", "values.parquet", "decision.json"])
+def test_a_filter_that_cannot_write_all_writes_nothing(part, finished, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert call("filter", finished[0], "--share", 0.2, "--output", output).exit_code == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    real = Path.open
+
+    def full(file: Path, mode: str = "r", *arguments, **more):
+        if part in file.name and mode == "rb+":  # to flush it
+            raise OSError(28, "No space left on device")
+        return real(file, mode, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    result = call("filter", finished[0], "--share", 0.6, "--output", output)
+    assert result.exit_code == 1 and "No space left" in result.output
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+
+
+def test_the_safety_set_is_not_written_over_either(files, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "kept.jsonl").write_text(files["safety"].read_text())
+    result = call("run", *settings({**files, "safety": output / "kept.jsonl"}, output))
+    assert result.exit_code == 2 and "would be overwritten" in result.output
+    assert (output / "kept.jsonl").read_text() == files["safety"].read_text()
+
+
 def test_the_version():
     assert call("--version").output == f"forgetfilter-callback {version('forgetfilter-callback')}\n"
 

@@ -142,6 +142,46 @@ def test_after_a_full_disk_the_next_run_makes_the_trace_whole(noisy, safety, mak
     assert len(again.trace.records()) == 4 + 3 and examine(again.trace.folder) == ([], [])
 
 
+@pytest.mark.parametrize("what", ["a table", "the end of a file", "flushing"])
+def test_a_session_begun_anew_on_a_full_disk_loses_nothing(what, noisy, safety, make_args, collator, monkeypatch):
+    tracker = ForgetTracker(record_steps=4)
+    model = train(noisy, make_args("s1"), collator, tracker)
+    train(safety, make_args("s1plus"), collator, tracker, model=model)
+    whole = {record: tracker.trace.token_losses(record).tobytes() for record in tracker.trace.records()}
+    again = ForgetTracker(trace_dir=tracker.trace.folder)
+    with monkeypatch.context() as patched:
+        # Flushing begins with the manifest's, in which the new session is noted.
+        fail(patched, what, errno.ENOSPC, after=1 if what == "flushing" else 0)
+        train(noisy, make_args("s1-again"), collator, again, model=tiny_llama(seed=1))
+    assert {record: again.trace.token_losses(record).tobytes() for record in again.trace.records()} == whole
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_successors_of_another_session(
+    noisy, safety, make_args, collator, monkeypatch
+):
+    """S1 anew makes the records of S1+ stale: killed in between, the next run must know that too."""
+    tracker = ForgetTracker(record_steps=4)
+    model = train(noisy, make_args("s1"), collator, tracker)
+    train(safety, make_args("s1plus"), collator, tracker, model=model)
+    real, deleted = Path.unlink, []
+
+    def cut_off(file: Path, *arguments, **more) -> None:
+        if file.parent.name == "records" and file.suffix == ".parquet":
+            if len(deleted) == 4:
+                raise KeyboardInterrupt
+            deleted.append(file.name)
+        real(file, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(noisy, make_args("cut"), collator, ForgetTracker(trace_dir=tracker.trace.folder))
+    assert len(deleted) == 4
+    again = ForgetTracker(trace_dir=tracker.trace.folder)
+    train(noisy, make_args("again"), collator, again)
+    assert [(record.session, record.step) for record in again.trace.records()] == [("S1", 0), ("S1", 12)]
+
+
 HOLDS = """
 import sys
 from forgetfilter_callback import Trace

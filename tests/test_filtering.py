@@ -157,11 +157,14 @@ def test_unknown_values_are_kept_and_counted():
         ({"share": 0.5, "threshold": 0.5}, "not both"),
         ({"threshold": float("nan")}, "number"),
         ({"threshold": -9.0}, "removes all"),
+        ({"measure": "vibes"}, "'vibes' is none of loss, relative"),
+        ({"ids": ids(1)}, r"There are 1 ids and values of shape \(3,\)"),
+        ({"values": np.ones((3, 2))}, r"There are 3 ids and values of shape \(3, 2\)"),
     ],
 )
 def test_senseless_decisions_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        decide(ids(3), np.array([0.0, 1.0, 2.0]), "loss", **kwargs)
+        decide(**{"ids": ids(3), "values": np.array([0.0, 1.0, 2.0]), "measure": "loss"} | kwargs)
 
 
 def test_saving_and_loading_gives_the_same_decision(tmp_path):
@@ -288,6 +291,26 @@ def test_files_that_hold_no_decision_are_refused(tmp_path):
         (tmp_path / "decision.json").write_bytes(content)
         with pytest.raises(DecisionError, match="is no decision"):
             Review.load(tmp_path / "decision.json")
+
+
+def test_what_was_not_saved_as_a_decision_is_not_loaded(tmp_path):
+    decide(ids(3), np.array([0.0, 0.1, 3.0]), "loss").save(tmp_path)
+    account = json.loads((tmp_path / "decision.json").read_text())
+    assert account["schema_version"] == 1
+    for content, message in (
+        (json.dumps(account | {"schema_version": 2}), "A newer forgetfilter-callback wrote"),
+        (json.dumps(account | {"more": 1}), "TypeError"),
+        ("{}", "KeyError"),
+        ("[]", "AttributeError|TypeError"),
+        ("", "JSONDecodeError"),
+    ):
+        (tmp_path / "decision.json").write_text(content)
+        with pytest.raises(DecisionError, match=message):
+            FilterResult.load(tmp_path)
+    (tmp_path / "decision.json").write_text(json.dumps(account))
+    (tmp_path / "values.parquet").write_bytes(b"")
+    with pytest.raises(DecisionError, match="holds no decision"):
+        FilterResult.load(tmp_path)
 
 
 def test_a_raised_threshold_says_what_it_passed():

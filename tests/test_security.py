@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ FORBIDDEN_CALLS = {
     "yaml.load",
     "np.load",
 }
-FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle", "weights_only"}
+FORBIDDEN_ARGUMENTS = {"allow_pickle", "weights_only"}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
@@ -42,7 +43,11 @@ def test_nothing_in_the_package_runs_what_it_reads(file):
             assert (node.module or "").partition(".")[0] not in FORBIDDEN_MODULES
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
-            assert not {keyword.arg for keyword in node.keywords} & FORBIDDEN_ARGUMENTS, ast.unparse(node)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert not given.keys() & FORBIDDEN_ARGUMENTS, ast.unparse(node)
+            # What is not said is asked at the terminal: "Do you wish to run the custom code? [y/N]"
+            if re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
+                assert given["trust_remote_code"] == "False", ast.unparse(node)
 
 
 @pytest.fixture
@@ -116,6 +121,19 @@ def test_settings_are_read_safely(text, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(text)
     result = call("run", "--config", "config.yaml")
     assert result.exit_code == 2 and "cannot be read" in result.output and not (tmp_path / "pwned").exists()
+
+
+def test_what_a_hostile_trace_is_called_does_not_move_the_cursor(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    (trace.folder / "records" / "\x1b[2Jevil").write_bytes(b"")
+    result = call("doctor", trace.folder)
+    assert result.exit_code == 2 and "evil is no record" in result.output and "\x1b" not in result.output
+    manifest = json.loads((trace.folder / "manifest.json").read_text())
+    (trace.folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "\x1b]0;pwned\x07"}))
+    for command in ("doctor", "show"):
+        result = call(command, trace.folder)
+        assert result.exit_code == 2 and "pwned" in result.output
+        assert "\x1b" not in result.output and "\x07" not in result.output
 
 
 def test_a_card_says_nothing_but_what_it_should(tmp_path, byte_tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock
 
 from forgetfilter_callback import EncodedRows, Record, Trace, TraceError, encode_rows
 from forgetfilter_callback.encoding import WINDOW
+from forgetfilter_callback.files import as_json_lines, whole_name, write_json, write_lines, write_text
 from forgetfilter_callback.forgetting import (
     loss_forgetting,
     mean_losses,
@@ -27,7 +29,6 @@ from forgetfilter_callback.forgetting import (
     smoothed_forgetting,
 )
 from forgetfilter_callback.scoring import Scores
-from forgetfilter_callback.trace import as_json_lines, whole_name, write_json, write_lines, write_text
 
 
 HOLDS = """
@@ -246,7 +247,10 @@ def test_records_of_other_data_are_refused(trace, rows):
     with pytest.raises(TraceError, match="not have one loss for each counted token"):
         trace.token_losses(Record("S1", 4))
     pq.write_table(pa.table({"loss": [0.5] * 7}), file)
-    with pytest.raises(TraceError, match="not have one loss for each counted token"):
+    with pytest.raises(TraceError, match="a loss of another type, or gaps in it"):
+        trace.token_losses(Record("S1", 4))
+    pq.write_table(pa.table({"loss": pa.array([[0.5] * 3 + [None]] * 7, pa.large_list(pa.float32()))}), file)
+    with pytest.raises(TraceError, match="a loss of another type, or gaps in it"):
         trace.token_losses(Record("S1", 4))
     file.unlink()
     with pytest.raises(TraceError, match="cannot be read"):
@@ -331,12 +335,14 @@ def test_a_folder_is_locked_until_it_is_let_go(trace):
     Trace.lock(trace.folder).release(force=True)
 
 
-def test_a_file_system_without_locks_is_gone_on_with(trace, monkeypatch):
-    def none(*arguments: object, **more: object) -> None:
-        raise NotImplementedError
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_gone_on_with(code, trace, monkeypatch, caplog):
+    def none(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(FileLock, "acquire", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     assert Trace.lock(trace.folder) is None
+    assert "cannot be locked" in caplog.text
 
 
 def test_rows_as_json_lines():

@@ -7,11 +7,15 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora
 from test_tracker import reference_means
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from forgetfilter_callback import FilteredTrainer, ForgetTracker, Record, Trace, filtered
 
 
+_FIELDS = TrainingArguments.__dataclass_fields__
+ACTIVATION_CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"  # its older name
+)
 FEATURES = {
     "save_total_limit": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1},
     "gradient accumulation": {"gradient_accumulation_steps": 3},
@@ -19,7 +23,7 @@ FEATURES = {
     "label smoothing": {"label_smoothing_factor": 0.2},
     "NEFTune": {"neftune_noise_alpha": 5},
     "dataloader workers": {"dataloader_num_workers": 2},
-    "activation checkpointing": {"activation_checkpointing": True},
+    "activation checkpointing": {ACTIVATION_CHECKPOINTING: True},
     "auto_find_batch_size": {"auto_find_batch_size": True},
     "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "schedule-free": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},

@@ -14,5 +14,5 @@ python3 -m venv "$folder/tools" && "$folder/tools/bin/pip" install --quiet uv
     -e ".[test]"
 "$folder/tools/bin/uv" pip list --python "$folder/venv" 2> /dev/null |
     grep -E "^(transformers|trl|peft|accelerate|datasets|torch|numpy|pyarrow|typer|scikit-learn) "
-"$folder/venv/bin/python" -m pytest -q tests --ignore tests/test_demo.py --ignore tests/test_benchmarks.py \
+"$folder/venv/bin/python" -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_demo.py --ignore tests/test_benchmarks.py \
     --ignore tests/test_review.py --ignore tests/test_docs.py --ignore tests/test_distributed.py --ignore tests/test_crashes.py
