@@ -263,7 +263,7 @@ def test_rows_come_out_as_the_very_lines_that_went_in(files, tmp_path):
         json.dumps({**row, "date": "2024-05-01 10:00:00", "x": 0.12345678901234566, **({"only": 1} if i == 3 else {})})
         for i, row in enumerate(texts(12, seed=1))
     ]
-    (tmp_path / "noisy.jsonl").write_text("\n\n".join(lines) + "\n")
+    (tmp_path / "noisy.jsonl").write_text("\n".join(lines) + "\n")
     given = {**files, "noisy": tmp_path / "noisy.jsonl"}
     assert call("run", *settings(given, tmp_path / "out"), "--share", 0.25).exit_code == 0
     kept, removed = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("kept", "removed"))
