@@ -313,6 +313,34 @@ def test_what_was_not_saved_as_a_decision_is_not_loaded(tmp_path):
         FilterResult.load(tmp_path)
 
 
+def test_values_that_are_not_separable_say_where_the_threshold_was():
+    half = math.log(2)
+    none = separate(np.array([0.0, 0.5, half]), "loss")  # at φ is not above it
+    assert (none.separable, none.threshold, none.distance) == (False, half, None)
+    assert none.reason == "no sample is forgotten more than 0.69; nothing to remove"
+    every = separate(np.full(30, 2.0), "loss")
+    assert (every.separable, every.threshold, every.distance) == (False, half, None)
+    assert every.reason == "every sample is forgotten, the safe ones too; they cannot be told apart"
+    # The others' robust standard deviation is 0.1, so the least distance is that of their median from 0.241 above it.
+    others = norm.ppf((np.arange(999) + 0.5) / 999, half - 0.2, 0.1).clip(None, half)
+    for above, separable in ((half + 0.02, False), (half + 0.06, True)):
+        found = separate(np.concatenate([others, np.full(200, above)]), "loss")
+        assert (found.separable, found.threshold) == (separable, half)
+        assert found.distance == pytest.approx((above - half + 0.2) / 0.1, rel=0.02)
+    assert (
+        found.reason
+        == f"the median of those above φ lies {found.distance:.1f} robust standard deviations above the median of the rest"
+    )
+
+
+def test_parting_of_needs_three_values_and_two_populations():
+    assert parting_of(np.array([0.1, 0.9, 0.9])) == -math.inf
+    values, unsafe = shares_lost(0.3, 0.9)
+    parting = parting_of(values)
+    assert values[~unsafe].max() < parting < values[unsafe].min()
+    assert parting_of(values) == parting  # the same again
+
+
 def test_a_raised_threshold_says_what_it_passed():
     values, unsafe = shares_lost(0.5, 0.9)
     values = values + np.where(unsafe, 0, 0.2)

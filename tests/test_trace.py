@@ -197,6 +197,33 @@ def test_repeating_and_dropping_records(trace):
     assert trace.records() == STEPS[:1]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["taken", "repeated"])
+@pytest.mark.parametrize(("record", "left"), [(STEPS[0], STEPS[:1]), (STEPS[2], STEPS[:3])], ids=["S1", "S1+"])
+def test_a_session_that_begins_anew_drops_what_was_there(record, left, again, trace, rows):
+    scores, later = scores_of(rows, STEPS[1]), [other for other in STEPS if other not in left]
+    if again:
+        assert trace.repeat(STEPS[1], record, anew=True) == later
+    else:
+        assert trace.append(record, [scores], anew=True) == later
+    assert trace.records() == left
+    assert trace.token_losses(record).tobytes() == scores.losses.tobytes()
+    assert trace.append(record, [scores]) == trace.repeat(record, record) == []  # not anew
+
+
+def test_a_session_that_begins_for_the_first_time_drops_nothing(trace, rows):
+    for record in STEPS[:2]:
+        (trace.folder / "records" / record.file_name).unlink()
+    assert trace.append(STEPS[0], [scores_of(rows, STEPS[0])], anew=True) == []
+    assert trace.records() == [STEPS[0], *STEPS[2:]]
+
+
+def test_records_are_deleted_from_the_last_on(trace, monkeypatch):
+    gone: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda file, missing_ok=False: gone.append(file.name))
+    trace.drop_after("S1", 0)
+    assert gone == [record.file_name for record in STEPS[:0:-1]]
+
+
 @pytest.mark.parametrize(
     ("gone", "measure", "step", "message"),
     [
@@ -269,6 +296,13 @@ def test_traces_that_do_not_open(trace, tmp_path):
         changed(trace, **{name: None})
         with pytest.raises(TraceError, match=f"lacks {name}, or has something else there"):
             Trace.open(trace.folder)
+    for sessions in ([3], [{"session": "S1", "output_dir": "out", "max_steps": "6"}]):
+        changed(trace, sessions=sessions)
+        with pytest.raises(TraceError, match="lacks sessions, or has"):
+            Trace.open(trace.folder)
+    changed(trace, schema_version=0)
+    with pytest.raises(TraceError, match="names no schema version"):
+        Trace.open(trace.folder)
     changed(trace, samples=None, model=3)
     with pytest.raises(TraceError, match="lacks samples, model"):
         Trace.open(trace.folder)
