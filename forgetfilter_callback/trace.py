@@ -21,6 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -295,10 +296,10 @@ class Trace:
         Returns:
             `list[Record]`: what was deleted.
         """
-        dropped: list[Record] = []
+        stale = self._stale(record) if anew else []
         tables = self._record_windows(scores, completions, rouge1)
-        write_parquet(tables, self.folder / "records" / record.file_name, self._others_go(record, anew, dropped))
-        return dropped
+        write_parquet(tables, self.folder / "records" / record.file_name, partial(self._delete, stale))
+        return stale
 
     def _record_windows(
         self, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
@@ -319,23 +320,18 @@ class Trace:
 
     def repeat(self, record: Record, again: Record, anew: bool = False) -> list[Record]:
         """Writes `record` once more, as `again`: the model has not changed in between. `anew` as in [`append`]."""
-        dropped: list[Record] = []
-        file = self.folder / "records" / again.file_name
-        with replacing(file, self._others_go(again, anew, dropped)) as unfinished:
+        stale = self._stale(again) if anew else []
+        with replacing(self.folder / "records" / again.file_name, partial(self._delete, stale)) as unfinished:
             shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
-        return dropped
+        return stale
 
-    def _others_go(self, record: Record, anew: bool, dropped: list[Record]) -> Callable[[], None]:
-        """Deletes what a session that begins anew with `record` leaves behind, and notes it in `dropped`."""
-
-        def go() -> None:
-            records = self.records()
-            if anew and any(other.session == record.session for other in records):
-                later = SESSIONS[SESSIONS.index(record.session) :]
-                dropped.extend(other for other in records if other.session in later and other != record)
-                self._delete(dropped)
-
-        return go
+    def _stale(self, record: Record) -> list[Record]:
+        """What a session that begins anew with `record` leaves behind."""
+        records = self.records()
+        if all(other.session != record.session for other in records):
+            return []
+        from_it_on = SESSIONS[SESSIONS.index(record.session) :]
+        return [other for other in records if other.session in from_it_on and other != record]
 
     def drop_after(self, session: Session, step: int) -> list[Record]:
         """Deletes the records of `session` past `step`, and those of later sessions if any was deleted. Returns them."""
