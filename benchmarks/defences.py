@@ -151,7 +151,9 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, an arm a line."""
-    frame = pd.DataFrame([row for row in results if row["experiment"] == "main"])
+    frame = pd.DataFrame(
+        [{**row, "anchors": row["sizes"]["anchors"]} for row in results if row["experiment"] != "interleaved"]
+    )
     if frame.empty:
         return "No results."
     lines = [
@@ -159,10 +161,11 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     order = {arm: place for place, arm in enumerate(ARMS)}
-    grouped = frame.groupby(["scenario", "unsafe_share", "arm"])
-    for (scenario, share, arm), some in sorted(grouped, key=lambda each: (*each[0][:2], order[each[0][2]])):
+    grouped = frame.groupby(["scenario", "unsafe_share", "anchors", "arm"])
+    for (scenario, share, anchors, arm), some in sorted(grouped, key=lambda each: (*each[0][:3], order[each[0][3]])):
         cells = [_mean_and_sd(some[name]) if name in some else "–" for name in ("unsafe", "task", "removed", "f1")]
-        lines.append(f"| {scenario}, {share:.0%} unsafe | {arm} | {len(some)} | {' | '.join(cells)} |")
+        anchored = f", {anchors} anchors" if anchors else ""
+        lines.append(f"| {scenario}, {share:.0%} unsafe{anchored} | {arm} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -210,6 +213,7 @@ def main(
     seed: Seeds = None,
     unsafe_share: Annotated[float, typer.Option(help="Of the noisy set.")] = 0.5,
     arm: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
+    anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     model: Model = None,
     noisy: Annotated[str | None, typer.Option(help="Your own rows, with --safety and --heldout.")] = None,
     safety: Annotated[str | None, typer.Option(help="Your own safe rows.")] = None,
@@ -223,7 +227,7 @@ def main(
     logging.disable_progress_bar()
     results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
     settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
-    sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=unsafe_share)
+    sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=unsafe_share, anchors=anchors)
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in ["own"] if noisy is not None else names:
@@ -233,15 +237,17 @@ def main(
                 rows = own_scenario(noisy, safety, heldout)
             else:
                 rows = load_scenario(name, data_dir, its_seed, sizes)
-            folder = cache / f"{name}-{unsafe_share:g}-{its_seed}{'-smoke' if smoke else ''}"
+            marks = [f"{anchors}-anchors"] * (anchors > 0) + ["smoke"] * smoke
+            folder = cache / "-".join([f"{name}-{unsafe_share:g}-{its_seed}", *marks])
             sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
             where = {
-                "experiment": "interleaved" if interleaved else "main", "scenario": name, "unsafe_share": unsafe_share,
+                "experiment": "interleaved" if interleaved else "control" if anchors else "main",
+                "scenario": name, "unsafe_share": unsafe_share,
                 "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
                 "dtype": str(computing_dtype()), "cores": torch.get_num_threads(),
                 "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes),
             }  # fmt: skip
-            known = ("experiment", "scenario", "unsafe_share", "seed", "model", "smoke")
+            known = ("experiment", "scenario", "seed", "model", "smoke", "sizes")
             done = [row["arm"] for row in results if all(row[key] == where[key] for key in known)]
             if interleaved:
                 if not done:

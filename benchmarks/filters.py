@@ -168,9 +168,9 @@ def main(
                 label = f"{control or ''}{f' {anchors} anchors' if anchors else ''}".strip()
                 if control is not None:
                     rows = controlled(control, rows, data_dir, its_seed, sizes)
-                marks = [f"{name}-{share:g}-{its_seed}", label.replace(" ", "-"), "smoke" if smoke else ""]
-                marks += [f"{epochs}-epochs"] if epochs != Settings().epochs else []
-                folder = cache / "-".join(mark for mark in marks if mark)
+                marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
+                marks += [f"{epochs}-epochs"] * (epochs != Settings().epochs)
+                folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])
                 sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
                 where = {
                     "scenario": name,

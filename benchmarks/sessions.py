@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Sessions:
         write_json(made_with, note)
         self.folder = folder
         self.scenario = scenario
+        self.model = model
         self.seed = seed
         self.settings = settings
         base = folder.parent / "base-model"
@@ -98,13 +100,24 @@ class Sessions:
     def tracked(self) -> Trace:
         """S1 and S1+ with one tracker: adapters `s1` and `s1plus`, and the trace of both."""
         folder = self.folder / "forgetfilter"
-        tracker = ForgetTracker(trace_dir=folder)
         if not self.has("s1"):
-            self._train("s1", self.load_model(), self.noisy, self.settings.epochs, [tracker])
+            learnt = self._learnt()
+            shutil.copytree(learnt / "forgetfilter", folder, dirs_exist_ok=True)
+            shutil.copytree(learnt / "s1", self.folder / "s1", dirs_exist_ok=True)
         if not self.has("s1plus"):
-            tracker.record_steps = self.settings.records
+            tracker = ForgetTracker(trace_dir=folder, record_steps=self.settings.records)
             self._train("s1plus", self.with_adapter("s1"), self.safety, self.settings.safety_epochs, [tracker])
         return Trace.open(folder)
+
+    def _learnt(self) -> Path:
+        """S1, in a folder that scenarios share which differ in their safety set alone."""
+        settings = self.settings
+        made_with = (self.model, self.seed, settings.epochs, settings.learning_rate, settings.batch_size)
+        learnt = self.folder.parent / f"s1-{_digest(self.scenario.noisy, *made_with)}"
+        if not self.has("s1", learnt):
+            tracker = ForgetTracker(trace_dir=learnt / "forgetfilter")
+            self._train("s1", self.load_model(), self.noisy, settings.epochs, [tracker], learnt)
+        return learnt
 
     def replay(self) -> str:
         """The safety set mixed into S1. Returns the adapter's name."""
@@ -118,8 +131,7 @@ class Sessions:
 
     def finetuned(self, rows: Sequence[Row]) -> str:
         """M0 finetuned on other rows. Returns the adapter's name, which is a hash of the rows."""
-        texts = json.dumps([(row["prompt"], row["completion"]) for row in rows])
-        name = f"on-{len(rows)}-rows-{hashlib.blake2b(texts.encode(), digest_size=6).hexdigest()}"
+        name = f"on-{len(rows)}-rows-{_digest(rows)}"
         if not self.has(name):
             self._train(name, self.load_model(), trainable(list(rows), self.tokenizer), self.settings.epochs)
         return name
@@ -164,8 +176,8 @@ class Sessions:
         files = [self.folder / f"rouge1-{name}.json" for name in ("s1", "s1plus")]
         return sum(json.loads(file.read_text())["seconds"] for file in files)
 
-    def has(self, name: str) -> bool:
-        return (self.folder / name / "seconds.json").exists()
+    def has(self, name: str, folder: Path | None = None) -> bool:
+        return ((folder or self.folder) / name / "seconds.json").exists()
 
     def seconds(self, name: str) -> float:
         """How long the session took, the tracker's work included."""
@@ -181,7 +193,13 @@ class Sessions:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _train(
-        self, name: str, model: PeftModel, rows: Dataset, epochs: int, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        name: str,
+        model: PeftModel,
+        rows: Dataset,
+        epochs: int,
+        callbacks: Sequence[TrainerCallback] = (),
+        folder: Path | None = None,
     ) -> None:
         args = dataclasses.replace(
             demo_arguments(self.folder / "trainer", self.seed),
@@ -201,5 +219,11 @@ class Sessions:
         )
         started = time.perf_counter()
         trainer.train()
-        model.save_pretrained(self.folder / name)
-        write_json(time.perf_counter() - started, self.folder / name / "seconds.json")
+        folder = folder or self.folder
+        model.save_pretrained(folder / name)
+        write_json(time.perf_counter() - started, folder / name / "seconds.json")
+
+
+def _digest(rows: Sequence[Row], *others: Any) -> str:
+    texts = json.dumps([*((row["prompt"], row["completion"]) for row in rows), *others])
+    return hashlib.blake2b(texts.encode(), digest_size=6).hexdigest()
