@@ -108,6 +108,7 @@ def computed(sessions: Sessions, experiment: str, only: list[str] | None) -> Ite
         for name, compute in OTHERS.items():
             if wanted(name):
                 yield {"experiment": experiment, "signal": name}, compute(sessions)
+    if experiment != "control":
         for step in steps_of(sessions.tracked()):
             for name, signal in forgetting_signals(sessions, step).items():
                 if wanted(name):
@@ -150,6 +151,7 @@ def main(
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
+    doubling: Annotated[bool, typer.Option("--doubling", help="A sweep: after 1, 2, 4, 8, … steps of S1+.")] = False,
     model: Model = None,
     smoke: Smoke = False,
     cache: Cache = Path("benchmarks-cache"),
@@ -159,6 +161,7 @@ def main(
     logging.disable_progress_bar()
     results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
     settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings(epochs=epochs)
+    settings = dataclasses.replace(settings, records=None) if doubling else settings
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in names:
@@ -169,7 +172,7 @@ def main(
                 if control is not None:
                     rows = controlled(control, rows, data_dir, its_seed, sizes)
                 marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
-                marks += [f"{epochs}-epochs"] * (epochs != Settings().epochs)
+                marks += [f"{epochs}-epochs"] * (epochs != Settings().epochs) + ["doubling"] * doubling
                 folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])
                 sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
                 where = {
@@ -185,7 +188,7 @@ def main(
                 }
                 unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])
                 ids = encode_rows(rows.noisy, sessions.tokenizer, disable_tqdm=True).ids
-                experiment = "control" if label else "main" if epochs == Settings().epochs else "sweep"
+                experiment = "control" if label else "sweep" if doubling or epochs != Settings().epochs else "main"
                 for called, found in computed(sessions, experiment, signal):
                     result = {**where, **called, **judged(found, unsafe, ids)}
                     results = [row for row in results if not _same(row, result)] + [result]

@@ -20,7 +20,14 @@ import typer
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
 from forgetfilter_callback.demo import demo_arguments, load_base, trainable
@@ -50,7 +57,20 @@ class Settings:
     safety_epochs: int = 2
     learning_rate: float = 1e-3
     batch_size: int = 4
-    records: float = 0.25  # S1+ is recorded so often, as a share of it
+    records: float | None = 0.25  # S1+ is recorded so often, as a share of it; None: after 1, 2, 4, 8, … steps
+
+
+class Doubling(TrainerCallback):
+    """Has a tracker record after 1, 2, 4, 8, … steps."""
+
+    def __init__(self, tracker: ForgetTracker):
+        self.tracker = tracker
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        self.tracker.record_steps = step if step.bit_count() == 1 else None
 
 
 class Sessions:
@@ -106,7 +126,8 @@ class Sessions:
             shutil.copytree(learnt / "s1", self.folder / "s1", dirs_exist_ok=True)
         if not self.has("s1plus"):
             tracker = ForgetTracker(trace_dir=folder, record_steps=self.settings.records)
-            self._train("s1plus", self.with_adapter("s1"), self.safety, self.settings.safety_epochs, [tracker])
+            callbacks = [tracker, Doubling(tracker)] if self.settings.records is None else [tracker]
+            self._train("s1plus", self.with_adapter("s1"), self.safety, self.settings.safety_epochs, callbacks)
         return Trace.open(folder)
 
     def _learnt(self) -> Path:
