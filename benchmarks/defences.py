@@ -101,13 +101,12 @@ def interleave(
     sequential = filtered = "base"
     for number, part in enumerate(parts, start=1):
         rows = [scenario.noisy[index] for index in part]
-        for name, start, its_rows, epochs in (
-            (f"round-{number}-noisy", sequential, rows, sessions.settings.epochs),
-            (f"round-{number}-safe", f"round-{number}-noisy", scenario.safety, sessions.settings.safety_epochs),
-        ):
-            sessions.go_on(name, start, its_rows, epochs)
+        learnt, safe = f"round-{number}-noisy", f"round-{number}-safe"
+        sessions.go_on(learnt, sequential, rows)
+        sessions.go_on(safe, learnt, scenario.safety, safety=True)
+        for name in (learnt, safe):
             yield {"arm": "sequential", "after": name, **_without_texts(sessions.judged(name, judge_with))}
-        sequential = f"round-{number}-safe"
+        sequential = safe
         name, result = sessions.filtered_round(number, filtered, rows)
         yield {
             "arm": "forgetfilter", "after": name, "removed": result.counts["removed"],

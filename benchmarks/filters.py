@@ -151,6 +151,9 @@ def main(
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
+    safety_learning_rate: Annotated[
+        float, typer.Option(help="Of S1+; others than 0.0003 make a sweep.")
+    ] = Settings().safety_learning_rate,
     doubling: Annotated[bool, typer.Option("--doubling", help="A sweep: after 1, 2, 4, 8, … steps of S1+.")] = False,
     model: Model = None,
     smoke: Smoke = False,
@@ -160,8 +163,13 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
-    settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings(epochs=epochs)
-    settings = dataclasses.replace(settings, records=None) if doubling else settings
+    usual = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
+    settings = dataclasses.replace(
+        usual,
+        epochs=usual.epochs if smoke else epochs,
+        safety_learning_rate=safety_learning_rate,
+        records=None if doubling else usual.records,
+    )
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in names:
@@ -172,7 +180,8 @@ def main(
                 if control is not None:
                     rows = controlled(control, rows, data_dir, its_seed, sizes)
                 marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
-                marks += [f"{epochs}-epochs"] * (epochs != Settings().epochs) + ["doubling"] * doubling
+                marks += [f"{settings.epochs}-epochs"] * (settings.epochs != usual.epochs) + ["doubling"] * doubling
+                marks += [f"{safety_learning_rate:g}"] * (safety_learning_rate != usual.safety_learning_rate)
                 folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])
                 sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
                 where = {
@@ -181,6 +190,7 @@ def main(
                     "seed": its_seed,
                     "control": label or None,
                     "epochs": settings.epochs,
+                    "safety_learning_rate": safety_learning_rate,
                     "model": model or "SmolLM2-135M-Instruct",
                     "smoke": smoke,
                     "dtype": str(computing_dtype()),
@@ -188,7 +198,7 @@ def main(
                 }
                 unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])
                 ids = encode_rows(rows.noisy, sessions.tokenizer, disable_tqdm=True).ids
-                experiment = "control" if label else "sweep" if doubling or epochs != Settings().epochs else "main"
+                experiment = "control" if label else "main" if settings == usual else "sweep"
                 for called, found in computed(sessions, experiment, signal):
                     result = {**where, **called, **judged(found, unsafe, ids)}
                     results = [row for row in results if not _same(row, result)] + [result]
@@ -198,7 +208,8 @@ def main(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both are of one signal in one place."""
-    keys = ("experiment", "scenario", "unsafe_share", "seed", "control", "epochs", "model", "smoke", "signal")
+    keys = ("experiment", "scenario", "unsafe_share", "seed", "control", "epochs", "safety_learning_rate", "model",
+            "smoke", "signal")  # fmt: skip
     return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
 
 

@@ -54,8 +54,9 @@ class Settings:
     """How all sessions train. LoRA with r=8, α=16 and dropout .05 on q_proj and v_proj, as the paper's."""
 
     epochs: int = 3
-    safety_epochs: int = 2
     learning_rate: float = 1e-3
+    safety_epochs: int = 2
+    safety_learning_rate: float = 3e-4
     batch_size: int = 4
     records: float | None = 0.25  # S1+ is recorded so often, as a share of it; None: after 1, 2, 4, 8, … steps
 
@@ -121,23 +122,23 @@ class Sessions:
         """S1 and S1+ with one tracker: adapters `s1` and `s1plus`, and the trace of both."""
         folder = self.folder / "forgetfilter"
         if not self.has("s1"):
-            learnt = self._learnt()
+            learnt = self.learnt()
             shutil.copytree(learnt / "forgetfilter", folder, dirs_exist_ok=True)
             shutil.copytree(learnt / "s1", self.folder / "s1", dirs_exist_ok=True)
         if not self.has("s1plus"):
             tracker = ForgetTracker(trace_dir=folder, record_steps=self.settings.records)
             callbacks = [tracker, Doubling(tracker)] if self.settings.records is None else [tracker]
-            self._train("s1plus", self.with_adapter("s1"), self.safety, self.settings.safety_epochs, callbacks)
+            self._train("s1plus", self.with_adapter("s1"), self.safety, callbacks, safety=True)
         return Trace.open(folder)
 
-    def _learnt(self) -> Path:
+    def learnt(self) -> Path:
         """S1, in a folder that scenarios share which differ in their safety set alone."""
         settings = self.settings
         made_with = (self.model, self.seed, settings.epochs, settings.learning_rate, settings.batch_size)
         learnt = self.folder.parent / f"s1-{_digest(self.scenario.noisy, *made_with)}"
         if not self.has("s1", learnt):
             tracker = ForgetTracker(trace_dir=learnt / "forgetfilter")
-            self._train("s1", self.load_model(), self.noisy, settings.epochs, [tracker], learnt)
+            self._train("s1", self.load_model(), self.noisy, [tracker], learnt)
         return learnt
 
     def replay(self) -> str:
@@ -154,27 +155,32 @@ class Sessions:
         """M0 finetuned on other rows. Returns the adapter's name, which is a hash of the rows."""
         name = f"on-{len(rows)}-rows-{_digest(rows)}"
         if not self.has(name):
-            self._train(name, self.load_model(), trainable(list(rows), self.tokenizer), self.settings.epochs)
+            self._train(name, self.load_model(), trainable(list(rows), self.tokenizer))
         return name
 
     def go_on(
-        self, name: str, start: str, rows: Sequence[Row], epochs: int, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        name: str,
+        start: str,
+        rows: Sequence[Row],
+        callbacks: Sequence[TrainerCallback] = (),
+        safety: bool = False,
     ) -> None:
-        """A session from an earlier one's model (`base`: from M0), as adapter `name`."""
+        """A session from an earlier one's model (`base`: from M0), as adapter `name`; trained like S1+ if `safety`."""
         if not self.has(name):
             model = self.base() if start == "base" else self.with_adapter(start)
-            self._train(name, model, trainable(list(rows), self.tokenizer), epochs, callbacks)
+            self._train(name, model, trainable(list(rows), self.tokenizer), callbacks, safety=safety)
 
     def filtered_round(self, number: int, start: str, rows: Sequence[Row]) -> tuple[str, FilterResult]:
         """ForgetFilter on a round's rows, from the model of the rounds before. Returns its adapter and the decision."""
         tracker = ForgetTracker(trace_dir=self.folder / f"round-{number}-trace")
         learnt, safe, name = (f"round-{number}-filter-{part}" for part in ("s1", "s1plus", "refit"))
-        self.go_on(learnt, start, rows, self.settings.epochs, [tracker])
-        self.go_on(safe, learnt, self.scenario.safety, self.settings.safety_epochs, [tracker])
+        self.go_on(learnt, start, rows, [tracker])
+        self.go_on(safe, learnt, self.scenario.safety, [tracker], safety=True)
         trace = Trace.open(self.folder / f"round-{number}-trace")
         result = decide(trace.rows.ids, trace.forgetting(DEFAULT_MEASURE), DEFAULT_MEASURE)
         kept = [row for row, gone in zip(rows, result.removed, strict=True) if not gone]
-        self.go_on(name, start, kept, self.settings.epochs)
+        self.go_on(name, start, kept)
         return name, result
 
     def rouge1(self, name: str) -> np.ndarray:
@@ -218,15 +224,15 @@ class Sessions:
         name: str,
         model: PeftModel,
         rows: Dataset,
-        epochs: int,
         callbacks: Sequence[TrainerCallback] = (),
         folder: Path | None = None,
+        safety: bool = False,
     ) -> None:
         args = dataclasses.replace(
             demo_arguments(self.folder / "trainer", self.seed),
-            num_train_epochs=epochs,
+            num_train_epochs=self.settings.safety_epochs if safety else self.settings.epochs,
+            learning_rate=self.settings.safety_learning_rate if safety else self.settings.learning_rate,
             per_device_train_batch_size=self.settings.batch_size,
-            learning_rate=self.settings.learning_rate,
             logging_steps=25,
             disable_tqdm=True,
         )

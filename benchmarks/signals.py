@@ -95,8 +95,8 @@ def second_split_signal(sessions: Sessions) -> Signal:
     for number, (first, second) in enumerate((halves, halves[::-1])):
         parts = [[rows[index] for index in half] for half in (first, second)]
         learnt, later = f"split-{number}-first", f"split-{number}-second"
-        sessions.go_on(learnt, "base", parts[0], sessions.settings.epochs)
-        sessions.go_on(later, learnt, parts[1], sessions.settings.epochs)
+        sessions.go_on(learnt, "base", parts[0])
+        sessions.go_on(later, learnt, parts[1])
         encoded = encode_rows(parts[0], sessions.tokenizer, disable_tqdm=True)
         losses = [_mean_losses(sessions, name, encoded) for name in (learnt, later)]
         values[first] = losses[1] - losses[0]

@@ -180,3 +180,17 @@ def test_filters(tiny, data_dir, tmp_path):
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
                   "--control", "near-duplicates")  # fmt: skip
     assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
+    learnt = sorted((tmp_path / "cache").glob("s1-*"))
+    _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity", "--signal", "default",
+                  "--doubling")  # fmt: skip
+    assert 1 in [row["step"] for row in more if row["experiment"] == "sweep" and row["scenario"] == "toxicity"]
+    assert sorted((tmp_path / "cache").glob("s1-*")) == learnt  # S1 on the same rows is not run again
+
+
+def test_cost(tiny, data_dir, tmp_path):
+    output, (result,) = run("cost.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity")
+    taken = result["seconds"]
+    extra = taken["s1plus"] + taken["record"] + taken["decision"]
+    assert result["share_of_s1"] == pytest.approx(extra / taken["s1"]) and min(taken.values()) > 0
+    assert result["ended_at"] == 2 and result["checks"] == [1]
+    assert "| toxicity | 0 |" in output
