@@ -32,7 +32,11 @@ class RunConfig:
     epochs: float = field(default=3.0, metadata={"help": "Epochs of S1 and of the refit."})
     safety_epochs: float = field(default=2.0, metadata={"help": "Epochs of S1+."})
     learning_rate: float = field(
-        default=2e-4, metadata={"help": "Of all sessions (AdamW, linear decay); small models need more, say 1e-3."}
+        default=2e-4,
+        metadata={"help": "Of S1 and of the refit (AdamW, linear decay); small models need more, say 1e-3."},
+    )
+    safety_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of S1+; by default 0.3 of the other: a gentle S1+ spares what is benign."}
     )
     batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches a step."})
@@ -63,6 +67,8 @@ class RunConfig:
         for name in ("epochs", "safety_epochs", "learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be larger than 0, and finite.")
+        if self.safety_learning_rate is not None and not 0 < self.safety_learning_rate < math.inf:
+            raise ValueError(f"safety_learning_rate={self.safety_learning_rate} must be larger than 0, and finite.")
         check_record_steps(self.record_steps)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} leaves no token to predict.")

@@ -22,7 +22,7 @@ UNITS: dict[Measure, str] = {
     "loss": "nats per token",
     "relative": "part of what S1 taught",
     "pooled": "nats",
-    "smoothed": "share of probability",
+    "smoothed": "typical losses",
     "rouge1": "ROUGE-1",
 }
 
@@ -33,10 +33,11 @@ POOLED_SHRINKAGE = 3
 # `pooled`: how many of a sample's largest pooled rises are averaged.
 POOLED_LARGEST = 3
 # `smoothed`: how far a token's own loss is trusted where no other sample has the token; which share of a sample's tokens is
-# averaged, the most forgotten; how strong the ridge may be, in units of the
-# mean squared singular value.
+# averaged, the most forgotten; the least typical change that values are measured by, in nats: below it S1+ has done nothing;
+# how strong the ridge may be, in units of the mean squared singular value.
 SMOOTHED_TRUST = 0.25
 SMOOTHED_SHARE = 0.1
+SMOOTHED_LEAST_CHANGE = 0.05
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
 SMOOTHED_SAMPLES = 10_000
@@ -106,7 +107,9 @@ def smoothed_forgetting(
     samples (see [`pooled`]; a token that no other sample has is trusted with a quarter of its own) both go: the smaller of
     the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
     the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
-    M1 takes for its like: the fitted values.
+    M1 takes for its like: the fitted values. They are given in units of what the typical change takes, 1 − e^−R, where R is
+    the root mean square of all tokens' rises and falls (at least 0.05 nats): how much is lost altogether depends on how long
+    and how hard S1+ trains.
 
     Args:
         tokens, offsets, before, after:
@@ -115,8 +118,8 @@ def smoothed_forgetting(
             What M1 makes of each sample (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 all (fitted values may lie somewhat outside); NaN
-        where no token counts, or losses or states are not finite.
+        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 as much as the typical change takes; NaN where no
+        token counts, or losses or states are not finite.
     """
     rises = after.astype(np.float64) - before
     lost = -np.sign(rises) * np.expm1(-np.abs(rises))
@@ -124,6 +127,10 @@ def smoothed_forgetting(
     largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
     known = np.isfinite(largest) & np.isfinite(states).all(axis=1) & _all_finite(rises, offsets)
     values = np.full(len(largest), np.nan)
+    if not known.any():
+        return values
+    its_rises = rises[np.repeat(known, np.diff(offsets))]
+    largest /= -np.expm1(-max(float(np.sqrt(np.mean(its_rises**2))), SMOOTHED_LEAST_CHANGE))
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values

@@ -43,6 +43,9 @@ from .trainer import reviewed, values_of
 
 logger = logging.getLogger(__name__)
 
+# Of S1+ by default, as a part of S1's: trained gently, the model forgets less of what is benign (benchmarks/README.md).
+SAFETY_LEARNING_RATE = 0.3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -154,12 +157,17 @@ def _run(
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    safety_learning_rate = config.safety_learning_rate
+    if safety_learning_rate is None:
+        safety_learning_rate = SAFETY_LEARNING_RATE * config.learning_rate
     sessions = ForgetFilter(
         lambda: load_model(config),
         noisy.as_dataset(),
         safety.as_dataset(),
         args,
-        safety_args=dataclasses.replace(args, num_train_epochs=config.safety_epochs),
+        safety_args=dataclasses.replace(
+            args, num_train_epochs=config.safety_epochs, learning_rate=safety_learning_rate
+        ),
         tracker=tracker,
         measure=config.measure,
         threshold=parse_threshold(config.threshold),

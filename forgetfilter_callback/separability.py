@@ -1,9 +1,9 @@
 """Do forgetting values hold two populations, and where does φ lie between them? From the values alone, no labels.
 
 φ is anchored, not fitted: a sample is called forgotten when S1+ has taken a part of what the model gave it that is named
-here. Fitted to the values alone, φ follows the shape of the benign rows (which are several populations themselves) rather
-than the unsafe ones: see `benchmarks/README.md`. Only `smoothed`, which has little noise, may raise it to where two
-populations part.
+here, or, for `smoothed`, more than half of what S1+ typically takes from a token. Fitted to the values alone, φ follows the
+shape of the benign rows (which are several populations themselves) rather than the unsafe ones: see `benchmarks/README.md`.
+Only `smoothed`, which has little noise, may raise it to where two populations part.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .forgetting import Measure
 
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
-# half of what S1 taught; half of ROUGE-1's range. `smoothed` holds tokens to what others confirm, so it shows less than was
-# lost: a quarter.
+# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .55 of that was
+# best on eight runs (bias, toxicity, harmfulness; S1+ at two learning rates) thinned out to 5 to 75 % unsafe.
 ANCHOR: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
-    "smoothed": 0.25,
+    "smoothed": 0.55,
     "relative": 0.5,
     "rouge1": 0.5,
 }

@@ -83,6 +83,15 @@ def test_the_configuration_that_a_run_wrote_runs_it_again(finished, files, tmp_p
     assert not (tmp_path / "again" / "model").exists()
 
 
+@pytest.mark.parametrize(("safety_learning_rate", "alike"), [(9e-3, True), (3e-2, False)])
+def test_s1plus_trains_gently_unless_told_otherwise(finished, files, tmp_path, safety_learning_rate, alike):
+    flags = [*settings(files, tmp_path), "--share", 0.25, "--safety-learning-rate", safety_learning_rate]
+    assert call("run", *flags).exit_code == 0
+    first, second = (Trace.open(folder / "forgetfilter").losses() for folder in (finished[0], tmp_path))
+    np.testing.assert_array_equal(first[:2], second[:2])  # S1
+    assert (first == second).all() == alike
+
+
 def test_a_dry_run_says_what_it_would_cost_and_does_nothing(files, tmp_path):
     result = call("run", *settings(files, tmp_path / "out"), "--dry-run", "--json")
     cost = json.loads(result.stdout)

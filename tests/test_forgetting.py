@@ -75,6 +75,8 @@ def share_lost(rise):
 
 def smoothed_by_hand(tokens, before, after, states, strengths):
     """Loops; the strength by leaving each sample out in turn and solving anew."""
+    rises = [float(b) - float(a) for i in range(len(tokens)) for a, b in zip(before[i], after[i], strict=True)]
+    typical = share_lost(max(0.05, math.sqrt(sum(rise * rise for rise in rises) / len(rises))))
     largest = []
     for i, own in enumerate(tokens):
         agreed = []
@@ -88,7 +90,7 @@ def smoothed_by_hand(tokens, before, after, states, strengths):
             ]
             agreed.append(min(lost[place], (sum(others) + 3 * 0.25 * lost[place]) / (len(others) + 3)))
         agreed.sort(reverse=True)
-        largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]))
+        largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]) / typical)
     y, mean = np.array(largest) - np.mean(largest), np.mean(largest)
     x = states - states.mean(axis=0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -153,4 +155,17 @@ def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):
     ):
         assert np.isnan(values[3])
     alone = smoothed_forgetting(np.array([7]), np.array([0, 1]), np.zeros(1), np.ones(1), np.ones((1, 2)))
-    np.testing.assert_allclose(alone, [0.25 * (1 - math.exp(-1))])  # nobody agrees: trusted with a quarter
+    np.testing.assert_allclose(
+        alone, [0.25]
+    )  # nobody agrees, and all that is typical is its own: trusted with a quarter
+
+
+def test_smoothed_forgetting_does_not_take_noise_for_forgetting():
+    """Where S1+ has changed next to nothing, values are measured by a change of 0.05 nats."""
+    tokens, offsets = np.repeat(np.arange(4), 10), np.arange(0, 41, 10)
+    rises = np.random.default_rng(0).normal(0, 1e-4, 40)
+    states = np.random.default_rng(1).normal(size=(4, 3))
+    values = smoothed_forgetting(tokens, offsets, np.zeros(40), rises, states)
+    assert 0 < np.abs(values).max() < 0.01
+    none = smoothed_forgetting(tokens[:0], np.zeros(5, dtype=int), np.zeros(0), np.zeros(0), states)
+    assert np.isnan(none).all()
