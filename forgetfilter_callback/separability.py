@@ -29,8 +29,9 @@ ANCHOR: dict[Measure, float] = {
     "rouge1": 0.5,
 }
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
-# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it...
-LEAST_DISTANCE = 2.41
+# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it, and for `smoothed`,
+# whose φ is known better, between its 67th and 90th...
+LEAST_DISTANCE, LEAST_DISTANCE_OF_SMOOTHED = 2.41, 2.0
 # ...and further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
@@ -62,10 +63,10 @@ class Separability:
 def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    φ is where half is lost, for `smoothed` a quarter (see [`ANCHOR`]), or, for `smoothed`, where two populations part if
-    that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are not set
-    apart: their median within 2.41 robust standard deviations of the others' median, or no further out than the tail of a
-    normal population of its size would be.
+    φ is where half is lost, for `smoothed` .55 of a typical loss (see [`ANCHOR`]), or, for `smoothed`, where two populations
+    part if that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are
+    not set apart: their median within 2.41 robust standard deviations of the others' median (`smoothed`: 2), or no further
+    out than the tail of a normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
@@ -86,7 +87,8 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     tail = float(norm.isf(len(forgotten) / len(values) / 2))
-    if distance < max(LEAST_DISTANCE, LEAST_TAIL * tail):
+    least = LEAST_DISTANCE_OF_SMOOTHED if measure == "smoothed" else LEAST_DISTANCE
+    if distance < max(least, LEAST_TAIL * tail):
         return Separability(
             False,
             phi,
