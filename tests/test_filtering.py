@@ -69,8 +69,14 @@ def test_automatic_threshold_for_smoothed_takes_no_population_apart(seed):
     values, _ = typical_losses(0.0, seed=seed)
     assert decide(ids(400), values, "smoothed").removed.mean() <= 0.02  # should the tail be an odd one
     assert parting_of(values) == -math.inf
-    assert (values + 0.15 > 0.55).any()
-    assert not decide(ids(400), values + 0.15, "smoothed").removed.any()  # φ cuts it, and it is still one population
+
+
+@pytest.mark.parametrize("below", [0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999])
+def test_one_population_that_the_anchor_of_smoothed_cuts_is_not_separable(below):
+    quantiles = norm.ppf((np.arange(1000) + 0.5) / 1000)
+    values = 0.55 + 0.2 * (quantiles - norm.ppf(below))
+    assert not separate(values, "smoothed").separable
+    assert (values > 0.55).sum() == round(1000 * (1 - below))
 
 
 @pytest.mark.parametrize("seed", range(5))
