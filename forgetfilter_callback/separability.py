@@ -29,9 +29,10 @@ ANCHOR: dict[Measure, float] = {
     "rouge1": 0.5,
 }
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
-# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it, and for `smoothed`,
-# whose φ is known better, between its 60th and 94th...
-LEAST_DISTANCE, LEAST_DISTANCE_OF_SMOOTHED = 2.41, 2.1
+# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below the first. The second is
+# for `smoothed`, whose φ is no guess: two populations that overlap stand no further apart than such halves do, and are told
+# by where φ lies...
+LEAST_DISTANCE, LEAST_DISTANCE_OF_SMOOTHED = 2.41, 1.75
 # ...and further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
@@ -65,8 +66,8 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
 
     φ is where half is lost, for `smoothed` .55 of a typical loss (see [`ANCHOR`]), or, for `smoothed`, where two populations
     part if that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are
-    not set apart: their median within 2.41 robust standard deviations of the others' median (`smoothed`: 2.1), or no further
-    out than the tail of a normal population of its size would be.
+    not set apart: their median within 2.41 robust standard deviations (for `smoothed`, 1.75) of the others' median, or no
+    further out than the tail of a normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
