@@ -82,11 +82,11 @@ def test_one_population_whose_tail_lies_above_the_anchor_of_smoothed_is_not_sepa
 def test_overlapping_populations_are_parted_by_the_anchor_of_smoothed():
     """As toxic and clean texts of the benchmarks overlap: no further apart than the halves of one population are."""
     quantiles = norm.ppf((np.arange(200) + 0.5) / 200)
-    values = np.concatenate([0.42 + 0.11 * quantiles, 0.67 + 0.11 * quantiles])
+    values = np.concatenate([0.42 + 0.13 * quantiles, 0.66 + 0.13 * quantiles])
     found = separate(values, "smoothed")
     assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
     above = values > found.threshold
-    assert above[200:].mean() > 0.85 and above[:200].mean() < 0.15
+    assert above[200:].mean() >= 0.8 and above[:200].mean() < 0.2
 
 
 @pytest.mark.parametrize("seed", range(5))
