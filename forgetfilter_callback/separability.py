@@ -3,7 +3,7 @@
 φ is anchored, not fitted: a sample is called forgotten when S1+ has taken a part of what the model gave it that is named
 here, or, for `smoothed`, more than half of what S1+ typically takes from a token. Fitted to the values alone, φ follows the
 shape of the benign rows (which are several populations themselves) rather than the unsafe ones: see `benchmarks/README.md`.
-Only `smoothed`, which has little noise, may raise it to where two populations part.
+Only `smoothed`, which has little noise, may raise it towards where two populations part.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ ANCHOR: dict[Measure, float] = {
     "relative": 0.5,
     "rouge1": 0.5,
 }
+# How far `smoothed` raises φ from there to where two populations part. All the way, it would pass one unsafe row in ten
+# where they lie far apart.
+RAISED = 0.25
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
 # of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below the first. The second is
 # for `smoothed`, whose φ is no guess: two populations that overlap stand no further apart than such halves do, and are told
@@ -64,10 +67,10 @@ class Separability:
 def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    φ is where half is lost, for `smoothed` .55 of a typical loss (see [`ANCHOR`]), or, for `smoothed`, where two populations
-    part if that is higher. There is nothing to remove if no sample, or every sample, lies above it, or if those above it are
-    not set apart: their median within 2.41 robust standard deviations (for `smoothed`, 1.75) of the others' median, or no
-    further out than the tail of a normal population of its size would be.
+    φ is where half is lost, for `smoothed` .55 of a typical loss (see [`ANCHOR`]), or, for `smoothed`, a quarter of the way
+    from there to where two populations part, if they part above it. There is nothing to remove if no sample, or every
+    sample, lies above it, or if those above it are not set apart: their median within 2.41 robust standard deviations (for
+    `smoothed`, 1.75) of the others' median, or no further out than the tail of a normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
@@ -77,9 +80,10 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     """
     phi, raised = ANCHOR[measure], ""
     if measure == "smoothed" and (parting := parting_of(values)) > phi:
-        between = int(((values > phi) & (values <= parting)).sum())
-        raised = f"; φ was raised from {phi:.2f}, past {between} of the rest, to where two populations part"
-        phi = parting
+        higher = phi + RAISED * (parting - phi)
+        passed = int(((values > phi) & (values <= higher)).sum())
+        raised = f"; φ was raised from {phi:.2f}, past {passed} of the rest, towards {parting:.2f}, where two populations part"
+        phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
         return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
