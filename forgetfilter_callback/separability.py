@@ -82,7 +82,7 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     if measure == "smoothed" and (parting := parting_of(values)) > phi:
         higher = phi + RAISED * (parting - phi)
         passed = int(((values > phi) & (values <= higher)).sum())
-        raised = f"; φ was raised from {phi:.2f}, past {passed} of the rest, towards {parting:.2f}, where two populations part"
+        raised = f"; φ was raised from {phi:.2f}, past {passed} of the rest, towards {parting:.2f}, where two part"
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,22 @@ from .processes import main_process_does
 from .trace import Record, Trace
 
 
-# So many samples are followed, and the checks are spread evenly over the session: most of what can be saved is saved.
-FOLLOWED_SAMPLES, CHECKS = 128, 20
+# A quarter of the samples is followed, so that a check costs little beside a record, and no more than FOLLOWED_SAMPLES; with
+# fewer than LEAST_SAMPLES a correlation says nothing.
+FOLLOWED_SAMPLES, FOLLOWED_SHARE, LEAST_SAMPLES = 128, 0.25, 20
 # Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
 # forgetting had at least this standard deviation (nats per token): where little has moved yet, neighbours agree too.
 SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.1
-# With fewer samples a correlation says nothing.
-LEAST_SAMPLES = 20
+
+
+def is_checked(step: int) -> bool:
+    """Whether there is a check after `step`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … Most that can be saved is saved early."""
+    return step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1)
+
+
+def followed(samples: int) -> int:
+    """How many of so many samples are followed."""
+    return min(samples, FOLLOWED_SAMPLES, max(LEAST_SAMPLES, math.ceil(FOLLOWED_SHARE * samples)))
 
 
 class Settling:
@@ -45,7 +55,7 @@ class Settling:
         offsets = trace.rows.counted_offsets
         scorable = np.flatnonzero(np.diff(offsets))
         ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
-        samples = np.sort(scorable[np.argsort(ids)[:FOLLOWED_SAMPLES]])
+        samples = np.sort(scorable[np.argsort(ids)[: followed(len(scorable))]])
         self.rows: EncodedRows = trace.rows.select(samples)
         self._before = mean_losses(trace.token_losses(Record("S1+", 0)), offsets)[samples]
         self._file = trace.folder / "settling.json"

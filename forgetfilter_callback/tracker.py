@@ -35,7 +35,7 @@ from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses
 from .session_rows import noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows_of
-from .settling import CHECKS, FOLLOWED_SAMPLES, Settling
+from .settling import Settling, followed, is_checked
 from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
 
 
@@ -328,8 +328,9 @@ class ForgetTracker(TrainerCallback):
         words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
         tokens = records * read
         if self.stop_early:
-            words += f", and up to {CHECKS} checks of {min(FOLLOWED_SAMPLES, len(rows))} samples"
-            tokens += CHECKS * math.ceil(read * min(FOLLOWED_SAMPLES / len(rows), 1))
+            checks = sum(map(is_checked, range(1, state.max_steps)))
+            words += f", and up to {checks} checks of {followed(len(rows))} samples"
+            tokens += checks * math.ceil(read * followed(len(rows)) / len(rows))
         if training_rows is None:
             return words
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -399,7 +400,7 @@ class ForgetTracker(TrainerCallback):
     def _is_to_check(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether the ranking is looked at: now and then, once the learning rate has warmed up, and not at the very end."""
         within = args.get_warmup_steps(state.max_steps) < state.global_step < state.max_steps
-        return within and state.global_step % math.ceil(state.max_steps / CHECKS) == 0
+        return within and is_checked(state.global_step)
 
     def _is_due(self, state: TrainerState) -> bool:
         if self.record_steps is None:

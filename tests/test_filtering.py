@@ -366,7 +366,7 @@ def test_a_raised_threshold_says_what_it_passed():
     assert found.threshold == pytest.approx(0.55 + (parting - 0.55) / 4)
     passed = int(((values > 0.55) & (values <= found.threshold)).sum())
     assert found.reason.endswith(
-        f"; φ was raised from 0.55, past {passed} of the rest, towards {parting:.2f}, where two populations part"
+        f"; φ was raised from 0.55, past {passed} of the rest, towards {parting:.2f}, where two part"
     )
     lower = separate(typical_losses(0.5)[0] - 0.4, "smoothed")  # the parting lies below the anchor
     assert lower.threshold == 0.55 and lower.reason.endswith("standard deviations above the median of the rest")
