@@ -151,7 +151,7 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
 def table(results: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, an arm a line."""
     frame = pd.DataFrame(
-        [{**row, "anchors": row["sizes"]["anchors"]} for row in results if row["experiment"] != "interleaved"]
+        [{**row, "anchors": row["sizes"]["anchors"]} for row in results if row["experiment"] in ("main", "control")]
     )
     if frame.empty:
         return "No results."
