@@ -86,7 +86,10 @@ def main(
     sizes = SMOKE_SIZES if smoke else Sizes()
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for its_seed in seed if seed is not None else [1]:
-            where = {"scenario": name, "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke}
+            where = {
+                "scenario": name, "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
+                "settings": dataclasses.asdict(settings),
+            }  # fmt: skip
             if any(where.items() <= row.items() for row in results):
                 continue
             rows = load_scenario(name, data_dir, its_seed, sizes)

@@ -246,7 +246,7 @@ def main(
                 "dtype": str(computing_dtype()), "cores": torch.get_num_threads(),
                 "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes),
             }  # fmt: skip
-            known = ("experiment", "scenario", "seed", "model", "smoke", "sizes")
+            known = ("experiment", "scenario", "seed", "model", "smoke", "settings", "sizes")
             done = [row["arm"] for row in results if all(row[key] == where[key] for key in known)]
             if interleaved:
                 if not done:

@@ -198,7 +198,7 @@ def main(
                 }
                 unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])
                 ids = encode_rows(rows.noisy, sessions.tokenizer, disable_tqdm=True).ids
-                experiment = "control" if label else "main" if settings == usual else "sweep"
+                experiment = "sweep" if settings != usual else "control" if label else "main"
                 for called, found in computed(sessions, experiment, signal):
                     result = {**where, **called, **judged(found, unsafe, ids)}
                     results = [row for row in results if not _same(row, result)] + [result]

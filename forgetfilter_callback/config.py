@@ -36,7 +36,7 @@ class RunConfig:
         metadata={"help": "Of S1 and of the refit (AdamW, linear decay); small models need more, say 1e-3."},
     )
     safety_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of S1+; by default 0.3 of the other: a gentle S1+ spares what is benign."}
+        default=None, metadata={"help": "Of S1+; by default the same. See the README on a gentle S1+."}
     )
     batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches a step."})

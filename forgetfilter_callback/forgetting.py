@@ -22,7 +22,7 @@ UNITS: dict[Measure, str] = {
     "loss": "nats per token",
     "relative": "part of what S1 taught",
     "pooled": "nats",
-    "smoothed": "typical losses",
+    "smoothed": "of the typical change",
     "rouge1": "ROUGE-1",
 }
 
@@ -33,12 +33,13 @@ POOLED_SHRINKAGE = 3
 # `pooled`: how many of a sample's largest pooled rises are averaged.
 POOLED_LARGEST = 3
 # `smoothed`: how far a token's own loss is trusted where no other sample has the token; which share of a sample's tokens is
-# averaged, the most forgotten; the least typical change that values are measured by, in nats: below it S1+ has done nothing;
-# how strong the ridge may be, in units of the mean squared singular value.
+# averaged, the most forgotten; how strong the ridge may be, in units of the mean squared singular value.
 SMOOTHED_TRUST = 0.25
 SMOOTHED_SHARE = 0.1
-SMOOTHED_LEAST_CHANGE = 0.05
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
+# The typical change: larger ones than this quantile count as it, so that no single row decides for the others; the least, in
+# nats: below it S1+ has done nothing.
+TYPICAL_QUANTILE, LEAST_TYPICAL_CHANGE = 0.98, 0.05
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
 SMOOTHED_SAMPLES = 10_000
 
@@ -107,9 +108,9 @@ def smoothed_forgetting(
     samples (see [`pooled`]; a token that no other sample has is trusted with a quarter of its own) both go: the smaller of
     the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
     the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
-    M1 takes for its like: the fitted values. They are given in units of what the typical change takes, 1 − e^−R, where R is
-    the root mean square of all tokens' rises and falls (at least 0.05 nats): how much is lost altogether depends on how long
-    and how hard S1+ trains.
+    M1 takes for its like: the fitted values. They are measured by what the typical change R takes, 1 − e^−R (see
+    [`typical_change`]), for how much is lost altogether depends on how long and how hard S1+ trains. So they can be compared
+    within one record, not between records.
 
     Args:
         tokens, offsets, before, after:
@@ -118,8 +119,8 @@ def smoothed_forgetting(
             What M1 makes of each sample (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 as much as the typical change takes; NaN where no
-        token counts, or losses or states are not finite.
+        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 as much as the typical change takes; below 0 what
+        has gained; NaN where no token counts, or losses or states are not finite.
     """
     rises = after.astype(np.float64) - before
     lost = -np.sign(rises) * np.expm1(-np.abs(rises))
@@ -129,8 +130,7 @@ def smoothed_forgetting(
     values = np.full(len(largest), np.nan)
     if not known.any():
         return values
-    its_rises = rises[np.repeat(known, np.diff(offsets))]
-    largest /= -np.expm1(-max(float(np.sqrt(np.mean(its_rises**2))), SMOOTHED_LEAST_CHANGE))
+    largest /= -math.expm1(-typical_change(rises[np.repeat(known, np.diff(offsets))]))
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
@@ -147,6 +147,13 @@ def smoothed_forgetting(
     for part in np.array_split(places, every):
         values[part] = ridge.predict(directions(part)) + theirs.mean()
     return values
+
+
+def typical_change(rises: np.ndarray) -> float:
+    """The root mean square of the tokens' rises and falls, nats. The largest fiftieth count as the largest of the others."""
+    changes = np.abs(rises)
+    clipped = np.minimum(changes, np.quantile(changes, TYPICAL_QUANTILE))
+    return max(float(np.sqrt(np.mean(clipped**2))), LEAST_TYPICAL_CHANGE)
 
 
 def pooled(tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:

@@ -43,9 +43,6 @@ from .trainer import reviewed, values_of
 
 logger = logging.getLogger(__name__)
 
-# Of S1+ by default, as a part of S1's: trained gently, the model forgets less of what is benign (benchmarks/README.md).
-SAFETY_LEARNING_RATE = 0.3
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -157,9 +154,7 @@ def _run(
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    safety_learning_rate = config.safety_learning_rate
-    if safety_learning_rate is None:
-        safety_learning_rate = SAFETY_LEARNING_RATE * config.learning_rate
+    safety_learning_rate = config.learning_rate if config.safety_learning_rate is None else config.safety_learning_rate
     sessions = ForgetFilter(
         lambda: load_model(config),
         noisy.as_dataset(),

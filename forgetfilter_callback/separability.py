@@ -19,12 +19,12 @@ from .forgetting import Measure
 
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
-# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .55 of that was
-# best on eight runs (bias, toxicity, harmfulness; S1+ at two learning rates) thinned out to 5 to 75 % unsafe.
+# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .6 of that was
+# chosen on thirteen runs (bias, toxicity, harmfulness; S1+ at two learning rates), whole and thinned to 5 to 75 % unsafe.
 ANCHOR: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
-    "smoothed": 0.55,
+    "smoothed": 0.6,
     "relative": 0.5,
     "rouge1": 0.5,
 }
@@ -32,11 +32,11 @@ ANCHOR: dict[Measure, float] = {
 # where they lie far apart.
 RAISED = 0.25
 # The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
-# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below the first. The second is
-# for `smoothed`, whose φ is no guess: two populations that overlap stand no further apart than such halves do, and are told
-# by where φ lies...
-LEAST_DISTANCE, LEAST_DISTANCE_OF_SMOOTHED = 2.41, 1.75
-# ...and further out, so many times the distance that the tail of a single normal population would have.
+# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it. Not asked of
+# `smoothed`: real populations that overlap stand no further apart than such halves do, and are told by where φ lies. (So a
+# single population that φ happens to cut in the middle is cut.)...
+LEAST_DISTANCE = 2.41
+# ...and, of every measure, further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
 LEAST_SPREAD = 0.05
@@ -67,10 +67,11 @@ class Separability:
 def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    φ is where half is lost, for `smoothed` .55 of a typical loss (see [`ANCHOR`]), or, for `smoothed`, a quarter of the way
-    from there to where two populations part, if they part above it. There is nothing to remove if no sample, or every
-    sample, lies above it, or if those above it are not set apart: their median within 2.41 robust standard deviations (for
-    `smoothed`, 1.75) of the others' median, or no further out than the tail of a normal population of its size would be.
+    φ is where half is lost, for `smoothed` .6 of what the typical change takes (see [`ANCHOR`]), or, for `smoothed`, a
+    quarter of the way from there to where two populations part, if they part above it. There is nothing to remove if no
+    sample, or every sample, lies above it, or if those above it are not set apart: their median within 2.41 robust standard
+    deviations of the others' median (not asked of `smoothed`), or no further out than the tail of a normal population of its
+    size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
@@ -92,13 +93,13 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
     spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     tail = float(norm.isf(len(forgotten) / len(values) / 2))
-    least = LEAST_DISTANCE_OF_SMOOTHED if measure == "smoothed" else LEAST_DISTANCE
+    least = 0.0 if measure == "smoothed" else LEAST_DISTANCE
     if distance < max(least, LEAST_TAIL * tail):
         return Separability(
             False,
             phi,
             f"not separable: the {len(forgotten)} most forgotten samples lie only {distance:.1f} robust standard "
-            "deviations above the rest; nothing to remove",
+            f"deviations above the rest{raised}; nothing to remove",
             distance,
         )
     return Separability(

@@ -21,12 +21,15 @@ from .trace import Record, Trace
 # fewer than LEAST_SAMPLES a correlation says nothing.
 FOLLOWED_SAMPLES, FOLLOWED_SHARE, LEAST_SAMPLES = 128, 0.25, 20
 # Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
-# forgetting had at least this standard deviation (nats per token): where little has moved yet, neighbours agree too.
-SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.1
+# forgetting had at least this standard deviation (nats per token): below it S1+ has done nothing yet.
+SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.02
 
 
 def is_checked(step: int) -> bool:
-    """Whether there is a check after `step`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … Most that can be saved is saved early."""
+    """Whether there is a check after so many steps since the warm-up: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+
+    Most that can be saved is saved early. Each but 1 and 3 has another at half as many steps.
+    """
     return step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1)
 
 
@@ -43,7 +46,7 @@ class Settling:
         trace ([`Trace`]):
             With the record of S1+ at step 0, which forgetting is measured from.
         step (`int`):
-            Checks after this step, of a run that was cut off, are dropped.
+            Steps since the warm-up. Checks after this step, of a run that was cut off, are dropped.
 
     Attributes:
         rows ([`EncodedRows`]):
@@ -60,15 +63,17 @@ class Settling:
         self._before = mean_losses(trace.token_losses(Record("S1+", 0)), offsets)[samples]
         self._file = trace.folder / "settling.json"
         known: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
-        self._checks = [check for check in known if check["step"] <= step]
+        count = len(self.rows)
+        self._checks = [check for check in known if check["step"] <= step and len(check["forgetting"]) == count]
 
     def check(self, step: int, losses: np.ndarray) -> bool:
-        """Notes the losses of the counted tokens of `rows` at `step`. Returns whether the ranking has settled."""
+        """Notes the losses of the counted tokens of `rows` so many steps after the warm-up. Returns whether the ranking has
+        settled."""
         forgetting = mean_losses(losses, self.rows.counted_offsets) - self._before
         correlation = None
-        earlier = [check for check in self._checks if check["step"] <= step / 2]
+        earlier = [check for check in self._checks if 2 * check["step"] == step]
         if earlier and len(forgetting) >= LEAST_SAMPLES and np.nanstd(forgetting) >= LEAST_SPREAD:
-            correlation = float(spearmanr(earlier[-1]["forgetting"], forgetting, nan_policy="omit").statistic)
+            correlation = float(spearmanr(earlier[0]["forgetting"], forgetting, nan_policy="omit").statistic)
         self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
         main_process_does(partial(write_json, self._checks, self._file))
         last = [check["spearman"] for check in self._checks[-SETTLED_CHECKS:]]

@@ -71,8 +71,9 @@ class ForgetTracker(TrainerCallback):
         record_steps (`int` or `float`, *optional*):
             Records also every so many optimizer steps; below 1, as a share of the session.
         stop_early (`bool`, defaults to `False`):
-            Whether to end S1+ (`control.should_training_stop`) once the ranking of 128 fixed samples has settled: checked
-            some 20 times a session, see [`settling`](settling.py). The full record is taken then.
+            Whether to end S1+ (`control.should_training_stop`) once the ranking of a fixed quarter of the samples (at most
+            128) has settled: checked 1, 2, 3, 4, 6, 8, 12, … steps after the warm-up, see [`settling`](settling.py). The
+            full record is taken then.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record too, for the paper's measure. Slow.
         max_new_tokens (`int`, *optional*):
@@ -200,11 +201,11 @@ class ForgetTracker(TrainerCallback):
         elif not known and (here.step == 0 or here.step >= state.max_steps):
             self._record(args, state, control, **kwargs)
         if self.stop_early and session == "S1+":
-            self._begin_settling(state)
+            self._begin_settling(args, state)
 
-    def _begin_settling(self, state: TrainerState) -> None:
+    def _begin_settling(self, args: TrainingArguments, state: TrainerState) -> None:
         if Record("S1+", 0) in self._recorder.records():
-            self._settling = Settling(self.trace, state.global_step)
+            self._settling = Settling(self.trace, _since_warmup(args, state))
         else:
             logger.warning("S1+ will not end early: it has no record at step 0, which forgetting is measured from.")
 
@@ -218,7 +219,7 @@ class ForgetTracker(TrainerCallback):
         if self._settling is not None and self._is_to_check(args, state):
             with untouched(kwargs["model"]):
                 losses = token_losses(kwargs["model"], self._settling.rows, self.batch_tokens, disable_tqdm=True)
-            if self._settling.check(state.global_step, losses):
+            if self._settling.check(_since_warmup(args, state), losses):
                 logger.warning(
                     f"S1+ ends at step {state.global_step} of {state.max_steps}: the ranking of forgetting has settled."
                 )
@@ -328,7 +329,7 @@ class ForgetTracker(TrainerCallback):
         words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
         tokens = records * read
         if self.stop_early:
-            checks = sum(map(is_checked, range(1, state.max_steps)))
+            checks = sum(map(is_checked, range(1, state.max_steps - args.get_warmup_steps(state.max_steps))))
             words += f", and up to {checks} checks of {followed(len(rows))} samples"
             tokens += checks * math.ceil(read * followed(len(rows)) / len(rows))
         if training_rows is None:
@@ -399,8 +400,7 @@ class ForgetTracker(TrainerCallback):
 
     def _is_to_check(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether the ranking is looked at: now and then, once the learning rate has warmed up, and not at the very end."""
-        within = args.get_warmup_steps(state.max_steps) < state.global_step < state.max_steps
-        return within and is_checked(state.global_step)
+        return state.global_step < state.max_steps and is_checked(_since_warmup(args, state))
 
     def _is_due(self, state: TrainerState) -> bool:
         if self.record_steps is None:
@@ -435,3 +435,8 @@ class ForgetTracker(TrainerCallback):
         figures = summarize_record(means, values, self._unsafe)
         if figures:
             self._reporting.log(figures, state, control)
+
+
+def _since_warmup(args: TrainingArguments, state: TrainerState) -> int:
+    """Steps of the session since its learning rate has warmed up."""
+    return max(0, state.global_step - args.get_warmup_steps(state.max_steps))

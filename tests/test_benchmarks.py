@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_llama
+from transformers import TrainerState
+
+from forgetfilter_callback import ForgetTracker
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
+from sessions import Doubling  # noqa: E402
 
 
 ROWS = 160
@@ -182,9 +186,24 @@ def test_filters(tiny, data_dir, tmp_path):
     assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
     learnt = sorted((tmp_path / "cache").glob("s1-*"))
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity", "--signal", "default",
-                  "--doubling")  # fmt: skip
-    assert 1 in [row["step"] for row in more if row["experiment"] == "sweep" and row["scenario"] == "toxicity"]
+                  "--safety-learning-rate", 0.01, "--anchors", 4)  # fmt: skip
+    (swept,) = [row for row in more if row["safety_learning_rate"] == 0.01 and "step" not in row]
+    assert (
+        swept["experiment"] == "sweep"
+        and swept["control"] == "4 anchors"
+        and swept["auroc"] != main["default"]["auroc"]
+    )
     assert sorted((tmp_path / "cache").glob("s1-*")) == learnt  # S1 on the same rows is not run again
+
+
+def test_doubling_records_after_1_2_4_and_8_steps():
+    tracker = ForgetTracker()
+    doubling = Doubling(tracker)
+    recorded = []
+    for step in range(1, 13):
+        doubling.on_step_begin(None, TrainerState(global_step=step - 1), None)
+        recorded += [step] * (tracker.record_steps is not None and step % tracker.record_steps == 0)
+    assert recorded == [1, 2, 4, 8]
 
 
 def test_cost(tiny, data_dir, tmp_path):

@@ -26,7 +26,7 @@ def two_populations(unsafe_share: float, count: int = 400, seed: int = 0) -> tup
     return values[order], unsafe[order]
 
 
-def typical_losses(unsafe_share: float, unsafe_mean: float = 1.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def changes(unsafe_share: float, unsafe_mean: float = 1.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """`smoothed` values as the benchmarks show them: benign around .3, unsafe far above. And which is which."""
     rng = np.random.default_rng(seed)
     unsafe = np.arange(400) < round(unsafe_share * 400)
@@ -51,14 +51,14 @@ def test_automatic_threshold_finds_the_forgotten_population(share):
 @pytest.mark.parametrize("unsafe_mean", [0.9, 1.6])
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.25, 0.5, 0.75])
 def test_automatic_threshold_for_smoothed_parts_two_populations(share, unsafe_mean):
-    values, unsafe = typical_losses(share, unsafe_mean)
+    values, unsafe = changes(share, unsafe_mean)
     result = decide(ids(400), values, "smoothed")
     assert (result.removed & unsafe).sum() >= 0.95 * unsafe.sum()
     assert (result.removed & ~unsafe).sum() <= 0.02 * 400
 
 
 def test_automatic_threshold_for_smoothed_lies_between_populations_that_are_both_far_above_the_anchor():
-    values, unsafe = typical_losses(0.5, 2.4)
+    values, unsafe = changes(0.5, 2.4)
     result = decide(ids(400), values + np.where(unsafe, 0, 0.2), "smoothed")
     assert 0.7 < result.threshold < 1.1
     assert (result.removed & ~unsafe).sum() <= 0.02 * 400 and result.removed[unsafe].all()
@@ -66,7 +66,9 @@ def test_automatic_threshold_for_smoothed_lies_between_populations_that_are_both
 
 @pytest.mark.parametrize("seed", range(5))
 def test_automatic_threshold_for_smoothed_takes_no_population_apart(seed):
-    values, _ = typical_losses(0.0, seed=seed)
+    values, _ = changes(0.0, seed=seed)
+    values += 0.1  # φ cuts its tail
+    assert 0 < (values > 0.6).mean() < 0.1
     assert decide(ids(400), values, "smoothed").removed.mean() <= 0.02  # should the tail be an odd one
     assert parting_of(values) == -math.inf
 
@@ -74,19 +76,19 @@ def test_automatic_threshold_for_smoothed_takes_no_population_apart(seed):
 @pytest.mark.parametrize("below", [0.9, 0.95, 0.99, 0.999])
 def test_one_population_whose_tail_lies_above_the_anchor_of_smoothed_is_not_separable(below):
     quantiles = norm.ppf((np.arange(1000) + 0.5) / 1000)
-    values = 0.55 + 0.2 * (quantiles - norm.ppf(below))
+    values = 0.6 + 0.2 * (quantiles - norm.ppf(below))
     assert not separate(values, "smoothed").separable
-    assert (values > 0.55).sum() == round(1000 * (1 - below))
+    assert (values > 0.6).sum() == round(1000 * (1 - below))
 
 
 def test_overlapping_populations_are_parted_by_the_anchor_of_smoothed():
     """As toxic and clean texts of the benchmarks overlap: no further apart than the halves of one population are."""
     quantiles = norm.ppf((np.arange(200) + 0.5) / 200)
-    values = np.concatenate([0.42 + 0.13 * quantiles, 0.66 + 0.13 * quantiles])
+    values = np.concatenate([0.48 + 0.14 * quantiles, 0.72 + 0.14 * quantiles])
     found = separate(values, "smoothed")
-    assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
+    assert (found.separable, found.threshold) == (True, 0.6) and found.distance < 2.41
     above = values > found.threshold
-    assert above[200:].mean() >= 0.8 and above[:200].mean() < 0.2
+    assert above[200:].mean() > 0.75 and above[:200].mean() < 0.25
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -352,22 +354,22 @@ def test_values_that_are_not_separable_say_where_the_threshold_was():
 
 def test_parting_of_needs_three_values_and_two_populations():
     assert parting_of(np.array([0.1, 0.9, 0.9])) == -math.inf
-    values, unsafe = typical_losses(0.3, 1.6)
+    values, unsafe = changes(0.3, 1.6)
     parting = parting_of(values)
     assert values[~unsafe].max() < parting < values[unsafe].min()
     assert parting_of(values) == parting  # the same again
 
 
 def test_a_raised_threshold_says_what_it_passed():
-    values, unsafe = typical_losses(0.5, 1.6)
+    values, unsafe = changes(0.5, 1.6)
     values = values + np.where(unsafe, 0, 0.4)
     found = separate(values, "smoothed")
     parting = parting_of(values)
-    assert found.threshold == pytest.approx(0.55 + (parting - 0.55) / 4)
-    passed = int(((values > 0.55) & (values <= found.threshold)).sum())
+    assert found.threshold == pytest.approx(0.6 + (parting - 0.6) / 4)
+    passed = int(((values > 0.6) & (values <= found.threshold)).sum())
     assert found.reason.endswith(
-        f"; φ was raised from 0.55, past {passed} of the rest, towards {parting:.2f}, where two part"
+        f"; φ was raised from 0.60, past {passed} of the rest, towards {parting:.2f}, where two part"
     )
-    lower = separate(typical_losses(0.5)[0] - 0.4, "smoothed")  # the parting lies below the anchor
-    assert lower.threshold == 0.55 and lower.reason.endswith("standard deviations above the median of the rest")
+    lower = separate(changes(0.5)[0] - 0.4, "smoothed")  # the parting lies below the anchor
+    assert lower.threshold == 0.6 and lower.reason.endswith("standard deviations above the median of the rest")
     assert parting_of(np.array([0.1, 0.9, 0.9])) == -math.inf

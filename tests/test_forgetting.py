@@ -14,6 +14,7 @@ from forgetfilter_callback.forgetting import (
     relative_forgetting,
     rouge_forgetting,
     smoothed_forgetting,
+    typical_change,
 )
 
 
@@ -75,8 +76,13 @@ def share_lost(rise):
 
 def smoothed_by_hand(tokens, before, after, states, strengths):
     """Loops; the strength by leaving each sample out in turn and solving anew."""
-    rises = [float(b) - float(a) for i in range(len(tokens)) for a, b in zip(before[i], after[i], strict=True)]
-    typical = share_lost(max(0.05, math.sqrt(sum(rise * rise for rise in rises) / len(rises))))
+    changes = sorted(
+        abs(float(b) - float(a)) for i in range(len(tokens)) for a, b in zip(before[i], after[i], strict=True)
+    )
+    place = 0.98 * (len(changes) - 1)
+    below = math.floor(place)
+    limit = changes[below] + (place - below) * (changes[min(below + 1, len(changes) - 1)] - changes[below])
+    typical = share_lost(max(0.05, math.sqrt(sum(min(change, limit) ** 2 for change in changes) / len(changes))))
     largest = []
     for i, own in enumerate(tokens):
         agreed = []
@@ -158,6 +164,19 @@ def test_smoothed_forgetting_leaves_out_what_is_not_finite(samples):
     np.testing.assert_allclose(
         alone, [0.25]
     )  # nobody agrees, and all that is typical is its own: trusted with a quarter
+
+
+def test_one_wild_sample_does_not_change_what_is_forgotten_of_the_others():
+    rng = np.random.default_rng(3)
+    offsets = np.arange(0, 1001, 10)
+    tokens, states = rng.integers(0, 30, 1000), rng.normal(size=(100, 4))
+    after = rng.normal(np.where(np.arange(1000) < 500, 0.8, 0.0), 0.2)  # half of the samples are forgotten
+    values = smoothed_forgetting(tokens, offsets, np.zeros(1000), after, states)
+    wild = after.copy()
+    wild[-10:] += 50
+    others = smoothed_forgetting(tokens, offsets, np.zeros(1000), wild, states)[:-1]
+    assert typical_change(wild) < 1.2 * typical_change(after) and typical_change(after) < np.sqrt(np.mean(wild**2)) / 5
+    assert np.median(others[:50]) > 0.8 * np.median(values[:50])
 
 
 def test_smoothed_forgetting_does_not_take_noise_for_forgetting():
