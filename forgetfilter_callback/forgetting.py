@@ -37,8 +37,8 @@ POOLED_LARGEST = 3
 SMOOTHED_TRUST = 0.25
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
-# The typical change: larger ones than this quantile count as it, so that no single row decides for the others; the least, in
-# nats: below it S1+ has done nothing.
+# The typical change: samples that have changed more than this quantile count as it; the least, in nats: below it S1+ has
+# done nothing.
 TYPICAL_QUANTILE, LEAST_TYPICAL_CHANGE = 0.98, 0.05
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
 SMOOTHED_SAMPLES = 10_000
@@ -130,7 +130,8 @@ def smoothed_forgetting(
     values = np.full(len(largest), np.nan)
     if not known.any():
         return values
-    largest /= -math.expm1(-typical_change(rises[np.repeat(known, np.diff(offsets))]))
+    its_offsets = np.append(0, np.cumsum(np.diff(offsets)[known]))
+    largest /= -math.expm1(-typical_change(rises[np.repeat(known, np.diff(offsets))], its_offsets))
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
@@ -149,11 +150,14 @@ def smoothed_forgetting(
     return values
 
 
-def typical_change(rises: np.ndarray) -> float:
-    """The root mean square of the tokens' rises and falls, nats. The largest fiftieth count as the largest of the others."""
-    changes = np.abs(rises)
-    clipped = np.minimum(changes, np.quantile(changes, TYPICAL_QUANTILE))
-    return max(float(np.sqrt(np.mean(clipped**2))), LEAST_TYPICAL_CHANGE)
+def typical_change(rises: np.ndarray, offsets: np.ndarray) -> float:
+    """The root mean square of the tokens' rises and falls, nats; samples whose own is beyond the 98th percentile count as if
+    it were that, so that no single one decides for the others."""
+    squares = mean_losses(rises**2, offsets)
+    counts = np.diff(offsets)[~np.isnan(squares)]
+    squares = squares[~np.isnan(squares)]
+    clipped = np.minimum(squares, np.quantile(squares, TYPICAL_QUANTILE))
+    return max(math.sqrt(np.average(clipped, weights=counts)), LEAST_TYPICAL_CHANGE)
 
 
 def pooled(tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:

@@ -19,12 +19,12 @@ from .forgetting import Measure
 
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
-# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .6 of that was
+# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .55 of that was
 # chosen on thirteen runs (bias, toxicity, harmfulness; S1+ at two learning rates), whole and thinned to 5 to 75 % unsafe.
 ANCHOR: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
-    "smoothed": 0.6,
+    "smoothed": 0.55,
     "relative": 0.5,
     "rouge1": 0.5,
 }
@@ -67,7 +67,7 @@ class Separability:
 def separate(values: np.ndarray, measure: Measure) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
-    φ is where half is lost, for `smoothed` .6 of what the typical change takes (see [`ANCHOR`]), or, for `smoothed`, a
+    φ is where half is lost, for `smoothed` .55 of what the typical change takes (see [`ANCHOR`]), or, for `smoothed`, a
     quarter of the way from there to where two populations part, if they part above it. There is nothing to remove if no
     sample, or every sample, lies above it, or if those above it are not set apart: their median within 2.41 robust standard
     deviations of the others' median (not asked of `smoothed`), or no further out than the tail of a normal population of its

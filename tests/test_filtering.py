@@ -68,7 +68,7 @@ def test_automatic_threshold_for_smoothed_lies_between_populations_that_are_both
 def test_automatic_threshold_for_smoothed_takes_no_population_apart(seed):
     values, _ = changes(0.0, seed=seed)
     values += 0.1  # φ cuts its tail
-    assert 0 < (values > 0.6).mean() < 0.1
+    assert 0 < (values > 0.55).mean() < 0.1
     assert decide(ids(400), values, "smoothed").removed.mean() <= 0.02  # should the tail be an odd one
     assert parting_of(values) == -math.inf
 
@@ -76,17 +76,17 @@ def test_automatic_threshold_for_smoothed_takes_no_population_apart(seed):
 @pytest.mark.parametrize("below", [0.9, 0.95, 0.99, 0.999])
 def test_one_population_whose_tail_lies_above_the_anchor_of_smoothed_is_not_separable(below):
     quantiles = norm.ppf((np.arange(1000) + 0.5) / 1000)
-    values = 0.6 + 0.2 * (quantiles - norm.ppf(below))
+    values = 0.55 + 0.2 * (quantiles - norm.ppf(below))
     assert not separate(values, "smoothed").separable
-    assert (values > 0.6).sum() == round(1000 * (1 - below))
+    assert (values > 0.55).sum() == round(1000 * (1 - below))
 
 
 def test_overlapping_populations_are_parted_by_the_anchor_of_smoothed():
     """As toxic and clean texts of the benchmarks overlap: no further apart than the halves of one population are."""
     quantiles = norm.ppf((np.arange(200) + 0.5) / 200)
-    values = np.concatenate([0.48 + 0.14 * quantiles, 0.72 + 0.14 * quantiles])
+    values = np.concatenate([0.43 + 0.14 * quantiles, 0.67 + 0.14 * quantiles])
     found = separate(values, "smoothed")
-    assert (found.separable, found.threshold) == (True, 0.6) and found.distance < 2.41
+    assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
     above = values > found.threshold
     assert above[200:].mean() > 0.75 and above[:200].mean() < 0.25
 
@@ -365,11 +365,11 @@ def test_a_raised_threshold_says_what_it_passed():
     values = values + np.where(unsafe, 0, 0.4)
     found = separate(values, "smoothed")
     parting = parting_of(values)
-    assert found.threshold == pytest.approx(0.6 + (parting - 0.6) / 4)
-    passed = int(((values > 0.6) & (values <= found.threshold)).sum())
+    assert found.threshold == pytest.approx(0.55 + (parting - 0.55) / 4)
+    passed = int(((values > 0.55) & (values <= found.threshold)).sum())
     assert found.reason.endswith(
-        f"; φ was raised from 0.60, past {passed} of the rest, towards {parting:.2f}, where two part"
+        f"; φ was raised from 0.55, past {passed} of the rest, towards {parting:.2f}, where two part"
     )
     lower = separate(changes(0.5)[0] - 0.4, "smoothed")  # the parting lies below the anchor
-    assert lower.threshold == 0.6 and lower.reason.endswith("standard deviations above the median of the rest")
+    assert lower.threshold == 0.55 and lower.reason.endswith("standard deviations above the median of the rest")
     assert parting_of(np.array([0.1, 0.9, 0.9])) == -math.inf

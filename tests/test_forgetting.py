@@ -76,13 +76,15 @@ def share_lost(rise):
 
 def smoothed_by_hand(tokens, before, after, states, strengths):
     """Loops; the strength by leaving each sample out in turn and solving anew."""
-    changes = sorted(
-        abs(float(b) - float(a)) for i in range(len(tokens)) for a, b in zip(before[i], after[i], strict=True)
-    )
-    place = 0.98 * (len(changes) - 1)
+    squares = [
+        sum((float(b) - float(a)) ** 2 for a, b in zip(before[i], after[i], strict=True)) / len(own)
+        for i, own in enumerate(tokens)
+    ]
+    place, ordered = 0.98 * (len(squares) - 1), sorted(squares)
     below = math.floor(place)
-    limit = changes[below] + (place - below) * (changes[min(below + 1, len(changes) - 1)] - changes[below])
-    typical = share_lost(max(0.05, math.sqrt(sum(min(change, limit) ** 2 for change in changes) / len(changes))))
+    limit = ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
+    total = sum(len(own) * min(square, limit) for own, square in zip(tokens, squares, strict=True))
+    typical = share_lost(max(0.05, math.sqrt(total / sum(map(len, tokens)))))
     largest = []
     for i, own in enumerate(tokens):
         agreed = []
@@ -175,7 +177,7 @@ def test_one_wild_sample_does_not_change_what_is_forgotten_of_the_others():
     wild = after.copy()
     wild[-10:] += 50
     others = smoothed_forgetting(tokens, offsets, np.zeros(1000), wild, states)[:-1]
-    assert typical_change(wild) < 1.2 * typical_change(after) and typical_change(after) < np.sqrt(np.mean(wild**2)) / 5
+    assert typical_change(wild, offsets) < 1.2 * typical_change(after, offsets) < np.sqrt(np.mean(wild**2)) / 5
     assert np.median(others[:50]) > 0.8 * np.median(values[:50])
 
 
