@@ -28,7 +28,19 @@ from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.scoring import window_scores
 from scenarios import Sizes, load_scenario
-from sessions import SMOKE_SIZES, DataDir, Json, Model, Scenarios, Seeds, Sessions, Settings, Smoke
+from sessions import (
+    SMOKE_SETTINGS,
+    SMOKE_SIZES,
+    DataDir,
+    Json,
+    Model,
+    Scenarios,
+    Seeds,
+    Sessions,
+    Settings,
+    Smoke,
+    earlier_results,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
@@ -81,8 +93,8 @@ def main(
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
-    settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
+    results = earlier_results(json_file)
+    settings = SMOKE_SETTINGS if smoke else Settings()
     sizes = SMOKE_SIZES if smoke else Sizes()
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for its_seed in seed if seed is not None else [1]:

@@ -27,8 +27,21 @@ from forgetfilter_callback.files import write_json
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
 from judging import judge, second_scorer
-from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
-from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke
+from scenarios import Row, Scenario, Sizes, load_scenario
+from sessions import (
+    SMOKE_SETTINGS,
+    SMOKE_SIZES,
+    Cache,
+    DataDir,
+    Json,
+    Model,
+    Scenarios,
+    Seeds,
+    Sessions,
+    Settings,
+    Smoke,
+    earlier_results,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "defences.json"
@@ -203,12 +216,8 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")
-    ] = None,
-    scenario: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
-    ] = None,
+    data_dir: DataDir = None,
+    scenario: Scenarios = None,
     seed: Seeds = None,
     unsafe_share: Annotated[float, typer.Option(help="Of the noisy set.")] = 0.5,
     arm: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
@@ -224,8 +233,8 @@ def main(
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
-    settings = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
+    results = earlier_results(json_file)
+    settings = SMOKE_SETTINGS if smoke else Settings()
     sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=unsafe_share, anchors=anchors)
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:

@@ -7,7 +7,6 @@ place of earlier ones. Ends with a Markdown table.
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,21 @@ from transformers.utils import logging
 from forgetfilter_callback import decide, encode_rows
 from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.files import write_json
-from scenarios import DRAW, Row, Scenario, Sizes, load_scenario
-from sessions import SMOKE_SIZES, Cache, Json, Model, Seeds, Sessions, Settings, Smoke
+from scenarios import Row, Scenario, Sizes, load_scenario
+from sessions import (
+    SMOKE_SETTINGS,
+    SMOKE_SIZES,
+    Cache,
+    DataDir,
+    Json,
+    Model,
+    Scenarios,
+    Seeds,
+    Sessions,
+    Settings,
+    Smoke,
+    earlier_results,
+)
 from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 
@@ -139,12 +151,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")
-    ] = None,
-    scenario: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")
-    ] = None,
+    data_dir: DataDir = None,
+    scenario: Scenarios = None,
     seed: Seeds = None,
     unsafe_share: Annotated[list[float] | None, typer.Option(help="Several times for several.")] = None,
     signal: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
@@ -162,8 +170,8 @@ def main(
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    results: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file.exists() else []
-    usual = Settings(epochs=1, safety_epochs=1, records=1.0) if smoke else Settings()
+    results = earlier_results(json_file)
+    usual = SMOKE_SETTINGS if smoke else Settings()
     settings = dataclasses.replace(
         usual,
         epochs=usual.epochs if smoke else epochs,

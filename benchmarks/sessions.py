@@ -61,6 +61,14 @@ class Settings:
     records: float | None = 0.25  # S1+ is recorded so often, as a share of it; None: after 1, 2, 4, 8, … steps
 
 
+SMOKE_SETTINGS = Settings(epochs=1, safety_epochs=1, records=1.0)
+
+
+def earlier_results(json_file: Path) -> list[dict[str, Any]]:
+    """What earlier runs have measured; none if there is no file."""
+    return json.loads(json_file.read_text()) if json_file.exists() else []
+
+
 class Doubling(TrainerCallback):
     """Has a tracker record after 1, 2, 4, 8, … steps."""
 

@@ -78,7 +78,7 @@ def main(
                     figures.append([found, best, lost, most, middle])
                 automatic, best, lost, most, middle = np.mean(figures, axis=0)
                 scores = ("–", "–") if share == 0 else (f"{automatic:.3f}", f"{best:.3f}")
-                shown = [f"{name}", f"{its_seed}", f"{share:.0%}", *scores, f"{lost:.1%}", f"{most:.2f}"]
+                shown = [name, str(its_seed), f"{share:.0%}", *scores, f"{lost:.1%}", f"{most:.2f}"]
                 shown.append("–" if share == 0 else f"{middle:.2f}")
                 print(f"| {' | '.join(shown)} |", flush=True)
 

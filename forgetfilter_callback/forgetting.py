@@ -130,8 +130,7 @@ def smoothed_forgetting(
     values = np.full(len(largest), np.nan)
     if not known.any():
         return values
-    its_offsets = np.append(0, np.cumsum(np.diff(offsets)[known]))
-    largest /= -math.expm1(-typical_change(rises[np.repeat(known, np.diff(offsets))], its_offsets))
+    largest /= -math.expm1(-typical_change(rises, offsets, known))
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
@@ -150,12 +149,10 @@ def smoothed_forgetting(
     return values
 
 
-def typical_change(rises: np.ndarray, offsets: np.ndarray) -> float:
-    """The root mean square of the tokens' rises and falls, nats; samples whose own is beyond the 98th percentile count as if
-    it were that, so that no single one decides for the others."""
-    squares = mean_losses(rises**2, offsets)
-    counts = np.diff(offsets)[~np.isnan(squares)]
-    squares = squares[~np.isnan(squares)]
+def typical_change(rises: np.ndarray, offsets: np.ndarray, known: np.ndarray) -> float:
+    """The root mean square of the rises and falls of the known samples' tokens, nats; samples whose own is beyond the 98th
+    percentile count as if it were that, so that no single one decides for the others."""
+    squares, counts = mean_losses(rises**2, offsets)[known], np.diff(offsets)[known]
     clipped = np.minimum(squares, np.quantile(squares, TYPICAL_QUANTILE))
     return max(math.sqrt(np.average(clipped, weights=counts)), LEAST_TYPICAL_CHANGE)
 

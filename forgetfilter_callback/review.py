@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .files import replacing
 from .filtering import FilterResult, decide
 from .forgetting import DEFAULT_MEASURE, UNITS, FilterThreshold, Measure, mean_losses
+from .separability import LEAST_DISTANCE
 from .trace import Trace
 
 
@@ -129,7 +130,9 @@ def page_summary(result: FilterResult) -> str:
     how = {"auto": "chosen automatically", "fixed": "given by hand", "share": "so that a given share goes"}[
         result.method
     ]
-    apart = "well separated" if result.separability.separable else "not well separated"
+    found = result.separability
+    is_apart = found.separable and found.distance is not None and found.distance >= LEAST_DISTANCE
+    apart = "well separated" if is_apart else "not well separated"
     return f"{counts['removed']:,} of {counts['samples']:,} removed (φ = {result.threshold:.3g}, {how}); {apart}."
 
 

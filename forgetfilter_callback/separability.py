@@ -102,10 +102,12 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
             f"deviations above the rest{raised}; nothing to remove",
             distance,
         )
+    doubt = "; the halves of one population lie as far apart: look at them" if distance < LEAST_DISTANCE else ""
     return Separability(
         True,
         phi,
-        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the rest{raised}",
+        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the "
+        f"rest{raised}{doubt}",
         distance,
     )
 

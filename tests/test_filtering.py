@@ -87,6 +87,7 @@ def test_overlapping_populations_are_parted_by_the_anchor_of_smoothed():
     values = np.concatenate([0.43 + 0.14 * quantiles, 0.67 + 0.14 * quantiles])
     found = separate(values, "smoothed")
     assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
+    assert found.reason.endswith("; the halves of one population lie as far apart: look at them")
     above = values > found.threshold
     assert above[200:].mean() > 0.75 and above[:200].mean() < 0.25
 
