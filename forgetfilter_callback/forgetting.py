@@ -108,9 +108,9 @@ def smoothed_forgetting(
     samples (see [`pooled`]; a token that no other sample has is trusted with a quarter of its own) both go: the smaller of
     the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
     the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
-    M1 takes for its like: the fitted values. They are measured by what the typical change R takes, 1 − e^−R (see
-    [`typical_change`]), for how much is lost altogether depends on how long and how hard S1+ trains. So they can be compared
-    within one record, not between records.
+    M1 takes for its like: the fitted values. They are measured by what the typical change takes (see [`typical_loss`]), for
+    how much is lost altogether depends on how long and how hard S1+ trains. So they can be compared within one record, not
+    between records.
 
     Args:
         tokens, offsets, before, after:
@@ -130,7 +130,7 @@ def smoothed_forgetting(
     values = np.full(len(largest), np.nan)
     if not known.any():
         return values
-    largest /= -math.expm1(-typical_change(rises, offsets, known))
+    largest /= typical_loss(before, after, offsets)
     if known.sum() < 3:  # nothing to be alike
         values[known] = largest[known]
         return values
@@ -149,12 +149,18 @@ def smoothed_forgetting(
     return values
 
 
-def typical_change(rises: np.ndarray, offsets: np.ndarray, known: np.ndarray) -> float:
-    """The root mean square of the rises and falls of the known samples' tokens, nats; samples whose own is beyond the 98th
-    percentile count as if it were that, so that no single one decides for the others."""
-    squares, counts = mean_losses(rises**2, offsets)[known], np.diff(offsets)[known]
-    clipped = np.minimum(squares, np.quantile(squares, TYPICAL_QUANTILE))
-    return max(math.sqrt(np.average(clipped, weights=counts)), LEAST_TYPICAL_CHANGE)
+def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
+    """The share of a token's probability that the typical change R takes, 1 − e^−R: 0..1.
+
+    R is the root mean square of the rises and falls of the tokens' losses, nats. Samples whose own is beyond the 98th
+    percentile count as if it were that, so that no single one decides for the others.
+    """
+    rises = after.astype(np.float64) - before
+    squares, counts = mean_losses(rises**2, offsets), np.diff(offsets)
+    known = np.isfinite(squares)
+    clipped = np.minimum(squares[known], np.quantile(squares[known], TYPICAL_QUANTILE))
+    change = math.sqrt(np.average(clipped, weights=counts[known]))
+    return -math.expm1(-max(change, LEAST_TYPICAL_CHANGE))
 
 
 def pooled(tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:

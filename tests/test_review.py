@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import forgetfilter_callback.review
 from forgetfilter_callback import FilterResult, Trace, write_review_page
 from forgetfilter_callback.review import MOST_TEXTS, page_summary, split_text
+from forgetfilter_callback.scoring import Scores
 
 
 CHROMIUM = shutil.which("chromium")
@@ -189,6 +190,22 @@ def test_a_large_set_is_sampled_and_says_so(tmp_path, tokenizer, monkeypatch):
     values = trace.forgetting("loss")
     shown = {row["row"] for row in data["rows"]}
     assert {int(np.argmax(values)), int(np.argmin(values)), int(np.argmin(np.abs(values - data["threshold"])))} <= shown
+
+
+def test_curves_of_smoothed_rise_while_samples_are_forgotten(tmp_path, byte_tokenizer):
+    """Each record's values are measured by its own typical change; the page draws all of them by that of the last."""
+    trace, unsafe = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    states = np.where(unsafe[:, None], [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
+    with_states = Trace.create(tmp_path / "states", trace.rows, "tiny", None, None)
+    for record in trace.records():
+        with_states.append(record, [Scores(trace.token_losses(record), states)])
+    result = write_review_page(with_states, tmp_path / "review.html", byte_tokenizer, measure="smoothed")
+    html = (tmp_path / "review.html").read_text(encoding="utf-8")
+    data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
+    np.testing.assert_allclose(last, result.values, rtol=1e-6)
+    assert (earlier[unsafe] < 0.9 * last[unsafe]).all()
+    assert (with_states.forgetting("smoothed", 4)[unsafe] > last[unsafe]).all()  # by its own typical change
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
