@@ -26,11 +26,11 @@ SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.02
 
 
 def is_checked(step: int) -> bool:
-    """Whether there is a check after so many steps since the warm-up: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+    """Whether there is a check after so many steps since the warm-up: 1, 2, 4, 8, 16, …
 
-    Most that can be saved is saved early. Each but 1 and 3 has another at half as many steps.
+    A check is compared with the one at half as many steps, and most that can be saved is saved early.
     """
-    return step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1)
+    return step.bit_count() == 1
 
 
 def followed(samples: int) -> int:
