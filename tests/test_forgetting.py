@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from forgetfilter_callback.forgetting import (
+    borne_out,
     loss_forgetting,
     mean_losses,
     pooled_forgetting,
@@ -16,6 +17,7 @@ from forgetfilter_callback.forgetting import (
     smoothed_forgetting,
     typical_loss,
 )
+from forgetfilter_callback.separability import separate
 
 
 @pytest.fixture
@@ -110,7 +112,11 @@ def smoothed_by_hand(tokens, before, after, states, strengths):
         others = [[j for j in range(len(y)) if j != i] for i in range(len(y))]
         return sum((y[i] - x[i] @ fit(others[i], strength)) ** 2 for i in range(len(y)))
 
-    return x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
+    values = x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
+    totals = np.array([float(np.sum(a.astype(float) - b)) for a, b in zip(after, before, strict=True)])
+    low, high = np.percentile(totals, [2, 98])
+    nats = np.polyfit(values, [min(max(total, low), high) for total in totals], 1)[0]  # with each typical change
+    return values * min(1, max(0.01, nats / 1.25))
 
 
 def test_smoothed_forgetting_is_what_tokens_and_samples_alike_agree_on(samples):
@@ -180,6 +186,33 @@ def test_one_wild_sample_does_not_change_what_is_forgotten_of_the_others():
     one, other = (typical_loss(np.zeros(1000), losses, offsets) for losses in (wild, after))
     assert one < 1.2 * other < 0.6 and 1 - np.exp(-np.sqrt(np.mean(wild**2))) > 0.99
     assert np.median(others[:50]) > 0.8 * np.median(values[:50])
+
+
+@pytest.mark.parametrize(("nats", "expected"), [(5.0, 1.0), (0.5, 0.4), (0.0, 0.01), (-1.0, 0.01)])
+def test_smoothed_forgetting_counts_as_far_as_samples_become_less_likely(nats, expected):
+    values = np.linspace(0.0, 1.0, 101)
+    totals = nats * values + 3  # all of them have become less likely, by 3 nats, whatever they lost
+    assert borne_out(values, totals) == pytest.approx(expected, rel=0.05)  # the ends are clipped
+    wild = totals + np.where(np.arange(101) == 100, -500.0, 0.0)
+    assert borne_out(values, wild) == pytest.approx(expected, rel=0.2, abs=0.01)
+    assert borne_out(np.ones(101), totals) == 1.0  # no sample lost more than another
+
+
+def test_what_shifts_to_and_fro_within_samples_is_not_removed():
+    """Half of the samples have one token that loses a nat; in one set another token of theirs gains it."""
+    rng = np.random.default_rng(0)
+    offsets = np.arange(0, 4001, 10)
+    tokens = np.where(np.arange(4000) % 10 == 0, 1, 100 + rng.integers(0, 50, 4000))
+    marked = np.repeat(np.arange(400) % 2 == 0, 10)
+    tokens[marked & (np.arange(4000) % 10 == 0)] = 2
+    states = np.where(marked[::10, None], [1.0, 0.0], [0.0, 1.0]) + rng.normal(0, 0.1, (400, 2))
+    lost = rng.normal(0, 0.1, 4000) + 2.0 * (marked & (np.arange(4000) % 10 == 0))
+    to_and_fro = lost - 2.0 * (marked & (np.arange(4000) % 10 == 5))
+    removed = []
+    for rises in (lost, to_and_fro):
+        values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
+        removed.append(separate(values, "smoothed"))
+    assert removed[0].separable and not removed[1].separable
 
 
 def test_smoothed_forgetting_does_not_take_noise_for_forgetting():
