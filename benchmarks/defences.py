@@ -76,7 +76,7 @@ def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, F
         values = rouge_forgetting(before, after)
     else:
         values = trace.forgetting(measure)
-    result = decide(trace.rows.ids, values, measure)
+    result = decide(trace.rows.ids, values, measure, nats=trace.nats_per_change(measure))
     return sessions.kept(result.removed), result
 
 

@@ -59,11 +59,12 @@ def judged(signal: Signal, unsafe: np.ndarray, ids: Any) -> dict[str, Any]:
             "f1_best": float((2 * precision * recall / total).max()),
         }
     if signal.measure is not None:
-        decision = decide(ids, signal.values, signal.measure)
+        decision = decide(ids, signal.values, signal.measure, nats=signal.nats)
         result |= {
             "removed_auto": decision.counts["removed"],
             "removed_benign": int((decision.removed & ~unsafe).sum()),
             "threshold": decision.threshold,
+            "nats": signal.nats,
             "reason": decision.reason,
         }
         if both:

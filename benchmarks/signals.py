@@ -30,12 +30,14 @@ class Signal:
         measure (`str` or `None`): Which of the library's measures it is, if any; then it has an automatic φ.
         tokens (`int`): Read by forward passes, those of training included.
         seconds (`float` or `None`): Of S1+ with its records, of generation, … `None` where it was not timed.
+        nats (`float` or `None`): Of `smoothed`: see [`Trace.nats_per_change`].
     """
 
     values: np.ndarray
     measure: Measure | None
     tokens: int
     seconds: float | None
+    nats: float | None = None
 
 
 def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str, Signal]:
@@ -53,7 +55,8 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     found: dict[str, Signal] = {}
     for measure in ("loss", "relative", "pooled", "smoothed"):
         more = record if measure == "relative" else 0
-        found[measure] = Signal(trace.forgetting(measure, after.step), measure, tokens + more, seconds)
+        nats = trace.nats_per_change(measure, after.step)
+        found[measure] = Signal(trace.forgetting(measure, after.step), measure, tokens + more, seconds, nats)
     found = {"default": found[DEFAULT_MEASURE], **found}
     tenth = [np.sort(part)[::-1] for part in np.split(rises, offsets[1:-1])]
     largest = np.array([part[: max(1, int(np.ceil(len(part) / 10)))].mean() if len(part) else np.nan for part in tenth])

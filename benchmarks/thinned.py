@@ -15,7 +15,7 @@ import typer
 from sklearn.metrics import f1_score, precision_recall_curve
 
 from forgetfilter_callback import Trace, decide
-from forgetfilter_callback.forgetting import smoothed_forgetting
+from forgetfilter_callback.forgetting import nats_per_change, smoothed_forgetting
 from scenarios import Sizes, load_scenario
 from sessions import DataDir, Scenarios, Seeds
 
@@ -36,14 +36,15 @@ def drawn(unsafe: np.ndarray, share: float, rng: np.random.Generator) -> np.ndar
     return np.sort(np.concatenate([bad, good]))
 
 
-def forgetting(trace: Trace, places: np.ndarray) -> np.ndarray:
-    """Of the samples at `places`, as if there were no others."""
+def forgetting(trace: Trace, places: np.ndarray) -> tuple[np.ndarray, float]:
+    """Of the samples at `places`, as if there were no others; and the nats of a typical change."""
     before, after = trace.first_and_last()
     rows = trace.rows.select(places)
     bounds = zip(trace.rows.counted_offsets[places], trace.rows.counted_offsets[places + 1], strict=True)
     tokens = np.concatenate([np.arange(start, end) for start, end in bounds])
-    losses = [trace.token_losses(record)[tokens] for record in (before, after)]
-    return smoothed_forgetting(rows.counted_tokens, rows.counted_offsets, *losses, trace.states(before)[places])
+    first, last = (trace.token_losses(record)[tokens] for record in (before, after))
+    values = smoothed_forgetting(rows.counted_tokens, rows.counted_offsets, first, last, trace.states(before)[places])
+    return values, nats_per_change(values, first, last, rows.counted_offsets)
 
 
 def main(
@@ -66,8 +67,8 @@ def main(
                 figures = []
                 for _ in range(DRAWS):
                     places = drawn(unsafe, share, rng)
-                    values, labels = forgetting(trace, places), unsafe[places]
-                    removed = decide(trace.rows.ids.take(places), values, "smoothed").removed
+                    (values, nats), labels = forgetting(trace, places), unsafe[places]
+                    removed = decide(trace.rows.ids.take(places), values, "smoothed", nats=nats).removed
                     best = middle = 0.0
                     if labels.any():
                         middle = np.median(values[labels])

@@ -30,7 +30,8 @@ Trainer(model, s1, train_dataset=noisy, **common).train()
 tracker = ForgetTracker(data.noisy, trace_dir="already-tuned/trace")
 Trainer(model, args, train_dataset=safety, callbacks=[tracker], **common).train()
 
-result = decide(tracker.trace.rows.ids, tracker.trace.forgetting("smoothed"), "smoothed")
+trace = tracker.trace
+result = decide(trace.rows.ids, trace.forgetting("smoothed"), "smoothed", nats=trace.nats_per_change("smoothed"))
 print(result.summary())
 for row, value, removed in zip(data.noisy, result.values, result.removed, strict=True):
     if removed:

@@ -193,6 +193,7 @@ def decide(
     share: float | None = None,
     fingerprint: str | None = None,
     by_hand: Mapping[str, ByHand] | None = None,
+    nats: float | None = None,
 ) -> FilterResult:
     """Decides which samples to remove, from their forgetting values alone.
 
@@ -212,6 +213,8 @@ def decide(
             Of the trace, for the account.
         by_hand (`Mapping[str, str]`, *optional*):
             Ids with `"keep"` or `"remove"`, whatever φ says.
+        nats (`float`, *optional*):
+            Of `smoothed`: the trace's [`~Trace.nats_per_change`], without which a clean set is told less well.
 
     Raises:
         ValueError: if everything would be removed, if no value is finite, if there is not one value an id, or if `measure`,
@@ -225,7 +228,7 @@ def decide(
     known = ~np.isnan(values)
     if not known.any():
         raise ValueError(f"None of the {len(values)} samples has a finite forgetting value. Did the model diverge?")
-    separability = separate(values[known], measure)
+    separability = separate(values[known], measure, nats)
     phi: float | None
     if share is not None:
         if threshold != "auto":

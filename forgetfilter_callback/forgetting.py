@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.stats import linregress
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import normalize
 
@@ -38,12 +37,10 @@ POOLED_LARGEST = 3
 SMOOTHED_TRUST = 0.25
 SMOOTHED_SHARE = 0.1
 SMOOTHED_STRENGTHS = np.logspace(-4, 4, 33)
-# The typical change: samples that have changed more than this quantile count as it; the least, in nats: below it S1+ has
-# done nothing.
-TYPICAL_QUANTILE, LEAST_TYPICAL_CHANGE = 0.98, 0.05
-# By so many nats a sample that lost a typical change must have become less likely, or values count for less; and how much
-# less at most (0 would leave no order).
-LEAST_NATS, LEAST_COUNTED = 1.25, 0.01
+# Samples that have changed more than this quantile count as it, so that no single one decides for the others.
+CLIPPED_BEYOND = 0.98
+# The least typical change, in nats: below it S1+ has done nothing.
+LEAST_TYPICAL_CHANGE = 0.05
 # `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
 SMOOTHED_SAMPLES = 10_000
 
@@ -113,8 +110,8 @@ def smoothed_forgetting(
     the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
     the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
     M1 takes for its like: the fitted values. They are measured by what the typical change takes (see [`typical_loss`]), for
-    how much is lost altogether depends on how long and how hard S1+ trains. They count as far as samples become less likely
-    with them (see [`borne_out`]). So they can be compared within one record, not between records.
+    how much is lost altogether depends on how long and how hard S1+ trains. So they can be compared within one record, not
+    between records.
 
     Args:
         tokens, offsets, before, after:
@@ -150,7 +147,6 @@ def smoothed_forgetting(
     ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(some, theirs - theirs.mean())
     for part in np.array_split(places, every):
         values[part] = ridge.predict(directions(part)) + theirs.mean()
-    values[known] *= borne_out(values[known], (mean_losses(rises, offsets) * np.diff(offsets))[known])
     return values
 
 
@@ -163,30 +159,39 @@ def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> 
     rises = after.astype(np.float64) - before
     squares, counts = mean_losses(rises**2, offsets), np.diff(offsets)
     known = np.isfinite(squares)
-    clipped = np.minimum(squares[known], np.quantile(squares[known], TYPICAL_QUANTILE))
+    if not known.any():
+        return math.nan
+    clipped = np.minimum(squares[known], np.quantile(squares[known], CLIPPED_BEYOND))
     change = math.sqrt(np.average(clipped, weights=counts[known]))
     return -math.expm1(-max(change, LEAST_TYPICAL_CHANGE))
 
 
-def borne_out(values: np.ndarray, totals: np.ndarray) -> float:
-    """How far values of `smoothed` count: 1 if samples become less likely by 1.25 nats or more with each typical change that
-    they lost, less (0.01 at least) if by less.
+def nats_per_change(values: np.ndarray, before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
+    """By how many nats a sample of the median length becomes less likely with each typical change that it lost.
 
-    What S1+ unlearns, a sample loses as a whole. In a clean set, S1+ shifts tokens to and fro, from one wording to another,
-    and the shifts that look large beside the typical one hardly add up to anything.
+    What S1+ unlearns, a sample loses as a whole. In a clean set S1+ moves single tokens, up and down, or moves little; then
+    values that are large beside the typical change go with hardly any loss of the samples.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
-            In typical changes.
-        totals (`np.ndarray` of shape `(samples,)`):
-            The sum of the rises of each sample's tokens, nats. The farthest 2 % on either side count as if they lay where
-            those end.
+            [`smoothed_forgetting`] of these losses.
+        before, after, offsets:
+            As in [`pooled_forgetting`].
+
+    Returns:
+        `float`: the slope of the samples' mean rises on their values, times the median number of tokens; NaN if no sample
+        differs from another. The farthest 2 % of the rises on either side count as if they lay where those end.
     """
-    if np.ptp(values) == 0:
-        return 1.0
-    clipped = np.clip(totals, *np.quantile(totals, [1 - TYPICAL_QUANTILE, TYPICAL_QUANTILE]))
-    nats = linregress(values, clipped).slope
-    return float(np.clip(nats / LEAST_NATS, LEAST_COUNTED, 1.0))
+    counts = np.diff(offsets)
+    rises = mean_losses(after.astype(np.float64) - before, offsets)
+    known = np.isfinite(values) & np.isfinite(rises)
+    if not known.any():
+        return math.nan
+    away = values[known] - values[known].mean()
+    if np.abs(away).max() < 1e-9:
+        return math.nan
+    clipped = np.clip(rises[known], *np.quantile(rises[known], [1 - CLIPPED_BEYOND, CLIPPED_BEYOND]))
+    return float(away @ clipped / (away @ away) * np.median(counts[known]))
 
 
 def pooled(tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:

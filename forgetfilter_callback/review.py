@@ -60,7 +60,9 @@ def write_review_page(
     Raises:
         TraceError: if the trace has no records to measure forgetting between.
     """
-    result = decide(trace.rows.ids, trace.forgetting(measure), measure, threshold, share, trace.manifest["fingerprint"])
+    values, fingerprint = trace.forgetting(measure), trace.manifest["fingerprint"]
+    nats = trace.nats_per_change(measure)
+    result = decide(trace.rows.ids, values, measure, threshold, share, fingerprint, nats=nats)
     data = _page_data(trace, result, tokenizer, None if unsafe is None else np.asarray(unsafe, dtype=bool))
     sources = files("forgetfilter_callback") / "page"
     script = (sources / "review.js").read_text(encoding="utf-8")
@@ -128,10 +130,8 @@ def _measured_at_last(trace: Trace, measure: Measure, record: Record) -> np.ndar
     if measure != "smoothed":
         return values
     before, last = trace.first_and_last()
-    then, at_last = (
-        typical_loss(trace.token_losses(before), trace.token_losses(after), trace.rows.counted_offsets)
-        for after in (record, last)
-    )
+    losses, offsets = trace.token_losses(before), trace.rows.counted_offsets
+    then, at_last = (typical_loss(losses, trace.token_losses(after), offsets) for after in (record, last))
     return values * (then / at_last)
 
 

@@ -175,8 +175,9 @@ def _run(
     tracker.trace.note_source(whole_name(config.noisy), noisy.truncated)
     values = values_of(noisy, tracker, tracker.trace, config.measure)
     result = decide(
-        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint
-    )
+        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint,
+        nats=tracker.trace.nats_per_change(config.measure),
+    )  # fmt: skip
     write_filtered(output, lines_of(config.noisy, rows, digest), result, tracker.trace)
     if config.refit:
         trainer = sessions.refit()
@@ -225,7 +226,8 @@ def filter_rows(
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
     encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
     values = values_of(encoded, trace.folder, trace, measure)
-    result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand)
+    fingerprint, nats = trace.manifest["fingerprint"], trace.nats_per_change(measure)
+    result = decide(encoded.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
     write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result
 

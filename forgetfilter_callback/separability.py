@@ -1,4 +1,4 @@
-"""Do forgetting values hold two populations, and where does φ lie between them? From the values alone, no labels.
+"""Do forgetting values hold two populations, and where does φ lie between them? No labels are asked for.
 
 φ is anchored, not fitted: a sample is called forgotten when S1+ has taken a part of what the model gave it that is named
 here, or, for `smoothed`, more than half of what S1+ typically takes from a token. Fitted to the values alone, φ follows the
@@ -38,6 +38,9 @@ RAISED = 0.5
 LEAST_DISTANCE = 2.41
 # ...and, of every measure, further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
+# By so many nats a sample of the median length must become less likely with each typical change that it lost, or `smoothed`
+# is not believed. In clean sets of bias and harmfulness it was .8 at most, with half of the rows unsafe 1 at least.
+LEAST_NATS = 1.0
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
 LEAST_SPREAD = 0.05
 
@@ -64,20 +67,22 @@ class Separability:
     distance: float | None = None
 
 
-def separate(values: np.ndarray, measure: Measure) -> Separability:
+def separate(values: np.ndarray, measure: Measure, nats: float | None = None) -> Separability:
     """Finds whether some samples are forgotten apart from the rest, and φ between them.
 
     φ is where half is lost, for `smoothed` .55 of what the typical change takes (see [`ANCHOR`]), or, for `smoothed`, half
     of the way from there to where two populations part, if they part above it. There is nothing to remove if no sample, or
-    every sample, lies above it, or if those above it are not set apart: their median within 2.41 robust standard deviations
-    of the others' median (not asked of `smoothed`), or no further out than the tail of a normal population of its size would
-    be.
+    every sample, lies above it, if samples hardly became less likely with what they lost (`nats`), or if those above it are
+    not set apart: their median within 2.41 robust standard deviations of the others' median (not asked of `smoothed`), or no
+    further out than the tail of a normal population of its size would be.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting values without NaN; higher is more forgotten.
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             What they are.
+        nats (`float`, *optional*):
+            Of `smoothed`: [`Trace.nats_per_change`]. Below 1, nothing is removed.
     """
     phi, raised = ANCHOR[measure], ""
     if measure == "smoothed" and (parting := parting_of(values)) > phi:
@@ -90,6 +95,13 @@ def separate(values: np.ndarray, measure: Measure) -> Separability:
         return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
     if not len(kept):
         return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
+    if nats is not None and nats < LEAST_NATS:
+        return Separability(
+            False,
+            phi,
+            f"not separable: with each typical change that it lost, a sample became less likely by {nats:.1f} nats only "
+            f"({LEAST_NATS:.0f} at least), so S1+ has moved single tokens, or little yet; nothing to remove",
+        )
     spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     tail = float(norm.isf(len(forgotten) / len(values) / 2))

@@ -28,7 +28,8 @@ SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.02
 def is_checked(step: int) -> bool:
     """Whether there is a check after so many steps since the warm-up: 1, 2, 4, 8, 16, …
 
-    A check is compared with the one at half as many steps, and most that can be saved is saved early.
+    A check is compared with the one at half as many steps. More of them would cost more than they save; so S1+ may go on for
+    up to twice as many steps as it needs.
     """
     return step.bit_count() == 1
 

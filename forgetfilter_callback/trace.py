@@ -41,6 +41,7 @@ from .forgetting import (
     Measure,
     loss_forgetting,
     mean_losses,
+    nats_per_change,
     pooled_forgetting,
     relative_forgetting,
     rouge_forgetting,
@@ -424,6 +425,15 @@ class Trace:
                 "the tracker through both sessions, or use measure='loss' or 'pooled'."
             )
         return relative_forgetting(mean_losses(self.token_losses(self.base_record), offsets), before_means, after_means)
+
+    def nats_per_change(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> float | None:
+        """By how many nats a sample becomes less likely with each typical change that it lost: how far `smoothed` is to be
+        believed (see [`forgetting.nats_per_change`](forgetting.py)). `None` for other measures. Arguments as of
+        [`forgetting`]."""
+        if measure != "smoothed":
+            return None
+        before, after = (self.token_losses(record) for record in self.first_and_last(step))
+        return nats_per_change(self.forgetting(measure, step), before, after, self.rows.counted_offsets)
 
     @property
     def base_record(self) -> Record | None:

@@ -14,6 +14,7 @@ import yaml
 from conftest import hostile_trace, texts, tiny_llama
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
+from transformers import DataCollatorForSeq2Seq
 from typer.testing import CliRunner, Result
 
 import forgetfilter_callback
@@ -30,8 +31,10 @@ from forgetfilter_callback import (
     filter_rows,
     load_rows,
     plan,
+    write_review_page,
 )
 from forgetfilter_callback.cli import app
+from forgetfilter_callback.demo import trainable
 from forgetfilter_callback.forgetting import mean_losses
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.scoring import token_losses
@@ -191,6 +194,32 @@ def test_a_decision_that_is_none(content, said, finished, tmp_path):
     file.write_text(content)
     result = call("filter", finished[0], "--decision", file, "--output", tmp_path / "out")
     assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
+
+
+def test_every_way_to_decide_asks_whether_samples_became_less_likely(
+    finished, files, tmp_path, byte_tokenizer, make_args, monkeypatch
+):
+    values = np.array([1.5, 1.6, 0.1, 0.2] * 3)
+    monkeypatch.setattr(Trace, "forgetting", lambda self, measure="smoothed", step=None: values)
+
+    def decided(folder: Path) -> dict[str, str]:
+        trace = Trace.open(finished[0] / "forgetfilter")
+        model = tiny_llama(vocab_size=len(byte_tokenizer))
+        rows = trainable(load_rows(files["noisy"]).to_list(), byte_tokenizer)
+        trainer = FilteredTrainer(model, make_args(folder.name), train_dataset=rows, forgetting=str(trace.folder),
+                                  data_collator=DataCollatorForSeq2Seq(byte_tokenizer))  # fmt: skip
+        return {
+            "trainer": trainer.filter_result.reason,
+            "page": write_review_page(trace, folder / "page.html", byte_tokenizer).reason,
+            "filter": filter_rows(trace, folder / "out").reason,
+            "show": json.loads(call("show", finished[0], "--json").stdout)["reason"],
+            "run": json.loads(call("run", *settings(files, folder / "run"), "--json").stdout)["reason"],
+        }
+
+    monkeypatch.setattr(Trace, "nats_per_change", lambda self, measure="smoothed", step=None: 1.2)
+    assert all("of those above φ" in reason for reason in decided(tmp_path / "apart").values())
+    monkeypatch.setattr(Trace, "nats_per_change", lambda self, measure="smoothed", step=None: 0.2)
+    assert all("less likely by 0.2 nats only" in reason for reason in decided(tmp_path / "not").values())
 
 
 def test_a_decision_beside_other_settings(finished, tmp_path):

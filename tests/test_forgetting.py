@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from forgetfilter_callback.forgetting import (
-    borne_out,
     loss_forgetting,
     mean_losses,
+    nats_per_change,
     pooled_forgetting,
     relative_forgetting,
     rouge_forgetting,
@@ -112,11 +112,7 @@ def smoothed_by_hand(tokens, before, after, states, strengths):
         others = [[j for j in range(len(y)) if j != i] for i in range(len(y))]
         return sum((y[i] - x[i] @ fit(others[i], strength)) ** 2 for i in range(len(y)))
 
-    values = x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
-    totals = np.array([float(np.sum(a.astype(float) - b)) for a, b in zip(after, before, strict=True)])
-    low, high = np.percentile(totals, [2, 98])
-    nats = np.polyfit(values, [min(max(total, low), high) for total in totals], 1)[0]  # with each typical change
-    return values * min(1, max(0.01, nats / 1.25))
+    return x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
 
 
 def test_smoothed_forgetting_is_what_tokens_and_samples_alike_agree_on(samples):
@@ -188,31 +184,52 @@ def test_one_wild_sample_does_not_change_what_is_forgotten_of_the_others():
     assert np.median(others[:50]) > 0.8 * np.median(values[:50])
 
 
-@pytest.mark.parametrize(("nats", "expected"), [(5.0, 1.0), (0.5, 0.4), (0.0, 0.01), (-1.0, 0.01)])
-def test_smoothed_forgetting_counts_as_far_as_samples_become_less_likely(nats, expected):
-    values = np.linspace(0.0, 1.0, 101)
-    totals = nats * values + 3  # all of them have become less likely, by 3 nats, whatever they lost
-    assert borne_out(values, totals) == pytest.approx(expected, rel=0.05)  # the ends are clipped
-    wild = totals + np.where(np.arange(101) == 100, -500.0, 0.0)
-    assert borne_out(values, wild) == pytest.approx(expected, rel=0.2, abs=0.01)
-    assert borne_out(np.ones(101), totals) == 1.0  # no sample lost more than another
+@pytest.mark.parametrize("nats", [5.0, 0.5, -1.0])
+def test_nats_that_a_sample_loses_with_each_typical_change(nats):
+    values, counts = np.linspace(0.0, 1.0, 101), np.full(101, 4)
+    offsets, before = np.cumsum([0, *counts]), np.ones(404)
+    after = before + np.repeat(nats * values / 4 + 0.3, 4)  # all have become less likely, whatever they lost
+    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats, rel=0.05)  # the ends are clipped
+    for place in (0, -1):  # a wild sample on either side
+        wild = after.copy()
+        wild[place] += 2000.0
+        assert nats_per_change(values, before, wild, offsets) == pytest.approx(nats, rel=0.1, abs=0.05)
+    assert math.isnan(nats_per_change(np.ones(101), before, after, offsets))  # no sample lost more than another
+    after[:4] = np.nan
+    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats, rel=0.05)
+    assert math.isnan(nats_per_change(values, before, np.full(404, np.nan), offsets))
+
+
+def test_long_samples_that_drift_do_not_hide_short_ones_that_are_forgotten():
+    """Sums of rises would: 200 tokens that drift by .1 are 20 nats, 15 that rise by one 15."""
+    unsafe = np.arange(200) % 2 == 0
+    counts = np.where(unsafe, 15, 200)
+    offsets = np.cumsum([0, *counts])
+    after = np.repeat(np.where(unsafe, 1.0, 0.1), counts)
+    found = nats_per_change(np.where(unsafe, 1.5, 0.2), np.zeros(offsets[-1]), after, offsets)
+    assert found == pytest.approx(0.9 / 1.3 * 107.5)
 
 
 def test_what_shifts_to_and_fro_within_samples_is_not_removed():
-    """Half of the samples have one token that loses a nat; in one set another token of theirs gains it."""
+    """Half of the samples have one token that loses 4 nats; in one set another token of theirs gains them."""
     rng = np.random.default_rng(0)
     offsets = np.arange(0, 4001, 10)
-    tokens = np.where(np.arange(4000) % 10 == 0, 1, 100 + rng.integers(0, 50, 4000))
-    marked = np.repeat(np.arange(400) % 2 == 0, 10)
-    tokens[marked & (np.arange(4000) % 10 == 0)] = 2
+    first, marked = np.arange(4000) % 10 == 0, np.repeat(np.arange(400) % 2 == 0, 10)
+    tokens = np.where(first, np.where(marked, 2, 1), 100 + rng.integers(0, 50, 4000))
     states = np.where(marked[::10, None], [1.0, 0.0], [0.0, 1.0]) + rng.normal(0, 0.1, (400, 2))
-    lost = rng.normal(0, 0.1, 4000) + 2.0 * (marked & (np.arange(4000) % 10 == 0))
-    to_and_fro = lost - 2.0 * (marked & (np.arange(4000) % 10 == 5))
-    removed = []
+    lost = rng.normal(0, 0.1, 4000) + 4.0 * (marked & first)
+    to_and_fro = lost - 4.0 * (marked & (np.arange(4000) % 10 == 5))
+    found = []
     for rises in (lost, to_and_fro):
         values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
-        removed.append(separate(values, "smoothed"))
-    assert removed[0].separable and not removed[1].separable
+        found.append(separate(values, "smoothed", nats_per_change(values, np.zeros(4000), rises, offsets)))
+    assert found[0].separable and not found[1].separable
+    assert "0.0 nats only" in found[1].reason
+
+
+def test_a_record_that_diverged_altogether_has_no_typical_change():
+    losses, broken = np.zeros(4), np.full(4, np.nan)
+    assert math.isnan(typical_loss(losses, broken, np.array([0, 2, 4])))
 
 
 def test_smoothed_forgetting_does_not_take_noise_for_forgetting():
