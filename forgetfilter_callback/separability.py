@@ -20,7 +20,7 @@ from .forgetting import Measure
 
 # Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
 # half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .55 of that was
-# chosen on thirteen runs (bias, toxicity, harmfulness; S1+ at two learning rates), whole and thinned to 5 to 75 % unsafe.
+# chosen on thirteen runs (bias, toxicity, harmfulness; S1+ at two learning rates), whole and with rows left out.
 ANCHOR: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
