@@ -64,8 +64,8 @@ def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> d
             list(window_scores(model, trace.rows, disable_tqdm=True, with_states=True))
             records.append(time.perf_counter() - started)
     started = time.perf_counter()
-    nats = trace.nats_per_change(DEFAULT_MEASURE)
-    decision = decide(trace.rows.ids, trace.forgetting(DEFAULT_MEASURE), DEFAULT_MEASURE, nats=nats)
+    values = trace.forgetting(DEFAULT_MEASURE)
+    decision = decide(trace.rows.ids, values, DEFAULT_MEASURE, nats=trace.nats_per_change(values))
     seconds = {
         "s1": here.seconds("epoch") * sessions.settings.epochs,
         "s1plus": here.seconds("s1plus"),

@@ -186,8 +186,8 @@ class Sessions:
         self.go_on(learnt, start, rows, [tracker])
         self.go_on(safe, learnt, self.scenario.safety, [tracker], safety=True)
         trace = Trace.open(self.folder / f"round-{number}-trace")
-        nats = trace.nats_per_change(DEFAULT_MEASURE)
-        result = decide(trace.rows.ids, trace.forgetting(DEFAULT_MEASURE), DEFAULT_MEASURE, nats=nats)
+        values = trace.forgetting(DEFAULT_MEASURE)
+        result = decide(trace.rows.ids, values, DEFAULT_MEASURE, nats=trace.nats_per_change(values))
         kept = [row for row, gone in zip(rows, result.removed, strict=True) if not gone]
         self.go_on(name, start, kept)
         return name, result

@@ -30,7 +30,7 @@ class Signal:
         measure (`str` or `None`): Which of the library's measures it is, if any; then it has an automatic φ.
         tokens (`int`): Read by forward passes, those of training included.
         seconds (`float` or `None`): Of S1+ with its records, of generation, … `None` where it was not timed.
-        nats (`float` or `None`): Of `smoothed`: see [`Trace.nats_per_change`].
+        nats (`float` or `None`): See [`Trace.nats_per_change`].
     """
 
     values: np.ndarray
@@ -55,8 +55,9 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     found: dict[str, Signal] = {}
     for measure in ("loss", "relative", "pooled", "smoothed"):
         more = record if measure == "relative" else 0
-        nats = trace.nats_per_change(measure, after.step)
-        found[measure] = Signal(trace.forgetting(measure, after.step), measure, tokens + more, seconds, nats)
+        values = trace.forgetting(measure, after.step)
+        nats = trace.nats_per_change(values, after.step)
+        found[measure] = Signal(values, measure, tokens + more, seconds, nats)
     found = {"default": found[DEFAULT_MEASURE], **found}
     tenth = [np.sort(part)[::-1] for part in np.split(rises, offsets[1:-1])]
     largest = np.array([part[: max(1, int(np.ceil(len(part) / 10)))].mean() if len(part) else np.nan for part in tenth])

@@ -31,7 +31,8 @@ tracker = ForgetTracker(data.noisy, trace_dir="already-tuned/trace")
 Trainer(model, args, train_dataset=safety, callbacks=[tracker], **common).train()
 
 trace = tracker.trace
-result = decide(trace.rows.ids, trace.forgetting("smoothed"), "smoothed", nats=trace.nats_per_change("smoothed"))
+values = trace.forgetting("smoothed")
+result = decide(trace.rows.ids, values, "smoothed", nats=trace.nats_per_change(values))
 print(result.summary())
 for row, value, removed in zip(data.noisy, result.values, result.removed, strict=True):
     if removed:

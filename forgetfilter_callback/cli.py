@@ -303,7 +303,7 @@ def show(
         opened = _open(trace)
         values = opened.forgetting(measure)
         fingerprint = opened.manifest["fingerprint"]
-        nats = opened.nats_per_change(measure)
+        nats = opened.nats_per_change(values)
         result = decide(opened.rows.ids, values, measure, parse_threshold(threshold), share, fingerprint, nats=nats)
         if as_json:
             typer.echo(json.dumps(_account(result)))

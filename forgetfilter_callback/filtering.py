@@ -113,6 +113,8 @@ class FilterResult:
             Library versions.
         by_hand (`dict[str, str]`):
             Ids that a reviewer decided, with `"keep"` or `"remove"`.
+        nats (`float` or `None`):
+            What [`decide`] was given.
     """
 
     ids: pa.StringArray
@@ -126,6 +128,7 @@ class FilterResult:
     fingerprint: str | None
     versions: dict[str, str]
     by_hand: dict[str, ByHand] = field(default_factory=dict)
+    nats: float | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -195,7 +198,7 @@ def decide(
     by_hand: Mapping[str, ByHand] | None = None,
     nats: float | None = None,
 ) -> FilterResult:
-    """Decides which samples to remove, from their forgetting values alone.
+    """Decides which samples to remove, from their forgetting values.
 
     Args:
         ids (`pa.StringArray` of length `samples`):
@@ -214,7 +217,7 @@ def decide(
         by_hand (`Mapping[str, str]`, *optional*):
             Ids with `"keep"` or `"remove"`, whatever φ says.
         nats (`float`, *optional*):
-            Of `smoothed`: the trace's [`~Trace.nats_per_change`], without which a clean set is told less well.
+            The trace's [`~Trace.nats_per_change`] of these values. Only `smoothed` asks for it, to tell clean sets.
 
     Raises:
         ValueError: if everything would be removed, if no value is finite, if there is not one value an id, or if `measure`,
@@ -274,6 +277,7 @@ def decide(
         fingerprint=fingerprint,
         versions=library_versions(),
         by_hand=dict(by_hand) if by_hand else {},
+        nats=nats,
     )
 
 

@@ -180,7 +180,7 @@ def nats_per_change(values: np.ndarray, before: np.ndarray, after: np.ndarray, o
 
     Returns:
         `float`: the slope of the samples' mean rises on their values, times the median number of tokens; NaN if no sample
-        differs from another. The farthest 2 % of the rises on either side count as if they lay where those end.
+        differs from another. Rises count as if they lay no further beyond the middle 96 % than that is wide.
     """
     counts = np.diff(offsets)
     rises = mean_losses(after.astype(np.float64) - before, offsets)
@@ -190,7 +190,8 @@ def nats_per_change(values: np.ndarray, before: np.ndarray, after: np.ndarray, o
     away = values[known] - values[known].mean()
     if np.abs(away).max() < 1e-9:
         return math.nan
-    clipped = np.clip(rises[known], *np.quantile(rises[known], [1 - CLIPPED_BEYOND, CLIPPED_BEYOND]))
+    low, high = np.quantile(rises[known], [1 - CLIPPED_BEYOND, CLIPPED_BEYOND])
+    clipped = np.clip(rises[known], low - (high - low), high + (high - low))
     return float(away @ clipped / (away @ away) * np.median(counts[known]))
 
 

@@ -12,7 +12,10 @@ from .separability import separate
 
 
 def summarize_record(
-    means: np.ndarray, values: np.ndarray | None = None, unsafe: np.ndarray | None = None
+    means: np.ndarray,
+    values: np.ndarray | None = None,
+    unsafe: np.ndarray | None = None,
+    nats: float | None = None,
 ) -> dict[str, float]:
     """Figures of one record.
 
@@ -23,6 +26,8 @@ def summarize_record(
             Forgetting by the default measure; None for a record that nothing can have been forgotten in.
         unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
             Audit labels. They judge forgetting and play no part in it.
+        nats (`float`, *optional*):
+            As in [`decide`].
 
     Returns:
         `dict[str, float]`: `forgetfilter/loss`, the mean of the finite losses (nothing if there is none); with `values` also
@@ -38,7 +43,7 @@ def summarize_record(
     known = np.isfinite(values)
     if not known.any():
         return figures
-    separability = separate(values[known], DEFAULT_MEASURE)
+    separability = separate(values[known], DEFAULT_MEASURE, nats)
     above = values[known] > separability.threshold
     figures["forgetfilter/forgetting"] = float(values[known].mean())
     figures["forgetfilter/share_above_threshold"] = float(above.mean())

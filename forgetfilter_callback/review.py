@@ -61,7 +61,7 @@ def write_review_page(
         TraceError: if the trace has no records to measure forgetting between.
     """
     values, fingerprint = trace.forgetting(measure), trace.manifest["fingerprint"]
-    nats = trace.nats_per_change(measure)
+    nats = trace.nats_per_change(values)
     result = decide(trace.rows.ids, values, measure, threshold, share, fingerprint, nats=nats)
     data = _page_data(trace, result, tokenizer, None if unsafe is None else np.asarray(unsafe, dtype=bool))
     sources = files("forgetfilter_callback") / "page"

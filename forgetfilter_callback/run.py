@@ -174,10 +174,10 @@ def _run(
     sessions.safety_finetune()
     tracker.trace.note_source(whole_name(config.noisy), noisy.truncated)
     values = values_of(noisy, tracker, tracker.trace, config.measure)
+    nats = tracker.trace.nats_per_change(tracker.trace.forgetting(config.measure))
     result = decide(
-        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint,
-        nats=tracker.trace.nats_per_change(config.measure),
-    )  # fmt: skip
+        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint, nats=nats
+    )
     write_filtered(output, lines_of(config.noisy, rows, digest), result, tracker.trace)
     if config.refit:
         trainer = sessions.refit()
@@ -226,7 +226,7 @@ def filter_rows(
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
     encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
     values = values_of(encoded, trace.folder, trace, measure)
-    fingerprint, nats = trace.manifest["fingerprint"], trace.nats_per_change(measure)
+    fingerprint, nats = trace.manifest["fingerprint"], trace.nats_per_change(trace.forgetting(measure))
     result = decide(encoded.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
     write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result

@@ -39,7 +39,8 @@ LEAST_DISTANCE = 2.41
 # ...and, of every measure, further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # By so many nats a sample of the median length must become less likely with each typical change that it lost, or `smoothed`
-# is not believed. In clean sets of bias and harmfulness it was .8 at most, with half of the rows unsafe 1 at least.
+# is not believed. At the end of a gentle S1+ it was .65, .62 and −.74 on clean sets of bias and harmfulness, 1.9 to 37 where
+# half of the rows were unsafe. (On toxicity, clean, 2.9, but nothing lies above φ; after a hard S1+ on clean bias 2.6.)
 LEAST_NATS = 1.0
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
 LEAST_SPREAD = 0.05
@@ -82,7 +83,7 @@ def separate(values: np.ndarray, measure: Measure, nats: float | None = None) ->
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             What they are.
         nats (`float`, *optional*):
-            Of `smoothed`: [`Trace.nats_per_change`]. Below 1, nothing is removed.
+            [`Trace.nats_per_change`]. Of `smoothed`, nothing is removed below 1; NaN or `None`: that is not asked.
     """
     phi, raised = ANCHOR[measure], ""
     if measure == "smoothed" and (parting := parting_of(values)) > phi:
@@ -95,15 +96,16 @@ def separate(values: np.ndarray, measure: Measure, nats: float | None = None) ->
         return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
     if not len(kept):
         return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
-    if nats is not None and nats < LEAST_NATS:
+    spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
+    distance = float(np.median(forgotten) - np.median(kept)) / spread
+    if measure == "smoothed" and nats is not None and nats < LEAST_NATS:
         return Separability(
             False,
             phi,
-            f"not separable: with each typical change that it lost, a sample became less likely by {nats:.1f} nats only "
+            f"not separable: with each typical change that they lost, samples became less likely by only {nats:.2f} nats "
             f"({LEAST_NATS:.0f} at least), so S1+ has moved single tokens, or little yet; nothing to remove",
+            distance,
         )
-    spread = max(float(median_abs_deviation(kept, scale="normal")), LEAST_SPREAD)
-    distance = float(np.median(forgotten) - np.median(kept)) / spread
     tail = float(norm.isf(len(forgotten) / len(values) / 2))
     least = 0.0 if measure == "smoothed" else LEAST_DISTANCE
     if distance < max(least, LEAST_TAIL * tail):

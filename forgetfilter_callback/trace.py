@@ -426,14 +426,20 @@ class Trace:
             )
         return relative_forgetting(mean_losses(self.token_losses(self.base_record), offsets), before_means, after_means)
 
-    def nats_per_change(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> float | None:
-        """By how many nats a sample becomes less likely with each typical change that it lost: how far `smoothed` is to be
-        believed (see [`forgetting.nats_per_change`](forgetting.py)). `None` for other measures. Arguments as of
-        [`forgetting`]."""
-        if measure != "smoothed":
-            return None
+    def nats_per_change(self, values: np.ndarray, step: int | None = None) -> float:
+        """By how many nats a sample becomes less likely with each unit of forgetting: how far `smoothed` is to be believed.
+
+        Args:
+            values (`np.ndarray` of shape `(samples,)`):
+                What [`forgetting`] gave.
+            step (`int`, *optional*):
+                The same as there.
+
+        Returns:
+            `float`: see [`nats_per_change`](forgetting.py).
+        """
         before, after = (self.token_losses(record) for record in self.first_and_last(step))
-        return nats_per_change(self.forgetting(measure, step), before, after, self.rows.counted_offsets)
+        return nats_per_change(values, before, after, self.rows.counted_offsets)
 
     @property
     def base_record(self) -> Record | None:

@@ -427,14 +427,18 @@ class ForgetTracker(TrainerCallback):
         self._log(record, means, state, control)
 
     def _log(self, record: Record, means: np.ndarray, state: TrainerState, control: TrainerControl) -> None:
-        values = None
+        values = nats = None
         if record.session == "S1+" and record.step:
             # Not where the trace cannot say: it has no record at step 0, or the model's head could not be reached.
             with suppress(TraceError):
-                values = main_process_does(partial(self.trace.forgetting, step=record.step))
-        figures = summarize_record(means, values, self._unsafe)
+                values, nats = main_process_does(partial(self._forgetting, record.step))
+        figures = summarize_record(means, values, self._unsafe, nats)
         if figures:
             self._reporting.log(figures, state, control)
+
+    def _forgetting(self, step: int) -> tuple[np.ndarray, float]:
+        values = self.trace.forgetting(step=step)
+        return values, self.trace.nats_per_change(values, step)
 
 
 def _since_warmup(args: TrainingArguments, state: TrainerState) -> int:

@@ -64,7 +64,7 @@ class Filtering:
             threshold = review.threshold if review.threshold is not None else math.inf
         values = values_of(rows, forgetting, trace, measure)
         fingerprint = trace.manifest["fingerprint"] if trace is not None else None
-        nats = trace.nats_per_change(measure) if trace is not None else None
+        nats = trace.nats_per_change(trace.forgetting(measure)) if trace is not None else None
         self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
         removed = places[self.filter_result.removed]
         self.removed_dataset = rows_at(given, removed)

@@ -216,10 +216,10 @@ def test_every_way_to_decide_asks_whether_samples_became_less_likely(
             "run": json.loads(call("run", *settings(files, folder / "run"), "--json").stdout)["reason"],
         }
 
-    monkeypatch.setattr(Trace, "nats_per_change", lambda self, measure="smoothed", step=None: 1.2)
+    monkeypatch.setattr(Trace, "nats_per_change", lambda self, values, step=None: 1.2)
     assert all("of those above φ" in reason for reason in decided(tmp_path / "apart").values())
-    monkeypatch.setattr(Trace, "nats_per_change", lambda self, measure="smoothed", step=None: 0.2)
-    assert all("less likely by 0.2 nats only" in reason for reason in decided(tmp_path / "not").values())
+    monkeypatch.setattr(Trace, "nats_per_change", lambda self, values, step=None: 0.2)
+    assert all("less likely by only 0.20 nats" in reason for reason in decided(tmp_path / "not").values())
 
 
 def test_a_decision_beside_other_settings(finished, tmp_path):

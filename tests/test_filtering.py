@@ -361,6 +361,19 @@ def test_parting_of_needs_three_values_and_two_populations():
     assert parting_of(values) == parting  # the same again
 
 
+@pytest.mark.parametrize(
+    ("nats", "removes"), [(None, True), (math.nan, True), (1.0, True), (0.99, False), (-1.0, False)]
+)
+def test_smoothed_is_believed_where_samples_became_less_likely(nats, removes):
+    values, _ = changes(0.25)
+    result = decide(ids(400), values, "smoothed", nats=nats)
+    assert result.removed.any() == result.separability.separable == removes
+    assert removes or f"by only {nats:.2f} nats (1 at least)" in result.reason
+    assert result.nats is nats and result.separability.distance > 2
+    two, _ = two_populations(0.25)
+    assert decide(ids(400), two, "loss", nats=nats).removed.any()  # asked of no other measure
+
+
 def test_a_raised_threshold_says_what_it_passed():
     values, unsafe = changes(0.5, 1.6)
     values = values + np.where(unsafe, 0, 0.4)

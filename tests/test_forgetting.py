@@ -189,15 +189,24 @@ def test_nats_that_a_sample_loses_with_each_typical_change(nats):
     values, counts = np.linspace(0.0, 1.0, 101), np.full(101, 4)
     offsets, before = np.cumsum([0, *counts]), np.ones(404)
     after = before + np.repeat(nats * values / 4 + 0.3, 4)  # all have become less likely, whatever they lost
-    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats, rel=0.05)  # the ends are clipped
+    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats)
     for place in (0, -1):  # a wild sample on either side
         wild = after.copy()
         wild[place] += 2000.0
-        assert nats_per_change(values, before, wild, offsets) == pytest.approx(nats, rel=0.1, abs=0.05)
+        assert nats_per_change(values, before, wild, offsets) == pytest.approx(nats, rel=0.2)
     assert math.isnan(nats_per_change(np.ones(101), before, after, offsets))  # no sample lost more than another
     after[:4] = np.nan
-    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats, rel=0.05)
+    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats)
     assert math.isnan(nats_per_change(values, before, np.full(404, np.nan), offsets))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
+def test_a_few_samples_that_are_forgotten_are_believed(share):
+    rng = np.random.default_rng(0)
+    unsafe, offsets = np.arange(400) < share * 400, np.arange(0, 2401, 6)
+    values = np.where(unsafe, 1.6, 0.3) + rng.normal(0, 0.1, 400)
+    after = np.repeat(np.where(unsafe, 1.0, 0.0) + rng.normal(0, 0.15, 400), 6)
+    assert nats_per_change(values, np.zeros(2400), after, offsets) > 1
 
 
 def test_long_samples_that_drift_do_not_hide_short_ones_that_are_forgotten():
@@ -224,7 +233,7 @@ def test_what_shifts_to_and_fro_within_samples_is_not_removed():
         values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
         found.append(separate(values, "smoothed", nats_per_change(values, np.zeros(4000), rises, offsets)))
     assert found[0].separable and not found[1].separable
-    assert "0.0 nats only" in found[1].reason
+    assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
 
 
 def test_a_record_that_diverged_altogether_has_no_typical_change():

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker, decide, separate
+from forgetfilter_callback.reporting import summarize_record
 
 
 @pytest.fixture
@@ -41,12 +42,19 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
 
     unsafe, last = np.array(noisy["unsafe"]), own[1][-1]
     values = tracker.trace.forgetting()
-    result = decide(tracker.trace.rows.ids, values, "smoothed")
+    result = decide(tracker.trace.rows.ids, values, "smoothed", nats=tracker.trace.nats_per_change(values))
     assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
     phi = separate(values, "smoothed").threshold
     assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > phi).mean())
     assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
     assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
+
+
+def test_figures_are_of_what_would_be_decided():
+    values, unsafe = np.array([0.1, 0.2, 0.3, 1.5, 1.6]), np.array([False, False, False, True, True])
+    for nats, f1 in ((1.2, 1.0), (0.2, 0.0)):
+        figures = summarize_record(np.ones(5), values, unsafe, nats)
+        assert figures["forgetfilter/f1"] == f1 and figures["forgetfilter/auroc"] == 1.0
 
 
 def test_tensorboard_has_them_and_all_lines_of_the_trainer(noisy, safety, make_args, collator, tmp_path):

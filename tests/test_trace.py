@@ -23,6 +23,7 @@ from forgetfilter_callback.files import as_json_lines, whole_name, write_json, w
 from forgetfilter_callback.forgetting import (
     loss_forgetting,
     mean_losses,
+    nats_per_change,
     pooled_forgetting,
     relative_forgetting,
     rouge_forgetting,
@@ -176,6 +177,8 @@ def test_forgetting_is_that_of_the_measures(trace, rows, step):
         np.testing.assert_array_equal(trace.forgetting(measure, step), values)
     np.testing.assert_array_equal(trace.forgetting(step=step), expected["smoothed"])
     assert trace.first_and_last(step) == (STEPS[2], last)
+    nats = nats_per_change(expected["smoothed"], before, after, offsets)
+    assert trace.nats_per_change(trace.forgetting(step=step), step) == nats
 
 
 def test_an_identity_is_of_the_rows_and_of_the_records_measured_between(trace, rows):
