@@ -129,8 +129,8 @@ def computed(sessions: Sessions, experiment: str, only: list[str] | None) -> Ite
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """AUROC and what the automatic φ does, a signal a line; means over seeds."""
-    frame = pd.DataFrame([row for row in results if row["experiment"] in ("main", "control")])
+    """AUROC and what the automatic φ does at the end of S1+, a signal a line; means over seeds."""
+    frame = pd.DataFrame([row for row in results if row.get("step") is None])
     if frame.empty:
         return "No results."
     lines = [
@@ -138,8 +138,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     frame["control"] = frame["control"].fillna("")
-    for (scenario, control, share, signal), some in frame.groupby(
-        ["scenario", "control", "unsafe_share", "signal"], sort=True
+    for (scenario, control, share, epochs, rate, signal), some in frame.groupby(
+        ["scenario", "control", "unsafe_share", "epochs", "safety_learning_rate", "signal"], sort=True
     ):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
         scores = [
@@ -147,6 +147,8 @@ def table(results: list[dict[str, Any]]) -> str:
         ]
         counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
         name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
+        name += f", S1 {epochs} epochs" * (epochs != Settings().epochs)
+        name += f", S1+ at {rate:g}" * (rate != Settings().safety_learning_rate)
         lines.append(f"| {name} | {signal} | {len(some)} | {' | '.join([*scores, *counts])} |")
     return "\n".join(lines)
 
