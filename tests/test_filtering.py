@@ -379,7 +379,7 @@ def test_a_raised_threshold_says_what_it_passed():
     values = values + np.where(unsafe, 0, 0.4)
     found = separate(values, "smoothed")
     parting = parting_of(values)
-    assert found.threshold == pytest.approx(0.55 + (parting - 0.55) / 2)
+    assert found.threshold == pytest.approx(0.55 + (parting - 0.55) / 4)
     passed = int(((values > 0.55) & (values <= found.threshold)).sum())
     assert found.reason.endswith(
         f"; φ was raised from 0.55, past {passed} of the rest, towards {parting:.2f}, where two part"
