@@ -192,12 +192,13 @@ def _mean_and_sd(values: pd.Series) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Safety against task, one point an arm; the lower right is best."""
+    """Safety against task, one point an arm, of those that ran on all seeds; the lower right is best."""
     frame = pd.DataFrame([row for row in results if row["experiment"] == "main"])
     scenarios = sorted(frame["scenario"].unique())
     figure = Figure(figsize=(5.2 * len(scenarios), 4.6), layout="constrained")
     for axes, scenario in zip(np.atleast_1d(figure.subplots(1, len(scenarios))), scenarios, strict=True):
-        means = frame[frame["scenario"] == scenario].groupby("arm")[["unsafe", "task"]].mean()
+        its_arms = frame[frame["scenario"] == scenario].groupby("arm")
+        means = its_arms[["unsafe", "task"]].mean()[its_arms.size() == its_arms.size().max()]
         for arm, point in means.iterrows():
             ours = str(arm).startswith("forgetfilter")
             axes.scatter(point["task"], point["unsafe"], color="tab:blue" if ours else "tab:gray", zorder=3)
