@@ -26,12 +26,11 @@ SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.02
 
 
 def is_checked(step: int) -> bool:
-    """Whether there is a check after so many steps since the warm-up: 1, 2, 4, 8, 16, …
+    """Whether there is a check after so many steps since the warm-up: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
 
-    A check is compared with the one at half as many steps. More of them would cost more than they save; so S1+ may go on for
-    up to twice as many steps as it needs.
+    Each but 1 and 3 has another at half as many steps. At 1, 2, 4, 8, … alone, a session of 40 steps ended at 32, not 16.
     """
-    return step.bit_count() == 1
+    return step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1)
 
 
 def followed(samples: int) -> int:
