@@ -40,8 +40,8 @@ LEAST_DISTANCE = 2.41
 # ...and, of every measure, further out, so many times the distance that the tail of a single normal population would have.
 LEAST_TAIL = 1.3
 # By so many nats a sample of the median length must become less likely with each typical change that it lost, or `smoothed`
-# is not believed. At the end of a gentle S1+ it was .65, .62 and −.74 on clean sets of bias and harmfulness, 1.9 to 37 where
-# half of the rows were unsafe. (On toxicity, clean, 2.9, but nothing lies above φ; after a hard S1+ on clean bias 2.6.)
+# is not believed. At the end of a gentle S1+ it was .70, .65 and −.38 on clean sets of bias and harmfulness, 1.8 to 19 where
+# half of the rows were unsafe. (On toxicity, clean, 3.2, but nothing lies above φ; after a hard S1+ on clean bias 2.7.)
 LEAST_NATS = 1.0
 # The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
 LEAST_SPREAD = 0.05
