@@ -138,17 +138,18 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     frame["control"] = frame["control"].fillna("")
-    for (scenario, control, share, epochs, rate, signal), some in frame.groupby(
-        ["scenario", "control", "unsafe_share", "epochs", "safety_learning_rate", "signal"], sort=True
-    ):
+    settings = ["scenario", "control", "unsafe_share", "epochs", "safety_learning_rate", "signal"]
+    frame = frame.drop_duplicates([*settings, "seed"])  # one with `--doubling` is the same at its end
+    for (scenario, control, share, epochs, rate, signal), some in frame.groupby(settings, sort=True):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
         scores = [
             "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3f}" for n in ("auroc", "auprc", "f1_best", "f1_auto")
         ]
         counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
         name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
-        name += f", S1 {epochs} epochs" * (epochs != Settings().epochs)
-        name += f", S1+ at {rate:g}" * (rate != Settings().safety_learning_rate)
+        usual = SMOKE_SETTINGS if some["smoke"].all() else Settings()
+        name += f", S1 {epochs} epochs" * (epochs != usual.epochs)
+        name += f", S1+ at {rate:g}" * (rate != usual.safety_learning_rate)
         lines.append(f"| {name} | {signal} | {len(some)} | {' | '.join([*scores, *counts])} |")
     return "\n".join(lines)
 
