@@ -23,7 +23,7 @@ from .files import replacing
 from .filtering import FilterResult, decide
 from .forgetting import DEFAULT_MEASURE, UNITS, FilterThreshold, Measure, mean_losses, typical_loss
 from .separability import LEAST_DISTANCE
-from .trace import Record, Trace
+from .trace import Trace
 
 
 # What keeps a page below 10 MB: so many samples in the graphs, records of S1+, and samples with their texts (a third each of
@@ -97,8 +97,12 @@ def _page_data(
         plotted = np.sort(np.random.default_rng(0).choice(samples, MOST_VALUES, replace=False))
     records = [record for record in trace.records() if record.session == "S1+" and record.step > 0]
     records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MOST_RECORDS).round().astype(int))]
-    by_record = [_measured_at_last(trace, result.measure, record)[plotted] for record in records[:-1]]
-    by_record.append(result.values[plotted])
+    earlier = [trace.forgetting(result.measure, record.step) for record in records[:-1]]
+    if result.measure == "smoothed":  # in the unit of the last record, so that it can be followed from one to the next
+        first_losses, offsets = trace.token_losses(trace.first_and_last()[0]), trace.rows.counted_offsets
+        *units, last_unit = (typical_loss(first_losses, trace.token_losses(record), offsets) for record in records)
+        earlier = [values * (unit / last_unit) for values, unit in zip(earlier, units, strict=True)]
+    by_record = [values[plotted] for values in [*earlier, result.values]]
     first = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     base = mean_losses(trace.token_losses(first), trace.rows.counted_offsets)
     shown = _shown_samples(result)
@@ -122,17 +126,6 @@ def _page_data(
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "rows": _texts(trace, result, tokenizer, shown, base, unsafe),
     }
-
-
-def _measured_at_last(trace: Trace, measure: Measure, record: Record) -> np.ndarray:
-    """Forgetting at an earlier record, in the unit of the last one, so that it can be followed from record to record."""
-    values = trace.forgetting(measure, record.step)
-    if measure != "smoothed":
-        return values
-    before, last = trace.first_and_last()
-    losses, offsets = trace.token_losses(before), trace.rows.counted_offsets
-    then, at_last = (typical_loss(losses, trace.token_losses(after), offsets) for after in (record, last))
-    return values * (then / at_last)
 
 
 def page_summary(result: FilterResult) -> str:

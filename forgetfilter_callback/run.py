@@ -173,8 +173,7 @@ def _run(
     sessions.finetune()
     sessions.safety_finetune()
     tracker.trace.note_source(whole_name(config.noisy), noisy.truncated)
-    values = values_of(noisy, tracker, tracker.trace, config.measure)
-    nats = tracker.trace.nats_per_change(tracker.trace.forgetting(config.measure))
+    values, nats = values_of(noisy, tracker, tracker.trace, config.measure)
     result = decide(
         noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint, nats=nats
     )
@@ -225,9 +224,8 @@ def filter_rows(
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
     encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
-    values = values_of(encoded, trace.folder, trace, measure)
-    fingerprint, nats = trace.manifest["fingerprint"], trace.nats_per_change(trace.forgetting(measure))
-    result = decide(encoded.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
+    values, nats = values_of(encoded, trace.folder, trace, measure)
+    result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand, nats)
     write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result
 

@@ -62,9 +62,8 @@ class Filtering:
             review = reviewed(decision, trace, measure, threshold, share)
             measure, by_hand = review.measure, review.by_hand
             threshold = review.threshold if review.threshold is not None else math.inf
-        values = values_of(rows, forgetting, trace, measure)
+        values, nats = values_of(rows, forgetting, trace, measure)
         fingerprint = trace.manifest["fingerprint"] if trace is not None else None
-        nats = trace.nats_per_change(trace.forgetting(measure)) if trace is not None else None
         self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
         removed = places[self.filter_result.removed]
         self.removed_dataset = rows_at(given, removed)
@@ -210,14 +209,18 @@ class BaseModelCheck(TrainerCallback):
             )
 
 
-def values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure) -> np.ndarray:
-    """The forgetting value of each row; NaN where there is none.
+def values_of(
+    rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure
+) -> tuple[np.ndarray, float | None]:
+    """The forgetting value of each row, NaN where there is none; and, of a trace, its [`~Trace.nats_per_change`].
 
     Raises:
         ValueError: if more than 1 % have none.
     """
+    nats = None
     if trace is not None:
         ids, values = trace.rows.ids, trace.forgetting(measure)
+        nats = trace.nats_per_change(values)
     elif isinstance(forgetting, tuple):
         ids, values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
         if len(ids) != len(values):
@@ -239,7 +242,7 @@ def values_of(rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, me
         )
     if unknown:
         logger.warning(f"{unknown} of {len(rows)} rows have no forgetting value; they are kept.")
-    return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False)
+    return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False), nats
 
 
 def rows_at(dataset: Any, indices: np.ndarray) -> Any:
