@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .review import write_review_page
     from .run import Plan, filter_rows, plan
     from .separability import Separability, separate
-    from .trace import Record, Trace, TraceError
+    from .trace import Record, Trace
+    from .trace_files import TraceError
     from .tracker import ForgetTracker
     from .trainer import FilteredTrainer, filtered
 
@@ -33,7 +34,8 @@ _MODULES = {
     "review": ("write_review_page",),
     "run": ("Plan", "filter_rows", "plan"),
     "separability": ("Separability", "separate"),
-    "trace": ("Record", "Trace", "TraceError"),
+    "trace": ("Record", "Trace"),
+    "trace_files": ("TraceError",),
     "tracker": ("ForgetTracker",),
     "trainer": ("FilteredTrainer", "filtered"),
 }

@@ -17,7 +17,8 @@ from .model_state import untouched
 from .processes import main_process_does, process
 from .recorder import has_states
 from .scoring import window_scores
-from .trace import Record, Trace, TraceError
+from .trace import Record, Trace
+from .trace_files import TraceError
 
 
 # What each checkpoint's record is called in the trace, as if the tracker had been there.

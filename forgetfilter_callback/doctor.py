@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from .encoding import IGNORE_INDEX, encode_rows
 from .recorder import has_states
-from .trace import SESSIONS, Record, Trace, TraceError
+from .trace import SESSIONS, Record, Trace
+from .trace_files import TraceError
 
 
 class Findings(NamedTuple):

@@ -15,7 +15,8 @@ from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest
 from .processes import all_do, gathered, main_process_does, share_of
 from .scoring import Scores, window_scores
-from .trace import Record, Session, Trace, TraceError
+from .trace import Record, Session, Trace
+from .trace_files import TraceError
 
 
 logger = get_logger(__name__)  # says things once, on the main process

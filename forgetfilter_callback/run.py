@@ -36,7 +36,8 @@ from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .loading import DataError, digest_of, lines_of, load_rows
 from .pipeline import ForgetFilter
 from .report import dataset_card
-from .trace import TRACE_FOLDER, Trace, TraceError
+from .trace import TRACE_FOLDER, Trace
+from .trace_files import TraceError
 from .tracker import ForgetTracker
 from .trainer import reviewed, values_of
 

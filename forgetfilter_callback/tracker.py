@@ -36,7 +36,8 @@ from .reporting import Reporting, summarize_record
 from .scoring import token_losses
 from .session_rows import noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows_of
 from .settling import Settling, followed, is_checked
-from .trace import TRACE_FOLDER, Record, Session, Trace, TraceError
+from .trace import TRACE_FOLDER, Record, Session, Trace
+from .trace_files import TraceError
 
 
 logger = get_logger(__name__)  # says things once, on the main process

@@ -348,7 +348,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from conftest import random_rows, tiny_llama
-from forgetfilter_callback import ForgetTracker, trace
+from forgetfilter_callback import ForgetTracker
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from pyarrow import parquet
 count = 0
@@ -360,7 +360,7 @@ class KilledHalfWay(parquet.ParquetWriter):
         if count == 3:
             os.truncate(self.where, os.path.getsize(self.where) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-trace.pq.ParquetWriter = KilledHalfWay
+parquet.ParquetWriter = KilledHalfWay
 def collate(rows):
     import torch
     (row,) = rows
