@@ -29,11 +29,13 @@ from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.scoring import window_scores
 from scenarios import Sizes, load_scenario
 from sessions import (
+    SIZES,
     SMOKE_SETTINGS,
     SMOKE_SIZES,
     DataDir,
     Json,
     Model,
+    NoisyRows,
     Scenarios,
     Seeds,
     Sessions,
@@ -87,6 +89,7 @@ def main(
     data_dir: DataDir = None,
     scenario: Scenarios = None,
     seed: Seeds = None,
+    noisy_rows: NoisyRows = SIZES.noisy,
     model: Model = None,
     smoke: Smoke = False,
     cache: Annotated[Path, typer.Option(help="That of filters.py.")] = Path("benchmarks-cache"),
@@ -96,31 +99,32 @@ def main(
     logging.disable_progress_bar()
     results = earlier_results(json_file)
     settings = SMOKE_SETTINGS if smoke else Settings()
-    sizes = SMOKE_SIZES if smoke else Sizes()
+    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for its_seed in seed if seed is not None else [1]:
             where = {
-                "scenario": name, "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
-                "settings": dataclasses.asdict(settings),
+                "scenario": name, "seed": its_seed, "rows": sizes.noisy, "smoke": smoke,
+                "model": model or "SmolLM2-135M-Instruct", "settings": dataclasses.asdict(settings),
             }  # fmt: skip
             if any(where.items() <= row.items() for row in results):
                 continue
             rows = load_scenario(name, data_dir, its_seed, sizes)
-            label = f"{name}-0.5-{its_seed}{'-smoke' * smoke}"
+            marks = f"-{noisy_rows}-rows" * (noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
+            label = f"{name}-0.5-{its_seed}{marks}"
             sessions = Sessions(cache / label, rows, model, its_seed, settings, sizes)
             found = costs(sessions, cache / f"cost-{label}", sizes)
             where |= {"dtype": str(computing_dtype()), "cores": torch.get_num_threads()}
             results.append({**where, **found})
             write_json(results, json_file)
     print(
-        "| scenario | seed | S1, s | S1+ ended early, s | a record, s | decision, s | of S1 | S1+ ended at step | AUROC |"
+        "| scenario | seed | rows | S1, s | S1+ ended early, s | a record, s | decision, s | of S1 | ended at step | AUROC |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:
         times = " | ".join(f"{row['seconds'][part]:.1f}" for part in ("s1", "s1plus", "record", "decision"))
         print(
-            f"| {row['scenario']} | {row['seed']} | {times} | {row['share_of_s1']:.0%} | {row['ended_at']} | "
-            f"{row['auroc']:.3f} |"
+            f"| {row['scenario']} | {row['seed']} | {row['rows']} | {times} | {row['share_of_s1']:.0%} | "
+            f"{row['ended_at']} | {row['auroc']:.3f} |"
         )
 
 

@@ -24,12 +24,14 @@ from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.files import write_json
 from scenarios import Row, Scenario, Sizes, load_scenario
 from sessions import (
+    SIZES,
     SMOKE_SETTINGS,
     SMOKE_SIZES,
     Cache,
     DataDir,
     Json,
     Model,
+    NoisyRows,
     Scenarios,
     Seeds,
     Sessions,
@@ -138,16 +140,17 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     frame["control"] = frame["control"].fillna("")
-    settings = ["scenario", "control", "unsafe_share", "epochs", "safety_learning_rate", "signal"]
+    settings = ["scenario", "control", "unsafe_share", "rows", "epochs", "safety_learning_rate", "signal"]
     frame = frame.drop_duplicates([*settings, "seed"])  # one with `--doubling` is the same at its end
-    for (scenario, control, share, epochs, rate, signal), some in frame.groupby(settings, sort=True):
+    for (scenario, control, share, count, epochs, rate, signal), some in frame.groupby(settings, sort=True):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
         scores = [
             "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3f}" for n in ("auroc", "auprc", "f1_best", "f1_auto")
         ]
         counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
         name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
-        usual = SMOKE_SETTINGS if some["smoke"].all() else Settings()
+        usual, sizes = (SMOKE_SETTINGS, SMOKE_SIZES) if some["smoke"].all() else (Settings(), SIZES)
+        name += f", {count} rows" * (count != sizes.noisy)
         name += f", S1 {epochs} epochs" * (epochs != usual.epochs)
         name += f", S1+ at {rate:g}" * (rate != usual.safety_learning_rate)
         lines.append(f"| {name} | {signal} | {len(some)} | {' | '.join([*scores, *counts])} |")
@@ -160,6 +163,7 @@ def main(
     seed: Seeds = None,
     unsafe_share: Annotated[list[float] | None, typer.Option(help="Several times for several.")] = None,
     signal: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
+    noisy_rows: NoisyRows = SIZES.noisy,
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
@@ -186,19 +190,22 @@ def main(
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in names:
             for share in unsafe_share if unsafe_share is not None else [0.5]:
-                sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=share, anchors=anchors)
+                sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
+                sizes = dataclasses.replace(sizes, unsafe_share=share, anchors=anchors)
                 rows = load_scenario(name, data_dir, its_seed, sizes)
                 label = f"{control or ''}{f' {anchors} anchors' if anchors else ''}".strip()
                 if control is not None:
                     rows = controlled(control, rows, data_dir, its_seed, sizes)
                 marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
                 marks += [f"{settings.epochs}-epochs"] * (settings.epochs != usual.epochs) + ["doubling"] * doubling
+                marks += [f"{noisy_rows}-rows"] * (noisy_rows != SIZES.noisy and not smoke)
                 marks += [f"{safety_learning_rate:g}"] * (safety_learning_rate != usual.safety_learning_rate)
                 folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])
                 sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
                 where = {
                     "scenario": name,
                     "unsafe_share": share,
+                    "rows": sizes.noisy,
                     "seed": its_seed,
                     "control": label or None,
                     "epochs": settings.epochs,
@@ -220,8 +227,8 @@ def main(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both are of one signal in one place."""
-    keys = ("experiment", "scenario", "unsafe_share", "seed", "control", "epochs", "safety_learning_rate", "model",
-            "smoke", "signal")  # fmt: skip
+    keys = ("experiment", "scenario", "unsafe_share", "rows", "seed", "control", "epochs", "safety_learning_rate",
+            "model", "smoke", "signal")  # fmt: skip
     return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
 
 

@@ -42,10 +42,12 @@ from scenarios import DRAW, Row, Scenario, Sizes
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")]
 Scenarios = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")]
 Seeds = Annotated[list[int] | None, typer.Option(help="Several times for several.")]
+NoisyRows = Annotated[int, typer.Option("--rows", help="Of the noisy set.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")]
 Cache = Annotated[Path, typer.Option(help="Where sessions are kept.")]
 Json = Annotated[Path, typer.Option("--json", help="Where results go.")]
+SIZES = Sizes()
 SMOKE_SIZES = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
 
 
