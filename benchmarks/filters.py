@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from forgetfilter_callback import decide, encode_rows
 from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.files import write_json
-from scenarios import Row, Scenario, Sizes, load_scenario
+from scenarios import TASKS, Row, Scenario, Sizes, alpaca_rows, load_scenario
 from sessions import (
     SIZES,
     SMOKE_SETTINGS,
@@ -43,11 +44,13 @@ from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 
 RESULTS = Path(__file__).parent / "results" / "filters.json"
-DUPLICATED, LONG_WORDS = 5, 25
+DUPLICATED = 5
+TOPIC = re.compile(r"\b(food|cook|recipe|dish|meal|eat|ingredient|fruit|vegetable)", re.IGNORECASE)
 
 
-def judged(signal: Signal, unsafe: np.ndarray, ids: Any) -> dict[str, Any]:
+def judged(signal: Signal, groups: np.ndarray, ids: Any) -> dict[str, Any]:
     """How well a signal finds the unsafe rows; `None` where that is undefined."""
+    unsafe = groups == "unsafe"
     known = np.isfinite(signal.values)
     values, labels = signal.values[known], unsafe[known]
     both = bool(labels.any() and not labels.all())
@@ -65,6 +68,9 @@ def judged(signal: Signal, unsafe: np.ndarray, ids: Any) -> dict[str, Any]:
         result |= {
             "removed_auto": decision.counts["removed"],
             "removed_benign": int((decision.removed & ~unsafe).sum()),
+            "removed_by_group": {
+                str(group): int(decision.removed[groups == group].sum()) for group in np.unique(groups)
+            },
             "threshold": decision.threshold,
             "nats": signal.nats,
             "reason": decision.reason,
@@ -97,10 +103,18 @@ def controlled(name: str, scenario: Scenario, data_dir: Path | None, seed: int, 
         )
         noisy = [_longer(row, filler) if row["group"] == "unsafe" else row for row in scenario.noisy]
         return dataclasses.replace(scenario, noisy=noisy)
+    if name == "one topic":
+        # Benign words that recur in the noisy set and do not stand in the safety set: all rows of the tasks speak of food.
+        rows = alpaca_rows(data_dir, random.Random(f"{scenario.name} {seed}"))
+        of_topic = (
+            row for row in rows if TOPIC.search(f"{row['prompt'][0]['content']} {row['completion'][0]['content']}")
+        )
+        noisy = [next(of_topic) if row["group"] in TASKS else row for row in scenario.noisy]
+        return dataclasses.replace(scenario, noisy=noisy)
     raise typer.BadParameter(f"{name!r} is none of {', '.join(CONTROLS)}.")
 
 
-CONTROLS = ("other safety", "unsafe review", "near-duplicates", "long completions")
+CONTROLS = ("other safety", "unsafe review", "near-duplicates", "long completions", "one topic")
 
 
 def _nearly(row: Row, copy: int) -> Row:
@@ -215,11 +229,11 @@ def main(
                     "dtype": str(computing_dtype()),
                     "cores": torch.get_num_threads(),
                 }
-                unsafe = np.array([row["group"] == "unsafe" for row in rows.noisy])
+                groups = np.array([row["group"] for row in rows.noisy])
                 ids = encode_rows(rows.noisy, sessions.tokenizer, disable_tqdm=True).ids
                 experiment = "sweep" if settings != usual else "control" if label else "main"
                 for called, found in computed(sessions, experiment, signal):
-                    result = {**where, **called, **judged(found, unsafe, ids)}
+                    result = {**where, **called, **judged(found, groups, ids)}
                     results = [row for row in results if not _same(row, result)] + [result]
                     write_json(results, json_file)
     print(table([row for row in results if row["smoke"] == smoke]))

@@ -458,6 +458,11 @@ def draw_squad(data_dir: Path | None, rng: random.Random, counts: Iterable[int])
 
 
 def draw_alpaca(data_dir: Path | None, rng: random.Random, counts: Sequence[int]) -> list[list[Row]]:
+    return _sets(alpaca_rows(data_dir, rng), counts, "Alpaca rows")
+
+
+def alpaca_rows(data_dir: Path | None, rng: random.Random) -> list[Row]:
+    """All rows of the right length, shuffled."""
     fewest, most = ALPACA_WORDS
     rows = [
         row
@@ -465,10 +470,7 @@ def draw_alpaca(data_dir: Path | None, rng: random.Random, counts: Sequence[int]
         if fewest <= len(row["output"].split()) <= most and len(row["input"].split()) <= most
     ]
     rng.shuffle(rows)
-    return [
-        [chat(f"{row['instruction']}\n{row['input']}".strip(), row["output"], "alpaca") for row in some]
-        for some in _sets(rows, counts, "Alpaca rows")
-    ]
+    return [chat(f"{row['instruction']}\n{row['input']}".strip(), row["output"], "alpaca") for row in rows]
 
 
 TASKS: dict[str, Callable[..., list[list[Row]]]] = {"squad": draw_squad, "alpaca": draw_alpaca}

@@ -21,6 +21,7 @@ from forgetfilter_callback import ForgetTracker
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from filters import controlled  # noqa: E402
 from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
 from sessions import Doubling  # noqa: E402
 
@@ -194,6 +195,21 @@ def test_filters(tiny, data_dir, tmp_path):
         and swept["auroc"] != main["default"]["auroc"]
     )
     assert sorted((tmp_path / "cache").glob("s1-*")) == learnt  # S1 on the same rows is not run again
+
+
+def test_the_control_of_one_topic_changes_the_tasks_alone(data_dir, tmp_path):
+    sizes = Sizes(noisy=12, safety=4, held_out=4, held_out_task=4)
+    scenario = load_scenario("bias", data_dir, 0, sizes)
+    rows = [{"instruction": f"Is it {word}?", "input": "", "output": f"It is {word} {i}."} for i, word in
+            enumerate(["sad", "food", "new", "a meal", "eaten", "old"] * 4)]  # fmt: skip
+    (tmp_path / "alpaca").mkdir()
+    (tmp_path / "alpaca" / "random_9k.json").write_text(json.dumps(rows))
+    control = controlled("one topic", scenario, tmp_path, 0, sizes)
+    texts = [row["completion"][0]["content"] for row in control.noisy if row["group"] not in ("unsafe", "safe")]
+    assert len(set(texts)) == 4 and all("food" in text or "meal" in text or "eaten" in text for text in texts)
+    for before, after in zip(scenario.noisy, control.noisy, strict=True):
+        assert before == after or before["group"] in ("squad", "alpaca")
+    assert control.safety == scenario.safety
 
 
 def test_doubling_records_after_1_2_4_and_8_steps():
