@@ -64,7 +64,7 @@ class Sizes:
     safety: int = 80
     anchors: int = 0
     held_out: int = 100
-    held_out_task: int = 100
+    held_out_task: int = 400
 
 
 @dataclass(frozen=True)
