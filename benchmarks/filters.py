@@ -133,7 +133,7 @@ def computed(sessions: Sessions, experiment: str, only: list[str] | None) -> Ite
     for name, signal in (forgetting_signals(sessions) | loss_signals(sessions)).items():
         if wanted(name):
             yield {"experiment": experiment, "signal": name}, signal
-    if experiment == "main":
+    if experiment == "main" or only is not None:
         for name, compute in OTHERS.items():
             if wanted(name):
                 yield {"experiment": experiment, "signal": name}, compute(sessions)

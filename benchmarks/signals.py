@@ -13,10 +13,17 @@ from sklearn.preprocessing import normalize
 
 from forgetfilter_callback import Record, Trace, encode_rows
 from forgetfilter_callback.encoding import EncodedRows
-from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, mean_losses, rouge_forgetting
+from forgetfilter_callback.forgetting import (
+    DEFAULT_MEASURE,
+    Measure,
+    agreed_forgetting,
+    mean_losses,
+    rouge_forgetting,
+    smoothed_over_states,
+)
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.packing import needed_lengths
-from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback.scoring import token_losses, window_scores
 from scenarios import Row
 from sessions import Sessions
 
@@ -125,6 +132,23 @@ def representation_signal(sessions: Sessions) -> Signal:
     return Signal(values, None, len(read.tokens), time.perf_counter() - started)
 
 
+def referenced_signal(sessions: Sessions) -> Signal:
+    """`smoothed`, where the rows of the safety set take part as samples that have lost nothing."""
+    trace = sessions.tracked()
+    before, after = trace.first_and_last()
+    values = agreed_forgetting(
+        trace.rows.counted_tokens, trace.rows.counted_offsets, trace.token_losses(before), trace.token_losses(after)
+    )
+    safety = encode_rows(sessions.scenario.safety, sessions.tokenizer, disable_tqdm=True)
+    model = sessions.with_adapter("s1")
+    with untouched(model):
+        scores = list(window_scores(model, safety, disable_tqdm=True, with_states=True))
+    states = np.concatenate([trace.states(before), *(window.states for window in scores)])
+    referenced = smoothed_over_states(np.append(values, np.zeros(len(safety))), states)[: len(values)]
+    tokens = forgetting_signals(sessions)["smoothed"].tokens + int(needed_lengths(safety).sum())
+    return Signal(referenced, None, tokens, None)
+
+
 @torch.no_grad()
 def last_states(sessions: Sessions, model: torch.nn.Module, rows: list[Row]) -> np.ndarray:
     """The last layer's hidden state at each row's last token: shape `(rows, hidden)`."""
@@ -153,6 +177,7 @@ def _mean_losses(sessions: Sessions, name: str, rows: EncodedRows) -> np.ndarray
 OTHERS: dict[str, Callable[[Sessions], Signal]] = {
     "word classifier": word_signal,
     "representation matching (given labels)": representation_signal,
+    "smoothed, safety rows at 0": referenced_signal,
     "rouge1": rouge_signal,
     "second-split forgetting": second_split_signal,
 }

@@ -123,18 +123,36 @@ def smoothed_forgetting(
         `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 as much as the typical change takes; below 0 what
         has gained; NaN where no token counts, or losses or states are not finite.
     """
+    return smoothed_over_states(agreed_forgetting(tokens, offsets, before, after), states)
+
+
+def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[`smoothed_forgetting`] before samples are drawn towards their like: noisier, and without states."""
     rises = after.astype(np.float64) - before
     lost = -np.sign(rises) * np.expm1(-np.abs(rises))
     agreed = np.minimum(lost, pooled(tokens, offsets, lost, prior=SMOOTHED_TRUST * lost))
     largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_SHARE * counts))
-    known = np.isfinite(largest) & np.isfinite(states).all(axis=1) & _all_finite(rises, offsets)
-    values = np.full(len(largest), np.nan)
-    if not known.any():
-        return values
-    largest /= typical_loss(before, after, offsets)
+    largest[~_all_finite(rises, offsets)] = np.nan
+    return largest / typical_loss(before, after, offsets)
+
+
+def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Draws each sample's value towards those of the samples whose states point the same way, by a ridge regression.
+
+    Args:
+        values (`np.ndarray` of shape `(samples,)`):
+            NaN where unknown; such samples teach nothing and stay unknown.
+        states (`np.ndarray` of shape `(samples, size)`):
+            As in [`smoothed_forgetting`].
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64.
+    """
+    known = np.isfinite(values) & np.isfinite(states).all(axis=1)
+    smoothed = np.full(len(values), np.nan)
     if known.sum() < 3:  # nothing to be alike
-        values[known] = largest[known]
-        return values
+        smoothed[known] = values[known]
+        return smoothed
     centre = states[known].mean(axis=0, dtype=np.float64)
 
     def directions(samples: np.ndarray) -> np.ndarray:
@@ -142,12 +160,12 @@ def smoothed_forgetting(
 
     places = np.flatnonzero(known)
     every = math.ceil(len(places) / SMOOTHED_SAMPLES)
-    some, theirs = directions(places[::every]), largest[places[::every]]
+    some, theirs = directions(places[::every]), values[places[::every]]
     strengths = SMOOTHED_STRENGTHS * len(some) / min(some.shape)
     ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(some, theirs - theirs.mean())
     for part in np.array_split(places, every):
-        values[part] = ridge.predict(directions(part)) + theirs.mean()
-    return values
+        smoothed[part] = ridge.predict(directions(part)) + theirs.mean()
+    return smoothed
 
 
 def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
