@@ -17,20 +17,22 @@ from .processes import main_process_does
 from .trace import Record, Trace
 
 
-# A quarter of the samples is followed, so that a check costs little beside a record, and no more than FOLLOWED_SAMPLES; with
-# fewer than LEAST_SAMPLES a correlation says nothing.
-FOLLOWED_SAMPLES, FOLLOWED_SHARE, LEAST_SAMPLES = 128, 0.25, 20
+# A tenth of the samples is followed, so that a check costs little beside a record, and no more than FOLLOWED_SAMPLES; with
+# fewer than LEAST_SAMPLES a correlation says nothing. Of 200 samples, 20 end S1+ where 50 do (benchmarks/README.md).
+FOLLOWED_SAMPLES, FOLLOWED_SHARE, LEAST_SAMPLES = 128, 0.1, 20
+# So few steps, with the smallest correlations, are not looked at.
+FIRST_CHECK = 4
 # Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
 # forgetting had at least this standard deviation (nats per token): below it S1+ has done nothing yet.
 SETTLED_AT, SETTLED_CHECKS, LEAST_SPREAD = 0.95, 2, 0.02
 
 
 def is_checked(step: int) -> bool:
-    """Whether there is a check after so many steps since the warm-up: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+    """Whether there is a check after so many steps since the warm-up: 4, 6, 8, 12, 16, 24, …
 
-    Each but 1 and 3 has another at half as many steps. At 1, 2, 4, 8, … alone, a session of 40 steps ended at 32, not 16.
+    Each but the first two has another at half as many steps. At powers of two alone, 40 steps ended at 32, not at 16.
     """
-    return step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1)
+    return step >= FIRST_CHECK and (step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1))
 
 
 def followed(samples: int) -> int:

@@ -706,9 +706,10 @@ def ranking(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("seeds", "spread", "ends_at"),
     [
-        # Checks after 1, 2, 3, 4, 6 and 8 steps.
-        ([0, 1, 1, 1, 1, 1], 1.0, 6),  # 4 agrees with 2, and 6 with 3; 3 has none at half as many steps
-        ([0, 0, 1, 1, 1, 1], 1.0, 8),  # neighbours agree long before
+        # Checks after 4, 6, 8, 12, 16 and 24 steps.
+        ([0, 1, 0, 1, 2, 3], 1.0, 12),  # 8 agrees with 4, and 12 with 6; 6 has none at half as many steps
+        ([0, 1, 2, 1, 2, 1], 1.0, 16),  # 12 agrees with 6, and 16 with 8; neighbours never do
+        ([0, 0, 0, 1, 2, 3], 1.0, None),  # 8 agrees with 4, but nothing later
         ([0, 1, 2, 3, 4, 5], 1.0, None),
         ([1] * 6, 0.001, None),  # always the same, but next to nothing has been forgotten
     ],
@@ -727,11 +728,11 @@ def test_s1plus_ends_when_the_ranking_has_settled(
 
     monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", made_up)
     monkeypatch.setattr(forgetfilter_callback.settling.Settling, "__init__", before_is_zero)
-    args = make_args(max_steps=12)
+    args = make_args(max_steps=25)
     trainer = Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker])
     trainer.train()
-    assert trainer.state.global_step == (ends_at or 12)
-    assert [record.step for record in tracker.trace.records()] == [0, ends_at or 12]
+    assert trainer.state.global_step == (ends_at or 25)
+    assert [record.step for record in tracker.trace.records()] == [0, ends_at or 25]
     assert ("has settled" in caplog.text) == (ends_at is not None)
     np.testing.assert_allclose(tracker.trace.losses()[-1], reference_means(model.eval(), noisy), rtol=1e-5)
 
@@ -746,10 +747,10 @@ def test_no_check_before_the_learning_rate_has_warmed_up(noisy, safety, make_arg
     args = make_args(max_steps=15, warmup_steps=7)
     Trainer(tiny_llama(), args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     checks = json.loads((tracker.trace.folder / "settling.json").read_text())
-    assert [check["step"] for check in checks] == [1, 2, 3, 4, 6]  # after steps 8, 9, 10, 11 and 13
+    assert [check["step"] for check in checks] == [4, 6]  # after steps 11 and 13
 
 
-@pytest.mark.parametrize(("count", "expected_count"), [(24, 20), (150, 38), (600, 128)])
+@pytest.mark.parametrize(("count", "expected_count"), [(24, 20), (210, 21)])
 def test_the_samples_that_are_followed_depend_on_their_ids_only(make_args, collator, count, expected_count):
     rows = random_rows(count, seed=4)
     followed = []
@@ -765,6 +766,15 @@ def test_the_samples_that_are_followed_depend_on_their_ids_only(make_args, colla
             settling._before, [expected[place[sample]] for sample in settling.rows.ids.to_pylist()], rtol=1e-5
         )
     assert len(followed[0]) == expected_count and followed[0] == followed[1]
+
+
+def test_no_more_than_128_samples_are_followed():
+    assert [forgetfilter_callback.settling.followed(samples) for samples in (12, 1270, 1290, 10**6)] == [
+        12,
+        127,
+        128,
+        128,
+    ]
 
 
 def test_an_interrupted_safety_session_does_not_end_the_next_session(noisy, safety, make_args, collator):
@@ -794,5 +804,5 @@ def test_settling_goes_on_where_it_was_cut_off(noisy, safety, make_args, collato
         return (tracker.trace.folder / "settling.json").read_text()
 
     whole = run("out")
-    assert [check["step"] for check in json.loads(whole)] == [1, 2, 3, 4, 6, 8, 12, 16]  # past the checkpoint
+    assert [check["step"] for check in json.loads(whole)] == [4, 6, 8, 12, 16]  # past the checkpoint
     assert run("out", resume_from_checkpoint=make_args("out").output_dir + "/checkpoint-8") == whole
