@@ -44,6 +44,7 @@ from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 
 RESULTS = Path(__file__).parent / "results" / "filters.json"
+SETTINGS = ("scenario", "control", "unsafe_share", "rows", "epochs", "safety_epochs", "safety_learning_rate")
 DUPLICATED = 5
 TOPIC = re.compile(r"\b(food|cook|recipe|dish|meal|eat|ingredient|fruit|vegetable)", re.IGNORECASE)
 
@@ -154,9 +155,10 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     frame["control"] = frame["control"].fillna("")
-    settings = ["scenario", "control", "unsafe_share", "rows", "epochs", "safety_learning_rate", "signal"]
-    frame = frame.drop_duplicates([*settings, "seed"])  # one with `--doubling` is the same at its end
-    for (scenario, control, share, count, epochs, rate, signal), some in frame.groupby(settings, sort=True):
+    frame = frame.drop_duplicates([*SETTINGS, "signal", "seed"])  # one with `--doubling` is the same at its end
+    for (scenario, control, share, count, epochs, safety_epochs, rate, signal), some in frame.groupby(
+        [*SETTINGS, "signal"]
+    ):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
         scores = [
             "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3f}" for n in ("auroc", "auprc", "f1_best", "f1_auto")
@@ -166,6 +168,7 @@ def table(results: list[dict[str, Any]]) -> str:
         usual, sizes = (SMOKE_SETTINGS, SMOKE_SIZES) if some["smoke"].all() else (Settings(), SIZES)
         name += f", {count} rows" * (count != sizes.noisy)
         name += f", S1 {epochs} epochs" * (epochs != usual.epochs)
+        name += f", S1+ {safety_epochs} epochs" * (safety_epochs != usual.safety_epochs)
         name += f", S1+ at {rate:g}" * (rate != usual.safety_learning_rate)
         lines.append(f"| {name} | {signal} | {len(some)} | {' | '.join([*scores, *counts])} |")
     return "\n".join(lines)
@@ -181,6 +184,7 @@ def main(
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
+    safety_epochs: Annotated[int, typer.Option(help="Of S1+; others than 2 make a sweep.")] = Settings().safety_epochs,
     safety_learning_rate: Annotated[
         float, typer.Option(help="Of S1+; others than 0.0003 make a sweep.")
     ] = Settings().safety_learning_rate,
@@ -197,6 +201,7 @@ def main(
     settings = dataclasses.replace(
         usual,
         epochs=usual.epochs if smoke else epochs,
+        safety_epochs=usual.safety_epochs if smoke else safety_epochs,
         safety_learning_rate=safety_learning_rate,
         records=None if doubling else usual.records,
     )
@@ -213,6 +218,7 @@ def main(
                 marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
                 marks += [f"{settings.epochs}-epochs"] * (settings.epochs != usual.epochs) + ["doubling"] * doubling
                 marks += [f"{noisy_rows}-rows"] * (noisy_rows != SIZES.noisy and not smoke)
+                marks += [f"{safety_epochs}-safety-epochs"] * (settings.safety_epochs != usual.safety_epochs)
                 marks += [f"{safety_learning_rate:g}"] * (safety_learning_rate != usual.safety_learning_rate)
                 folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])
                 sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
@@ -223,6 +229,7 @@ def main(
                     "seed": its_seed,
                     "control": label or None,
                     "epochs": settings.epochs,
+                    "safety_epochs": settings.safety_epochs,
                     "safety_learning_rate": safety_learning_rate,
                     "model": model or "SmolLM2-135M-Instruct",
                     "smoke": smoke,
@@ -241,8 +248,7 @@ def main(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both are of one signal in one place."""
-    keys = ("experiment", "scenario", "unsafe_share", "rows", "seed", "control", "epochs", "safety_learning_rate",
-            "model", "smoke", "signal")  # fmt: skip
+    keys = (*SETTINGS, "experiment", "seed", "model", "smoke", "signal")
     return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
 
 
