@@ -27,8 +27,9 @@ from forgetfilter_callback.files import write_json
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
 from judging import judge, second_scorer
-from scenarios import Row, Scenario, Sizes, load_scenario
+from scenarios import Row, Scenario, load_scenario
 from sessions import (
+    SIZES,
     SMOKE_SETTINGS,
     SMOKE_SIZES,
     Cache,
@@ -238,7 +239,7 @@ def main(
     logging.disable_progress_bar()
     results = earlier_results(json_file)
     settings = SMOKE_SETTINGS if smoke else Settings()
-    sizes = dataclasses.replace(SMOKE_SIZES if smoke else Sizes(), unsafe_share=unsafe_share, anchors=anchors)
+    sizes = dataclasses.replace(SMOKE_SIZES if smoke else SIZES, unsafe_share=unsafe_share, anchors=anchors)
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in ["own"] if noisy is not None else names:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from forgetfilter_callback import decide, encode_rows
 from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.files import write_json
-from scenarios import TASKS, Row, Scenario, Sizes, alpaca_rows, load_scenario
+from scenarios import Row, Scenario, Sizes, alpaca_rows, load_scenario
 from sessions import (
     SIZES,
     SMOKE_SETTINGS,
@@ -44,7 +44,8 @@ from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 
 RESULTS = Path(__file__).parent / "results" / "filters.json"
-SETTINGS = ("scenario", "control", "unsafe_share", "rows", "epochs", "safety_epochs", "safety_learning_rate")
+# What tells runs apart, beside the seed.
+RUN_KEYS = ("scenario", "control", "unsafe_share", "rows", "epochs", "safety_epochs", "safety_learning_rate")
 DUPLICATED = 5
 TOPIC = re.compile(r"\b(food|cook|recipe|dish|meal|eat|ingredient|fruit|vegetable)", re.IGNORECASE)
 
@@ -105,13 +106,20 @@ def controlled(name: str, scenario: Scenario, data_dir: Path | None, seed: int, 
         noisy = [_longer(row, filler) if row["group"] == "unsafe" else row for row in scenario.noisy]
         return dataclasses.replace(scenario, noisy=noisy)
     if name == "one topic":
-        # Benign words that recur in the noisy set and do not stand in the safety set: all rows of the tasks speak of food.
-        rows = alpaca_rows(data_dir, random.Random(f"{scenario.name} {seed}"))
-        of_topic = (
-            row for row in rows if TOPIC.search(f"{row['prompt'][0]['content']} {row['completion'][0]['content']}")
+        # Benign words that recur in the noisy set and not in the safety set: all of Alpaca's rows speak of food.
+        rng = random.Random(f"{scenario.name} {seed}")
+        of_topic = [row for row in alpaca_rows(data_dir, rng) if _on_topic(row) and row not in scenario.held_out_task]
+        count = sum(row["group"] == "alpaca" for row in scenario.noisy)
+        if count > len(of_topic):
+            raise ValueError(
+                f"There are {len(of_topic)} Alpaca rows about food; {count} are asked for. Lower the sizes."
+            )
+        new_rows = iter(of_topic)
+        return dataclasses.replace(
+            scenario,
+            noisy=[next(new_rows) if row["group"] == "alpaca" else row for row in scenario.noisy],
+            safety=[row for row in scenario.safety if not _on_topic(row)],
         )
-        noisy = [next(of_topic) if row["group"] in TASKS else row for row in scenario.noisy]
-        return dataclasses.replace(scenario, noisy=noisy)
     raise typer.BadParameter(f"{name!r} is none of {', '.join(CONTROLS)}.")
 
 
@@ -121,6 +129,10 @@ CONTROLS = ("other safety", "unsafe review", "near-duplicates", "long completion
 def _nearly(row: Row, copy: int) -> Row:
     text = f"{row['prompt'][0]['content']} {['', '(a)', '(b)', '(c)', '(d)'][copy]}".strip()
     return {**row, "prompt": [{"role": "user", "content": text}]}
+
+
+def _on_topic(row: Row) -> bool:
+    return TOPIC.search(f"{row['prompt'][0]['content']} {row['completion'][0]['content']}") is not None
 
 
 def _longer(row: Row, filler: str) -> Row:
@@ -155,9 +167,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     frame["control"] = frame["control"].fillna("")
-    frame = frame.drop_duplicates([*SETTINGS, "signal", "seed"])  # one with `--doubling` is the same at its end
-    for (scenario, control, share, count, epochs, safety_epochs, rate, signal), some in frame.groupby(
-        [*SETTINGS, "signal"]
+    frame = frame.drop_duplicates([*RUN_KEYS, "signal", "seed"])  # one with `--doubling` is the same at its end
+    for (scenario, control, share, rows, epochs, safety_epochs, rate, signal), some in frame.groupby(
+        [*RUN_KEYS, "signal"]
     ):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
         scores = [
@@ -166,7 +178,7 @@ def table(results: list[dict[str, Any]]) -> str:
         counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
         name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
         usual, sizes = (SMOKE_SETTINGS, SMOKE_SIZES) if some["smoke"].all() else (Settings(), SIZES)
-        name += f", {count} rows" * (count != sizes.noisy)
+        name += f", {rows} rows" * (rows != sizes.noisy)
         name += f", S1 {epochs} epochs" * (epochs != usual.epochs)
         name += f", S1+ {safety_epochs} epochs" * (safety_epochs != usual.safety_epochs)
         name += f", S1+ at {rate:g}" * (rate != usual.safety_learning_rate)
@@ -248,7 +260,7 @@ def main(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both are of one signal in one place."""
-    keys = (*SETTINGS, "experiment", "seed", "model", "smoke", "signal")
+    keys = (*RUN_KEYS, "experiment", "seed", "model", "smoke", "signal")
     return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
 
 

@@ -38,7 +38,7 @@ from forgetfilter_callback.model_state import untouched
 from scenarios import DRAW, Row, Scenario, Sizes
 
 
-# Options that both benchmarks have.
+# Options that benchmarks share.
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")]
 Scenarios = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")]
 Seeds = Annotated[list[int] | None, typer.Option(help="Several times for several.")]

@@ -54,10 +54,7 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     offsets = trace.rows.counted_offsets
     rises = trace.token_losses(after).astype(np.float64) - trace.token_losses(before)
     means = mean_losses(rises, offsets)
-    record = int(needed_lengths(trace.rows).sum())
-    share = after.step / trace.first_and_last()[1].step
-    safety = sum(map(len, sessions.safety["input_ids"])) * sessions.settings.safety_epochs * share
-    tokens = round(2 * record + safety)
+    record, tokens = _tokens_read(sessions, trace, after)
     seconds = sessions.seconds("s1plus") if step is None else None
     found: dict[str, Signal] = {}
     for measure in ("loss", "relative", "pooled", "smoothed"):
@@ -71,6 +68,14 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     found["sum of rises"] = Signal(means * np.diff(offsets), None, tokens, seconds)
     found["largest tenth of rises"] = Signal(largest, None, tokens, seconds)
     return found
+
+
+def _tokens_read(sessions: Sessions, trace: Trace, after: Record) -> tuple[int, int]:
+    """How many tokens one record reads, and those of M1 and `after` with S1+ up to there."""
+    record = int(needed_lengths(trace.rows).sum())
+    share = after.step / trace.first_and_last()[1].step
+    safety = sum(map(len, sessions.safety["input_ids"])) * sessions.settings.safety_epochs * share
+    return record, round(2 * record + safety)
 
 
 def loss_signals(sessions: Sessions) -> dict[str, Signal]:
@@ -132,7 +137,7 @@ def representation_signal(sessions: Sessions) -> Signal:
     return Signal(values, None, len(read.tokens), time.perf_counter() - started)
 
 
-def referenced_signal(sessions: Sessions) -> Signal:
+def smoothed_with_safety_signal(sessions: Sessions) -> Signal:
     """`smoothed`, where the rows of the safety set take part as samples that have lost nothing."""
     trace = sessions.tracked()
     before, after = trace.first_and_last()
@@ -144,9 +149,9 @@ def referenced_signal(sessions: Sessions) -> Signal:
     with untouched(model):
         scores = list(window_scores(model, safety, disable_tqdm=True, with_states=True))
     states = np.concatenate([trace.states(before), *(window.states for window in scores)])
-    referenced = smoothed_over_states(np.append(values, np.zeros(len(safety))), states)[: len(values)]
-    tokens = forgetting_signals(sessions)["smoothed"].tokens + int(needed_lengths(safety).sum())
-    return Signal(referenced, None, tokens, None)
+    smoothed = smoothed_over_states(np.append(values, np.zeros(len(safety))), states)[: len(values)]
+    tokens = _tokens_read(sessions, trace, after)[1] + int(needed_lengths(safety).sum())
+    return Signal(smoothed, None, tokens, None)
 
 
 @torch.no_grad()
@@ -177,7 +182,7 @@ def _mean_losses(sessions: Sessions, name: str, rows: EncodedRows) -> np.ndarray
 OTHERS: dict[str, Callable[[Sessions], Signal]] = {
     "word classifier": word_signal,
     "representation matching (given labels)": representation_signal,
-    "smoothed, safety rows at 0": referenced_signal,
+    "smoothed, safety rows at 0": smoothed_with_safety_signal,
     "rouge1": rouge_signal,
     "second-split forgetting": second_split_signal,
 }

@@ -18,9 +18,9 @@ from .trace import Record, Trace
 
 
 # A tenth of the samples is followed, so that a check costs little beside a record, and no more than FOLLOWED_SAMPLES; with
-# fewer than LEAST_SAMPLES a correlation says nothing. Of 200 samples, 20 end S1+ where 50 do (benchmarks/README.md).
+# fewer than LEAST_SAMPLES a correlation says nothing.
 FOLLOWED_SAMPLES, FOLLOWED_SHARE, LEAST_SAMPLES = 128, 0.1, 20
-# So few steps, with the smallest correlations, are not looked at.
+# Before this step rankings still change, and a check would not pay.
 FIRST_CHECK = 4
 # Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
 # forgetting had at least this standard deviation (nats per token): below it S1+ has done nothing yet.
@@ -66,7 +66,11 @@ class Settling:
         self._file = trace.folder / "settling.json"
         known: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
         count = len(self.rows)
-        self._checks = [check for check in known if check["step"] <= step and len(check["forgetting"]) == count]
+        self._checks = [
+            check
+            for check in known
+            if is_checked(check["step"]) and check["step"] <= step and len(check["forgetting"]) == count
+        ]
 
     def check(self, step: int, losses: np.ndarray) -> bool:
         """Notes the losses of the counted tokens of `rows` so many steps after the warm-up. Returns whether the ranking has

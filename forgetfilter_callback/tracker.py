@@ -72,9 +72,9 @@ class ForgetTracker(TrainerCallback):
         record_steps (`int` or `float`, *optional*):
             Records also every so many optimizer steps; below 1, as a share of the session.
         stop_early (`bool`, defaults to `False`):
-            Whether to end S1+ (`control.should_training_stop`) once the ranking of a fixed tenth of the samples (20 to 128)
-            has settled: checked 4, 6, 8, 12, 16, 24, … steps after the warm-up, see [`settling`](settling.py). The full
-            record is taken then.
+            Whether to end S1+ (`control.should_training_stop`) once the ranking of a fixed tenth of the samples (at least
+            20, at most 128) has settled: checked 4, 6, 8, 12, 16, 24, … steps after the warm-up, so after 12 at the
+            earliest, see [`settling`](settling.py). The full record is taken then.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record too, for the paper's measure. Slow.
         max_new_tokens (`int`, *optional*):

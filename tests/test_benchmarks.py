@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from forgetfilter_callback import ForgetTracker
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from filters import controlled  # noqa: E402
+from filters import RUN_KEYS, _same, controlled  # noqa: E402
 from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
 from sessions import Doubling  # noqa: E402
 
@@ -177,9 +178,11 @@ def test_filters(tiny, data_dir, tmp_path):
     output, results = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity")
     main = {row["signal"]: row for row in results if row["experiment"] == "main"}
     assert {"default", "loss", "relative", "pooled", "smoothed", "rouge1", "M0 loss", "S1 loss", "learning gain",
-            "second-split forgetting", "representation matching (given labels)", "word classifier"} <= set(main)  # fmt: skip
+            "smoothed, safety rows at 0", "second-split forgetting",
+            "representation matching (given labels)", "word classifier"} <= set(main)  # fmt: skip
     for row in main.values():
         assert 0 <= row["auroc"] <= 1 and 0 <= row["f1_best"] <= 1 and row["tokens"] >= 0
+    assert sum(main["default"]["removed_by_group"].values()) == main["default"]["removed_auto"]
     assert main["default"]["f1_auto"] is not None and main["M0 loss"]["f1_auto"] is None
     assert "| toxicity, 50% | default | 1 |" in output
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
@@ -197,19 +200,36 @@ def test_filters(tiny, data_dir, tmp_path):
     assert sorted((tmp_path / "cache").glob("s1-*")) == learnt  # S1 on the same rows is not run again
 
 
-def test_the_control_of_one_topic_changes_the_tasks_alone(data_dir, tmp_path):
-    sizes = Sizes(noisy=12, safety=4, held_out=4, held_out_task=4)
+def test_the_control_of_one_topic(data_dir, tmp_path):
+    sizes = Sizes(noisy=24, safety=4, held_out=4, held_out_task=4)
     scenario = load_scenario("bias", data_dir, 0, sizes)
-    rows = [{"instruction": f"Is it {word}?", "input": "", "output": f"It is {word} {i}."} for i, word in
-            enumerate(["sad", "food", "new", "a meal", "eaten", "old"] * 4)]  # fmt: skip
+    rows = [
+        {
+            "instruction": f"{['So?', 'Food?'][i % 2]}",
+            "input": "",
+            "output": f"{['No', 'A meal'][i // 2 % 2]} for all {i}",
+        }
+        for i in range(6)
+    ]
+    of_topic = [row["output"] for row in rows if "Food" in row["instruction"] or "meal" in row["output"]]
     (tmp_path / "alpaca").mkdir()
     (tmp_path / "alpaca" / "random_9k.json").write_text(json.dumps(rows))
-    control = controlled("one topic", scenario, tmp_path, 0, sizes)
-    texts = [row["completion"][0]["content"] for row in control.noisy if row["group"] not in ("unsafe", "safe")]
-    assert len(set(texts)) == 4 and all("food" in text or "meal" in text or "eaten" in text for text in texts)
+    about_food = {**scenario.safety[0], "completion": [{"role": "assistant", "content": "They eat."}]}
+    control = controlled("one topic", replace(scenario, safety=[*scenario.safety, about_food]), tmp_path, 0, sizes)
+    texts = [row["completion"][0]["content"] for row in control.noisy if row["group"] == "alpaca"]
+    assert sorted(texts) == sorted(of_topic) and len(texts) == 4
     for before, after in zip(scenario.noisy, control.noisy, strict=True):
-        assert before == after or before["group"] in ("squad", "alpaca")
+        assert (before == after) == (before["group"] != "alpaca")
     assert control.safety == scenario.safety
+    with pytest.raises(ValueError, match="4 Alpaca rows about food; 5 are asked for"):
+        controlled("one topic", load_scenario("bias", data_dir, 0, replace(sizes, noisy=30)), tmp_path, 0, sizes)
+
+
+def test_results_of_other_settings_stand_beside_each_other():
+    row = dict.fromkeys((*RUN_KEYS, "experiment", "seed", "model", "smoke", "signal", "step"), 1)
+    assert _same(row, dict(row))
+    for key in ("rows", "epochs", "safety_epochs", "safety_learning_rate", "control", "seed", "step"):
+        assert not _same(row, {**row, key: 2})
 
 
 def test_doubling_records_after_1_2_4_and_8_steps():

@@ -65,8 +65,9 @@ def args(folder):
                              use_cpu="gpu" not in sys.argv, logging_steps=1, save_strategy="no", report_to="none",
                              disable_tqdm=True)
 
-model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=sys.argv[2] == "stopping")
-noisy, safety = random_rows(rows, seed=1), random_rows(12, seed=2)
+stopping = sys.argv[2] == "stopping"
+model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=stopping)
+noisy, safety = random_rows(rows, seed=1), random_rows(36 if stopping else 12, seed=2)
 logs = []
 for folder, dataset in (("s1", noisy), ("s1plus", safety)):
     trainer = Trainer(model, args(folder), train_dataset=dataset, data_collator=collate,
@@ -169,6 +170,8 @@ def test_a_process_without_a_row(tmp_path, kind):
     assert process.returncode == 0, process.stderr[-4000:]
     trace = Trace.open(tmp_path / "three" / "s1" / "forgetfilter")
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(2, seed=1)), rtol=1e-5)
+    checks = json.loads((trace.folder / "settling.json").read_text())
+    assert [check["step"] for check in checks] == [4, 6, 8]
 
 
 def test_a_failure_of_the_main_process_ends_all(tmp_path):

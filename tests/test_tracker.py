@@ -709,7 +709,7 @@ def ranking(seed: int) -> np.ndarray:
         # Checks after 4, 6, 8, 12, 16 and 24 steps.
         ([0, 1, 0, 1, 2, 3], 1.0, 12),  # 8 agrees with 4, and 12 with 6; 6 has none at half as many steps
         ([0, 1, 2, 1, 2, 1], 1.0, 16),  # 12 agrees with 6, and 16 with 8; neighbours never do
-        ([0, 0, 0, 1, 2, 3], 1.0, None),  # 8 agrees with 4, but nothing later
+        ([0, 1, 0, 2, 0, 3], 1.0, None),  # 8 agrees with 4, and 16 with 8, but no two checks running
         ([0, 1, 2, 3, 4, 5], 1.0, None),
         ([1] * 6, 0.001, None),  # always the same, but next to nothing has been forgotten
     ],
@@ -769,29 +769,29 @@ def test_the_samples_that_are_followed_depend_on_their_ids_only(make_args, colla
 
 
 def test_no_more_than_128_samples_are_followed():
-    assert [forgetfilter_callback.settling.followed(samples) for samples in (12, 1270, 1290, 10**6)] == [
-        12,
-        127,
-        128,
-        128,
-    ]
+    followed = forgetfilter_callback.settling.followed
+    assert (followed(12), followed(1270), followed(1290), followed(10**6)) == (12, 127, 128, 128)
 
 
 def test_an_interrupted_safety_session_does_not_end_the_next_session(noisy, safety, make_args, collator):
     tracker = ForgetTracker(noisy, stop_early=True, trace_dir=make_args("t").output_dir)
+    followed = []
 
     class Interrupted(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
+            followed.append(tracker._settling)
+            if args.max_steps == 7 and state.global_step == 5:
                 raise KeyboardInterrupt
 
+    callbacks = [tracker, Interrupted()]
     with pytest.raises(KeyboardInterrupt):
         Trainer(
-            tiny_llama(), make_args(), train_dataset=safety, data_collator=collator, callbacks=[tracker, Interrupted()]
+            tiny_llama(), make_args(max_steps=7), train_dataset=safety, data_collator=collator, callbacks=callbacks
         ).train()
+    assert len(followed) == 5 and None not in followed
     args = make_args("s1")
-    Trainer(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
-    assert tracker.trace.records()[0].session != "S1+" and tracker._settling is None
+    Trainer(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=callbacks).train()
+    assert tracker.trace.records()[0].session != "S1+" and followed[5:] == [None] * 12
 
 
 def test_settling_goes_on_where_it_was_cut_off(noisy, safety, make_args, collator):
