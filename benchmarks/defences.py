@@ -194,11 +194,20 @@ def _mean_and_sd(values: pd.Series) -> str:
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
     """Safety against task, one point an arm, of those that ran on all seeds; the lower right is best."""
-    frame = pd.DataFrame([row for row in results if row["experiment"] == "main"])
-    scenarios = sorted(frame["scenario"].unique())
-    figure = Figure(figsize=(5.2 * len(scenarios), 4.6), layout="constrained")
-    for axes, scenario in zip(np.atleast_1d(figure.subplots(1, len(scenarios))), scenarios, strict=True):
-        its_arms = frame[frame["scenario"] == scenario].groupby("arm")
+    frame = pd.DataFrame(
+        [
+            {
+                **row,
+                "title": row["scenario"] + f", {row['sizes']['anchors']} anchors" * (row["experiment"] == "control"),
+            }
+            for row in results
+            if row["experiment"] in ("main", "control")
+        ]
+    )
+    titles = sorted(frame["title"].unique())
+    figure = Figure(figsize=(5.2 * len(titles), 4.6), layout="constrained")
+    for axes, title in zip(np.atleast_1d(figure.subplots(1, len(titles))), titles, strict=True):
+        its_arms = frame[frame["title"] == title].groupby("arm")
         means = its_arms[["unsafe", "task"]].mean()[its_arms.size() == its_arms.size().max()]
         for arm, point in means.iterrows():
             ours = str(arm).startswith("forgetfilter")
@@ -206,16 +215,15 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             axes.annotate(
                 str(arm),
                 (point["task"], point["unsafe"]),
-                # Below, where arms that others often come close to would be written over them.
-                xytext=(4, -12 if ours or arm == "self_correction" else 4),
+                # Below or to the left, where arms that others often come close to would be written over them.
+                xytext=(-4 if arm == "oracle" else 4, -12 if ours or arm == "self_correction" else 4),
+                horizontalalignment="right" if arm == "oracle" else "left",
                 textcoords="offset points",
                 fontsize=8,
             )
-        axes.set(
-            title=scenario, xlabel="task (higher is better)", ylabel="unsafe (lower is better)", ylim=(-0.03, None)
-        )
+        axes.margins(x=0.25, y=0.1)
+        axes.set(title=title, xlabel="task (higher is better)", ylabel="unsafe (lower is better)", ylim=(-0.03, None))
         axes.grid(alpha=0.3)
-        axes.margins(x=0.25)
     figure.savefig(file, dpi=130)
 
 
@@ -278,7 +286,7 @@ def main(
                     )
     shown = [row for row in results if row["smoke"] == smoke]
     print(table(shown))
-    if any(row["experiment"] == "main" for row in shown):
+    if any(row["experiment"] in ("main", "control") for row in shown):
         plot(shown, json_file.with_suffix(".png"))
 
 
