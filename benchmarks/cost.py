@@ -68,6 +68,8 @@ def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> d
     started = time.perf_counter()
     values = trace.forgetting(DEFAULT_MEASURE)
     decision = decide(trace.rows.ids, values, DEFAULT_MEASURE, nats=trace.nats_per_change(values))
+    settling = trace.folder / "settling.json"  # not there where S1+ has ended before the first check
+    checks = json.loads(settling.read_text()) if settling.exists() else []
     seconds = {
         "s1": here.seconds("epoch") * sessions.settings.epochs,
         "s1plus": here.seconds("s1plus"),
@@ -79,7 +81,7 @@ def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> d
         "seconds": seconds,
         "share_of_s1": (seconds["s1plus"] + seconds["record"] + seconds["decision"]) / seconds["s1"],
         "ended_at": trace.first_and_last()[1].step,
-        "checks": [check["step"] for check in json.loads((trace.folder / "settling.json").read_text())],
+        "checks": [check["step"] for check in checks],
         "auroc": float(roc_auc_score(unsafe, decision.values)),
         "f1_auto": float(f1_score(unsafe, decision.removed, zero_division=0.0)),
     }
