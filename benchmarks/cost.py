@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from forgetfilter_callback import ForgetTracker, decide
 from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.files import write_json
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.scoring import window_scores
@@ -42,6 +41,7 @@ from sessions import (
     Settings,
     Smoke,
     earlier_results,
+    write_results,
 )
 
 
@@ -117,7 +117,7 @@ def main(
             found = costs(sessions, cache / f"cost-{label}", sizes)
             where |= {"dtype": str(computing_dtype()), "cores": torch.get_num_threads()}
             results.append({**where, **found})
-            write_json(results, json_file)
+            write_results(results, json_file)
     print(
         "| scenario | seed | rows | S1, s | S1+ ended early, s | a record, s | decision, s | of S1 | ended at step | AUROC |"
     )

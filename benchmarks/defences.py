@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from forgetfilter_callback import decide, load_rows
 from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.files import write_json
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
 from judging import judge, second_scorer
@@ -42,6 +41,7 @@ from sessions import (
     Settings,
     Smoke,
     earlier_results,
+    write_results,
 )
 
 
@@ -272,12 +272,12 @@ def main(
             if interleaved:
                 if not done:
                     results += [{**where, **row} for row in interleave(rows, sessions, data_dir)]
-                    write_json(results, json_file)
+                    write_results(results, json_file)
                 continue
             for its_arm in arm if arm is not None else ARMS:
                 if its_arm not in done:
                     results.append({**where, **run_arm(its_arm, sessions, data_dir)})
-                    write_json(results, json_file)
+                    write_results(results, json_file)
                     print(
                         json.dumps(
                             {key: results[-1].get(key) for key in ("scenario", "seed", "arm", "unsafe", "task")}

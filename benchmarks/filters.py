@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 from forgetfilter_callback import decide, encode_rows
 from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.files import write_json
 from scenarios import Row, Scenario, Sizes, alpaca_rows, load_scenario
 from sessions import (
     SIZES,
@@ -39,6 +38,7 @@ from sessions import (
     Settings,
     Smoke,
     earlier_results,
+    write_results,
 )
 from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
@@ -254,7 +254,7 @@ def main(
                 for called, found in computed(sessions, experiment, signal):
                     result = {**where, **called, **judged(found, groups, ids)}
                     results = [row for row in results if not _same(row, result)] + [result]
-                    write_json(results, json_file)
+                    write_results(results, json_file)
     print(table([row for row in results if row["smoke"] == smoke]))
 
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
 from forgetfilter_callback.demo import demo_arguments, load_base, trainable
-from forgetfilter_callback.files import write_json
+from forgetfilter_callback.files import write_json, write_text
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
 from forgetfilter_callback.model_state import untouched
@@ -69,6 +69,12 @@ SMOKE_SETTINGS = Settings(epochs=1, safety_epochs=1, records=1.0)
 def earlier_results(json_file: Path) -> list[dict[str, Any]]:
     """What earlier runs have measured; none if there is no file."""
     return json.loads(json_file.read_text()) if json_file.exists() else []
+
+
+def write_results(results: list[dict[str, Any]], json_file: Path) -> None:
+    """Writes results atomically, one a line."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in results)
+    write_text(f"[\n{lines}\n]\n", json_file)
 
 
 class Doubling(TrainerCallback):
