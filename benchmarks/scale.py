@@ -102,7 +102,7 @@ def main(
         print(*record(rows_in))
         return
     results: list[dict[str, Any]] = []
-    print("| rows | seconds | microseconds a row | peak MB | bytes a row beyond the token ids, from the row above |")
+    print("| rows | seconds | microseconds a row | peak MiB | bytes a row beyond the token ids, from the row above |")
     print("|---:|---:|---:|---:|---:|")
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:

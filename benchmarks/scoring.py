@@ -262,7 +262,7 @@ def main(
                 )
                 write_json(results, json_file)
     print(
-        "| rows | dtype | seconds, ours | × floor | × full logits | × batch 1 | × generation | × generation, ours "
+        "| rows | dtype | seconds, ours | ours / floor | full logits / ours | batch 1 / ours | generation / ours | our generation / ours "
         "| of an epoch | peak MB, ours | full logits |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
