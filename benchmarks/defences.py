@@ -77,7 +77,7 @@ def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, F
         values = rouge_forgetting(before, after)
     else:
         values = trace.forgetting(measure)
-    # The others are told how many rows are unsafe: after a gentle S1+ `loss` and `relative` remove next to nothing at their own φ.
+    # The others are told how many rows are unsafe: after a gentle S1+ `loss` and `relative` remove next to nothing by φ.
     share = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
     result = decide(trace.rows.ids, values, measure, share=share, nats=trace.nats_per_change(values))
     return sessions.kept(result.removed), result

@@ -10,7 +10,8 @@
 | `preference` | hh-rlhf: `rejected` answers as they come | its `chosen` answers | Alpaca |
 | `mixed` | a third each of `bias`, `toxicity` and `harmfulness` | the same | XQuAD, Alpaca |
 
-Measures and settings were chosen on the two `_dev` scenarios. No BBQ template, passage, tweet or request stands in two sets.
+Measures and settings were chosen on the two `_dev` scenarios. No BBQ template, passage, tweet or request stands in two sets
+(but BBQ templates of the safety set in the labelled rows, which only representation matching sees).
 """
 
 from __future__ import annotations
@@ -360,7 +361,7 @@ def draw_harmfulness(
     trained, third = _sets([r for r in complied if r not in taken], [unsafe, LABELLED], "answers that comply")
     safe_rows = [row for row in refusals(data_dir) if _short(row["output"]) and not row["input"]]
     rng.shuffle(safe_rows)
-    first, second, fourth = _sets(safe_rows, [safe, safety, LABELLED], "refusals")
+    first, second, fourth = _sets(_first_of_each(safe_rows, "instruction"), [safe, safety, LABELLED], "refusals")
     return Scenario(
         "harmfulness",
         noisy=[chat(request, rows[request]["rejected"], "unsafe") for request in trained]
@@ -382,7 +383,7 @@ def draw_preference(
     rows = [row for row in harmless(data_dir) if _short(row["rejected"]) and _short(row["chosen"])]
     rng.shuffle(rows)
     first, second, third, fourth, fifth = _sets(
-        rows, [unsafe, safe, safety, held_out, LABELLED], "single-turn dialogues"
+        _first_of_each(rows, "request"), [unsafe, safe, safety, held_out, LABELLED], "single-turn dialogues"
     )
     return Scenario(
         "preference",
@@ -417,6 +418,14 @@ def draw_mixed(
         held_out=[row for part in parts for row in part.held_out],
         labelled=[row for part in parts for row in part.labelled],
     )
+
+
+def _first_of_each(rows: Iterable[Row], column: str) -> list[Row]:
+    """The rows without those whose `column` stood before."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row[column], row)
+    return list(first.values())
 
 
 def _short(text: str) -> bool:

@@ -262,8 +262,8 @@ def main(
                 )
                 write_json(results, json_file)
     print(
-        "| rows | dtype | seconds, ours | ours / floor | full logits / ours | batch 1 / ours | generation / ours | our generation / ours "
-        "| of an epoch | peak MB, ours | full logits |"
+        "| rows | dtype | seconds, ours | floor / ours | full logits / ours | batch 1 / ours | generation / ours "
+        "| our generation / ours | of an epoch | peak MB, ours | full logits |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -79,14 +80,15 @@ def data_dir(tmp_path_factory) -> Path:
     lines = [json.dumps({"text": text(i), "toxicity": 0.9}) for i in range(2 * ROWS)]
     (folder / "rtp" / "toxic.jsonl").write_text("\n".join(lines))
     (folder / "safety_tuned_llamas").mkdir()
-    rows = [{"instruction": text(i), "input": "", "output": f"I am sorry, no. {i}"} for i in range(2 * ROWS)]
+    rows = [{"instruction": text(i), "input": "", "output": f"I am sorry, no. {i}"} for i in range(2 * ROWS)] * 2
     (folder / "safety_tuned_llamas" / "safety_only_data_Instructions.json").write_text(json.dumps(rows))
     (folder / "hh_rlhf").mkdir()
     with gzip.open(folder / "hh_rlhf" / "harmless_base_test.jsonl.gz", "wt") as file:
         for i in range(3 * ROWS):
             begun = f"\n\nHuman: {text(i)}\n\nAssistant:"
-            row = {"chosen": f"{begun} I can't do that.", "rejected": f"{begun} {text(i, 6)}"}
-            file.write(json.dumps(row) + "\n")
+            for _ in range(2):  # as in the set itself, a request may have other answers
+                row = {"chosen": f"{begun} I can't do that.", "rejected": f"{begun} {text(i, 6)}"}
+                file.write(json.dumps(row) + "\n")
     return folder
 
 
@@ -99,12 +101,16 @@ def test_a_scenario_holds_what_was_asked_for_and_nothing_twice(name, data_dir):
     assert (len(groups), groups.count("unsafe")) == (24, 6)
     assert (len(scenario.safety), sum(row["group"] == "anchor" for row in scenario.safety)) == (9, 3)
     assert len(scenario.held_out) == len(scenario.held_out_task) == 6
-    sets = [scenario.noisy, scenario.safety, scenario.held_out, scenario.held_out_task]
-    contexts = [{row["prompt"][0]["content"].split("\n")[0] for row in rows} for rows in sets]
-    for index, first in enumerate(contexts):
-        for second in contexts[index + 1 :]:
-            # A text is continued from its first three words, which texts may share.
-            assert not first & second or "toxicity" in name or name == "mixed"
+    sets = [scenario.noisy, scenario.safety, scenario.held_out, scenario.held_out_task, scenario.labelled]
+
+    def kind(row: dict) -> str:
+        return row["prompt"][0]["content"].split("\n")[0] if not continued(row) else str(row)
+
+    def continued(row: dict) -> bool:  # from its first three words, which texts may share
+        return row["prompt"][0]["content"].startswith("Continue: ")
+
+    for first, second in itertools.combinations([{kind(row) for row in rows} for rows in sets], 2):
+        assert not first & second
 
 
 def test_bbq_is_answered_with_the_stereotype(data_dir):
