@@ -21,9 +21,8 @@ import typer
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers.utils import logging
 
-from forgetfilter_callback import ForgetTracker, decide
+from forgetfilter_callback import ForgetTracker, find_forgotten
 from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.model_state import untouched
 from forgetfilter_callback.scoring import window_scores
 from scenarios import Sizes, load_scenario
@@ -66,8 +65,7 @@ def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> d
             list(window_scores(model, trace.rows, disable_tqdm=True, with_states=True))
             records.append(time.perf_counter() - started)
     started = time.perf_counter()
-    values = trace.forgetting(DEFAULT_MEASURE)
-    decision = decide(trace.rows.ids, values, DEFAULT_MEASURE, nats=trace.nats_per_change(values))
+    decision = find_forgotten(trace)
     settling = trace.folder / "settling.json"  # not there where S1+ has ended before the first check
     checks = json.loads(settling.read_text()) if settling.exists() else []
     seconds = {

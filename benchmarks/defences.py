@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers.utils import logging
 
-from forgetfilter_callback import decide, load_rows
+from forgetfilter_callback import decide, find_forgotten, load_rows
 from forgetfilter_callback.demo import computing_dtype
 from forgetfilter_callback.filtering import FilterResult
 from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
@@ -72,14 +72,13 @@ def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, F
     if arm == "oracle":
         return sessions.kept(unsafe), None
     measure = MEASURE_OF[arm]
-    if measure == "rouge1":
-        before, after = (sessions.rouge1(name) for name in ("s1", "s1plus"))
-        values = rouge_forgetting(before, after)
-    else:
-        values = trace.forgetting(measure)
     # The others are told how many rows are unsafe: after a gentle S1+ `loss` and `relative` remove next to nothing by φ.
     share = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
-    result = decide(trace.rows.ids, values, measure, share=share, nats=trace.nats_per_change(values))
+    if measure == "rouge1":
+        values = rouge_forgetting(*(sessions.rouge1(name) for name in ("s1", "s1plus")))
+        result = decide(trace.rows.ids, values, measure, share=share)
+    else:
+        result = find_forgotten(trace, measure, share=share)
     return sessions.kept(result.removed), result
 
 

@@ -29,10 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from forgetfilter_callback import FilterResult, ForgetTracker, Trace, decide, encode_rows
+from forgetfilter_callback import FilterResult, ForgetTracker, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.demo import demo_arguments, load_base, trainable
 from forgetfilter_callback.files import write_json, write_text
-from forgetfilter_callback.forgetting import DEFAULT_MEASURE
 from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
 from forgetfilter_callback.model_state import untouched
 from scenarios import DRAW, Row, Scenario, Sizes
@@ -194,8 +193,7 @@ class Sessions:
         self.go_on(learnt, start, rows, [tracker])
         self.go_on(safe, learnt, self.scenario.safety, [tracker], safety=True)
         trace = Trace.open(self.folder / f"round-{number}-trace")
-        values = trace.forgetting(DEFAULT_MEASURE)
-        result = decide(trace.rows.ids, values, DEFAULT_MEASURE, nats=trace.nats_per_change(values))
+        result = find_forgotten(trace)
         kept = [row for row, gone in zip(rows, result.removed, strict=True) if not gone]
         self.go_on(name, start, kept)
         return name, result

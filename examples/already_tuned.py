@@ -5,7 +5,7 @@ Run `quickstart.py`'s first session elsewhere, or here; then the tracker is told
 
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from forgetfilter_callback import ForgetTracker, decide
+from forgetfilter_callback import ForgetTracker, find_forgotten
 from forgetfilter_callback.demo import load_base, load_demo_data, trainable
 
 
@@ -30,9 +30,7 @@ Trainer(model, s1, train_dataset=noisy, **common).train()
 tracker = ForgetTracker(data.noisy, trace_dir="already-tuned/trace")
 Trainer(model, args, train_dataset=safety, callbacks=[tracker], **common).train()
 
-trace = tracker.trace
-values = trace.forgetting("smoothed")
-result = decide(trace.rows.ids, values, "smoothed", nats=trace.nats_per_change(values))
+result = find_forgotten(tracker.trace)
 print(result.summary())
 for row, value, removed in zip(data.noisy, result.values, result.removed, strict=True):
     if removed:

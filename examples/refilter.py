@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from forgetfilter_callback import Trace, TraceError, decide
+from forgetfilter_callback import Trace, TraceError, find_forgotten
 
 
 folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/forgetfilter"]
@@ -17,7 +17,7 @@ for measure in ("smoothed", "loss", "relative", "pooled"):
         print(f"{measure}: {error}")
         continue
     print(f"\n{measure}: quartiles {np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1]).round(3).tolist()}")
-    print("  auto   ", decide(trace.rows.ids, values, measure, nats=trace.nats_per_change(values)).summary())
+    print("  auto   ", find_forgotten(trace, measure).summary())
     for threshold in thresholds:
-        print(f"  {threshold:7}", decide(trace.rows.ids, values, measure, threshold=float(threshold)).summary())
-    print("  top 20%", decide(trace.rows.ids, values, measure, share=0.2).summary())
+        print(f"  {threshold:7}", find_forgotten(trace, measure, float(threshold)).summary())
+    print("  top 20%", find_forgotten(trace, measure, share=0.2).summary())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .checkpoints import score_checkpoints
     from .config import RunConfig
     from .encoding import EncodedRows, EncodingError, NotOneSampleARow, encode_rows
-    from .filtering import DecisionError, FilterResult, Review, decide
+    from .filtering import DecisionError, FilterResult, Review, decide, find_forgotten
     from .forgetting import MEASURES
     from .loading import DataError, load_rows
     from .pipeline import ForgetFilter
@@ -27,7 +27,7 @@ _MODULES = {
     "checkpoints": ("score_checkpoints",),
     "config": ("RunConfig",),
     "encoding": ("EncodedRows", "EncodingError", "NotOneSampleARow", "encode_rows"),
-    "filtering": ("DecisionError", "FilterResult", "Review", "decide"),
+    "filtering": ("DecisionError", "FilterResult", "Review", "decide", "find_forgotten"),
     "forgetting": ("MEASURES",),
     "loading": ("DataError", "load_rows"),
     "pipeline": ("ForgetFilter",),
@@ -63,6 +63,7 @@ __all__ = [
     "encode_rows",
     "filter_rows",
     "filtered",
+    "find_forgotten",
     "load_rows",
     "plan",
     "score_checkpoints",

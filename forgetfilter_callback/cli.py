@@ -42,6 +42,7 @@ MeasureOption = Annotated[Measure, typer.Option(help="Which forgetting.")]
 ThresholdOption = Annotated[str, typer.Option(help="φ, or auto.")]
 ShareOption = Annotated[float | None, typer.Option(help="Remove this share, the most forgotten, instead.")]
 TokenizerOption = Annotated[str | None, typer.Option(help="Hub id or folder; by default that of the trace.")]
+StepOption = Annotated[int | None, typer.Option(help="A record of S1+; by default the last.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 NoisyOption = Annotated[str | None, typer.Option(help="The rows; by default where the trace says that they lie.")]
 
@@ -229,9 +230,10 @@ def score(
 def filter_command(
     trace: TraceArgument,
     output: Annotated[Path, typer.Option(help="Folder for kept.jsonl, removed.jsonl, card.md and decision/.")],
-    measure: MeasureOption = DEFAULT_MEASURE,
+    measure: Annotated[Measure | None, typer.Option(help=f"Which forgetting; {DEFAULT_MEASURE} by default.")] = None,
     threshold: ThresholdOption = "auto",
     share: ShareOption = None,
+    step: StepOption = None,
     decision: Annotated[Path | None, typer.Option(help="What the review page exported.")] = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
@@ -252,6 +254,7 @@ def filter_command(
             phi,
             share,
             decision,
+            step,
         )
         _end(result, output, as_json)
 
@@ -289,6 +292,7 @@ def show(
     measure: MeasureOption = DEFAULT_MEASURE,
     threshold: ThresholdOption = "auto",
     share: ShareOption = None,
+    step: StepOption = None,
     head: Annotated[int, typer.Option(min=0, help="How many of the most forgotten samples.")] = 10,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
@@ -297,19 +301,16 @@ def show(
     with exit_codes():
         from rich.console import Console
 
-        from .filtering import decide
+        from .filtering import find_forgotten
         from .show import show as show_trace
 
         opened = _open(trace)
-        values = opened.forgetting(measure)
-        fingerprint = opened.manifest["fingerprint"]
-        nats = opened.nats_per_change(values)
-        result = decide(opened.rows.ids, values, measure, parse_threshold(threshold), share, fingerprint, nats=nats)
+        result = find_forgotten(opened, measure, parse_threshold(threshold), share, step)
         if as_json:
             typer.echo(json.dumps(_account(result)))
             return
         named = tokenizer is not None or opened.manifest["tokenizer"] is not None
-        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer) if named else None, head)
+        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer) if named else None, head, step)
 
 
 @app.command()

@@ -18,14 +18,16 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from .files import as_json_lines, replacing, write_json, write_lines, write_parquet
-from .forgetting import MEASURES, FilterThreshold, Measure
+from .forgetting import DEFAULT_MEASURE, MEASURES, FilterThreshold, Measure
 from .separability import Separability, separate
-from .trace import library_versions
+from .trace import Trace, library_versions
 
 
 SCHEMA_VERSION = 1  # of decision.json
 Method = Literal["auto", "fixed", "share"]
 ByHand = Literal["keep", "remove"]
+# Rows without a forgetting value are kept; more than this share of them means that the rows are not those of the trace.
+MOST_UNKNOWN = 0.01
 
 
 class DecisionError(ValueError):
@@ -91,7 +93,7 @@ class FilterResult:
 
     Attributes:
         ids (`pa.StringArray` of length `samples`):
-            Sample ids, in the order of the training set.
+            Sample ids, in the order of the training set; null where the trainer drops the row.
         values (`np.ndarray` of shape `(samples,)`, float64):
             Forgetting; NaN where it is unknown.
         removed (`np.ndarray` of shape `(samples,)`, bool):
@@ -114,7 +116,7 @@ class FilterResult:
         by_hand (`dict[str, str]`):
             Ids that a reviewer decided, with `"keep"` or `"remove"`.
         nats (`float` or `None`):
-            What [`decide`] was given.
+            What [`decide`] was given, if it is finite.
     """
 
     ids: pa.StringArray
@@ -140,10 +142,12 @@ class FilterResult:
     def summary(self) -> str:
         """One sentence for a log."""
         phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g} of {self.measure} forgetting)"
-        return f"{self.counts['removed']} of {self.counts['samples']} samples removed{phi}: {self.reason}"
+        unknown = f"; {self.counts['unknown']} without a forgetting value kept" if self.counts["unknown"] else ""
+        return f"{self.counts['removed']} of {self.counts['samples']} samples removed{phi}: {self.reason}{unknown}"
 
-    def save(self, folder: Path, removed_rows: Any = None) -> None:
+    def save(self, folder: str | os.PathLike[str], removed_rows: Any = None) -> None:
         """Writes `decision.json`, `values.parquet` (id, forgetting, removed) and, from a `Dataset`, `removed.jsonl`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         account = asdict(self)
         for column in ("ids", "values", "removed"):
@@ -155,7 +159,9 @@ class FilterResult:
             write_parquet([table], parts.enter_context(replacing(folder / "values.parquet")))
             if isinstance(removed_rows, Dataset):
                 rows = parts.enter_context(replacing(folder / "removed.jsonl"))
-                write_lines(as_json_lines(removed_rows), rows)
+                write_lines(
+                    as_json_lines(removed_rows.with_format(None)), rows
+                )  # not as tensors, which print cut short
         if not isinstance(removed_rows, Dataset):
             (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
 
@@ -188,6 +194,58 @@ class FilterResult:
             ) from error
 
 
+def find_forgotten(
+    trace: Trace,
+    measure: Measure = DEFAULT_MEASURE,
+    threshold: FilterThreshold = "auto",
+    share: float | None = None,
+    step: int | None = None,
+    ids: pa.StringArray | None = None,
+    by_hand: Mapping[str, ByHand] | None = None,
+) -> FilterResult:
+    """Decides which samples of a trace to remove.
+
+    Args:
+        trace ([`Trace`]):
+            With records of S1+.
+        measure, threshold, share, by_hand:
+            As in [`decide`].
+        step (`int`, *optional*):
+            Which record of S1+ to measure forgetting at; the last one by default.
+        ids (`pa.StringArray`, *optional*):
+            Decides on the samples with these ids, in this order, instead of on all of the trace in its own.
+
+    Raises:
+        TraceError: if the trace has not the records that `measure` needs.
+        ValueError: as [`decide`], and if more than 1 % of `ids` are not in the trace.
+    """
+    values = trace.forgetting(measure, step)
+    nats = trace.nats_per_change(values, step)
+    if ids is not None:
+        values = values_for(ids, trace.rows.ids, values)
+    fingerprint = trace.manifest["fingerprint"]
+    return decide(
+        ids if ids is not None else trace.rows.ids, values, measure, threshold, share, fingerprint, by_hand, nats
+    )
+
+
+def values_for(ids: pa.StringArray, known: pa.StringArray, values: np.ndarray) -> np.ndarray:
+    """The values, of samples with ids `known`, for other samples: NaN where there is none.
+
+    Raises:
+        ValueError: if more than 1 % of `ids` have none, those not counted that are null.
+    """
+    places = pc.index_in(ids, value_set=known)
+    unknown = places.null_count - ids.null_count
+    if unknown > MOST_UNKNOWN * len(ids):
+        raise ValueError(
+            f"{unknown} of the {len(ids)} rows have no forgetting value, more than {MOST_UNKNOWN:.0%}: they are not the "
+            "rows that were tracked. The usual causes are another max_length, chat template, tokenizer or collator than "
+            "in the tracked sessions. Prepare the rows the same way."
+        )
+    return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False)
+
+
 def decide(
     ids: pa.StringArray,
     values: np.ndarray,
@@ -198,7 +256,7 @@ def decide(
     by_hand: Mapping[str, ByHand] | None = None,
     nats: float | None = None,
 ) -> FilterResult:
-    """Decides which samples to remove, from their forgetting values.
+    """Decides which samples to remove, from their forgetting values. Of a trace, [`find_forgotten`] has all that it takes.
 
     Args:
         ids (`pa.StringArray` of length `samples`):
@@ -211,7 +269,8 @@ def decide(
             φ, or [`separability.separate`] finds it, or finds that there is nothing to remove. `math.inf` removes nothing
             but by hand.
         share (`float`, *optional*):
-            Between 0 and 1: removes this share of the samples, the most forgotten, instead.
+            Between 0 and 1: removes this share of the samples, the most forgotten, instead. Samples with the same value are
+            removed or kept together, whichever comes nearer to the share.
         fingerprint (`str`, *optional*):
             Of the trace, for the account.
         by_hand (`Mapping[str, str]`, *optional*):
@@ -238,12 +297,16 @@ def decide(
             raise ValueError("Give `threshold` or `share`, not both.")
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1.")
-        # Ties are kept together, so that the same φ given by hand decides the same.
-        largest_first = np.sort(values[known])[::-1]
-        phi = float(largest_first[min(round(share * len(values)), len(largest_first) - 1)])
+        # Ties stay together, so that the same φ given by hand decides the same.
+        levels, counts = np.unique(values[known], return_counts=True)
+        above = counts.sum() - counts.cumsum()  # as many are removed with φ at each level
+        nearest = np.abs(above - share * len(values)).argmin()
+        phi = float(levels[nearest])
         removed = known & (values > phi)
         method: Method = "share"
-        reason = f"the most forgotten {share:.1%}, as asked"
+        reason = f"the most forgotten {above[nearest] / len(values):.1%}, as asked"
+        if abs(above[nearest] - share * len(values)) >= 1:
+            reason = f"{reason.removesuffix(', as asked')} ({share:.1%} asked; samples of the same value stay together)"
     elif threshold == "auto":
         phi = separability.threshold if separability.separable else None
         method = "auto"
@@ -277,7 +340,7 @@ def decide(
         fingerprint=fingerprint,
         versions=library_versions(),
         by_hand=dict(by_hand) if by_hand else {},
-        nats=nats,
+        nats=nats if nats is not None and math.isfinite(nats) else None,
     )
 
 

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from transformers import PreTrainedTokenizerBase
 
 from .files import replacing
-from .filtering import FilterResult, decide
+from .filtering import FilterResult, find_forgotten
 from .forgetting import DEFAULT_MEASURE, UNITS, FilterThreshold, Measure, mean_losses, typical_loss
 from .separability import LEAST_DISTANCE
 from .trace import Trace
@@ -60,9 +60,7 @@ def write_review_page(
     Raises:
         TraceError: if the trace has no records to measure forgetting between.
     """
-    values, fingerprint = trace.forgetting(measure), trace.manifest["fingerprint"]
-    nats = trace.nats_per_change(values)
-    result = decide(trace.rows.ids, values, measure, threshold, share, fingerprint, nats=nats)
+    result = find_forgotten(trace, measure, threshold, share)
     data = _page_data(trace, result, tokenizer, None if unsafe is None else np.asarray(unsafe, dtype=bool))
     sources = files("forgetfilter_callback") / "page"
     script = (sources / "review.js").read_text(encoding="utf-8")

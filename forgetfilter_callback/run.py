@@ -31,7 +31,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .config import RunConfig, parse_threshold
 from .encoding import EncodedRows, EncodingError, encode_rows
 from .files import replacing, whole_name, write_lines, write_text
-from .filtering import FilterResult, Review, decide
+from .filtering import DecisionError, FilterResult, find_forgotten
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .loading import DataError, digest_of, lines_of, load_rows
 from .pipeline import ForgetFilter
@@ -39,7 +39,7 @@ from .report import dataset_card
 from .trace import TRACE_FOLDER, Trace
 from .trace_files import TraceError
 from .tracker import ForgetTracker
-from .trainer import reviewed, values_of
+from .trainer import reviewed
 
 
 logger = logging.getLogger(__name__)
@@ -174,9 +174,8 @@ def _run(
     sessions.finetune()
     sessions.safety_finetune()
     tracker.trace.note_source(whole_name(config.noisy), noisy.truncated)
-    values, nats = values_of(noisy, tracker, tracker.trace, config.measure)
-    result = decide(
-        noisy.ids, values, config.measure, parse_threshold(config.threshold), config.share, noisy.fingerprint, nats=nats
+    result = find_forgotten(
+        tracker.trace, config.measure, parse_threshold(config.threshold), config.share, ids=noisy.ids
     )
     write_filtered(output, lines_of(config.noisy, rows, digest), result, tracker.trace)
     if config.refit:
@@ -191,10 +190,11 @@ def filter_rows(
     output: str | Path,
     source: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    measure: Measure = DEFAULT_MEASURE,
+    measure: Measure | None = None,
     threshold: FilterThreshold = "auto",
     share: float | None = None,
     decision: str | Path | None = None,
+    step: int | None = None,
 ) -> FilterResult:
     """Parts rows by a trace into kept and removed ones, and writes them.
 
@@ -209,6 +209,8 @@ def filter_rows(
             By default that of the trace.
         measure, threshold, share, decision:
             As in [`FilteredTrainer`].
+        step (`int`, *optional*):
+            As in [`find_forgotten`].
 
     Raises:
         DataError: if the trace does not say where its rows lie.
@@ -216,7 +218,9 @@ def filter_rows(
     """
     by_hand = None
     if decision is not None:
-        review: Review = reviewed(decision, trace, measure, threshold, share)
+        if step is not None:
+            raise DecisionError("A decision is on the last record of S1+: give `decision` or `step`.")
+        review = reviewed(decision, trace, measure, threshold, share)
         measure, by_hand = review.measure, review.by_hand
         threshold = review.threshold if review.threshold is not None else math.inf
     source = source if source is not None else source_of(trace)
@@ -225,8 +229,7 @@ def filter_rows(
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
     encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
-    values, nats = values_of(encoded, trace.folder, trace, measure)
-    result = decide(encoded.ids, values, measure, threshold, share, trace.manifest["fingerprint"], by_hand, nats)
+    result = find_forgotten(trace, measure or DEFAULT_MEASURE, threshold, share, step, encoded.ids, by_hand)
     write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result
 

@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .encoding import EncodingError, encode_rows
-from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
-from .trainer import BaseModelCheck, Filtering, Forgetting, trace_of
+from .forgetting import FilterThreshold, Measure
+from .trainer import BaseModelCheck, Filtering, Forgetting, refuse_settings, trace_of
 
 
 # The place of a row as given, carried along while the trainer prepares it.
@@ -23,7 +24,7 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
     """A [`~trl.SFTTrainer`] that removes the most forgotten rows of `train_dataset` before it prepares and packs the rest.
 
     Without `forgetting` it is exactly an `SFTTrainer`. Rows that SFTTrainer itself drops (nothing of them counts) have no
-    forgetting value and stay with the kept ones.
+    forgetting value and stay with the kept ones; `filter_result` is of all rows as given.
 
     Args:
         forgetting, measure, threshold, share, decision:
@@ -43,12 +44,14 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         self,
         *args: Any,
         forgetting: Forgetting | None = None,
-        measure: Measure = DEFAULT_MEASURE,
+        measure: Measure | None = None,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
         decision: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
+        if forgetting is None:
+            refuse_settings(measure, threshold, share, decision)
         self._filter_arguments = (forgetting, measure, threshold, share, decision)
         super().__init__(*args, **kwargs)
         if forgetting is not None:
@@ -91,6 +94,8 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
                 disable_tqdm=args.disable_tqdm,
                 keep_end=args.truncation_mode == "keep_end",
             )
-            places = np.asarray(prepared[_PLACE])
-            dataset = self._filter(dataset, rows, places, forgetting, measure, threshold, share, decision)
+            prepared_as = np.full(len(dataset), -1)
+            prepared_as[prepared[_PLACE]] = np.arange(len(prepared))
+            ids = rows.ids.take(pa.array(prepared_as, mask=prepared_as < 0))
+            dataset = self._filter(dataset, ids, forgetting, measure, threshold, share, decision)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -16,8 +16,8 @@ from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .encoding import EncodedRows, encode_collated
-from .filtering import DecisionError, FilterResult, Review, decide
+from .encoding import encode_collated
+from .filtering import DecisionError, FilterResult, Review, decide, find_forgotten, values_for
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure, mean_losses
 from .model_state import cannot_record, untouched
 from .scoring import token_losses
@@ -28,8 +28,6 @@ from .tracker import ForgetTracker
 logger = get_logger(__name__)  # says things once, on the main process
 
 FILTER_FOLDER = "forgetfilter-decision"
-# Rows without a forgetting value are kept; more than this share of them means that the rows are not those of the trace.
-MOST_UNKNOWN = 0.01
 # M0 check: on so many samples, the mean loss may differ by so much (nats per token). Loading M0 in another precision
 # moves it by a hundredth; one epoch of finetuning by a tenth and more.
 CHECKED_SAMPLES = 32
@@ -47,28 +45,33 @@ class Filtering:
     def _filter(
         self,
         given: Any,
-        rows: EncodedRows,
-        places: np.ndarray,
+        ids: pa.StringArray,
         forgetting: Forgetting,
-        measure: Measure,
+        measure: Measure | None,
         threshold: FilterThreshold,
         share: float | None,
         decision: str | os.PathLike[str] | None,
     ) -> Any:
-        """The kept ones of the rows as given, where sample `i` of `rows` is `given[places[i]]`. Others are kept."""
+        """The kept ones of the rows as given. A row without an id is kept."""
         trace = trace_of(forgetting)
         by_hand = None
         if decision is not None:
             review = reviewed(decision, trace, measure, threshold, share)
             measure, by_hand = review.measure, review.by_hand
             threshold = review.threshold if review.threshold is not None else math.inf
-        values, nats = values_of(rows, forgetting, trace, measure)
-        fingerprint = trace.manifest["fingerprint"] if trace is not None else None
-        self.filter_result = decide(rows.ids, values, measure, threshold, share, fingerprint, by_hand, nats)
-        removed = places[self.filter_result.removed]
-        self.removed_dataset = rows_at(given, removed)
-        logger.warning(f"{type(self).__name__}: {self.filter_result.summary()}")
-        return rows_at(given, np.setdiff1d(np.arange(len(given)), removed))
+        if trace is not None:
+            result = find_forgotten(trace, measure or DEFAULT_MEASURE, threshold, share, ids=ids, by_hand=by_hand)
+        elif measure is None and threshold == "auto" and share is None:
+            raise ValueError(
+                "φ depends on what the values measure: say `measure`, or give `threshold` or `share`. (Pass a trace, or its "
+                "folder, rather than its values: `smoothed` is checked by more than them.)"
+            )
+        else:
+            result = decide(ids, given_values(ids, forgetting), measure or DEFAULT_MEASURE, threshold, share)
+        self.filter_result = result
+        self.removed_dataset = rows_at(given, np.flatnonzero(result.removed))
+        logger.warning(f"{type(self).__name__}: {result.summary()}")
+        return rows_at(given, np.flatnonzero(~result.removed))
 
     def _save_decision(self, args: TrainingArguments) -> None:
         assert self.filter_result is not None
@@ -86,8 +89,8 @@ class FilteredTrainer(Filtering, Trainer):
         forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
             How much each sample was forgotten. Samples are found by id, whatever their position. A bare array is for the
             same rows in the same order.
-        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
-            The measure, where `forgetting` is a tracker or a trace.
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
+            The measure; `"smoothed"` by default where `forgetting` is a tracker or a trace. Of values it says what they are.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
             φ: samples with forgetting > φ are removed. `"auto"` finds it from the values, or removes nothing when they
             do not hold two populations.
@@ -104,7 +107,8 @@ class FilteredTrainer(Filtering, Trainer):
             `output_dir/forgetfilter-decision`.
 
     Raises:
-        ValueError: if more than 1 % of the rows have no forgetting value, or everything would be removed.
+        ValueError: if more than 1 % of the rows have no forgetting value, or everything would be removed; if `forgetting`
+            is values and neither `measure` nor `threshold` nor `share` is given.
         ValueError: from `train()`, if the model is not the base model that the trace began with.
     """
 
@@ -112,7 +116,7 @@ class FilteredTrainer(Filtering, Trainer):
         self,
         *args: Any,
         forgetting: Forgetting | None = None,
-        measure: Measure = DEFAULT_MEASURE,
+        measure: Measure | None = None,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
         decision: str | os.PathLike[str] | None = None,
@@ -120,8 +124,7 @@ class FilteredTrainer(Filtering, Trainer):
     ):
         super().__init__(*args, **kwargs)
         if forgetting is None:
-            if (measure, threshold, share, decision) != (DEFAULT_MEASURE, "auto", None, None):
-                raise ValueError("There is nothing to filter by: pass the tracker, a trace or values as `forgetting`.")
+            refuse_settings(measure, threshold, share, decision)
             return
         trace = trace_of(forgetting)
         with untouched(self.model):
@@ -129,9 +132,7 @@ class FilteredTrainer(Filtering, Trainer):
             max_length = trace.manifest["max_length"] if trace is not None else None
             rows = encode_collated(loader.dataset, loader.collate_fn, max_length, self.args.disable_tqdm)
         given: Any = self.train_dataset  # type: ignore[has-type] # set by Trainer
-        self.train_dataset = self._filter(
-            given, rows, np.arange(len(rows)), forgetting, measure, threshold, share, decision
-        )
+        self.train_dataset = self._filter(given, rows.ids, forgetting, measure, threshold, share, decision)
         self._save_decision(self.args)
         self.add_callback(BaseModelCheck(trace))
 
@@ -151,15 +152,26 @@ def trace_of(forgetting: Forgetting) -> Trace | None:
     return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
 
 
+def refuse_settings(
+    measure: Measure | None,
+    threshold: FilterThreshold,
+    share: float | None,
+    decision: str | os.PathLike[str] | None,
+) -> None:
+    """Without `forgetting` there is nothing that they could apply to."""
+    if (measure, threshold, share, decision) != (None, "auto", None, None):
+        raise ValueError("There is nothing to filter by: pass the tracker, a trace or values as `forgetting`.")
+
+
 def reviewed(
     decision: str | os.PathLike[str],
     trace: Trace | None,
-    measure: Measure,
+    measure: Measure | None,
     threshold: FilterThreshold,
     share: float | None,
 ) -> Review:
     """A reviewer's decision on `trace`; refused beside other settings or on another trace."""
-    if (measure, threshold, share) != (DEFAULT_MEASURE, "auto", None):
+    if (measure, threshold, share) != (None, "auto", None):
         raise DecisionError(
             "A decision says measure and φ itself: give `decision`, or `measure`, `threshold`, `share`."
         )
@@ -209,40 +221,24 @@ class BaseModelCheck(TrainerCallback):
             )
 
 
-def values_of(
-    rows: EncodedRows, forgetting: Forgetting, trace: Trace | None, measure: Measure
-) -> tuple[np.ndarray, float | None]:
-    """The forgetting value of each row, NaN where there is none; and, of a trace, its [`~Trace.nats_per_change`].
+def given_values(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
+    """The values that were given, `(ids, values)` or an array, for the rows with `ids`: NaN where there is none.
 
     Raises:
-        ValueError: if more than 1 % have none.
+        ValueError: if they do not fit the rows.
     """
-    nats = None
-    if trace is not None:
-        ids, values = trace.rows.ids, trace.forgetting(measure)
-        nats = trace.nats_per_change(values)
-    elif isinstance(forgetting, tuple):
-        ids, values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
-        if len(ids) != len(values):
-            raise ValueError(f"forgetting=(ids, values) has {len(ids)} ids and {len(values)} values.")
-    else:
-        ids, values = rows.ids, np.asarray(forgetting, dtype=np.float64)
-        if len(values) != len(rows):
-            raise ValueError(
-                f"forgetting has {len(values)} values and the training set {len(rows)} rows. A bare array must be for "
-                "the same rows in the same order; pass (ids, values) otherwise."
-            )
-    places = pc.index_in(rows.ids, value_set=ids)
-    unknown = places.null_count
-    if unknown > MOST_UNKNOWN * len(rows):
+    if isinstance(forgetting, tuple):
+        known, values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
+        if len(known) != len(values):
+            raise ValueError(f"forgetting=(ids, values) has {len(known)} ids and {len(values)} values.")
+        return values_for(ids, known, values)
+    values = np.asarray(forgetting, dtype=np.float64)
+    if len(values) != len(ids):
         raise ValueError(
-            f"{unknown} of the {len(rows)} rows of train_dataset have no forgetting value, more than {MOST_UNKNOWN:.0%}: "
-            "they are not the rows that were tracked. The usual causes are another max_length, chat template, tokenizer "
-            "or collator than in the tracked sessions. Prepare the rows the same way."
+            f"forgetting has {len(values)} values and the training set {len(ids)} rows. A bare array must be for "
+            "the same rows in the same order; pass (ids, values) otherwise."
         )
-    if unknown:
-        logger.warning(f"{unknown} of {len(rows)} rows have no forgetting value; they are kept.")
-    return pc.take(pa.array(values), places).to_numpy(zero_copy_only=False), nats
+    return np.where(pc.is_valid(ids), values, np.nan)
 
 
 def rows_at(dataset: Any, indices: np.ndarray) -> Any:

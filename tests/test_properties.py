@@ -145,7 +145,7 @@ def test_a_decision_parts_the_rows_and_is_the_same_again(values, measure, share)
     assert not len(removed) or not len(kept) or removed.min() > kept.max()
     known = values[np.isfinite(values)]
     if share is not None and len(np.unique(known)) == len(known):
-        assert first.removed.sum() == min(round(share * len(values)), len(known) - 1)
+        assert abs(first.removed.sum() - min(share * len(values), len(known) - 1)) <= 0.5
     with tempfile.TemporaryDirectory() as folder:
         first.save(Path(folder))
         again = FilterResult.load(folder)

@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, decide, separate
+from forgetfilter_callback import ForgetTracker, find_forgotten, separate
 from forgetfilter_callback.reporting import summarize_record
 
 
@@ -42,7 +42,7 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
 
     unsafe, last = np.array(noisy["unsafe"]), own[1][-1]
     values = tracker.trace.forgetting()
-    result = decide(tracker.trace.rows.ids, values, "smoothed", nats=tracker.trace.nats_per_change(values))
+    result = find_forgotten(tracker.trace)
     assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
     phi = separate(values, "smoothed").threshold
     assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > phi).mean())

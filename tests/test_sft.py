@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow
+from forgetfilter_callback import EncodingError, FilterResult, ForgetTracker, NotOneSampleARow
 from forgetfilter_callback.sft import FilteredSFTTrainer
 
 
@@ -257,9 +257,14 @@ def test_rows_that_sfttrainer_drops_are_kept_and_not_known(config, chat_tokenize
     rows = Dataset.from_list([long, *rows.to_list()])
     trainer = FilteredSFTTrainer(
         tiny_llama(), config(max_length=12), train_dataset=rows, processing_class=chat_tokenizer,
-        forgetting=np.arange(9.0), threshold=6.5,
+        forgetting=np.arange(10.0), threshold=7.5,
     )  # fmt: skip
-    assert trainer.removed_dataset["id"] == [7, 8] and trainer.filter_result.counts["samples"] == 9
+    assert trainer.removed_dataset["id"] == [7, 8]
+    result = trainer.filter_result
+    assert result.counts == {"samples": 10, "removed": 2, "kept": 8, "unknown": 1} and np.isnan(result.values[0])
+    assert np.flatnonzero(result.removed).tolist() == [8, 9]  # in the rows as given
+    again = FilterResult.load(trainer.args.output_dir + "/forgetfilter-decision")
+    assert again.ids == result.ids and again.ids.null_count == 1
 
 
 def test_an_evaluation_set_named_train_is_left_alone(tracker, config, chat_tokenizer):
@@ -285,6 +290,13 @@ def test_rows_are_cut_as_the_tracker_cut_them(config, chat_tokenizer):
     )
     assert tracker.trace.rows.truncated == 4
     assert set(trainer.removed_dataset["id"]) == set(np.argsort(tracker.trace.forgetting())[-3:].tolist())
+
+
+def test_settings_without_forgetting_are_refused(config, chat_tokenizer):
+    with pytest.raises(ValueError, match="nothing to filter by"):
+        FilteredSFTTrainer(
+            tiny_llama(), config(), train_dataset=rows_of("text"), processing_class=chat_tokenizer, threshold=0.1
+        )
 
 
 def test_skipped_preparation_is_refused(tracker, config, chat_tokenizer):

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import random_rows, tiny_llama
 from datasets import Dataset
 from transformers import Trainer
 
-from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker
+from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker, find_forgotten
 
 
 @pytest.fixture
@@ -67,6 +68,21 @@ def test_removes_the_samples_above_the_threshold(given_as, noisy, tracker, make_
     assert trainer.train_dataset["row"] == [row for row in range(len(noisy)) if row not in expected]
     assert trainer.removed_dataset.column_names == audited.column_names  # as given
     assert trainer.filter_result.threshold == phi and trainer.filter_result.method == "fixed"
+
+
+def test_a_decision_on_a_trace_has_its_nats_and_its_record(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy, record_steps=1)
+    Trainer(tiny_llama(), make_args("s"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    trace = tracker.trace
+    for step in (None, 1):
+        values = trace.forgetting("smoothed", step)
+        result = find_forgotten(trace, step=step)
+        np.testing.assert_array_equal(result.values, values)
+        assert result.nats == trace.nats_per_change(values, step) and result.ids == trace.rows.ids
+    assert (find_forgotten(trace).values != result.values).any()
+    some = trace.rows.ids.take(pa.array([3, None, 1]))
+    result = find_forgotten(trace, "loss", 99.0, ids=some)
+    np.testing.assert_array_equal(result.values, trace.forgetting("loss")[[3, 0, 1]] + [0, np.nan, 0])
 
 
 def test_rows_are_found_by_id_whatever_their_position(noisy, tracker, make_args, collator):
@@ -126,7 +142,7 @@ def test_rows_without_a_value_are_kept_and_told(tracker, noisy, make_args, colla
         forgetting=(all_ids[2:], np.tile(values, 9)[2:]), threshold=20.5,
     )  # fmt: skip
     assert trainer.filter_result.counts == {"samples": 216, "removed": 27, "kept": 189, "unknown": 2}
-    assert "2 of 216 rows have no forgetting value" in caplog.text
+    assert "; 2 without a forgetting value kept" in caplog.text
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
@@ -136,9 +152,32 @@ def test_other_rows_are_refused(tracker, make_args, collator):
         )
 
 
+def test_removed_rows_in_a_torch_format_are_written_whole(noisy, make_args, collator):
+    rows = noisy.add_column("many", [list(range(2000))] * len(noisy)).with_format("torch")
+    args = make_args()
+    FilteredTrainer(
+        tiny_llama(), args, train_dataset=rows, data_collator=collator, forgetting=np.arange(24.0), threshold=22.5
+    )
+    lines = (Path(args.output_dir) / "forgetfilter-decision" / "removed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [rows.with_format(None)[23]]
+
+
+def test_values_need_to_say_what_they_measure(noisy, make_args, collator):
+    """φ of one measure is not that of another."""
+    values = np.where(np.arange(24) < 4, 0.65, 0.0)  # above φ of `smoothed`, below that of `loss`
+    values = values + np.random.default_rng(0).normal(0, 0.01, 24)
+    given = {"train_dataset": noisy, "data_collator": collator, "forgetting": values}
+    with pytest.raises(ValueError, match="say `measure`"):
+        FilteredTrainer(tiny_llama(), make_args(), **given)
+    trainer = FilteredTrainer(tiny_llama(), make_args(), **given, measure="loss")
+    assert trainer.filter_result.measure == "loss" and trainer.filter_result.counts["removed"] == 0
+
+
 def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
     with pytest.raises(ValueError, match="3 values and the training set 24 rows"):
-        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3))
+        FilteredTrainer(
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3), share=0.5
+        )
 
 
 def test_a_model_that_is_not_the_base_model_is_refused(noisy, safety, make_args, collator):
