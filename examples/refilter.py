@@ -7,7 +7,7 @@ import numpy as np
 from forgetfilter_callback import Trace, TraceError, find_forgotten
 
 
-folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/forgetfilter"]
+folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/_forgetfilter"]
 trace = Trace.open(folder)
 print(trace)
 for measure in ("smoothed", "loss", "relative", "pooled"):

@@ -29,4 +29,4 @@ trainer = SFTTrainer(
     **common,
 )
 trainer.train()
-# The trace lies in two-lines/s1plus/forgetfilter: `python examples/refilter.py two-lines/s1plus/forgetfilter`
+# The trace lies in two-lines/s1plus/_forgetfilter: `python examples/refilter.py two-lines/s1plus/_forgetfilter`

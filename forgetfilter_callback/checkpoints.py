@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .encoding import EncodedRows
 from .files import whole_name
 from .model_state import untouched
-from .processes import main_process_does, process
+from .processes import gathered, main_process_does, process
 from .recorder import has_states
 from .scoring import window_scores
-from .trace import Record, Trace
+from .trace import TRACE_FOLDER, Record, Trace
 from .trace_files import TraceError
 
 
@@ -60,7 +60,7 @@ def score_checkpoints(
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     name = tokenizer.name_or_path
     first = next(iter(checkpoints.values()))
-    model = _load(first, device)  # before anything is written
+    model: PreTrainedModel | None = _load(first, device)  # before anything is written
     locks: list[FileLock | None] = []  # of the main process
 
     def create_or_find() -> None:
@@ -68,29 +68,39 @@ def score_checkpoints(
         if not Trace.exists(folder):
             Trace.create(folder, rows, whole_name(first), whole_name(name), max_length)
 
-    main_process_does(create_or_find)
-    trace = Trace.open(folder)
-    if trace.rows.fingerprint != rows.fingerprint:
-        raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
-    if trace.manifest["sessions"]:
-        raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
-    for number, (role, checkpoint) in enumerate(checkpoints.items()):
-        if number > 0:
-            model = _load(checkpoint, device)
-        with untouched(model):
-            scores = window_scores(
-                model,
-                rows,
-                batch_tokens,
-                disable_tqdm=disable_tqdm or process()[0] > 0,
-                description=role,
-                with_states=has_states(RECORD_OF[role]),
-            )
-            main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
-    for lock in locks:
-        if lock is not None:
-            lock.release()
+    try:
+        main_process_does(create_or_find)
+        trace = Trace.open(folder)
+        if trace.rows.fingerprint != rows.fingerprint:
+            raise TraceError(f"The trace in {folder} is of other rows, or of another tokenizer. Choose another folder.")
+        if trace.manifest["sessions"]:
+            raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
+        without_base = all(gathered(trace.base_record is None))
+        if "base" in checkpoints or ("before" in checkpoints and without_base):
+            main_process_does(partial(trace.note_model, whole_name(first), whole_name(name)))
+        for role, checkpoint in checkpoints.items():
+            if model is None:
+                model = _load(checkpoint, device)
+            _record(trace, role, model, batch_tokens, disable_tqdm)
+            model = None  # the next one may not fit beside it
+    finally:
+        for lock in locks:
+            if lock is not None:
+                lock.release()
     return trace
+
+
+def _record(trace: Trace, role: str, model: PreTrainedModel, batch_tokens: int | None, disable_tqdm: bool) -> None:
+    with untouched(model):
+        scores = window_scores(
+            model,
+            trace.rows,
+            batch_tokens,
+            disable_tqdm=disable_tqdm or process()[0] > 0,
+            description=role,
+            with_states=has_states(RECORD_OF[role]),
+        )
+        main_process_does(partial(trace.append, RECORD_OF[role], scores), meanwhile=scores)
 
 
 def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
@@ -102,5 +112,5 @@ def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
 
 def trace_folder(path: str | os.PathLike[str]) -> Path:
     """The trace in `path`: itself, or where a run's output folder has it."""
-    inside = Path(path) / "forgetfilter"
+    inside = Path(path) / TRACE_FOLDER
     return inside if Trace.exists(inside) and not Trace.exists(path) else Path(path)

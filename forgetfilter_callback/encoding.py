@@ -33,8 +33,8 @@ IGNORE_INDEX = -100
 # Work that needs memory for each row is done on so many rows at a time.
 WINDOW = 16_384
 _DIGEST_BYTES = 12
-# So many rows are collated twice, to see whether a collator always says the same.
-_COLLATED_TWICE = 16
+# So many rows are read and collated twice, to see whether the dataset and the collator always say the same.
+_READ_TWICE = 16
 
 
 class EncodingError(ValueError):
@@ -149,7 +149,7 @@ def _encode(
             tokens, counted = encode_one(row)
         except EncodingError as error:
             raise type(error)(f"Row {index}: {error}") from error
-        except (TypeError, ValueError, OverflowError, TemplateError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, TemplateError) as error:
             raise EncodingError(f"Row {index}: {error} ({type(error).__name__})") from error
         if max_length is not None and len(tokens) > max_length:
             within = slice(-max_length, None) if keep_end else slice(max_length)
@@ -224,17 +224,14 @@ def encode_collated(
             "(`datasets.load_dataset(..., streaming=False)`), or name the rows to follow: `ForgetTracker(noisy)`."
         )
 
-    rows_seen = 0
-
-    def encode_one(row: Any) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal rows_seen
-        batch = collate_fn([row])
-        if rows_seen < _COLLATED_TWICE and not _equal(batch, collate_fn([row])):
+    def encode_one(index: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = collate_fn([dataset[index]])
+        if index < _READ_TWICE and not _equal(batch, collate_fn([dataset[index]])):
             raise EncodingError(
-                "the collator makes another batch of the same row each time (random masks, augmentation), so a row has no "
-                "loss of its own, and collating for a record would change what training draws. Use one that does not."
+                "the dataset or the collator makes another batch of the same row each time (random masks, prompts, "
+                "augmentation), so a row has no loss of its own, and reading it for a record would change what training "
+                "draws. Use one that does not."
             )
-        rows_seen += 1
         if "input_ids" not in batch or "labels" not in batch:
             raise EncodingError(
                 f"the collator gives {sorted(batch)}, but `input_ids` and `labels` are needed. Use a collator that "
@@ -268,7 +265,7 @@ def encode_collated(
             )
         return input_ids[0].numpy().astype(np.int32), counted.numpy()
 
-    return _encode((dataset[i] for i in range(len(dataset))), encode_one, len(dataset), max_length, disable_tqdm)
+    return _encode(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm)
 
 
 def _equal(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

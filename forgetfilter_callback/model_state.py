@@ -19,23 +19,29 @@ from transformers import PreTrainedConfig
 
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
+# FSDP is told by the model; all others keep whole weights on each process, on whatever accelerator.
+_SHARDING = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
 
-    Restored are the attributes of every module (its training mode among them), the contents of its buffers (dynamic RoPE
-    replaces them when it sees long rows, LongRoPE overwrites them), which parameters are trained (PEFT changes that where
+    Restored are the attributes of every module (its training mode among them), its buffers (dynamic RoPE replaces them when
+    it sees long rows, LongRoPE overwrites them; only of those that are not saved with the model the contents, for the
+    others may be all of its weights, as GPTQ keeps them), which parameters are trained (PEFT changes that where
     adapters are switched off and on), and the generators of Python, NumPy and torch (CPU and the model's device).
     """
     modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    contents = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    passing = [module._buffers[name] for module in model.modules() for name in module._non_persistent_buffers_set]
+    contents = [(buffer, buffer.clone()) for buffer in passing if buffer is not None]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device.index for device in {p.device for p in model.parameters()} if device.type == "cuda"]
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator is not None else "cuda"
+    devices = [device.index for device in {p.device for p in model.parameters()} if device.type == kind]
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices, device_type=kind):
             model.eval()
             for module in _packed_when_evaluated(model):
                 module.training = True
@@ -80,9 +86,9 @@ def cannot_record(model: nn.Module) -> str | None:
     if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
         return "weights are spread by tensor parallelism, or over a mesh of several dimensions (hybrid sharding)"
     kind = PartialState().distributed_type
-    if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        return None
-    return None if kind == DistributedType.FSDP and is_sharded(model) else f"weights are sharded by {kind.value}"
+    if kind in _SHARDING or (kind == DistributedType.FSDP and not is_sharded(model)):
+        return f"weights are sharded by {kind.value}"
+    return None
 
 
 @torch.no_grad()

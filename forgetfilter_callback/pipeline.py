@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .tracker import ForgetTracker
@@ -41,7 +41,7 @@ class ForgetFilter:
         measure, threshold, share:
             As in [`FilteredTrainer`].
         trainer_kwargs:
-            Passed to every trainer (`data_collator`, `processing_class`, …); not `callbacks`.
+            Passed to every trainer (`data_collator`, `processing_class`, `callbacks`, …).
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class ForgetFilter:
         measure: Measure = DEFAULT_MEASURE,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **trainer_kwargs: Any,
     ):
         self.load_model = load_model
@@ -66,20 +67,21 @@ class ForgetFilter:
         self.measure: Measure = measure
         self.threshold = threshold
         self.share = share
+        self.callbacks = callbacks
         self.trainer_kwargs = trainer_kwargs
         self.model: PreTrainedModel | None = None
 
-    def finetune(self) -> PreTrainedModel:
+    def finetune(self, resume_from_checkpoint: str | bool | None = None) -> PreTrainedModel:
         """S1: finetunes M0 on the noisy set. Returns M1."""
         self.model = self.load_model()
-        self._trainer("s1", self.args, self.model, self.noisy).train()
+        self._trainer("s1", self.args, self.model, self.noisy).train(resume_from_checkpoint)
         return self.model
 
-    def safety_finetune(self) -> PreTrainedModel:
+    def safety_finetune(self, resume_from_checkpoint: str | bool | None = None) -> PreTrainedModel:
         """S1+: finetunes M1, in place, on the safety set. Returns M2."""
         if self.model is None:
             raise RuntimeError("S1+ starts from S1's model. Call `finetune()` first.")
-        self._trainer("s1plus", self.safety_args, self.model, self.safety).train()
+        self._trainer("s1plus", self.safety_args, self.model, self.safety).train(resume_from_checkpoint)
         return self.model
 
     def refit(self) -> FilteredTrainer:
@@ -93,14 +95,16 @@ class ForgetFilter:
             measure=self.measure,
             threshold=self.threshold,
             share=self.share,
+            callbacks=list(self.callbacks),
             **self.trainer_kwargs,
         )
         trainer.train()
         return trainer
 
     def _trainer(self, folder: str, args: TrainingArguments, model: PreTrainedModel, rows: Dataset) -> Trainer:
+        callbacks = [*self.callbacks, self.tracker]
         return Trainer(
-            model, self._args_in(folder, args), train_dataset=rows, callbacks=[self.tracker], **self.trainer_kwargs
+            model, self._args_in(folder, args), train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs
         )
 
     def _args_in(self, folder: str, args: TrainingArguments) -> TrainingArguments:

@@ -54,12 +54,12 @@ class Recorder:
     ) -> np.ndarray:
         """Takes a record, or repeats the last one if nothing has changed.
 
-        Only at the ends of sessions it is looked whether something has: in between, something always has.
+        Whether something has is looked at only where S1 ends and S1+ begins: elsewhere, something always has.
 
         Returns:
             `np.ndarray` of shape `(samples,)`, float64: mean losses, nats per token.
         """
-        digest = model_digest(model) if at_an_end else None
+        digest = model_digest(model) if at_an_end and has_states(record) else None
         unchanged = digest is not None and digest == self._last_digest
         if all(gathered(unchanged)) and self._last in self.records():
             assert self._last is not None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -36,6 +37,7 @@ from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure
 from .loading import DataError, digest_of, lines_of, load_rows
 from .pipeline import ForgetFilter
 from .report import dataset_card
+from .session_rows import context_length
 from .trace import TRACE_FOLDER, Trace
 from .trace_files import TraceError
 from .tracker import ForgetTracker
@@ -228,7 +230,7 @@ def filter_rows(
     digest = digest_of(source)
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else trace_tokenizer(trace)
-    encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"])
+    encoded = encode_from(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
     result = find_forgotten(trace, measure or DEFAULT_MEASURE, threshold, share, step, encoded.ids, by_hand)
     write_filtered(Path(output), lines_of(source, rows, digest), result, trace)
     return result
@@ -282,7 +284,8 @@ def audit_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase
         raise DataError(
             f"The column {column!r} holds neither true/false nor numbers, but for example {str(labels[0])!r}."
         )
-    encoded = encode_rows(rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True)
+    manifest = trace.manifest
+    encoded = encode_rows(rows, tokenizer, manifest["max_length"], disable_tqdm=True, **manifest["encoding"])
     places = pc.index_in(trace.rows.ids, value_set=encoded.ids)
     if places.null_count:
         raise DataError(
@@ -323,10 +326,12 @@ def load_model(config: RunConfig) -> PreTrainedModel:
     return get_peft_model(model, lora)
 
 
-def encode_from(source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> EncodedRows:
+def encode_from(
+    source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
+) -> EncodedRows:
     """Encodes rows; an error names where they came from, and a warning says how many were cut."""
     try:
-        encoded = encode_rows(rows, tokenizer, max_length, disable_tqdm=True)
+        encoded = encode_rows(rows, tokenizer, max_length, disable_tqdm=True, **encoding)
     except EncodingError as error:
         raise EncodingError(f"{source}: {error}") from error
     if encoded.truncated:
@@ -348,11 +353,6 @@ def context_of(model: str) -> int | None:
     try:
         if find_adapter_config_file(model) is not None:
             return context_of(PeftConfig.from_pretrained(model).base_model_name_or_path)
-        return (
-            AutoConfig.from_pretrained(model, trust_remote_code=False)
-            .get_text_config()
-            .to_dict()
-            .get("max_position_embeddings")
-        )
+        return context_length(AutoConfig.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise DataError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error

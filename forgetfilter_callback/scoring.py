@@ -312,7 +312,7 @@ def _score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_st
     layout = lay_out(rows, batch)
     device = next(model.parameters()).device
     logits, hidden = _logits_that_predict(model, layout, device)
-    targets = torch.from_numpy(layout.target).to(device)
+    targets = torch.from_numpy(layout.target).to(logits.device)
     losses = torch.cat(
         [
             torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none")
@@ -366,12 +366,13 @@ def _logits_that_predict(
         tensors["attention_mask"] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(
             hidden, torch.finfo(dtype).min
         )
-    packs, places = torch.from_numpy(pack).to(device), torch.from_numpy(place).to(device)
+    packs, places = torch.from_numpy(pack), torch.from_numpy(place)
     width = tensors["input_ids"].shape[1]
 
     def keep_predicting(hidden: torch.Tensor) -> torch.Tensor:
         # Prompt-learning adapters put virtual tokens before the row, so places count from the right.
-        return hidden[packs, places + hidden.shape[1] - width]
+        # With layers on several devices (`device_map`) hidden states end on another one than rows begin on.
+        return hidden[packs.to(hidden.device), places.to(hidden.device) + hidden.shape[1] - width]
 
     kept: torch.Tensor | None = None
 

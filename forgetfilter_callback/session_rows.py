@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .encoding import EncodedRows, NotOneSampleARow, encode_collated, encode_rows
 from .recorder import quiet
@@ -25,48 +26,73 @@ def noisy_rows(
     max_length: int | None,
 ) -> EncodedRows:
     """The rows to follow: `noisy`, or the training set where that is `None`."""
-    settings = args.to_dict()
-    if noisy is not None and "completion_only_loss" in settings:  # TRL's SFTConfig
-        return encode_rows(
-            noisy,
-            processing_class,
-            min((length for length in (max_length, settings["max_length"]) if length is not None), default=None),
-            quiet(args),
-            text_column=settings["dataset_text_field"],
-            completion_only_loss=settings["completion_only_loss"],
-            assistant_only_loss=settings["assistant_only_loss"],
-            keep_end=settings["truncation_mode"] == "keep_end",
-            chat_template=_training_chat_template(processing_class) if settings["assistant_only_loss"] else None,
-        )
     if noisy is None:
-        _refuse_packing(args)
-        return encode_collated(
-            train_dataloader.dataset, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args)
-        )
-    if len(noisy) and "input_ids" in noisy[0]:
+        return training_rows(args, train_dataloader, max_length)
+    disable_tqdm = quiet(args)
+    if isinstance(noisy, torch.utils.data.IterableDataset):
+        return encode_rows(noisy)  # refuses it
+    if not _is_of_trl(args) and len(noisy) and "input_ids" in noisy[0]:
         # Which tokens count is the collator's business, so the one of this trainer is asked.
-        columns = [{k: row[k] for k in _MODEL_COLUMNS if k in row} for row in noisy]
-        return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm=quiet(args))
-    return encode_rows(noisy, processing_class, max_length, disable_tqdm=quiet(args))
+        if isinstance(noisy, Dataset):
+            columns: Any = noisy.select_columns([name for name in _MODEL_COLUMNS if name in noisy.column_names])
+        else:
+            columns = [{name: row[name] for name in _MODEL_COLUMNS if name in row} for row in noisy]
+        return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm)
+    return encode_rows(noisy, processing_class, max_length, disable_tqdm, **encoding_of(args, processing_class))
 
 
-def training_rows_of(
+def training_rows(
     args: TrainingArguments, train_dataloader: torch.utils.data.DataLoader, max_length: int | None
-) -> EncodedRows | None:
-    """The rows that a session trains on, or `None` where they cannot be told apart."""
-    try:
-        return noisy_rows(None, args, None, train_dataloader, max_length)
-    except NotOneSampleARow:
-        return None
+) -> EncodedRows:
+    """The rows that a session trains on.
+
+    Raises:
+        EncodingError: where they cannot be told apart, or are no causal-language-modelling samples.
+    """
+    if args.to_dict().get("packing", False):  # TRL's SFTConfig
+        raise NotOneSampleARow(
+            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
+            "packing: `ForgetTracker(noisy)`."
+        )
+    return encode_collated(train_dataloader.dataset, train_dataloader.collate_fn, max_length, quiet(args))
 
 
-def scored_length(model: PreTrainedModel, max_length: int | None) -> int | None:
-    """How many tokens of a row are scored: `max_length`, or as many as the model has places for."""
-    if max_length is not None:
-        return max_length
+def encoding_of(args: TrainingArguments, processing_class: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What [`encode_rows`] must be told to read rows as this trainer does. The trace keeps it."""
+    if not _is_of_trl(args):
+        return {}
+    settings = args.to_dict()
+    return {
+        "text_column": settings["dataset_text_field"],
+        "completion_only_loss": settings["completion_only_loss"],
+        "assistant_only_loss": settings["assistant_only_loss"],
+        "keep_end": settings["truncation_mode"] == "keep_end",
+        "chat_template": (
+            _training_chat_template(processing_class)
+            if settings["assistant_only_loss"] and processing_class is not None
+            else None
+        ),
+    }
+
+
+def _is_of_trl(args: TrainingArguments) -> bool:
+    """Whether they are SFTTrainer's: it encodes rows itself."""
+    return "completion_only_loss" in args.to_dict()
+
+
+def scored_length(model: PreTrainedModel, args: TrainingArguments, max_length: int | None) -> int | None:
+    """How many tokens of a row are scored: `max_length`, or as many as the model has places for; no more than SFTTrainer
+    trains on."""
+    lengths = [max_length if max_length is not None else context_length(model.config)]
+    lengths += [args.to_dict()["max_length"]] if _is_of_trl(args) else []
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has places for; `None` for one without positions (state-space ones)."""
     try:
-        return model.config.get_text_config().max_position_embeddings
-    except AttributeError:  # models without positions (state-space ones)
+        return config.get_text_config().max_position_embeddings  # or what its family calls it (`n_positions`)
+    except AttributeError:
         return None
 
 
@@ -91,11 +117,3 @@ def _training_chat_template(processing_class: PreTrainedTokenizerBase) -> str | 
     if has_generation_markers(processing_class.chat_template):
         return None
     return get_training_chat_template(processing_class)
-
-
-def _refuse_packing(args: TrainingArguments) -> None:
-    if args.to_dict().get("packing", False):  # TRL's SFTConfig
-        raise NotOneSampleARow(
-            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
-            "packing: `ForgetTracker(noisy)`."
-        )

@@ -1,7 +1,7 @@
 """All records of a run on disk: the rows, and the loss of each counted token at each checkpoint.
 
 ```
-forgetfilter/
+_forgetfilter/
   manifest.json              schema version, fingerprint, model, tokenizer, versions, sessions
   rows.parquet               id, input_ids, counted: the noisy set in its order
   records/S1-00000000.parquet    loss (list<float> a sample) [, state] [, completion, rouge1]
@@ -49,7 +49,7 @@ from .trace_files import SCHEMA_VERSION, TraceError, read_column, read_manifest,
 
 logger = logging.getLogger(__name__)
 
-TRACE_FOLDER = "forgetfilter"
+TRACE_FOLDER = "_forgetfilter"  # `push_to_hub` leaves out what begins with "_": the rows are nobody else's business
 Session = Literal["S1", "S1+"]
 SESSIONS: tuple[Session, ...] = get_args(Session)
 # What a file system without locks answers (NFS without its lock daemon, some FUSE ones).
@@ -85,9 +85,10 @@ class Trace:
         rows ([`EncodedRows`]):
             The noisy set, in its order: what all arrays below run along.
         manifest (`dict`):
-            `schema_version`, `fingerprint`, `samples`, `counted_tokens`, `truncated`, `model`, `tokenizer`, `max_length`,
-            `versions`, `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`), and, where the
-            command line made it, `source`: the file, folder or Hub id of the rows.
+            `schema_version`, `fingerprint`, `samples`, `counted_tokens`, `truncated`, `model` (M0, where the trace begins
+            with it), `tokenizer`, `max_length`, `encoding` (what else [`encode_rows`] was or must be told), `versions`,
+            `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`), and, where the command line
+            made it, `source`: the file, folder or Hub id of the rows.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -107,6 +108,7 @@ class Trace:
         model: str,
         tokenizer: str | None,
         max_length: int | None,
+        encoding: dict[str, Any] | None = None,
     ) -> Trace:
         """Begins an empty trace of `rows` in `folder`, which must not hold one already."""
         if cls.exists(folder):
@@ -132,6 +134,7 @@ class Trace:
             "model": model,
             "tokenizer": tokenizer,
             "max_length": max_length,
+            "encoding": encoding or {},
             "versions": library_versions(),
             "sessions": [],
         }
@@ -179,17 +182,28 @@ class Trace:
         folder = Path(folder)
         if not cls.exists(folder):
             raise TraceError(
-                f"{folder} holds no trace (no manifest.json). ForgetTracker writes one into `output_dir/forgetfilter` "
+                f"{folder} holds no trace (no manifest.json). ForgetTracker writes one into `output_dir/_forgetfilter` "
                 "of the first session's trainer, or into its `trace_dir`."
             )
         manifest = read_manifest(folder)
         return cls(folder, read_rows(folder, manifest), manifest)
 
-    def begin_session(self, session: Session, output_dir: str, max_steps: int) -> None:
-        """Notes in the manifest what a session is; an earlier run of the same session is replaced."""
+    def begin_session(self, session: Session, output_dir: str, max_steps: int) -> list[Session]:
+        """Notes in the manifest what a session is; an earlier run of the same session is replaced.
+
+        Returns:
+            `list[str]`: the sessions that had begun before.
+        """
+        begun = [entry["session"] for entry in self.manifest["sessions"]]
         others = [entry for entry in self.manifest["sessions"] if entry["session"] != session]
         entry = {"session": session, "output_dir": os.path.abspath(output_dir), "max_steps": max_steps}
         self.manifest["sessions"] = [*others, entry]
+        self._write_manifest()
+        return begun
+
+    def note_model(self, model: str, tokenizer: str | None) -> None:
+        """Notes in the manifest which model the trace begins with anew, and the versions of now."""
+        self.manifest |= {"model": model, "tokenizer": tokenizer, "versions": library_versions()}
         self._write_manifest()
 
     def note_source(self, source: str, truncated: int) -> None:

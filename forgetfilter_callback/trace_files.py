@@ -31,6 +31,7 @@ _MANIFEST: dict[str, type | UnionType] = {
     "model": str,
     "tokenizer": str | None,
     "max_length": int | None,
+    "encoding": dict,
     "versions": dict,
     "sessions": list,
 }
@@ -58,6 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     known = manifest if isinstance(manifest, dict) else {}
+    known.setdefault("encoding", {})  # not kept by the first traces
     wrong = [key for key, kind in _MANIFEST.items() if key not in known or not isinstance(known[key], kind)]
     if "sessions" not in wrong and not all(_is_session(entry) for entry in known["sessions"]):
         wrong.append("sessions")

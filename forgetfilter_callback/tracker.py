@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from filelock import FileLock
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from .config import check_record_steps
-from .encoding import EncodedRows
+from .encoding import EncodedRows, EncodingError
 from .files import whole_name
 from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
@@ -34,7 +35,7 @@ from .processes import main_process_does
 from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses
-from .session_rows import noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows_of
+from .session_rows import encoding_of, noisy_rows, rows_found, rows_of_the_same_text, scored_length, training_rows
 from .settling import Settling, followed, is_checked
 from .trace import TRACE_FOLDER, Record, Session, Trace
 from .trace_files import TraceError
@@ -68,7 +69,7 @@ class ForgetTracker(TrainerCallback):
             `completion`, `messages`, or `text`. By default the training set of the first session is adopted.
         trace_dir (`str`, *optional*):
             Where the trace lies; a trace that is there already is gone on with, so that S1 and S1+ may be two
-            processes. Defaults to `output_dir/forgetfilter` of the first session.
+            processes. Defaults to `output_dir/_forgetfilter` of the first session.
         record_steps (`int` or `float`, *optional*):
             Records also every so many optimizer steps; below 1, as a share of the session.
         stop_early (`bool`, defaults to `False`):
@@ -274,32 +275,30 @@ class ForgetTracker(TrainerCallback):
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Session:
         """Says which session this is, and notes it in the trace."""
-        training_rows: EncodedRows | None
         main_process_does(partial(self._claim, self._folder(args)))
+        begun = self._trace is None
         if self._trace is None:
             self._trace = self._open_trace(args, model, processing_class, train_dataloader)
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
-            adopted = self.noisy is None and self.trace_dir is None  # from this very loader
-            training_rows = (
-                self._trace.rows
-                if adopted
-                else training_rows_of(args, train_dataloader, scored_length(model, self.max_length))
-            )
+        trained_on: EncodedRows | None = None
+        if begun and self.noisy is None and self.trace_dir is None:  # adopted from this very loader
+            trained_on = self._trace.rows
         else:
-            training_rows = training_rows_of(args, train_dataloader, scored_length(model, self.max_length))
+            try:
+                trained_on = training_rows(args, train_dataloader, scored_length(model, args, self.max_length))
+            except EncodingError as error:
+                logger.warning(
+                    f"The rows of this session cannot be followed, so it is taken for the safety session, S1+. ({error}) If "
+                    "it trains on the noisy set itself, track the safety session only."
+                )
         session: Session = "S1+"
         shared = 0
-        if training_rows is None:
-            logger.warning(
-                "The rows of this session cannot be told apart (packed or streamed), so it is taken for the safety session, "
-                "S1+. If it trains on the noisy set itself, track the safety session only."
-            )
-        else:
+        if trained_on is not None:
             noisy = self._trace.rows
-            shared = rows_found(training_rows, noisy)
+            shared = rows_found(trained_on, noisy)
             if shared >= _SHARE_OF_S1 * len(noisy):
                 session = "S1"
-            elif rows_of_the_same_text(noisy, training_rows) >= _SHARE_OF_S1 * len(noisy):
+            elif rows_of_the_same_text(noisy, trained_on) >= _SHARE_OF_S1 * len(noisy):
                 raise TraceError(
                     "This session trains on the tokens of the noisy set, but other ones of them count in its loss than in "
                     "the rows that the tracker was given. Give it the rows as the trainer takes them (`input_ids` and "
@@ -310,33 +309,44 @@ class ForgetTracker(TrainerCallback):
                 f"This tracker has recorded {session} already (in {self._trace.folder}), and one tracker follows one S1 "
                 "and one S1+. Make a new ForgetTracker, with another `trace_dir` or `output_dir`."
             )
-        if session == "S1+" and training_rows is not None and shared:
+        if session == "S1+" and trained_on is not None and shared:
             logger.warning(
-                f"{shared} of the {len(training_rows)} rows of the safety set are in the noisy set too. They are "
+                f"{shared} of the {len(trained_on)} rows of the safety set are in the noisy set too. They are "
                 "trained on twice and cannot be forgotten; take them out of the safety set."
             )
-        main_process_does(partial(self._trace.begin_session, session, args.output_dir, state.max_steps))
+        begun_earlier = main_process_does(partial(self._trace.begin_session, session, args.output_dir, state.max_steps))
+        if session == "S1+" and "S1" in begun_earlier and not _has_ended("S1", self._recorder.records()):
+            logger.warning(
+                "This session trains on other rows than those tracked, so it is taken for the safety session, S1+. But S1 "
+                f"has a record of its beginning only (in {self._trace.folder}): it was interrupted, or other rows were to "
+                "be finetuned on. Finish S1 first, or choose another `trace_dir` or `output_dir`."
+            )
+        if state.global_step == 0 and (session == "S1" or "S1" not in begun_earlier):
+            main_process_does(partial(self._trace.note_model, *_names(model, processing_class)))
         if not quiet(args):
-            print(f"ForgetTracker: {self._cost(args, state, model, training_rows)}")
+            shares = (
+                "" if trained_on is None else f" (trains on {shared:,} of the {len(self._trace.rows):,} rows tracked)"
+            )
+            print(f"ForgetTracker: {session}{shares}. {self._cost(args, state, model, trained_on)}")
         return session
 
     def _cost(
-        self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, training_rows: EncodedRows | None
+        self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, trained_on: EncodedRows | None
     ) -> str:
         """What the records of this session will cost, in words. Generation (`rouge1=True`) is not in it."""
         rows = self.trace.rows
         records = 2 if self.record_steps is None else 1 + math.ceil(state.max_steps / self._record_every(state))
         read = sum(int(needed_lengths(window).sum()) for window in rows.windows())
-        words = f"up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
+        words = f"Up to {records} records of {len(rows):,} samples, up to {read:,} tokens each"
         tokens = records * read
         if self.stop_early:
             checks = sum(map(is_checked, range(1, state.max_steps - args.get_warmup_steps(state.max_steps))))
             words += f", and up to {checks} checks of {followed(len(rows))} samples"
             tokens += checks * math.ceil(read * followed(len(rows)) / len(rows))
-        if training_rows is None:
+        if trained_on is None:
             return words
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        trained = samples * len(training_rows.tokens) / len(training_rows)  # in a step
+        trained = samples * len(trained_on.tokens) / len(trained_on)  # in a step
         # A backward pass costs two forward ones, or one where nearly all weights are frozen (adapters).
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
@@ -363,7 +373,7 @@ class ForgetTracker(TrainerCallback):
         folder = self._folder(args)
         if self.trace_dir is not None and self.noisy is None and main_process_does(partial(Trace.exists, folder)):
             return Trace.open(folder)
-        context = scored_length(model, self.max_length)
+        context = scored_length(model, args, self.max_length)
         rows = noisy_rows(self.noisy, args, processing_class, train_dataloader, context)
         if rows.truncated:
             logger.warning(
@@ -376,25 +386,27 @@ class ForgetTracker(TrainerCallback):
                 f"{uncounted} of {len(rows)} samples have no counted token, so they have no loss: their forgetting is "
                 "NaN and they are kept. Look at their labels and at max_length."
             )
-        tokenizer = whole_name(processing_class.name_or_path) if processing_class is not None else None
+        encoding = encoding_of(args, processing_class)
 
         def create_or_find() -> dict[str, Any] | None:
             if Trace.exists(folder):
                 return None
-            return Trace.create(folder, rows, whole_name(model.config.name_or_path), tokenizer, context).manifest
+            return Trace.create(folder, rows, *_names(model, processing_class), context, encoding).manifest
 
         manifest = main_process_does(create_or_find)
         if manifest is not None:
             return Trace(folder, rows, manifest)
         trace = Trace.open(folder)
-        if trace.rows.fingerprint != rows.fingerprint:
-            found = rows_found(rows, trace.rows)
+        found = rows_found(rows, trace.rows)
+        if not found == len(rows) == len(trace.rows):  # in that order or in another
             raise TraceError(
                 f"The trace in {folder} is of another dataset or tokenizer: {found} of the {len(rows)} samples here are "
                 f"among its {len(trace.rows)} (tokenizer {trace.manifest['tokenizer']!r}, max_length and chat template "
                 "must be the same too). Choose another `trace_dir` or `output_dir`, or delete the folder. If this is the "
                 f"safety session of that trace, say so: `ForgetTracker(trace_dir={str(folder)!r})`."
             )
+        if self._unsafe is not None:
+            self._unsafe = self._unsafe[pc.index_in(trace.rows.ids, value_set=rows.ids).to_numpy()]
         return trace
 
     # ---- records ----
@@ -440,6 +452,17 @@ class ForgetTracker(TrainerCallback):
     def _forgetting(self, step: int) -> tuple[np.ndarray, float]:
         values = self.trace.forgetting(step=step)
         return values, self.trace.nats_per_change(values, step)
+
+
+def _has_ended(session: Session, records: list[Record]) -> bool:
+    """Whether there is a record of it past its beginning."""
+    return any(record.session == session and record.step > 0 for record in records)
+
+
+def _names(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | None) -> tuple[str, str | None]:
+    """Of the model and its tokenizer, so that they are found again."""
+    tokenizer = whole_name(processing_class.name_or_path) if processing_class is not None else None
+    return whole_name(model.config.name_or_path), tokenizer
 
 
 def _since_warmup(args: TrainingArguments, state: TrainerState) -> int:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,7 +28,7 @@ from .tracker import ForgetTracker
 
 logger = get_logger(__name__)  # says things once, on the main process
 
-FILTER_FOLDER = "forgetfilter-decision"
+FILTER_FOLDER = "_forgetfilter-decision"  # not pushed to the Hub, as the trace is not
 # M0 check: on so many samples, the mean loss may differ by so much (nats per token). Loading M0 in another precision
 # moves it by a hundredth; one epoch of finetuning by a tenth and more.
 CHECKED_SAMPLES = 32
@@ -104,7 +105,7 @@ class FilteredTrainer(Filtering, Trainer):
             The removed rows as given; `None` without `forgetting`.
         filter_result ([`FilterResult`]):
             Values, φ, how φ was chosen, counts; `None` without `forgetting`. Written, with the removed rows, into
-            `output_dir/forgetfilter-decision`.
+            `output_dir/_forgetfilter-decision`.
 
     Raises:
         ValueError: if more than 1 % of the rows have no forgetting value, or everything would be removed; if `forgetting`
@@ -196,6 +197,12 @@ class BaseModelCheck(TrainerCallback):
         reason = cannot_record(kwargs["model"])
         if reason is not None:
             logger.warning(f"It could not be checked that this model is the base model ({reason}).")
+            return
+        model = kwargs["model"]
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            logger.warning(
+                "It could not be checked that this model is the base model: its prompt is drawn anew each time."
+            )
             return
         if self.trace is None or self.trace.base_record is None:
             logger.warning(

@@ -117,7 +117,7 @@ def test_bad_tables(name, command, files, tmp_path):
         result = call("score", "--noisy", path, "--before", files["model"], "--output", output)
     refused(result, said)
     assert (
-        not (output / "kept.jsonl").exists() and not Trace.exists(output) and not Trace.exists(output / "forgetfilter")
+        not (output / "kept.jsonl").exists() and not Trace.exists(output) and not Trace.exists(output / "_forgetfilter")
     )
 
 
@@ -263,7 +263,7 @@ def test_a_row_of_a_hundred_thousand_tokens(byte_tokenizer):
 
 
 def edit(folder: Path, **changes: object) -> None:
-    file = folder / "forgetfilter" / "manifest.json"
+    file = folder / "_forgetfilter" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in (manifest | changes).items() if value != "DELETED"}))
 
@@ -274,10 +274,10 @@ DAMAGES = {
     "a version that is a text": lambda out: edit(out, schema_version="one"),
     "another fingerprint": lambda out: edit(out, fingerprint="0" * 32),
     "no sessions": lambda out: edit(out, sessions="DELETED"),
-    "a manifest that is a list": lambda out: (out / "forgetfilter" / "manifest.json").write_text("[]"),
-    "an empty manifest": lambda out: (out / "forgetfilter" / "manifest.json").write_text(""),
-    "no rows": lambda out: (out / "forgetfilter" / "rows.parquet").unlink(),
-    "rows cut off": lambda out: cut(out / "forgetfilter" / "rows.parquet"),
+    "a manifest that is a list": lambda out: (out / "_forgetfilter" / "manifest.json").write_text("[]"),
+    "an empty manifest": lambda out: (out / "_forgetfilter" / "manifest.json").write_text(""),
+    "no rows": lambda out: (out / "_forgetfilter" / "rows.parquet").unlink(),
+    "rows cut off": lambda out: cut(out / "_forgetfilter" / "rows.parquet"),
     "rows of another trace": lambda out: swap_rows(out),
     "a record cut off": lambda out: cut(last_record(out)),
     "an empty record": lambda out: last_record(out).write_bytes(b""),
@@ -295,7 +295,7 @@ DAMAGES = {
     "a record with gaps": lambda out: edit_record(
         out, lambda losses: pa.array([None, *losses.to_pylist()[1:]], losses.type)
     ),
-    "no manifest": lambda out: (out / "forgetfilter" / "manifest.json").unlink(),
+    "no manifest": lambda out: (out / "_forgetfilter" / "manifest.json").unlink(),
 }
 
 
@@ -309,7 +309,7 @@ def with_gaps(table: pa.Table) -> pa.Table:
 
 
 def edit_rows(out: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    file = out / "forgetfilter" / "rows.parquet"
+    file = out / "_forgetfilter" / "rows.parquet"
     pq.write_table(change(pq.read_table(file)), file)
 
 
@@ -319,7 +319,7 @@ def edit_record(out: Path, change: Callable[[pa.Array], pa.Array]) -> None:
 
 
 def last_record(out: Path) -> Path:
-    return sorted((out / "forgetfilter" / "records").glob("S1+*"))[-1]
+    return sorted((out / "_forgetfilter" / "records").glob("S1+*"))[-1]
 
 
 def cut(file: Path) -> None:
@@ -327,13 +327,13 @@ def cut(file: Path) -> None:
 
 
 def swap_rows(out: Path) -> None:
-    trace = Trace.open(out / "forgetfilter")
+    trace = Trace.open(out / "_forgetfilter")
     Trace.create(out / "other", trace.rows.select([0, 1, 2]), "m", None, None)
     shutil.copyfile(out / "other" / "rows.parquet", trace.folder / "rows.parquet")
 
 
 def other_record(out: Path) -> None:
-    trace = Trace.open(out / "forgetfilter")
+    trace = Trace.open(out / "_forgetfilter")
     rows = trace.rows.select([0, 1, 2])
     other = Trace.create(out / "other", rows, "m", None, None)
     other.append(Record("S1+", 0), [Scores(np.ones(rows.counted_offsets[-1], np.float32))])
@@ -350,17 +350,17 @@ def test_damaged_traces_are_refused_by_every_command(damage, run_folder, tmp_pat
     refused(call("filter", run_folder, "--output", output))
     assert not output.exists() and not (tmp_path / "page.html").exists()
     with pytest.raises(TraceError):
-        Trace.open(run_folder / "forgetfilter").forgetting()
+        Trace.open(run_folder / "_forgetfilter").forgetting()
 
 
 def test_a_missing_record_is_told(run_folder):
-    (run_folder / "forgetfilter" / "records" / Record("S1+", 0).file_name).unlink()
+    (run_folder / "_forgetfilter" / "records" / Record("S1+", 0).file_name).unlink()
     refused(call("show", run_folder), "no record at step 0")
     refused(call("doctor", run_folder), "no record at step 0")
 
 
 def test_a_trace_without_its_folder_of_records_is_told(run_folder):
-    shutil.rmtree(run_folder / "forgetfilter" / "records")
+    shutil.rmtree(run_folder / "_forgetfilter" / "records")
     refused(call("show", run_folder), "the session on the noisy set only")
     assert "There are no records yet" in call("doctor", run_folder).output
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import yaml
 from conftest import hostile_trace, texts, tiny_llama
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, GPT2Config, MambaConfig
 from typer.testing import CliRunner, Result
 
-import forgetfilter_callback
+import forgetfilter_callback.checkpoints
 from forgetfilter_callback import (
     DataError,
     DecisionError,
@@ -37,6 +39,7 @@ from forgetfilter_callback.cli import app
 from forgetfilter_callback.demo import trainable
 from forgetfilter_callback.forgetting import mean_losses
 from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.run import context_of
 from forgetfilter_callback.scoring import token_losses
 from forgetfilter_callback.trace import Record
 
@@ -66,7 +69,7 @@ def test_run_parts_the_rows_and_finetunes_on_what_is_left(finished, files):
         for name in ("kept.jsonl", "removed.jsonl")
     )
     assert (account["samples"], account["removed"], account["kept"]) == (12, len(removed), len(kept)) == (12, 3, 9)
-    values = Trace.open(output / "forgetfilter").forgetting(account["measure"])
+    values = Trace.open(output / "_forgetfilter").forgetting(account["measure"])
     most = set(np.argsort(-values)[:3].tolist())
     assert removed == [row for index, row in enumerate(rows) if index in most]
     assert kept == [row for index, row in enumerate(rows) if index not in most]
@@ -79,7 +82,7 @@ def test_the_configuration_that_a_run_wrote_runs_it_again(finished, files, tmp_p
     again = call("run", "--config", output / "config.yaml", "--output", tmp_path / "again", "--no-refit", "--json")
     assert again.exit_code == 0, again.output
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["learning_rate"] == 3e-2
-    first, second = (Trace.open(folder / "forgetfilter") for folder in (output, tmp_path / "again"))
+    first, second = (Trace.open(folder / "_forgetfilter") for folder in (output, tmp_path / "again"))
     assert first.records() == second.records()
     np.testing.assert_array_equal(first.losses(), second.losses())
     assert (output / "kept.jsonl").read_bytes() == (tmp_path / "again" / "kept.jsonl").read_bytes()
@@ -90,7 +93,7 @@ def test_the_configuration_that_a_run_wrote_runs_it_again(finished, files, tmp_p
 def test_s1plus_trains_like_s1_unless_told_otherwise(finished, files, tmp_path, safety_learning_rate, alike):
     flags = [*settings(files, tmp_path), "--share", 0.25, "--safety-learning-rate", safety_learning_rate]
     assert call("run", *flags).exit_code == 0
-    first, second = (Trace.open(folder / "forgetfilter").losses() for folder in (finished[0], tmp_path))
+    first, second = (Trace.open(folder / "_forgetfilter").losses() for folder in (finished[0], tmp_path))
     np.testing.assert_array_equal(first[:2], second[:2])  # S1
     assert (first == second).all() == alike
 
@@ -134,6 +137,54 @@ def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
     assert filtered.exit_code == 0 and json.loads(filtered.stdout)["removed"] == 6  # it finds the rows by itself
 
 
+def test_score_holds_one_model_at_a_time_and_gives_its_folder_back(files, tmp_path, monkeypatch):
+    """Two may not fit, and a model that cannot be loaded is no reason to hold the folder."""
+    loaded, load = [], forgetfilter_callback.checkpoints._load
+
+    def load_one(checkpoint, device):
+        gc.collect()
+        assert not [model for model in loaded if model() is not None]
+        model = load(checkpoint, device)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("forgetfilter_callback.checkpoints._load", load_one)
+    arguments = (
+        "score",
+        "--noisy",
+        files["noisy"],
+        "--before",
+        files["model"],
+        "--output",
+        tmp_path / "trace",
+        "--after",
+    )
+    result = call(*arguments, tmp_path / "nothing")
+    assert result.exit_code == 2 and "cannot be loaded" in result.output
+    lock = Trace.lock(tmp_path / "trace")
+    assert lock.lock_counter == 1  # it was free
+    lock.release()
+    result = call(*arguments, files["model"])
+    assert result.exit_code == 0, result.output
+    assert len(loaded) == 3 and Trace.open(tmp_path / "trace").manifest["model"] == str(files["model"])
+
+
+def test_context_is_known_by_the_name_that_a_family_gives_it(tmp_path):
+    GPT2Config(n_positions=32).save_pretrained(tmp_path / "gpt2")
+    MambaConfig().save_pretrained(tmp_path / "mamba")
+    assert (context_of(str(tmp_path / "gpt2")), context_of(str(tmp_path / "mamba"))) == (32, None)
+
+
+def test_a_record_of_s1plus_can_be_named(finished, tmp_path):
+    steps = [record.step for record in Trace.open(finished[0] / "_forgetfilter").records() if record.session == "S1+"]
+    result = call("show", finished[0], "--step", steps[-1] + 1)
+    assert result.exit_code == 2 and f"no record at step {steps[-1] + 1}" in result.output
+    said = [call("show", finished[0], "--step", step, "--json").stdout for step in steps[1:]]
+    assert said[-1] == call("show", finished[0], "--json").stdout
+    filtered = call("filter", finished[0], "--output", tmp_path / "f", "--step", steps[-1], "--json")
+    assert json.loads(filtered.stdout)["removed"] == json.loads(said[-1])["removed"]
+
+
 def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):
     adapter = finished[0] / "model"
     result = call("score", "--noisy", files["noisy"], "--before", adapter, "--output", tmp_path / "trace")
@@ -151,7 +202,7 @@ def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):
 
 def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp_path, byte_tokenizer, make_args):
     output, _ = finished
-    trace = Trace.open(output / "forgetfilter")
+    trace = Trace.open(output / "_forgetfilter")
     values = trace.forgetting("loss")
     ids = trace.rows.ids.to_pylist()
     phi = float(np.sort(values)[-3])
@@ -173,7 +224,7 @@ def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp
     )
     trainer = FilteredTrainer(
         tiny_llama(vocab_size=len(byte_tokenizer)), make_args(), train_dataset=dataset,
-        forgetting=output / "forgetfilter", decision=decision,
+        forgetting=output / "_forgetfilter", decision=decision,
     )  # fmt: skip
     assert set(np.flatnonzero(trainer.filter_result.removed).tolist()) == expected
 
@@ -203,7 +254,7 @@ def test_every_way_to_decide_asks_whether_samples_became_less_likely(
     monkeypatch.setattr(Trace, "forgetting", lambda self, measure="smoothed", step=None: values)
 
     def decided(folder: Path) -> dict[str, str]:
-        trace = Trace.open(finished[0] / "forgetfilter")
+        trace = Trace.open(finished[0] / "_forgetfilter")
         model = tiny_llama(vocab_size=len(byte_tokenizer))
         rows = trainable(load_rows(files["noisy"]).to_list(), byte_tokenizer)
         trainer = FilteredTrainer(model, make_args(folder.name), train_dataset=rows, forgetting=str(trace.folder),
@@ -223,7 +274,7 @@ def test_every_way_to_decide_asks_whether_samples_became_less_likely(
 
 
 def test_a_decision_beside_other_settings(finished, tmp_path):
-    trace = Trace.open(finished[0] / "forgetfilter")
+    trace = Trace.open(finished[0] / "_forgetfilter")
     file = tmp_path / "decision.json"
     review = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": trace.identity()}
     file.write_text(json.dumps(review))
@@ -338,12 +389,12 @@ def test_a_dry_run_counts_the_steps_that_a_run_makes(files, tmp_path):
     ]
     planned = json.loads(call("run", *arguments, "--dry-run", "--json").stdout)
     assert call("run", *arguments).exit_code == 0
-    made = [entry["max_steps"] for entry in Trace.open(tmp_path / "out" / "forgetfilter").manifest["sessions"]]
+    made = [entry["max_steps"] for entry in Trace.open(tmp_path / "out" / "_forgetfilter").manifest["sessions"]]
     assert [planned["steps"], planned["safety_steps"]] == made
 
 
 def test_score_leaves_a_tracked_trace_alone_and_makes_none_for_a_model_that_is_not_there(finished, files, tmp_path):
-    trace = finished[0] / "forgetfilter"
+    trace = finished[0] / "_forgetfilter"
     mixed = call("score", "--noisy", files["noisy"], "--before", files["model"], "--output", trace)
     assert mixed.exit_code == 2 and "were tracked" in mixed.output
     missing = call("score", "--noisy", files["noisy"], "--before", tmp_path / "none", "--tokenizer", files["model"],
@@ -359,7 +410,7 @@ def test_rows_that_are_cut_are_counted(files, tmp_path, caplog):
     scored = call("score", "--noisy", given["noisy"], "--before", files["model"], "--output", tmp_path / "scored")
     assert scored.exit_code == 0
     assert caplog.text.count("1 of 12 rows were longer than 64 tokens") == 2
-    for folder in (tmp_path / "out" / "forgetfilter", tmp_path / "scored"):
+    for folder in (tmp_path / "out" / "_forgetfilter", tmp_path / "scored"):
         assert Trace.open(folder).manifest["truncated"] == 1
 
 
@@ -399,7 +450,7 @@ def test_every_public_name_is_there():
 def test_a_run_beside_another_changes_nothing(finished, files):
     output, _ = finished
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and file.name != ".lock"}
-    lock = output / "forgetfilter" / ".lock"
+    lock = output / "_forgetfilter" / ".lock"
     hold = "import filelock, sys; l = filelock.FileLock(sys.argv[1]); l.acquire(); print('held', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -416,16 +467,16 @@ def test_a_file_that_changes_during_a_run_does_not_mix_rows_up(files, tmp_path, 
     noisy = tmp_path / "noisy.jsonl"
     noisy.write_text(files["noisy"].read_text())
     given = [json.loads(line) for line in noisy.read_text().splitlines()]
-    decided = forgetfilter_callback.run.decide
+    decided = forgetfilter_callback.run.find_forgotten
 
     def decide_after_a_change(*arguments, **more):
         noisy.write_text("\n".join(reversed(noisy.read_text().splitlines())))
         return decided(*arguments, **more)
 
-    monkeypatch.setattr(forgetfilter_callback.run, "decide", decide_after_a_change)
+    monkeypatch.setattr(forgetfilter_callback.run, "find_forgotten", decide_after_a_change)
     result = call("run", *settings({**files, "noisy": noisy}, tmp_path / "out"), "--share", 0.25, "--json")
     assert result.exit_code == 0, result.output
-    values = Trace.open(tmp_path / "out" / "forgetfilter").forgetting()
+    values = Trace.open(tmp_path / "out" / "_forgetfilter").forgetting()
     most = np.argsort(-values)[:3].tolist()
     removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
     assert removed == [row for index, row in enumerate(given) if index in most]

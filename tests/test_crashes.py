@@ -99,7 +99,7 @@ def test_training_goes_on_where_the_disk_does_not(
     # Said once a session that lost it; some writes are not reached in both, or not so often.
     said = caplog.text.count("FORGETTING IS NO LONGER TRACKED")
     assert said <= 2
-    folder = Path(make_args("s1").output_dir) / "forgetfilter"
+    folder = Path(make_args("s1").output_dir) / "_forgetfilter"
     if Trace.exists(folder):
         trace = Trace.open(folder)
         assert all(np.isfinite(trace.token_losses(record)).all() for record in trace.records())
@@ -192,7 +192,7 @@ sys.stdin.readline()
 
 
 def test_two_runs_in_one_folder_are_refused(noisy, make_args, collator, tmp_path):
-    folder = tmp_path / "run" / "forgetfilter"
+    folder = tmp_path / "run" / "_forgetfilter"
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

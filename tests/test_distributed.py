@@ -18,7 +18,7 @@ from test_tracker import reference_means
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker, Record, Trace, encode_rows
-from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.model_state import cannot_record, untouched
 from forgetfilter_callback.scoring import token_losses
 
 
@@ -132,7 +132,7 @@ def tracked(tmp_path_factory, kind) -> Path:
 
 
 def test_values_are_those_of_one_process(tracked):
-    trace, noisy = Trace.open(tracked / "s1" / "forgetfilter"), random_rows(17, seed=1)
+    trace, noisy = Trace.open(tracked / "s1" / "_forgetfilter"), random_rows(17, seed=1)
     model = tiny_llama()
     expected = {Record("S1", 0): reference_means(model, noisy)}
     for folder, last, next_first in (("s1", Record("S1", 10), Record("S1+", 0)), ("s1plus", Record("S1+", 6), None)):
@@ -146,7 +146,7 @@ def test_values_are_those_of_one_process(tracked):
 
 def test_all_processes_decide_alike(tracked):
     decisions = [json.loads((tracked / f"rank-{rank}.json").read_text())[1] for rank in range(2)]
-    values = Trace.open(tracked / "s1" / "forgetfilter").forgetting()
+    values = Trace.open(tracked / "s1" / "_forgetfilter").forgetting()
     assert decisions[0] == decisions[1] == np.sort(np.argsort(values)[-5:]).tolist()
 
 
@@ -168,7 +168,7 @@ def test_training_is_untouched_on_every_process(tracked, kind, tmp_path):
 def test_a_process_without_a_row(tmp_path, kind):
     process = launch(tmp_path / "three", "stopping", 2, kind, processes=3)
     assert process.returncode == 0, process.stderr[-4000:]
-    trace = Trace.open(tmp_path / "three" / "s1" / "forgetfilter")
+    trace = Trace.open(tmp_path / "three" / "s1" / "_forgetfilter")
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(2, seed=1)), rtol=1e-5)
     checks = json.loads((trace.folder / "settling.json").read_text())
     assert [check["step"] for check in checks] == [4, 6, 8]
@@ -176,7 +176,7 @@ def test_a_process_without_a_row(tmp_path, kind):
 
 def test_a_failure_of_the_main_process_ends_all(tmp_path):
     (tmp_path / "full" / "s1").mkdir(parents=True)
-    (tmp_path / "full" / "s1" / "forgetfilter").write_text("a file where the trace's folder should be")
+    (tmp_path / "full" / "s1" / "_forgetfilter").write_text("a file where the trace's folder should be")
     process = launch(tmp_path / "full", "tracked", 6)
     assert process.returncode != 0
     assert "FileExistsError" in process.stderr or "NotADirectoryError" in process.stderr
@@ -193,7 +193,7 @@ def test_sharded_weights_on_gpus(config, tmp_path):
     assert process.returncode == 0, process.stderr[-4000:]
     model = tiny_llama()
     model.load_state_dict(weights(tmp_path / "gpus" / "s1plus.pt"))
-    losses = Trace.open(tmp_path / "gpus" / "s1" / "forgetfilter").losses()
+    losses = Trace.open(tmp_path / "gpus" / "s1" / "_forgetfilter").losses()
     np.testing.assert_allclose(losses[-1], reference_means(model, random_rows(17, seed=1)), rtol=1e-4)
 
 
@@ -205,6 +205,12 @@ def test_weights_sharded_otherwise_are_refused(sharding, noisy, make_args, colla
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", sharding)
     with pytest.raises(NotImplementedError, match="sharded"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("whole", [DistributedType.MULTI_NPU, DistributedType.MULTI_XPU, DistributedType.MULTI_GPU])
+def test_whole_weights_on_any_accelerator_are_recorded(whole, monkeypatch):
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", whole)
+    assert cannot_record(tiny_llama()) is None
 
 
 def test_score_shares_the_rows_out(tmp_path, byte_tokenizer):

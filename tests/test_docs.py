@@ -86,7 +86,7 @@ def test_the_commands_run(workplace):
         program, *arguments = shlex.split(command)
         assert program == "forgetfilter"
         if "decision.json" in arguments:
-            identity = Trace.open("out/forgetfilter").identity()
+            identity = Trace.open("out/_forgetfilter").identity()
             decision = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": identity}
             (workplace / "decision.json").write_text(json.dumps(decision))
         result = CliRunner().invoke(app, arguments)

@@ -67,6 +67,33 @@ def test_losses_and_training_with_an_adapter(name, noisy, safety, make_args, col
         assert torch.equal(one, other) and one.requires_grad == other.requires_grad, key
 
 
+def test_a_prompt_that_is_drawn_anew_is_no_other_base_model(noisy, safety, make_args, collator, caplog):
+    """With it the losses of M0 are others than in S1's first record."""
+
+    def prompted(seed):
+        base = tiny_llama()
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.mul_(4)  # so that it looks at its prompt
+        model = get_peft_model(base, CONFIGS["prompt tuning"])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter.normal_()
+        return model
+
+    model, tracker = prompted(1), ForgetTracker()
+    for folder, rows in (("s1", noisy), ("s1plus", safety)):
+        train(model, make_args(folder), rows, collator, tracker)
+    anew = prompted(2)
+    first = tracker.trace.losses()[0]
+    assert np.abs(reference_means(anew.eval(), noisy) - first).mean() > forgetfilter_callback.trainer.MOST_DIFFERENCE
+    FilteredTrainer(
+        anew, make_args("refit"), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+    ).train()
+    assert "its prompt is drawn anew" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("quantisation", "precision"),
     [

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from forgetfilter_callback import EncodingError, FilterResult, ForgetTracker, NotOneSampleARow
+from forgetfilter_callback import EncodingError, FilterResult, ForgetTracker, NotOneSampleARow, Record, encode_rows
 from forgetfilter_callback.sft import FilteredSFTTrainer
 
 
@@ -101,8 +101,12 @@ def test_losses_are_those_of_sfttrainers_own_evaluation(case, named, config, cha
     tracker = ForgetTracker(rows if named else None)
     SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
     expected = one_row_losses(rows, config(**settings), chat_tokenizer)
-    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+    trace = tracker.trace
+    np.testing.assert_allclose(trace.losses()[0], expected, rtol=1e-5)
     assert len(set(expected.round(6))) == len(rows)
+    # What the trace keeps reads the rows again, as `forgetfilter filter` does.
+    length, encoding = trace.manifest["max_length"], trace.manifest["encoding"]
+    assert encode_rows(rows, chat_tokenizer, length, **encoding).ids == trace.rows.ids
 
 
 def test_a_formatting_function(config, chat_tokenizer):
@@ -138,6 +142,25 @@ def test_packed_safety_session_with_named_rows(strategy, config, chat_tokenizer)
     assert [record.session for record in tracker.trace.records()] == ["S1+", "S1+"]
     expected = one_row_losses(rows, config(max_length=32), chat_tokenizer)
     np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+def test_a_safety_session_of_preferences(config, chat_tokenizer, caplog):
+    """Its rows cannot be followed, and need not."""
+    rows = rows_of("text")
+    safety = Dataset.from_list([{"prompt": "the cat", "chosen": " sat", "rejected": " ran"}] * 8)
+    args = DPOConfig(config().output_dir, max_steps=2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+                     save_strategy="no")  # fmt: skip
+    tracker = ForgetTracker(rows)
+    DPOTrainer(
+        tiny_llama(),
+        tiny_llama(),
+        args=args,
+        train_dataset=safety,
+        processing_class=chat_tokenizer,
+        callbacks=[tracker],
+    ).train()
+    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 2)]
+    assert "cannot be followed, so it is taken for the safety session" in caplog.text
 
 
 def test_packed_rows_cannot_be_adopted(config, chat_tokenizer):
@@ -225,7 +248,7 @@ def test_filtered_sft_trainer_removes_raw_rows_before_packing(packing, shuffle, 
         token for row in as_usual["input_ids"] for token in row
     )
     assert (trainer.train_dataset.column_names == as_usual.column_names) and len(tokens) == len(as_usual)
-    assert (tracker.trace.folder.parent / "forgetfilter-decision" / "removed.jsonl").exists()
+    assert (tracker.trace.folder.parent / "_forgetfilter-decision" / "removed.jsonl").exists()
     trainer.train()
 
 
@@ -263,7 +286,7 @@ def test_rows_that_sfttrainer_drops_are_kept_and_not_known(config, chat_tokenize
     result = trainer.filter_result
     assert result.counts == {"samples": 10, "removed": 2, "kept": 8, "unknown": 1} and np.isnan(result.values[0])
     assert np.flatnonzero(result.removed).tolist() == [8, 9]  # in the rows as given
-    again = FilterResult.load(trainer.args.output_dir + "/forgetfilter-decision")
+    again = FilterResult.load(trainer.args.output_dir + "/_forgetfilter-decision")
     assert again.ids == result.ids and again.ids.null_count == 1
 
 

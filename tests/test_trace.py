@@ -80,6 +80,7 @@ def test_the_manifest_says_what_was_recorded(trace, rows):
         "model": "a model",
         "tokenizer": "a tokenizer",
         "max_length": 64,
+        "encoding": {},
         "versions": {name: version(name) for name in libraries},
         "sessions": [],
     }

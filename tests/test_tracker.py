@@ -10,12 +10,14 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_rows, tiny_llama, tiny_lora
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from test_scoring import reference_losses
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -25,7 +27,15 @@ from transformers import (
 )
 
 import forgetfilter_callback.tracker
-from forgetfilter_callback import EncodingError, ForgetTracker, NotOneSampleARow, Record, Trace, TraceError
+from forgetfilter_callback import (
+    EncodingError,
+    FilteredTrainer,
+    ForgetTracker,
+    NotOneSampleARow,
+    Record,
+    Trace,
+    TraceError,
+)
 from forgetfilter_callback.scoring import window_scores
 
 
@@ -58,7 +68,7 @@ def test_one_tracker_through_both_sessions(noisy, safety, make_args, collator):
     assert trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
     np.testing.assert_allclose(trace.losses(), [base, learnt, learnt, forgotten], rtol=1e-5)
     np.testing.assert_allclose(trace.forgetting("loss"), forgotten - learnt, atol=1e-5)
-    assert trace.folder == Path(make_args("s1").output_dir) / "forgetfilter"
+    assert trace.folder == Path(make_args("s1").output_dir) / "_forgetfilter"
     np.testing.assert_allclose(Trace.open(trace.folder).losses(), trace.losses())
     np.testing.assert_allclose(
         trace.token_losses(Record("S1+", 6)), reference_losses(model, noisy), rtol=1e-4, atol=1e-5
@@ -83,7 +93,8 @@ def test_what_records_will_cost_is_said_at_the_start(make_model, passes, noisy, 
     read = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
     steps = math.ceil(4 * read / (passes * 4 * np.mean(lengths)))  # of four rows each
     assert (
-        f"up to 4 records of 24 samples, up to {read} tokens each: at most the compute of {steps} training steps "
+        "ForgetTracker: S1 (trains on 24 of the 24 rows tracked). "
+        f"Up to 4 records of 24 samples, up to {read} tokens each: at most the compute of {steps} training steps "
         f"({steps / 12:.0%} of this session's 12)"
     ) in capsys.readouterr().out
 
@@ -375,7 +386,7 @@ def test_a_killed_process_leaves_a_readable_trace(tmp_path):
     script = KILLED.format(tests=str(Path(__file__).parent), output=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    trace = Trace.open(tmp_path / "forgetfilter")
+    trace = Trace.open(tmp_path / "_forgetfilter")
     assert trace.records() == [Record("S1", 0), Record("S1", 2)]
     assert np.isfinite(trace.losses()).all()
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(6)), rtol=1e-5)
@@ -628,8 +639,111 @@ def test_a_collator_that_draws_is_refused(noisy, make_args, collator):
     trainer = Trainer(
         tiny_llama(), make_args(), train_dataset=noisy, data_collator=masking, callbacks=[ForgetTracker()]
     )
-    with pytest.raises(EncodingError, match="Row 0: the collator makes another batch of the same row each time"):
+    with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another batch of the same row"):
         trainer.train()
+
+
+def test_a_dataset_that_draws_is_refused(noisy, make_args, collator):
+    """Such as one that puts a random prompt before each row."""
+
+    class Drawing(torch.utils.data.Dataset):
+        rng = np.random.default_rng(0)
+
+        def __len__(self):
+            return len(noisy)
+
+        def __getitem__(self, index):
+            row, prompt = noisy[index], self.rng.integers(5, 30, 3).tolist()
+            return {"input_ids": prompt + row["input_ids"], "labels": [-100] * 3 + row["labels"]}
+
+    with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another"):
+        train(Drawing(), make_args, collator, ForgetTracker())
+
+
+def test_a_safety_session_may_draw(noisy, safety, make_args, collator, caplog):
+    """Its rows are not followed."""
+
+    def masking(rows):
+        batch = collator(rows)
+        batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
+        return batch
+
+    model, tracker = tiny_llama(), ForgetTracker()
+    for rows, collate in ((noisy, collator), (safety, masking)):
+        Trainer(model, make_args(), train_dataset=rows, data_collator=collate, callbacks=[tracker]).train()
+    assert tracker.trace.records()[-1] == Record("S1+", 6)
+    assert "cannot be followed, so it is taken for the safety session" in caplog.text
+
+
+def test_nothing_of_the_rows_is_pushed_to_the_hub(noisy, safety, make_args, collator, monkeypatch):
+    pushed = []
+
+    def upload_folder(folder_path, ignore_patterns, **kwargs):
+        files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
+        pushed.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(Trainer, "create_model_card", lambda self, **kwargs: None)
+    model, tracker = tiny_llama(), ForgetTracker()
+    for rows in (noisy, safety):
+        args = make_args("out", push_to_hub=True)
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[tracker])
+        trainer.train()
+        trainer.push_to_hub()
+    FilteredTrainer(
+        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+    ).push_to_hub()
+    folder = Path(args.output_dir)
+    assert (folder / "_forgetfilter" / "rows.parquet").exists()
+    assert (folder / "_forgetfilter-decision" / "removed.jsonl").exists()
+    assert "model.safetensors" in pushed and not [name for name in pushed if "forgetfilter" in name]
+
+
+def test_other_rows_after_an_interrupted_session_are_told(noisy, make_args, collator, caplog):
+    """Taken for S1+, unless one says otherwise: a second job of two."""
+    folder = make_args("t").output_dir
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
+            callbacks=[ForgetTracker(trace_dir=folder), Interrupt()],
+        ).train()  # fmt: skip
+    assert "interrupted" not in caplog.text
+    train(random_rows(24, seed=7), make_args, collator, ForgetTracker(trace_dir=folder))
+    assert "S1 has a record of its beginning only" in caplog.text
+
+
+def test_rows_in_another_order_go_on_with_the_trace(noisy, safety, make_args, collator):
+    audited = noisy.add_column("unsafe", [index % 3 == 0 for index in range(len(noisy))])
+    folder = make_args("t").output_dir
+    tracker = ForgetTracker(audited.shuffle(seed=1), trace_dir=folder, audit_column="unsafe")
+    model = tiny_llama()
+    for rows, its_tracker in ((noisy, ForgetTracker(trace_dir=folder)), (safety, tracker)):
+        Trainer(model, make_args(), train_dataset=rows, data_collator=collator, callbacks=[its_tracker]).train()
+    trace = tracker.trace
+    assert trace.rows.ids == forgetfilter_callback.encode_rows(noisy).ids
+    assert tracker._unsafe.tolist() == audited["unsafe"]
+    assert [record.session for record in trace.records()] == ["S1", "S1", "S1+", "S1+"]
+
+
+def test_the_model_that_a_trace_names_is_the_one_that_s1_began_with_last(noisy, safety, make_args, collator):
+    for name in ("org/first", "org/second"):
+        model, tracker = tiny_llama(), ForgetTracker()
+        model.config.name_or_path = name
+        Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+        model.config.name_or_path = "org/learnt"
+        Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+        assert Trace.open(tracker.trace.folder).manifest["model"] == name
+
+
+def test_named_rows_as_a_stream_are_refused(noisy, safety, make_args, collator):
+    with pytest.raises(NotOneSampleARow, match="map-style dataset or a list of rows"):
+        train(safety, make_args, collator, ForgetTracker(noisy.to_iterable_dataset()))
 
 
 def test_named_rows_of_which_other_tokens_count_are_refused(noisy, make_args, collator):

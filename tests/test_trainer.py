@@ -121,7 +121,7 @@ def test_the_account_is_written_beside_the_checkpoints(noisy, tracker, make_args
     trainer = FilteredTrainer(
         tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
     )
-    folder = Path(args.output_dir) / "forgetfilter-decision"
+    folder = Path(args.output_dir) / "_forgetfilter-decision"
     again, result = FilterResult.load(folder), trainer.filter_result
     np.testing.assert_array_equal(again.values, result.values)
     np.testing.assert_array_equal(again.removed, result.removed)
@@ -158,7 +158,7 @@ def test_removed_rows_in_a_torch_format_are_written_whole(noisy, make_args, coll
     FilteredTrainer(
         tiny_llama(), args, train_dataset=rows, data_collator=collator, forgetting=np.arange(24.0), threshold=22.5
     )
-    lines = (Path(args.output_dir) / "forgetfilter-decision" / "removed.jsonl").read_text().splitlines()
+    lines = (Path(args.output_dir) / "_forgetfilter-decision" / "removed.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [rows.with_format(None)[23]]
 
 

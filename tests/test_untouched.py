@@ -14,6 +14,7 @@ from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback.model_state import untouched
 
 
 MATRIX = {
@@ -105,3 +106,15 @@ def test_a_tracked_packed_run_of_sfttrainer_is_the_untracked_one(tmp_path, token
         runs.append(outcome(trainer))
     assert runs[0] == runs[1] == runs[2]
     assert len(tracker.trace.records()) == 2
+
+
+def test_weights_that_are_kept_in_buffers_are_not_copied(monkeypatch):
+    """As GPTQ keeps them: a copy would be a second model."""
+    model, cloned, clone = tiny_llama(), [], torch.Tensor.clone
+    model.model.register_buffer("qweight", torch.zeros(12_345))
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda self, **kwargs: cloned.append(self.numel()) or clone(self, **kwargs)
+    )
+    with untouched(model):
+        pass
+    assert cloned and 12_345 not in cloned  # RoPE's are

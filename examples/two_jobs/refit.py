@@ -17,7 +17,7 @@ trainer = FilteredTrainer(
     train_dataset=trainable(data.noisy, tokenizer),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,
-    forgetting="two-jobs/s1/forgetfilter",
+    forgetting="two-jobs/s1/_forgetfilter",
 )
 trainer.train()
 print(trainer.filter_result.summary())

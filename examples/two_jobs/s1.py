@@ -1,4 +1,4 @@
-"""Job 1 of 3: finetune on the noisy set and keep the model. The trace lies in two-jobs/s1/forgetfilter."""
+"""Job 1 of 3: finetune on the noisy set and keep the model. The trace lies in two-jobs/s1/_forgetfilter."""
 
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 

@@ -14,7 +14,7 @@ data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 args = TrainingArguments(
     "two-jobs/s1plus", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
 )
-tracker = ForgetTracker(trace_dir="two-jobs/s1/forgetfilter")
+tracker = ForgetTracker(trace_dir="two-jobs/s1/_forgetfilter")
 Trainer(
     model,
     args,
