@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .forgetting import LEAST_LEARNT, mean_losses
-from .generation import greedy_completions, rouge1, split_prompts
 from .model_state import model_digest
 from .processes import all_do, gathered, main_process_does, share_of
 from .scoring import Scores, window_scores
@@ -119,6 +118,8 @@ class Recorder:
         rows = self._trace.rows
         completions, rouge1_scores = None, None
         if self._with_rouge1:
+            from .generation import greedy_completions, rouge1, split_prompts  # and rouge_score, which takes a second
+
             if processing_class is None:
                 raise ValueError("ROUGE-1 needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
             prompts, references = split_prompts(rows, processing_class)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -405,7 +406,7 @@ ARGUMENTS = [
     ("--epochs", "0"), ("--epochs", "-1"), ("--epochs", "many"), ("--safety-epochs", "0"), ("--learning-rate", "0"),
     ("--learning-rate", "nan"), ("--batch-size", "0"), ("--lora-r", "-1"), ("--max-length", "0"), ("--share", "0"),
     ("--share", "1"), ("--share", "nan"), ("--threshold", "nan"), ("--threshold", "high"), ("--measure", "vibes"),
-    ("--measure", "rouge1"), ("--dtype", "float13"), ("--seed", "-5"), ("--records", "0"), ("--model", "no/such-model"),
+    ("--measure", "rouge1"), ("--dtype", "float13"), ("--seed", "-5"), ("--model", "no/such-model"),
     ("--record-steps", "-1"), ("--record-steps", "1.5"), ("--epochs", "inf"), ("--learning-rate", "inf"),
     ("--noisy", "no-such-file.jsonl"), ("--safety", "no-such-file.jsonl"), ("--colour", "red"),
 ]  # fmt: skip
@@ -416,6 +417,8 @@ def test_arguments_that_make_no_sense(flag, value, files, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     result = call("run", *settings(files, tmp_path / "out"), flag, value)
     refused(result)
+    named = value if "no-such" in value or "no/such" in value else flag.removeprefix("--").replace("-", ".")
+    assert re.search(rf"\b{named}\b", result.output), result.output  # `safety-epochs` or `safety_epochs`
     assert not (tmp_path / "out" / "kept.jsonl").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -31,6 +32,17 @@ PAGES = {file: file.read_text(encoding="utf-8") for file in [ROOT / "README.md",
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_a_file_imports_only_from_those_before_it():
+    (order,) = re.findall(r"from those before it: (.*?)\.\n", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    stages = re.findall(r"`(\w+)`", order)
+    package = ROOT / "forgetfilter_callback"
+    assert sorted(stages) == sorted(file.stem for file in package.glob("*.py") if not file.stem.startswith("__"))
+    for stage in stages:
+        for node in ast.parse((package / f"{stage}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert stages.index(node.module) < stages.index(stage), (stage, node.module)
 
 
 def test_the_first_two_bash_blocks_install_and_run():
