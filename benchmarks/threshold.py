@@ -70,8 +70,6 @@ def run(share: float, seed: int, base_model: str | None) -> list[dict[str, objec
             decision = decide(trace.rows.ids, values, measure)
             results.append(
                 {
-                    "unsafe_share": share,
-                    "seed": seed,
                     "measure": measure,
                     "unsafe": unsafe_rows,
                     "samples": ROWS,
@@ -97,13 +95,15 @@ def main(
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     RESULTS.parent.mkdir(exist_ok=True)
     for share in SHARES:
-        if not any((row["unsafe_share"], row["seed"]) == (share, seed) for row in results):
-            results += run(share, seed, base_model)
+        where = {"model": base_model or "SmolLM2-135M-Instruct", "unsafe_share": share, "seed": seed}
+        if not any(where.items() <= row.items() for row in results):
+            results += [{**where, **row} for row in run(share, seed, base_model)]
             write_json(results, RESULTS)
     print(
         "| unsafe | measure | AUROC | F1 best | F1 auto | removed | of them benign |\n|---:|---|---:|---:|---:|---:|---:|"
     )
-    for row in sorted(results, key=lambda row: (row["measure"], row["unsafe_share"], row["seed"])):
+    shown = [row for row in results if row["model"] == where["model"]]
+    for row in sorted(shown, key=lambda row: (row["measure"], row["unsafe_share"], row["seed"])):
         scores = (f"{row[name]:.3f}" if row[name] is not None else "–" for name in ("auroc", "f1_best", "f1_auto"))
         print(
             f"| {row['unsafe_share']:.0%} | {row['measure']} | {' | '.join(scores)} | {row['removed_auto']} | "
