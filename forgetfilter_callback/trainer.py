@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .encoding import encode_collated
+from .encoding import NotOneSampleARow, encode_collated
 from .filtering import DecisionError, FilterResult, Review, decide, find_forgotten, values_for
 from .forgetting import DEFAULT_MEASURE, FilterThreshold, Measure, mean_losses
 from .model_state import cannot_record, untouched
@@ -127,6 +127,11 @@ class FilteredTrainer(Filtering, Trainer):
         if forgetting is None:
             refuse_settings(measure, threshold, share, decision)
             return
+        if isinstance(self.train_dataset, IterableDataset):  # type: ignore[has-type] # set by Trainer
+            raise NotOneSampleARow(
+                "FilteredTrainer needs a map-style dataset: rows of a stream cannot be left out by id. Load it with "
+                "`streaming=False`, or stream the `kept.jsonl` that `forgetfilter filter` writes."
+            )
         trace = trace_of(forgetting)
         with untouched(self.model):
             loader = self.get_train_dataloader()

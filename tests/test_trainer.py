@@ -13,7 +13,7 @@ from conftest import random_rows, tiny_llama
 from datasets import Dataset
 from transformers import Trainer
 
-from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker, find_forgotten
+from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker, NotOneSampleARow, find_forgotten
 
 
 @pytest.fixture
@@ -177,6 +177,14 @@ def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
     with pytest.raises(ValueError, match="3 values and the training set 24 rows"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3), share=0.5
+        )
+
+
+def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
+    rows = noisy.to_iterable_dataset()
+    with pytest.raises(NotOneSampleARow, match="kept.jsonl"):
+        FilteredTrainer(
+            tiny_llama(), make_args(max_steps=1), train_dataset=rows, data_collator=collator, forgetting=tracker
         )
 
 
