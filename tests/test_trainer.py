@@ -182,7 +182,7 @@ def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
 
 def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
     rows = noisy.to_iterable_dataset()
-    with pytest.raises(NotOneSampleARow, match="kept.jsonl"):
+    with pytest.raises(NotOneSampleARow, match=r"kept\.jsonl"):
         FilteredTrainer(
             tiny_llama(), make_args(max_steps=1), train_dataset=rows, data_collator=collator, forgetting=tracker
         )
