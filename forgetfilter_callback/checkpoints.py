@@ -76,8 +76,9 @@ def score_checkpoints(
         if trace.manifest["sessions"]:
             raise TraceError(f"The trace in {folder} is of sessions that were tracked. Choose another folder.")
         without_base = all(gathered(trace.base_record is None))
-        if "base" in checkpoints or ("before" in checkpoints and without_base):
-            main_process_does(partial(trace.note_model, whole_name(first), whole_name(name)))
+        begins_with = checkpoints.get("base", checkpoints.get("before") if without_base else None)
+        if begins_with is not None:
+            main_process_does(partial(trace.note_model, whole_name(begins_with), whole_name(name)))
         for role, checkpoint in checkpoints.items():
             if model is None:
                 model = _load(checkpoint, device)

@@ -42,7 +42,7 @@ class EncodingError(ValueError):
 
 
 class NotOneSampleARow(EncodingError):
-    """A loader row holds several samples (packing) or the rows come as a stream: samples cannot be told apart."""
+    """A loader row is not one sample: it holds several (packing) or none (preferences), or the rows come as a stream."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _encode(
             tokens, counted = encode_one(row)
         except EncodingError as error:
             raise type(error)(f"Row {index}: {error}") from error
-        except (TypeError, ValueError, KeyError, OverflowError, TemplateError) as error:
+        except (TypeError, ValueError, OverflowError, TemplateError) as error:
             raise EncodingError(f"Row {index}: {error} ({type(error).__name__})") from error
         if max_length is not None and len(tokens) > max_length:
             within = slice(-max_length, None) if keep_end else slice(max_length)
@@ -215,8 +215,9 @@ def encode_collated(
             Whether to hide the progress bar.
 
     Raises:
-        NotOneSampleARow: for packed rows and streams.
-        EncodingError: for an empty set and for rows that are no causal-language-modelling samples.
+        NotOneSampleARow: for packed rows and streams, and where the collator makes no labels of one row.
+        EncodingError: for an empty set, for rows that are no causal-language-modelling samples, and where a row is another
+            one each time.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise NotOneSampleARow(
@@ -225,15 +226,37 @@ def encode_collated(
         )
 
     def encode_one(index: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = collate_fn([dataset[index]])
-        if index < _READ_TWICE and not _equal(batch, collate_fn([dataset[index]])):
+        batch = collate_one(index)
+        if index < _READ_TWICE:
+            # A copy: both may be made in the same memory.
+            first = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            batch = collate_one(index)
+            if _equal(first, batch):
+                return one_sample(batch)
             raise EncodingError(
                 "the dataset or the collator makes another batch of the same row each time (random masks, prompts, "
                 "augmentation), so a row has no loss of its own, and reading it for a record would change what training "
                 "draws. Use one that does not."
             )
+        return one_sample(batch)
+
+    def collate_one(index: int) -> Mapping[str, torch.Tensor]:
+        row = dataset[index]
+        try:
+            batch = collate_fn([row])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise NotOneSampleARow(
+                f"the collator makes no batch of one row ({type(error).__name__}: {error})."
+            ) from error
+        if not isinstance(batch, Mapping):
+            raise NotOneSampleARow(
+                f"the collator makes {type(batch).__name__}, not a batch of `input_ids` and `labels`."
+            )
+        return batch
+
+    def one_sample(batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         if "input_ids" not in batch or "labels" not in batch:
-            raise EncodingError(
+            raise NotOneSampleARow(
                 f"the collator gives {sorted(batch)}, but `input_ids` and `labels` are needed. Use a collator that "
                 "makes labels, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
             )

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -117,6 +117,8 @@ class FilterResult:
             Ids that a reviewer decided, with `"keep"` or `"remove"`.
         nats (`float` or `None`):
             What [`decide`] was given, if it is finite.
+        step (`int` or `None`):
+            Which record of S1+ forgetting was measured at; `None` where there was no trace.
     """
 
     ids: pa.StringArray
@@ -131,6 +133,7 @@ class FilterResult:
     versions: dict[str, str]
     by_hand: dict[str, ByHand] = field(default_factory=dict)
     nats: float | None = None
+    step: int | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -224,9 +227,10 @@ def find_forgotten(
     if ids is not None:
         values = values_for(ids, trace.rows.ids, values)
     fingerprint = trace.manifest["fingerprint"]
-    return decide(
+    result = decide(
         ids if ids is not None else trace.rows.ids, values, measure, threshold, share, fingerprint, by_hand, nats
     )
+    return replace(result, step=trace.first_and_last(step)[1].step)
 
 
 def values_for(ids: pa.StringArray, known: pa.StringArray, values: np.ndarray) -> np.ndarray:
@@ -235,11 +239,12 @@ def values_for(ids: pa.StringArray, known: pa.StringArray, values: np.ndarray) -
     Raises:
         ValueError: if more than 1 % of `ids` have none, those not counted that are null.
     """
-    places = pc.index_in(ids, value_set=known)
+    places = pc.index_in(ids, value_set=known, skip_nulls=True)
+    asked = len(ids) - ids.null_count
     unknown = places.null_count - ids.null_count
-    if unknown > MOST_UNKNOWN * len(ids):
+    if unknown > MOST_UNKNOWN * asked:
         raise ValueError(
-            f"{unknown} of the {len(ids)} rows have no forgetting value, more than {MOST_UNKNOWN:.0%}: they are not the "
+            f"{unknown} of the {asked} rows have no forgetting value, more than {MOST_UNKNOWN:.0%}: they are not the "
             "rows that were tracked. The usual causes are another max_length, chat template, tokenizer or collator than "
             "in the tracked sessions. Prepare the rows the same way."
         )
@@ -304,9 +309,11 @@ def decide(
         phi = float(levels[nearest])
         removed = known & (values > phi)
         method: Method = "share"
-        reason = f"the most forgotten {above[nearest] / len(values):.1%}, as asked"
-        if abs(above[nearest] - share * len(values)) >= 1:
-            reason = f"{reason.removesuffix(', as asked')} ({share:.1%} asked; samples of the same value stay together)"
+        if abs(above[nearest] - share * len(values)) < 1:
+            how = ", as asked"
+        else:
+            how = f" ({share:.1%} asked; samples of the same value stay together, those without one are kept)"
+        reason = f"the most forgotten {above[nearest] / len(values):.1%}{how}"
     elif threshold == "auto":
         phi = separability.threshold if separability.separable else None
         method = "auto"
@@ -345,13 +352,15 @@ def decide(
 
 
 def _overruled(ids: pa.StringArray, removed: np.ndarray, by_hand: Mapping[str, ByHand]) -> np.ndarray:
-    places = pc.index_in(pa.array(list(by_hand), pa.string()), value_set=ids)
-    if places.null_count:
-        unknown = pa.array(list(by_hand)).filter(places.is_null())[0]
+    decided = pa.array(list(by_hand), pa.string())
+    unknown = decided.filter(pc.invert(pc.is_in(decided, value_set=ids)))
+    if len(unknown):
         raise DecisionError(
-            f"{places.null_count} of the samples decided by hand are not in this set, for example {unknown}. Decide on "
+            f"{len(unknown)} of the samples decided by hand are not in this set, for example {unknown[0]}. Decide on "
             "the trace of this very set."
         )
     overruled = removed.copy()
-    overruled[places.to_numpy()] = [verdict == "remove" for verdict in by_hand.values()]
+    places = pc.index_in(ids, value_set=decided, skip_nulls=True)
+    verdicts = np.array([verdict == "remove" for verdict in by_hand.values()])
+    overruled[places.is_valid()] = verdicts[places.drop_null()]
     return overruled

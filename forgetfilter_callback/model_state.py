@@ -19,8 +19,7 @@ from transformers import PreTrainedConfig
 
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
-# FSDP is told by the model; all others keep whole weights on each process, on whatever accelerator.
-_SHARDING = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+_LARGEST_COPIED = 2**20  # elements of a buffer
 
 
 @contextmanager
@@ -28,13 +27,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
 
     Restored are the attributes of every module (its training mode among them), its buffers (dynamic RoPE replaces them when
-    it sees long rows, LongRoPE overwrites them; only of those that are not saved with the model the contents, for the
-    others may be all of its weights, as GPTQ keeps them), which parameters are trained (PEFT changes that where
+    it sees long rows, LongRoPE overwrites them; the contents of those of up to a million elements, for larger ones may be
+    the weights, as GPTQ keeps them), which parameters are trained (PEFT changes that where
     adapters are switched off and on), and the generators of Python, NumPy and torch (CPU and the model's device).
     """
     modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    passing = [module._buffers[name] for module in model.modules() for name in module._non_persistent_buffers_set]
-    contents = [(buffer, buffer.clone()) for buffer in passing if buffer is not None]
+    contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _LARGEST_COPIED]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator()
@@ -86,9 +84,10 @@ def cannot_record(model: nn.Module) -> str | None:
     if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
         return "weights are spread by tensor parallelism, or over a mesh of several dimensions (hybrid sharding)"
     kind = PartialState().distributed_type
-    if kind in _SHARDING or (kind == DistributedType.FSDP and not is_sharded(model)):
-        return f"weights are sharded by {kind.value}"
-    return None
+    whole = kind == DistributedType.NO or kind.value.startswith("MULTI_")  # on each process, on whatever accelerator
+    if whole or (kind == DistributedType.FSDP and is_sharded(model)):
+        return None
+    return f"weights are sharded by {kind.value}"
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class ForgetFilter:
         measure: Measure = DEFAULT_MEASURE,
         threshold: FilterThreshold = "auto",
         share: float | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ):
         self.load_model = load_model
@@ -67,7 +67,7 @@ class ForgetFilter:
         self.measure: Measure = measure
         self.threshold = threshold
         self.share = share
-        self.callbacks = callbacks
+        self.callbacks = callbacks or []
         self.trainer_kwargs = trainer_kwargs
         self.model: PreTrainedModel | None = None
 

@@ -71,6 +71,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         "|---|---|",
         f"| measure | {result.measure} forgetting |",
         f"| φ | {phi} ({result.method}) |",
+        f"| record of S1+ | step {result.step} |",
         f"| why | {result.reason} |",
         f"| decided by hand | {by_hand.count('keep')} kept, {by_hand.count('remove')} removed |",
         f"| without a value, kept | {counts['unknown']:,} |",

@@ -105,7 +105,7 @@ def plan(config: RunConfig) -> Plan:
 def run(config: RunConfig) -> FilterResult:
     """S1, S1+, filter and, with `config.refit`, M0 again on the kept rows.
 
-    Writes into `config.output`: `config.yaml`, `forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
+    Writes into `config.output`: `config.yaml`, `_forgetfilter/` (the trace), what [`write_filtered`] writes, and `model/`.
     """
     tokenizer, max_length = _tokenizer_and_length(config)
     digest = digest_of(config.noisy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,15 @@ def noisy_rows(
     if noisy is None:
         return training_rows(args, train_dataloader, max_length)
     disable_tqdm = quiet(args)
-    if isinstance(noisy, torch.utils.data.IterableDataset):
-        return encode_rows(noisy)  # refuses it
-    if not _is_of_trl(args) and len(noisy) and "input_ids" in noisy[0]:
-        # Which tokens count is the collator's business, so the one of this trainer is asked.
-        if isinstance(noisy, Dataset):
+    streamed = isinstance(noisy, torch.utils.data.IterableDataset)  # which `encode_rows` refuses
+    if not streamed and not _is_of_trl(args) and len(noisy) and "input_ids" in noisy[0]:
+        if isinstance(noisy, Dataset) and "input_ids" in noisy.column_names:  # not where a transform makes them
             columns: Any = noisy.select_columns([name for name in _MODEL_COLUMNS if name in noisy.column_names])
         else:
             columns = [{name: row[name] for name in _MODEL_COLUMNS if name in row} for row in noisy]
-        return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm)
+        # Which tokens count is the collator's business, so the one of this trainer is asked, if it knows such rows.
+        with suppress(NotOneSampleARow):
+            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm)
     return encode_rows(noisy, processing_class, max_length, disable_tqdm, **encoding_of(args, processing_class))
 
 

@@ -203,7 +203,9 @@ class Trace:
 
     def note_model(self, model: str, tokenizer: str | None) -> None:
         """Notes in the manifest which model the trace begins with anew, and the versions of now."""
-        self.manifest |= {"model": model, "tokenizer": tokenizer, "versions": library_versions()}
+        self.manifest |= {"model": model, "versions": library_versions()}
+        if tokenizer is not None:
+            self.manifest["tokenizer"] = tokenizer
         self._write_manifest()
 
     def note_source(self, source: str, truncated: int) -> None:
@@ -404,6 +406,8 @@ class Trace:
                 f"S1+ has no record at step 0 (its first is at step {before.step}), so there is nothing to compare "
                 "with. Run the safety session with the tracker from its beginning."
             )
+        if before == after and len(of_safety) > 1:
+            raise TraceError("Forgetting is measured from step 0 of S1+ on, so there is none at step 0.")
         if before == after:
             raise TraceError(
                 "S1+ has a record at step 0 only: the safety session has not ended, or was stopped. Finish it."

@@ -35,6 +35,7 @@ _MANIFEST: dict[str, type | UnionType] = {
     "versions": dict,
     "sessions": list,
 }
+_OF_AN_ENCODING = {"text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template"}
 _OF_A_SESSION = {"session": str, "output_dir": str, "max_steps": int}
 _OF_ROWS = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "counted": pa.large_list(pa.bool_())}
 _OF_RECORDS: dict[str, Callable[[pa.DataType], bool]] = {
@@ -59,8 +60,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     known = manifest if isinstance(manifest, dict) else {}
-    known.setdefault("encoding", {})  # not kept by the first traces
+    known.setdefault("encoding", {})  # traces made before it was kept
     wrong = [key for key, kind in _MANIFEST.items() if key not in known or not isinstance(known[key], kind)]
+    if "encoding" not in wrong and not known["encoding"].keys() <= _OF_AN_ENCODING:
+        wrong.append("encoding")
     if "sessions" not in wrong and not all(_is_session(entry) for entry in known["sessions"]):
         wrong.append("sessions")
     if wrong:

@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from .config import check_record_steps
-from .encoding import EncodedRows, EncodingError
+from .encoding import EncodedRows, NotOneSampleARow
 from .files import whole_name
 from .model_state import cannot_record, is_sharded, untouched
 from .packing import needed_lengths
-from .processes import main_process_does
+from .processes import gathered, main_process_does
 from .recorder import Recorder, quiet
 from .reporting import Reporting, summarize_record
 from .scoring import token_losses
@@ -95,7 +95,8 @@ class ForgetTracker(TrainerCallback):
             The records. Set when the first session begins.
 
     Raises, when a session begins:
-        EncodingError: if the rows are no causal-language-modelling samples, or the set is empty.
+        EncodingError: if the rows are no causal-language-modelling samples, the set is empty, or a row is another one each
+            time that it is read.
         NotOneSampleARow: without `noisy`, if the training set is packed or streamed.
         TraceError: if the trace in the folder is of other data, or the sessions do not fit together.
         NotImplementedError: where weights are sharded over processes otherwise than by FSDP2 (FSDP1, DeepSpeed, tensor
@@ -286,16 +287,18 @@ class ForgetTracker(TrainerCallback):
         else:
             try:
                 trained_on = training_rows(args, train_dataloader, scored_length(model, args, self.max_length))
-            except EncodingError as error:
+            except NotOneSampleARow as error:
                 logger.warning(
                     f"The rows of this session cannot be followed, so it is taken for the safety session, S1+. ({error}) If "
                     "it trains on the noisy set itself, track the safety session only."
                 )
+        if any(gathered(trained_on is None)):  # all processes must take it for the same
+            trained_on = None
         session: Session = "S1+"
         shared = 0
         if trained_on is not None:
             noisy = self._trace.rows
-            shared = rows_found(trained_on, noisy)
+            shared = gathered(rows_found(trained_on, noisy))[0]
             if shared >= _SHARE_OF_S1 * len(noisy):
                 session = "S1"
             elif rows_of_the_same_text(noisy, trained_on) >= _SHARE_OF_S1 * len(noisy):
@@ -315,7 +318,11 @@ class ForgetTracker(TrainerCallback):
                 "trained on twice and cannot be forgotten; take them out of the safety set."
             )
         begun_earlier = main_process_does(partial(self._trace.begin_session, session, args.output_dir, state.max_steps))
-        if session == "S1+" and "S1" in begun_earlier and not _has_ended("S1", self._recorder.records()):
+        if (
+            session == "S1+"
+            and "S1" in begun_earlier
+            and not _has_more_than_its_beginning("S1", self._recorder.records())
+        ):
             logger.warning(
                 "This session trains on other rows than those tracked, so it is taken for the safety session, S1+. But S1 "
                 f"has a record of its beginning only (in {self._trace.folder}): it was interrupted, or other rows were to "
@@ -454,8 +461,7 @@ class ForgetTracker(TrainerCallback):
         return values, self.trace.nats_per_change(values, step)
 
 
-def _has_ended(session: Session, records: list[Record]) -> bool:
-    """Whether there is a record of it past its beginning."""
+def _has_more_than_its_beginning(session: Session, records: list[Record]) -> bool:
     return any(record.session == session and record.step > 0 for record in records)
 
 

@@ -62,13 +62,13 @@ class Filtering:
             threshold = review.threshold if review.threshold is not None else math.inf
         if trace is not None:
             result = find_forgotten(trace, measure or DEFAULT_MEASURE, threshold, share, ids=ids, by_hand=by_hand)
-        elif measure is None and threshold == "auto" and share is None:
+        elif measure is None:
             raise ValueError(
-                "φ depends on what the values measure: say `measure`, or give `threshold` or `share`. (Pass a trace, or its "
-                "folder, rather than its values: `smoothed` is checked by more than them.)"
+                "Say what the values measure: `measure=`. (Or pass the trace, or its folder, rather than its values: "
+                "`smoothed` is checked by more than them.)"
             )
         else:
-            result = decide(ids, given_values(ids, forgetting), measure or DEFAULT_MEASURE, threshold, share)
+            result = decide(ids, given_values(ids, forgetting), measure, threshold, share)
         self.filter_result = result
         self.removed_dataset = rows_at(given, np.flatnonzero(result.removed))
         logger.warning(f"{type(self).__name__}: {result.summary()}")
@@ -91,7 +91,7 @@ class FilteredTrainer(Filtering, Trainer):
             How much each sample was forgotten. Samples are found by id, whatever their position. A bare array is for the
             same rows in the same order.
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
-            The measure; `"smoothed"` by default where `forgetting` is a tracker or a trace. Of values it says what they are.
+            The measure; `"smoothed"` by default where `forgetting` is a tracker or a trace. Of values it must be named.
         threshold (`"auto"` or `float`, defaults to `"auto"`):
             φ: samples with forgetting > φ are removed. `"auto"` finds it from the values, or removes nothing when they
             do not hold two populations.
@@ -109,7 +109,7 @@ class FilteredTrainer(Filtering, Trainer):
 
     Raises:
         ValueError: if more than 1 % of the rows have no forgetting value, or everything would be removed; if `forgetting`
-            is values and neither `measure` nor `threshold` nor `share` is given.
+            is values and `measure` is not given.
         ValueError: from `train()`, if the model is not the base model that the trace began with.
     """
 

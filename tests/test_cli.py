@@ -128,6 +128,7 @@ def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
     assert result.exit_code == 0, result.output
     trace = Trace.open(tmp_path / "trace")
     assert trace.records() == [Record("S1+", 0), Record("S1+", 1)]
+    assert trace.manifest["model"] == str(files["model"])  # not the one that was scored last
     with untouched(after):
         rows = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
         expected = mean_losses(token_losses(after, rows, disable_tqdm=True), rows.counted_offsets)
@@ -175,14 +176,22 @@ def test_context_is_known_by_the_name_that_a_family_gives_it(tmp_path):
     assert (context_of(str(tmp_path / "gpt2")), context_of(str(tmp_path / "mamba"))) == (32, None)
 
 
-def test_a_record_of_s1plus_can_be_named(finished, tmp_path):
-    steps = [record.step for record in Trace.open(finished[0] / "_forgetfilter").records() if record.session == "S1+"]
-    result = call("show", finished[0], "--step", steps[-1] + 1)
+def test_a_record_of_s1plus_can_be_named(files, tmp_path):
+    assert call("run", *settings(files, tmp_path / "out"), "--record-steps", 1, "--share", 0.25).exit_code == 0
+    trace = Trace.open(tmp_path / "out" / "_forgetfilter")
+    steps = [record.step for record in trace.records() if record.session == "S1+"]
+    result = call("show", tmp_path / "out", "--step", steps[-1] + 1)
     assert result.exit_code == 2 and f"no record at step {steps[-1] + 1}" in result.output
-    said = [call("show", finished[0], "--step", step, "--json").stdout for step in steps[1:]]
-    assert said[-1] == call("show", finished[0], "--json").stdout
-    filtered = call("filter", finished[0], "--output", tmp_path / "f", "--step", steps[-1], "--json")
-    assert json.loads(filtered.stdout)["removed"] == json.loads(said[-1])["removed"]
+    assert "measured from step 0" in call("show", tmp_path / "out", "--step", 0).output
+    for step in (steps[1], steps[-1]):
+        output, share = tmp_path / f"at-{step}", ("--step", step, "--share", 0.25)
+        shown = call("show", tmp_path / "out", *share, "--json")
+        assert call("filter", tmp_path / "out", "--output", output, *share).exit_code == 0
+        result, values = FilterResult.load(output / "decision"), trace.forgetting(step=step)
+        np.testing.assert_array_equal(result.values, values)
+        assert json.loads(shown.stdout)["threshold"] == result.threshold and result.step == step
+        assert f"| record of S1+ | step {step} |" in (output / "card.md").read_text()
+        assert f"step 0 to {step}" in call("show", tmp_path / "out", *share).output
 
 
 def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from scipy.stats import norm
 
 from forgetfilter_callback import DecisionError, FilterResult, Review, decide, separate
+from forgetfilter_callback.filtering import values_for
 from forgetfilter_callback.separability import parting_of
 
 
@@ -234,6 +235,20 @@ def test_a_share_is_of_all_samples_the_unknown_ones_too():
     assert decide(ids(6), values, "loss", share=0.2).removed.tolist() == [False] * 3 + [True, False, False]
     result = decide(ids(6), values, "loss", share=0.9)  # more than are known: all but the least of them
     assert result.removed.tolist() == [False] * 3 + [True, False, True] and result.threshold == 1.0
+
+
+def test_values_are_found_by_id_and_unknown_ids_are_counted_among_those_that_there_are():
+    known, values = pa.array(["a", None, "b"]), np.array([1.0, 9.0, 2.0])
+    np.testing.assert_array_equal(values_for(pa.array(["b", None, "a"]), known, values), [2, np.nan, 1])
+    many = pa.array([*"ab" * 45, *"cdefghijkl", *[None] * 900])
+    with pytest.raises(ValueError, match="10 of the 100 rows have no forgetting value"):
+        values_for(many, known, values)
+
+
+def test_a_sample_that_is_asked_about_twice_is_kept_twice():
+    twice, values = pa.array(["a", "a", None, "b", "c"]), np.array([3.0, 3.0, np.nan, 3.0, 0.0])
+    result = decide(twice, values, "loss", 1.0, by_hand={"a": "keep", "c": "remove"})
+    assert result.removed.tolist() == [False, False, False, True, True]
 
 
 def test_equal_values_stay_together_and_the_reason_says_so():

@@ -11,7 +11,16 @@ from conftest import tiny_llama
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from forgetfilter_callback import EncodingError, FilterResult, ForgetTracker, NotOneSampleARow, Record, encode_rows
+from forgetfilter_callback import (
+    EncodingError,
+    FilterResult,
+    ForgetTracker,
+    NotOneSampleARow,
+    Record,
+    encode_rows,
+    filter_rows,
+)
+from forgetfilter_callback.run import audit_labels
 from forgetfilter_callback.sft import FilteredSFTTrainer
 
 
@@ -109,6 +118,22 @@ def test_losses_are_those_of_sfttrainers_own_evaluation(case, named, config, cha
     assert encode_rows(rows, chat_tokenizer, length, **encoding).ids == trace.rows.ids
 
 
+def test_a_trace_reads_the_rows_again_as_the_trainer_did(config, chat_tokenizer, tmp_path):
+    """`forgetfilter filter` and the audit need no settings of SFTTrainer: the trace has them."""
+    rows = rows_of("prompt and completion").add_column("unsafe", [index % 2 == 0 for index in range(9)])
+    model, tracker = tiny_llama(), ForgetTracker()
+    for each in (rows, rows_of("text", 5)):
+        args = config(completion_only_loss=False, max_length=6, truncation_mode="keep_end", max_steps=5)
+        SFTTrainer(model, args, train_dataset=each, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    assert tracker.trace.manifest["max_length"] == 6
+    rows.to_parquet(tmp_path / "rows.parquet")
+    result = filter_rows(
+        tracker.trace, tmp_path / "out", str(tmp_path / "rows.parquet"), chat_tokenizer, "loss", share=0.3
+    )
+    assert result.ids == tracker.trace.rows.ids and result.counts["unknown"] == 0
+    assert audit_labels(tracker.trace, rows, chat_tokenizer, "unsafe").tolist() == rows["unsafe"]
+
+
 def test_a_formatting_function(config, chat_tokenizer):
     rows = rows_of("body")
     formatting = {"formatting_func": lambda row: f"the {row['body']}"}
@@ -144,9 +169,10 @@ def test_packed_safety_session_with_named_rows(strategy, config, chat_tokenizer)
     np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
 
 
-def test_a_safety_session_of_preferences(config, chat_tokenizer, caplog):
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_a_safety_session_of_preferences(form, config, chat_tokenizer, caplog):
     """Its rows cannot be followed, and need not."""
-    rows = rows_of("text")
+    rows = rows_of(form)
     safety = Dataset.from_list([{"prompt": "the cat", "chosen": " sat", "rejected": " ran"}] * 8)
     args = DPOConfig(config().output_dir, max_steps=2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
                      save_strategy="no")  # fmt: skip
@@ -160,6 +186,7 @@ def test_a_safety_session_of_preferences(config, chat_tokenizer, caplog):
         callbacks=[tracker],
     ).train()
     assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 2)]
+    np.testing.assert_allclose(tracker.trace.losses()[0], one_row_losses(rows, config(), chat_tokenizer), rtol=1e-5)
     assert "cannot be followed, so it is taken for the safety session" in caplog.text
 
 
@@ -280,7 +307,7 @@ def test_rows_that_sfttrainer_drops_are_kept_and_not_known(config, chat_tokenize
     rows = Dataset.from_list([long, *rows.to_list()])
     trainer = FilteredSFTTrainer(
         tiny_llama(), config(max_length=12), train_dataset=rows, processing_class=chat_tokenizer,
-        forgetting=np.arange(10.0), threshold=7.5,
+        forgetting=np.arange(10.0), measure="loss", threshold=7.5,
     )  # fmt: skip
     assert trainer.removed_dataset["id"] == [7, 8]
     result = trainer.filter_result

@@ -235,7 +235,7 @@ def test_records_are_deleted_from_the_last_on(trace, monkeypatch):
         (STEPS[2:3], "loss", None, r"no record at step 0 \(its first is at step 3\)"),
         (STEPS[3:], "loss", None, "a record at step 0 only"),
         ([], "loss", 5, r"no record at step 5, only at \[0, 3, 8\]"),
-        ([], "loss", 0, "a record at step 0 only"),
+        ([], "loss", 0, "measured from step 0 of S1"),
         (STEPS[:1], "relative", None, "needs the base model's losses"),
     ],
 )

@@ -36,6 +36,7 @@ from forgetfilter_callback import (
     Trace,
     TraceError,
 )
+from forgetfilter_callback.encoding import encode_collated
 from forgetfilter_callback.scoring import window_scores
 
 
@@ -627,7 +628,8 @@ def test_a_session_that_ends_before_its_first_step_begins_again_with_the_same_tr
     assert np.isfinite(tracker.trace.forgetting("relative")).all()
 
 
-def test_a_collator_that_draws_is_refused(noisy, make_args, collator):
+@pytest.mark.parametrize("session", ["S1", "S1+"])
+def test_a_collator_that_draws_is_refused(session, noisy, safety, make_args, collator):
     """Collating for a record would change what its own generator draws in training, unnoticed."""
     rng = np.random.default_rng(0)
 
@@ -636,11 +638,39 @@ def test_a_collator_that_draws_is_refused(noisy, make_args, collator):
         batch["labels"][torch.from_numpy(rng.random(batch["labels"].shape) < 0.3)] = -100
         return batch
 
-    trainer = Trainer(
-        tiny_llama(), make_args(), train_dataset=noisy, data_collator=masking, callbacks=[ForgetTracker()]
-    )
+    model, tracker = tiny_llama(), ForgetTracker()
+    if session == "S1+":
+        Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    rows = noisy if session == "S1" else safety
+    trainer = Trainer(model, make_args(), train_dataset=rows, data_collator=masking, callbacks=[tracker])
     with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another batch of the same row"):
         trainer.train()
+
+
+def test_a_dataset_that_draws_into_the_same_memory_is_refused(noisy, make_args):
+    class Drawing(torch.utils.data.Dataset):
+        rng, row = np.random.default_rng(0), np.zeros(9, np.int64)
+
+        def __len__(self):
+            return len(noisy)
+
+        def __getitem__(self, index):
+            self.row[:] = self.rng.integers(5, 30, 9)
+            return self.row
+
+    def collate(rows):
+        tokens = torch.from_numpy(rows[0])[None]
+        return {"input_ids": tokens, "labels": tokens}
+
+    with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another"):
+        train(Drawing(), make_args, collate, ForgetTracker())
+
+
+@pytest.mark.parametrize("collate", [list, lambda rows: rows[1], lambda rows: {"input_ids": rows[0]["input_ids"]}])
+def test_a_batch_that_is_no_sample_is_told_apart_from_a_wrong_one(collate, noisy):
+    """Of one row alone a list (GRPO), none, or one without labels: a safety session may train so."""
+    with pytest.raises(NotOneSampleARow, match="Row 0: the collator"):
+        encode_collated(noisy, collate, disable_tqdm=True)
 
 
 def test_a_dataset_that_draws_is_refused(noisy, make_args, collator):
@@ -658,21 +688,6 @@ def test_a_dataset_that_draws_is_refused(noisy, make_args, collator):
 
     with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another"):
         train(Drawing(), make_args, collator, ForgetTracker())
-
-
-def test_a_safety_session_may_draw(noisy, safety, make_args, collator, caplog):
-    """Its rows are not followed."""
-
-    def masking(rows):
-        batch = collator(rows)
-        batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
-        return batch
-
-    model, tracker = tiny_llama(), ForgetTracker()
-    for rows, collate in ((noisy, collator), (safety, masking)):
-        Trainer(model, make_args(), train_dataset=rows, data_collator=collate, callbacks=[tracker]).train()
-    assert tracker.trace.records()[-1] == Record("S1+", 6)
-    assert "cannot be followed, so it is taken for the safety session" in caplog.text
 
 
 def test_nothing_of_the_rows_is_pushed_to_the_hub(noisy, safety, make_args, collator, monkeypatch):
@@ -700,6 +715,14 @@ def test_nothing_of_the_rows_is_pushed_to_the_hub(noisy, safety, make_args, coll
     assert "model.safetensors" in pushed and not [name for name in pushed if "forgetfilter" in name]
 
 
+def test_named_rows_that_a_transform_makes(noisy, safety, make_args, collator):
+    texts = Dataset.from_list([{"row": index} for index in range(len(noisy))])
+    made = texts.with_transform(lambda batch: noisy[batch["row"]])
+    tracker = ForgetTracker(made)
+    train(safety, make_args, collator, tracker)
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
+
+
 def test_other_rows_after_an_interrupted_session_are_told(noisy, make_args, collator, caplog):
     """Taken for S1+, unless one says otherwise: a second job of two."""
     folder = make_args("t").output_dir
@@ -716,6 +739,11 @@ def test_other_rows_after_an_interrupted_session_are_told(noisy, make_args, coll
     assert "interrupted" not in caplog.text
     train(random_rows(24, seed=7), make_args, collator, ForgetTracker(trace_dir=folder))
     assert "S1 has a record of its beginning only" in caplog.text
+
+
+def test_other_rows_after_a_whole_session_are_no_surprise(noisy, safety, make_args, collator, caplog):
+    run_both(tiny_llama(), noisy, safety, make_args, collator, ForgetTracker())
+    assert "its beginning only" not in caplog.text
 
 
 def test_rows_in_another_order_go_on_with_the_trace(noisy, safety, make_args, collator):
@@ -739,6 +767,15 @@ def test_the_model_that_a_trace_names_is_the_one_that_s1_began_with_last(noisy, 
         model.config.name_or_path = "org/learnt"
         Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
         assert Trace.open(tracker.trace.folder).manifest["model"] == name
+
+
+def test_going_on_does_not_change_the_model_that_a_trace_names(noisy, make_args, collator, tokenizer):
+    args = make_args(save_strategy="steps", save_steps=4)
+    for name, checkpoint in (("org/first", None), ("org/second", args.output_dir + "/checkpoint-8")):
+        model, tracker = tiny_llama(), ForgetTracker()
+        model.config.name_or_path = name
+        Trainer(model, args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train(checkpoint)
+        assert Trace.open(tracker.trace.folder).manifest["model"] == "org/first"
 
 
 def test_named_rows_as_a_stream_are_refused(noisy, safety, make_args, collator):

@@ -60,8 +60,9 @@ def test_removes_the_samples_above_the_threshold(given_as, noisy, tracker, make_
         "array": values,
     }[given_as]
     trainer = FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=audited, data_collator=collator, forgetting=forgetting, threshold=phi
-    )
+        tiny_llama(), make_args(), train_dataset=audited, data_collator=collator,
+        forgetting=forgetting, measure="smoothed", threshold=phi,
+    )  # fmt: skip
     expected = np.flatnonzero(values > phi).tolist()
     assert len(expected) == 5
     assert trainer.removed_dataset["row"] == expected
@@ -79,6 +80,7 @@ def test_a_decision_on_a_trace_has_its_nats_and_its_record(noisy, safety, make_a
         result = find_forgotten(trace, step=step)
         np.testing.assert_array_equal(result.values, values)
         assert result.nats == trace.nats_per_change(values, step) and result.ids == trace.rows.ids
+        assert result.step == (6 if step is None else step)
     assert (find_forgotten(trace).values != result.values).any()
     some = trace.rows.ids.take(pa.array([3, None, 1]))
     result = find_forgotten(trace, "loss", 99.0, ids=some)
@@ -139,7 +141,7 @@ def test_rows_without_a_value_are_kept_and_told(tracker, noisy, make_args, colla
     all_ids = [f"{sample.rpartition('-')[0]}-{copy}" for copy in range(9) for sample in ids.to_pylist()]
     trainer = FilteredTrainer(
         tiny_llama(), make_args(), train_dataset=rows, data_collator=collator,
-        forgetting=(all_ids[2:], np.tile(values, 9)[2:]), threshold=20.5,
+        forgetting=(all_ids[2:], np.tile(values, 9)[2:]), measure="loss", threshold=20.5,
     )  # fmt: skip
     assert trainer.filter_result.counts == {"samples": 216, "removed": 27, "kept": 189, "unknown": 2}
     assert "; 2 without a forgetting value kept" in caplog.text
@@ -156,8 +158,9 @@ def test_removed_rows_in_a_torch_format_are_written_whole(noisy, make_args, coll
     rows = noisy.add_column("many", [list(range(2000))] * len(noisy)).with_format("torch")
     args = make_args()
     FilteredTrainer(
-        tiny_llama(), args, train_dataset=rows, data_collator=collator, forgetting=np.arange(24.0), threshold=22.5
-    )
+        tiny_llama(), args, train_dataset=rows, data_collator=collator,
+        forgetting=np.arange(24.0), measure="loss", threshold=22.5,
+    )  # fmt: skip
     lines = (Path(args.output_dir) / "_forgetfilter-decision" / "removed.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [rows.with_format(None)[23]]
 
@@ -167,7 +170,7 @@ def test_values_need_to_say_what_they_measure(noisy, make_args, collator):
     values = np.where(np.arange(24) < 4, 0.65, 0.0)  # above φ of `smoothed`, below that of `loss`
     values = values + np.random.default_rng(0).normal(0, 0.01, 24)
     given = {"train_dataset": noisy, "data_collator": collator, "forgetting": values}
-    with pytest.raises(ValueError, match="say `measure`"):
+    with pytest.raises(ValueError, match="Say what the values measure"):
         FilteredTrainer(tiny_llama(), make_args(), **given)
     trainer = FilteredTrainer(tiny_llama(), make_args(), **given, measure="loss")
     assert trainer.filter_result.measure == "loss" and trainer.filter_result.counts["removed"] == 0
@@ -176,8 +179,9 @@ def test_values_need_to_say_what_they_measure(noisy, make_args, collator):
 def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
     with pytest.raises(ValueError, match="3 values and the training set 24 rows"):
         FilteredTrainer(
-            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(3), share=0.5
-        )
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
+            forgetting=np.zeros(3), measure="loss", share=0.5,
+        )  # fmt: skip
 
 
 def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
