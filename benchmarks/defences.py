@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -207,25 +208,36 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         ]
     )
     titles = sorted(frame["title"].unique())
-    figure = Figure(figsize=(5.2 * len(titles), 4.6), layout="constrained")
-    for axes, title in zip(np.atleast_1d(figure.subplots(1, len(titles))), titles, strict=True):
+    rows = math.ceil(len(titles) / 3)
+    columns = math.ceil(len(titles) / rows)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * rows + 0.8), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns))
+    for axes in panels[len(titles) :]:
+        axes.set_axis_off()
+    points = {}
+    for axes, title in zip(panels, titles, strict=False):
         its_arms = frame[frame["title"] == title].groupby("arm")
         means = its_arms[["unsafe", "task"]].mean()[its_arms.size() == its_arms.size().max()]
-        for arm, point in means.iterrows():
-            ours = str(arm).startswith("forgetfilter")
-            axes.scatter(point["task"], point["unsafe"], color="tab:blue" if ours else "tab:gray", zorder=3)
-            axes.annotate(
-                str(arm),
-                (point["task"], point["unsafe"]),
-                # Below or to the left, where arms that others often come close to would be written over them.
-                xytext=(-4 if arm == "oracle" else 4, -12 if ours or arm == "self_correction" else 4),
-                horizontalalignment="right" if arm == "oracle" else "left",
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axes.margins(x=0.25, y=0.1)
-        axes.set(title=title, xlabel="task (higher is better)", ylabel="unsafe (lower is better)", ylim=(-0.03, None))
+        for number, arm in enumerate(ARMS):
+            if arm in means.index:
+                ours = arm.startswith("forgetfilter")
+                style = {
+                    "marker": "os^vDP*X<>p"[number],
+                    "color": "tab:blue" if ours else f"C{1 + number % 9}",
+                    "s": 60,
+                }
+                point = means.loc[arm]
+                points[arm] = axes.scatter(point["task"], point["unsafe"], zorder=3, alpha=0.8, **style)
+        axes.margins(x=0.15)
+        axes.set(
+            title=title,
+            xlabel="task (higher is better)",
+            ylabel="unsafe (lower is better)",
+            ylim=(-0.03, 1.12 * means["unsafe"].max()),
+        )
         axes.grid(alpha=0.3)
+    shown = [arm for arm in ARMS if arm in points]
+    figure.legend([points[arm] for arm in shown], shown, loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=130)
 
 
