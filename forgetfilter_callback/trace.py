@@ -203,10 +203,10 @@ class Trace:
 
     def note_model(self, model: str, tokenizer: str | None) -> None:
         """Notes in the manifest which model the trace begins with anew, and the versions of now."""
-        self.manifest |= {"model": model, "versions": library_versions()}
-        if tokenizer is not None:
-            self.manifest["tokenizer"] = tokenizer
-        self._write_manifest()
+        noted = {"model": model, "tokenizer": tokenizer or self.manifest["tokenizer"], "versions": library_versions()}
+        if not noted.items() <= self.manifest.items():
+            self.manifest |= noted
+            self._write_manifest()
 
     def note_source(self, source: str, truncated: int) -> None:
         """Notes in the manifest where the rows came from, as [`load_rows`] takes it, and how many of them were cut."""
