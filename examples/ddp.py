@@ -41,7 +41,7 @@ safety = Dataset.from_list(rows(20, answer=7))
 model, tracker = load_base(), ForgetTracker()
 Trainer(model, args("s1", 8), train_dataset=noisy, callbacks=[tracker]).train()
 Trainer(model, args("s1plus", 4), train_dataset=safety, callbacks=[tracker]).train()
-trainer = FilteredTrainer(load_base(), args("filtered", 8), train_dataset=noisy, forgetting=tracker)
+trainer = FilteredTrainer(load_base(), args("filtered", 8), train_dataset=noisy, forgetting=tracker, measure="loss")
 trainer.train()
 if trainer.is_world_process_zero():
     print(trainer.filter_result.summary())

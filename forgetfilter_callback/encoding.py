@@ -275,7 +275,7 @@ def encode_collated(
         if packed:
             raise NotOneSampleARow(
                 "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
-                "Name the rows before packing: `ForgetTracker(noisy)`."
+                "A safety session may be packed, if the noisy rows are named: `ForgetTracker(noisy)`."
             )
         if "attention_mask" in batch:
             real = batch["attention_mask"][0].bool()

@@ -253,6 +253,8 @@ def source_of(trace: Trace) -> str:
     if "source" not in trace.manifest:
         raise DataError(f"The trace in {trace.folder} does not say where its rows lie. Name them: `--noisy`.")
     source: str = trace.manifest["source"]
+    if Path(source).is_absolute() and not Path(source).exists():  # a file or folder, as `whole_name` notes them
+        raise DataError(f"The rows of the trace lay in {source}, where nothing is now. Say where they lie: `--noisy`.")
     return source
 
 

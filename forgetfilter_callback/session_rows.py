@@ -52,8 +52,8 @@ def training_rows(
     """
     if args.to_dict().get("packing", False):  # TRL's SFTConfig
         raise NotOneSampleARow(
-            "The training set is packed (`packing=True`), so a loader row is not one sample. Name the rows before "
-            "packing: `ForgetTracker(noisy)`."
+            "The training set is packed (`packing=True`), so a loader row is not one sample. A safety session may be, if "
+            "the noisy rows are named, `ForgetTracker(noisy)`; where the noisy set is learnt, set `packing=False`."
         )
     return encode_collated(train_dataloader.dataset, train_dataloader.collate_fn, max_length, quiet(args))
 

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .encoding import EncodingError, encode_rows
 from .forgetting import FilterThreshold, Measure
-from .trainer import BaseModelCheck, Filtering, Forgetting, refuse_settings, trace_of
+from .trainer import BaseModelCheck, Filtering, Forgetting, filter_nothing, trace_of
 
 
 # The place of a row as given, carried along while the trainer prepares it.
@@ -50,11 +50,11 @@ class FilteredSFTTrainer(Filtering, SFTTrainer):
         decision: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
-        if forgetting is None:
-            refuse_settings(measure, threshold, share, decision)
         self._filter_arguments = (forgetting, measure, threshold, share, decision)
         super().__init__(*args, **kwargs)
-        if forgetting is not None:
+        if forgetting is None:
+            filter_nothing(measure, threshold, share, decision)
+        else:
             if self.filter_result is None:
                 raise EncodingError(
                     "FilteredSFTTrainer filters while it prepares rows, which `skip_prepare_dataset` leaves out. Use "

@@ -125,7 +125,7 @@ class FilteredTrainer(Filtering, Trainer):
     ):
         super().__init__(*args, **kwargs)
         if forgetting is None:
-            refuse_settings(measure, threshold, share, decision)
+            filter_nothing(measure, threshold, share, decision)
             return
         if isinstance(self.train_dataset, IterableDataset):  # type: ignore[has-type] # set by Trainer
             raise NotOneSampleARow(
@@ -158,15 +158,16 @@ def trace_of(forgetting: Forgetting) -> Trace | None:
     return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
 
 
-def refuse_settings(
+def filter_nothing(
     measure: Measure | None,
     threshold: FilterThreshold,
     share: float | None,
     decision: str | os.PathLike[str] | None,
 ) -> None:
-    """Without `forgetting` there is nothing that they could apply to."""
+    """Says that there is no `forgetting`; refuses what could apply to nothing else."""
     if (measure, threshold, share, decision) != (None, "auto", None, None):
         raise ValueError("There is nothing to filter by: pass the tracker, a trace or values as `forgetting`.")
+    logger.warning("No `forgetting` was given, so nothing is filtered.")
 
 
 def reviewed(

@@ -176,6 +176,18 @@ def test_context_is_known_by_the_name_that_a_family_gives_it(tmp_path):
     assert (context_of(str(tmp_path / "gpt2")), context_of(str(tmp_path / "mamba"))) == (32, None)
 
 
+def test_rows_that_were_moved_are_asked_for(files, tmp_path):
+    moved = tmp_path / "noisy.jsonl"
+    moved.write_text(files["noisy"].read_text())
+    model = ("--before", files["model"], "--after", files["model"], "--output", tmp_path / "trace")
+    assert call("score", "--noisy", moved, *model).exit_code == 0
+    moved.rename(tmp_path / "elsewhere.jsonl")
+    filtered = ("filter", tmp_path / "trace", "--output", tmp_path / "f", "--threshold", 0.5)
+    result = call(*filtered)
+    assert result.exit_code == 2 and "where nothing is now. Say where they lie: `--noisy`" in result.output
+    assert call(*filtered, "--noisy", tmp_path / "elsewhere.jsonl").exit_code == 0
+
+
 def test_a_record_of_s1plus_can_be_named(files, tmp_path):
     assert call("run", *settings(files, tmp_path / "out"), "--record-steps", 1, "--share", 0.25).exit_code == 0
     trace = Trace.open(tmp_path / "out" / "_forgetfilter")

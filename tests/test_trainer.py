@@ -30,11 +30,12 @@ def weights_after(trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
-def test_without_forgetting_it_is_exactly_a_trainer(noisy, make_args, collator):
+def test_without_forgetting_it_is_exactly_a_trainer(noisy, make_args, collator, caplog):
     plain = Trainer(tiny_llama(), make_args("a"), train_dataset=noisy, data_collator=collator)
     filtered = FilteredTrainer(tiny_llama(), make_args("b"), train_dataset=noisy, data_collator=collator)
     assert all(torch.equal(a, b) for a, b in zip(weights_after(plain), weights_after(filtered), strict=True))
     assert filtered.removed_dataset is None and filtered.filter_result is None
+    assert "nothing is filtered" in caplog.text
 
 
 def test_trains_on_the_rest_as_a_trainer_would(noisy, tracker, make_args, collator):
