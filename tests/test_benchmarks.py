@@ -190,7 +190,7 @@ def test_filters(tiny, data_dir, tmp_path):
         assert 0 <= row["auroc"] <= 1 and 0 <= row["f1_best"] <= 1 and row["tokens"] >= 0
     assert sum(main["default"]["removed_by_group"].values()) == main["default"]["removed_auto"]
     assert main["default"]["f1_auto"] is not None and main["M0 loss"]["f1_auto"] is None
-    assert "| toxicity, 50% | default | 1 |" in output
+    assert f"| toxicity, 50%, {tiny} | default | 1 |" in output
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
                   "--control", "near-duplicates")  # fmt: skip
     assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
