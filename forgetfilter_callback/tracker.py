@@ -331,9 +331,9 @@ class ForgetTracker(TrainerCallback):
         if state.global_step == 0 and (session == "S1" or "S1" not in begun_earlier):
             main_process_does(partial(self._trace.note_model, *_names(model, processing_class)))
         if not quiet(args):
-            shares = (
-                "" if trained_on is None else f" (trains on {shared:,} of the {len(self._trace.rows):,} rows tracked)"
-            )
+            shares = ""
+            if trained_on is not None:
+                shares = f" (trains on {shared or 'none'} of the {len(self._trace.rows)} rows tracked)"
             print(f"ForgetTracker: {session}{shares}. {self._cost(args, state, model, trained_on)}")
         return session
 
