@@ -73,7 +73,7 @@ def earlier_results(json_file: Path) -> list[dict[str, Any]]:
 def write_results(results: list[dict[str, Any]], json_file: Path) -> None:
     """Writes results atomically, one a line, figures to six places."""
     rounded = ({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in results)
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rounded)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rounded)
     write_text(f"[\n{lines}\n]\n", json_file)
 
 
