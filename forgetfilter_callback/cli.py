@@ -310,7 +310,7 @@ def show(
             typer.echo(json.dumps(_account(result)))
             return
         named = tokenizer is not None or opened.manifest["tokenizer"] is not None
-        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer) if named else None, head, step)
+        show_trace(opened, result, Console(), _tokenizer(opened, tokenizer) if named else None, head)
 
 
 @app.command()

@@ -162,9 +162,8 @@ class FilterResult:
             write_parquet([table], parts.enter_context(replacing(folder / "values.parquet")))
             if isinstance(removed_rows, Dataset):
                 rows = parts.enter_context(replacing(folder / "removed.jsonl"))
-                write_lines(
-                    as_json_lines(removed_rows.with_format(None)), rows
-                )  # not as tensors, which print cut short
+                plain_rows = removed_rows.with_format(None)  # tensors would be written as they print, cut short
+                write_lines(as_json_lines(plain_rows), rows)
         if not isinstance(removed_rows, Dataset):
             (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
 

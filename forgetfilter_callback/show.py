@@ -24,7 +24,6 @@ def show(
     console: Console,
     tokenizer: PreTrainedTokenizerBase | None,
     head: int,
-    step: int | None = None,
 ) -> None:
     """Prints a decision on a trace.
 
@@ -39,12 +38,10 @@ def show(
             Turns token ids into text; without it the table has none.
         head (`int`):
             How many of the most forgotten samples are shown.
-        step (`int`, *optional*):
-            Which record of S1+ was decided on; the last one by default.
     """
     console.print(Text(page_summary(result), style="bold"))
     console.print(Text(result.reason))
-    before, after = trace.first_and_last(step)
+    before, after = trace.first_and_last(result.step)
     console.print(Text(f"Model {plain(trace.manifest['model'])}, S1+ step {before.step} to {after.step}."))
     known = result.values[np.isfinite(result.values)]
     phi = result.threshold
