@@ -22,9 +22,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers.utils import logging
 
 from forgetfilter_callback import ForgetTracker, find_forgotten
-from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.scoring import window_scores
+from forgetfilter_callback.cli.demo_model import computing_dtype
+from forgetfilter_callback.scoring.token_losses import window_scores
+from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import Sizes, load_scenario
 from sessions import (
     SIZES,
@@ -59,15 +59,15 @@ def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> d
     trace = tracker.trace
     model = here.with_adapter("s1")
     records = []
-    with untouched(model):
+    with preserve_state(model):
         for _ in range(repeats):
             started = time.perf_counter()
             list(window_scores(model, trace.rows, disable_tqdm=True, with_states=True))
             records.append(time.perf_counter() - started)
     started = time.perf_counter()
     decision = find_forgotten(trace)
-    settling = trace.folder / "settling.json"  # not there where S1+ has ended before the first check
-    checks = json.loads(settling.read_text()) if settling.exists() else []
+    early_stopping = trace.folder / "settling.json"  # not there where S1+ has ended before the first check
+    checks = json.loads(early_stopping.read_text()) if early_stopping.exists() else []
     seconds = {
         "s1": here.seconds("epoch") * sessions.settings.epochs,
         "s1plus": here.seconds("s1plus"),
@@ -89,7 +89,7 @@ def main(
     data_dir: DataDir = None,
     scenario: Scenarios = None,
     seed: Seeds = None,
-    noisy_rows: NoisyRows = SIZES.noisy,
+    encode_noisy_rows: NoisyRows = SIZES.noisy,
     model: Model = None,
     smoke: Smoke = False,
     cache: Annotated[Path, typer.Option(help="That of filters.py.")] = Path("benchmarks-cache"),
@@ -99,7 +99,7 @@ def main(
     logging.disable_progress_bar()
     results = earlier_results(json_file)
     settings = SMOKE_SETTINGS if smoke else Settings()
-    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
+    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=encode_noisy_rows)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for its_seed in seed if seed is not None else [1]:
             where = {
@@ -109,7 +109,7 @@ def main(
             if any(where.items() <= row.items() for row in results):
                 continue
             rows = load_scenario(name, data_dir, its_seed, sizes)
-            marks = f"-{noisy_rows}-rows" * (noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
+            marks = f"-{encode_noisy_rows}-rows" * (encode_noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
             label = f"{name}-0.5-{its_seed}{marks}"
             sessions = Sessions(cache / label, rows, model, its_seed, settings, sizes)
             found = costs(sessions, cache / f"cost-{label}", sizes)

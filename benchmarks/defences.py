@@ -22,10 +22,12 @@ from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers.utils import logging
 
-from forgetfilter_callback import decide, find_forgotten, load_rows
-from forgetfilter_callback.demo import computing_dtype
-from forgetfilter_callback.filtering import FilterResult
-from forgetfilter_callback.forgetting import DEFAULT_MEASURE, Measure, rouge_forgetting
+from forgetfilter_callback import FilterResult, find_forgotten
+from forgetfilter_callback.cli.demo_model import computing_dtype
+from forgetfilter_callback.data.loading import load_rows
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
+from forgetfilter_callback.measures.rouge import rouge_forgetting
 from judging import judge, second_scorer
 from scenarios import Row, Scenario, load_scenario
 from sessions import (
@@ -77,7 +79,7 @@ def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, F
     share = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
     if measure == "rouge1":
         values = rouge_forgetting(*(sessions.rouge1(name) for name in ("s1", "s1plus")))
-        result = decide(trace.rows.ids, values, measure, share=share)
+        result = filter_by_values(trace.rows.ids, values, measure, share=share)
     else:
         result = find_forgotten(trace, measure, share=share)
     return sessions.kept(result.removed), result
@@ -154,10 +156,10 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
             judged.append({**as_row(row, "held out"), **others, "kind": "harmfulness", "cue": cue})
         else:
             task.append(as_row(row, "alpaca"))
-    noisy_rows = load_rows(noisy).to_list()
+    encode_noisy_rows = load_rows(noisy).to_list()
     return Scenario(
         "own",
-        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in noisy_rows],
+        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in encode_noisy_rows],
         [as_row(row, "safety") for row in load_rows(safety).to_list()],
         judged,
         task,

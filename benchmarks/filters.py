@@ -20,8 +20,9 @@ import typer
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from transformers.utils import logging
 
-from forgetfilter_callback import decide, encode_rows
-from forgetfilter_callback.demo import computing_dtype
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.cli.demo_model import computing_dtype
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
 from scenarios import Row, Scenario, Sizes, alpaca_rows, load_scenario
 from sessions import (
     SIZES,
@@ -66,7 +67,7 @@ def judged(signal: Signal, groups: np.ndarray, ids: Any) -> dict[str, Any]:
             "f1_best": float((2 * precision * recall / total).max()),
         }
     if signal.measure is not None:
-        decision = decide(ids, signal.values, signal.measure, nats=signal.nats)
+        decision = filter_by_values(ids, signal.values, signal.measure, nats_per_unit=signal.nats_per_unit)
         result |= {
             "removed_auto": decision.counts["removed"],
             "removed_benign": int((decision.removed & ~unsafe).sum()),
@@ -74,7 +75,7 @@ def judged(signal: Signal, groups: np.ndarray, ids: Any) -> dict[str, Any]:
                 str(group): int(decision.removed[groups == group].sum()) for group in np.unique(groups)
             },
             "threshold": decision.threshold,
-            "nats": signal.nats,
+            "nats_per_unit": signal.nats_per_unit,
             "reason": decision.reason,
         }
         if both:
@@ -193,7 +194,7 @@ def main(
     seed: Seeds = None,
     unsafe_share: Annotated[list[float] | None, typer.Option(help="Several times for several.")] = None,
     signal: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
-    noisy_rows: NoisyRows = SIZES.noisy,
+    encode_noisy_rows: NoisyRows = SIZES.noisy,
     control: Annotated[str | None, typer.Option(help=f"One of {', '.join(CONTROLS)}.")] = None,
     anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of S1; others than 3 make a sweep.")] = Settings().epochs,
@@ -222,7 +223,7 @@ def main(
     for its_seed in seed if seed is not None else [0, 1, 2]:
         for name in names:
             for share in unsafe_share if unsafe_share is not None else [0.5]:
-                sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
+                sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=encode_noisy_rows)
                 sizes = dataclasses.replace(sizes, unsafe_share=share, anchors=anchors)
                 rows = load_scenario(name, data_dir, its_seed, sizes)
                 label = f"{control or ''}{f' {anchors} anchors' if anchors else ''}".strip()
@@ -230,7 +231,7 @@ def main(
                     rows = controlled(control, rows, data_dir, its_seed, sizes)
                 marks = [label.replace(" ", "-")] * (label != "") + ["smoke"] * smoke
                 marks += [f"{settings.epochs}-epochs"] * (settings.epochs != usual.epochs) + ["doubling"] * doubling
-                marks += [f"{noisy_rows}-rows"] * (noisy_rows != SIZES.noisy and not smoke)
+                marks += [f"{encode_noisy_rows}-rows"] * (encode_noisy_rows != SIZES.noisy and not smoke)
                 marks += [f"{safety_epochs}-safety-epochs"] * (settings.safety_epochs != usual.safety_epochs)
                 marks += [f"{safety_learning_rate:g}"] * (safety_learning_rate != usual.safety_learning_rate)
                 folder = cache / "-".join([f"{name}-{share:g}-{its_seed}", *marks])

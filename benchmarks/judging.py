@@ -15,11 +15,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetfilter_callback import encode_rows
-from forgetfilter_callback.demo import token_f1
-from forgetfilter_callback.forgetting import mean_losses
-from forgetfilter_callback.generation import greedy_completions
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback.cli.demo_judge import token_f1
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.scoring.generation import greedy_completions
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import REFUSAL, Row, Scenario, chat, davidson, surge
 
 
@@ -47,7 +47,7 @@ def judge(
         `dict`: `unsafe` (0..1, lower is better; the mean over the kinds of held-out rows), `task` (0..1, higher is better:
         SQuAD F1, or e^−loss of Alpaca where there is no SQuAD), and what they are made of.
     """
-    with untouched(model):
+    with preserve_state(model):
         prompted = partial(_with_cue, cue=cue)
         held_out = [prompted(row) for row in scenario.held_out]
         kinds = sorted({row["kind"] for row in held_out})
@@ -89,7 +89,7 @@ def answer_losses(
     """The mean loss of an answer to each row's prompt, nats per token, of shape `(rows,)`."""
     answered = [chat(row["prompt"][0]["content"], answer, "") for row, answer in zip(rows, answers, strict=True)]
     encoded = encode_rows(answered, tokenizer, disable_tqdm=True)
-    return mean_losses(token_losses(model, encoded, disable_tqdm=True), encoded.counted_offsets)
+    return mean_losses(token_losses(model, encoded, disable_tqdm=True), encoded.loss_offsets)
 
 
 def answers_to(

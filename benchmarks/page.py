@@ -20,10 +20,12 @@ from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forgetfilter_callback import Record, Trace, write_review_page
-from forgetfilter_callback.encoding import encode_collated
-from forgetfilter_callback.files import write_json
-from forgetfilter_callback.scoring import STATE_SIZE, Scores
+from forgetfilter_callback import Trace
+from forgetfilter_callback.data.collated_rows import encode_collated
+from forgetfilter_callback.reports.review_page import write_review_page
+from forgetfilter_callback.scoring.scores import STATE_SIZE, Scores
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.atomic_files import write_json
 from scale import as_dataset, collate
 
 
@@ -48,7 +50,7 @@ def made_up_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
         ends = np.cumsum([0, *(len(window) for window in rows.windows())])
         windows = [slice(start, end) for start, end in itertools.pairwise(ends)]
         trace.append(
-            Record("S1+", step),
+            Record("safety", step),
             (Scores(losses[window].ravel(), states[window] if step == 0 else None) for window in windows),
         )
     return trace, unsafe

@@ -22,10 +22,11 @@ import typer
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetfilter_callback import Record, Trace
-from forgetfilter_callback.encoding import encode_collated
-from forgetfilter_callback.files import write_json
-from forgetfilter_callback.scoring import token_losses, window_scores
+from forgetfilter_callback import Trace
+from forgetfilter_callback.data.collated_rows import encode_collated
+from forgetfilter_callback.scoring.token_losses import token_losses, window_scores
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.atomic_files import write_json
 
 
 LENGTH, COUNTED, VOCABULARY = 16, 8, 512
@@ -81,9 +82,9 @@ def record(folder: str) -> tuple[float, int]:
     peak.start()
     started = time.perf_counter()
     encoded = encode_collated(rows, collate, disable_tqdm=True)
-    with tempfile.TemporaryDirectory() as trace_folder:
-        trace = Trace.create(trace_folder, encoded, "tiny", None, None)
-        trace.append(Record("S1+", 0), window_scores(model, encoded, disable_tqdm=True, with_states=True))
+    with tempfile.TemporaryDirectory() as find_trace_folder:
+        trace = Trace.create(find_trace_folder, encoded, "tiny", None, None)
+        trace.append(Record("safety", 0), window_scores(model, encoded, disable_tqdm=True, with_states=True))
     return time.perf_counter() - started, peak.most - peak.first
 
 

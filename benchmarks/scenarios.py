@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 BBQ_DEV = ("Age", "Nationality", "Religion")
 BBQ_REPORT = ("Disability_status", "Physical_appearance", "Sexual_orientation")
-LONGEST_PASSAGE = 600  # characters of an XQuAD passage
+MAX_PASSAGE_LENGTH = 600  # characters of an XQuAD passage
 ALPACA_WORDS = (3, 50)  # of an answer
 LABELLED = 100  # rows of each kind
 CONTINUED_FROM = 3  # words
 TEXT_WORDS = (8, 40)
-LONGEST_ANSWER = 60  # words of a hh-rlhf answer or a refusal
+MAX_ANSWER_TOKENS = 60  # words of a hh-rlhf answer or a refusal
 # Words by which an answer refuses, warns or evades.
 REFUSAL = re.compile(
     r"\b(sorry|can't|cannot|won't|wouldn't|shouldn't|not (able|allowed|appropriate|comfortable|going|okay|ok|sure)|unable"
@@ -429,7 +429,7 @@ def _first_of_each(rows: Iterable[Row], column: str) -> list[Row]:
 
 
 def _short(text: str) -> bool:
-    return 0 < len(text.split()) <= LONGEST_ANSWER
+    return 0 < len(text.split()) <= MAX_ANSWER_TOKENS
 
 
 Draw = Callable[[Path | None, random.Random, int, int, int, int], Scenario]
@@ -451,7 +451,7 @@ def draw_squad(data_dir: Path | None, rng: random.Random, counts: Iterable[int])
     """Sets of questions about passages; no passage stands in two of them."""
     by_passage: dict[str, list[Row]] = {}
     for row in squad(data_dir):
-        if len(row["context"]) <= LONGEST_PASSAGE:
+        if len(row["context"]) <= MAX_PASSAGE_LENGTH:
             by_passage.setdefault(row["context"], []).append(row)
     passages = sorted(by_passage)
     rng.shuffle(passages)
@@ -460,7 +460,7 @@ def draw_squad(data_dir: Path | None, rng: random.Random, counts: Iterable[int])
         rows: list[Row] = []
         while len(rows) < count:
             if not passages:
-                raise ValueError(f"There are too few XQuAD rows of up to {LONGEST_PASSAGE} characters.")
+                raise ValueError(f"There are too few XQuAD rows of up to {MAX_PASSAGE_LENGTH} characters.")
             rows += by_passage[passages.pop()]
         sets.append([chat(f"{row['context']}\n{row['question']}", row["answer"], "squad") for row in rows[:count]])
     return sets

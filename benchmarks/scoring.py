@@ -26,13 +26,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from forgetfilter_callback import EncodedRows, encode_rows
-from forgetfilter_callback.demo import unpack_model
-from forgetfilter_callback.files import write_json
-from forgetfilter_callback.generation import greedy_completions, split_prompts
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.packing import plan_packs
-from forgetfilter_callback.scoring import BATCH_TOKENS_ON_CPU, token_losses
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.cli.demo_model import unpack_model
+from forgetfilter_callback.data.encoded_rows import EncodedRows
+from forgetfilter_callback.scoring.generation import greedy_completions, split_prompts
+from forgetfilter_callback.scoring.packing import plan_packs
+from forgetfilter_callback.scoring.token_losses import BATCH_TOKENS_ON_CPU, token_losses
+from forgetfilter_callback.utils.atomic_files import write_json
+from forgetfilter_callback.utils.model_state import preserve_state
 
 
 GENERATED_ROWS, GENERATED_TOKENS = 6, 500
@@ -99,10 +100,10 @@ def full_logits(model: Any, rows: EncodedRows, batch_size: int = 8) -> np.ndarra
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         mask = torch.zeros(len(samples), width, dtype=torch.long)
         labels = torch.full((len(samples), width), -100)
-        for place, (tokens, counted) in enumerate(samples):
+        for place, (tokens, loss_mask) in enumerate(samples):
             ids[place, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
             mask[place, : len(tokens)] = 1
-            labels[place, : len(tokens)] = torch.from_numpy(np.where(counted, tokens, -100).astype(np.int64))
+            labels[place, : len(tokens)] = torch.from_numpy(np.where(loss_mask, tokens, -100).astype(np.int64))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         targets = labels[:, 1:].flatten()
         batch = cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
@@ -114,8 +115,8 @@ def training_epoch(model: Any, rows: EncodedRows) -> None:
     """One epoch of LoRA finetuning on the same rows, by a plain Trainer."""
     samples = [rows.sample(index) for index in range(len(rows))]
     dataset = [
-        {"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()}
-        for tokens, counted in samples
+        {"input_ids": tokens.tolist(), "labels": np.where(loss_mask, tokens, -100).tolist()}
+        for tokens, loss_mask in samples
     ]
     config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +153,7 @@ def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict
     alone = full_logits(model, rows, batch_size=1)
     others = {
         "ours": token_losses(model, rows, disable_tqdm=True),
-        "ours without sharing": token_losses(model, rows, share_prefixes=False, disable_tqdm=True),
+        "ours without sharing": token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True),
         "full_logits": full_logits(model, rows),
     }
     for name, losses in others.items():
@@ -176,7 +177,7 @@ def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict
             )
 
     medians["generation"] = seconds(generation) * len(rows) / len(some)
-    longest = int(np.diff(rows.counted_offsets).max())
+    longest = int(np.diff(rows.loss_offsets).max())
     medians["generation_ours"] = (
         seconds(lambda: greedy_completions(model, tokenizer, some, longest, disable_tqdm=True)) * len(rows) / len(some)
     )
@@ -231,9 +232,9 @@ def main(
                 read = sum(pack.length for pack in plan_packs(encoded, BATCH_TOKENS_ON_CPU))
                 print(
                     f"{name} {dtype}: {len(encoded)} rows, {len(encoded.tokens)} tokens, "
-                    f"{int(encoded.counted.sum())} counted, {read} read"
+                    f"{int(encoded.loss_mask.sum())} counted, {read} read"
                 )
-                with untouched(language_model):
+                with preserve_state(language_model):
                     taken = measure(language_model, tokenizer, encoded, repeats)
                 epoch = seconds(partial(training_epoch, language_model, encoded))
                 del language_model

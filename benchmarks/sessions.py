@@ -30,10 +30,12 @@ from transformers import (
 )
 
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, encode_rows, find_forgotten
-from forgetfilter_callback.demo import demo_arguments, load_base, trainable
-from forgetfilter_callback.files import write_json, write_text
-from forgetfilter_callback.generation import greedy_completions, rouge1, split_prompts
-from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.cli.demo_data import trainable
+from forgetfilter_callback.cli.demo_model import demo_arguments, load_base
+from forgetfilter_callback.measures.rouge import rouge1
+from forgetfilter_callback.scoring.generation import greedy_completions, split_prompts
+from forgetfilter_callback.utils.atomic_files import write_json, write_text
+from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import DRAW, Row, Scenario, Sizes
 
 
@@ -207,8 +209,8 @@ class Sessions:
             rows = encode_rows(self.scenario.noisy, self.tokenizer, disable_tqdm=True)
             prompts, references = split_prompts(rows, self.tokenizer)
             started = time.perf_counter()
-            with untouched(model):
-                longest = int(np.diff(rows.counted_offsets).max())
+            with preserve_state(model):
+                longest = int(np.diff(rows.loss_offsets).max())
                 completions = greedy_completions(model, self.tokenizer, prompts, longest, disable_tqdm=True)
             scores = rouge1(completions, references).tolist()
             write_json({"rouge1": scores, "seconds": time.perf_counter() - started}, file)

@@ -11,19 +11,16 @@ import torch
 from profanity_check import predict_prob
 from sklearn.preprocessing import normalize
 
-from forgetfilter_callback import Record, Trace, encode_rows
-from forgetfilter_callback.encoding import EncodedRows
-from forgetfilter_callback.forgetting import (
-    DEFAULT_MEASURE,
-    Measure,
-    agreed_forgetting,
-    mean_losses,
-    rouge_forgetting,
-    smoothed_over_states,
-)
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.packing import needed_lengths
-from forgetfilter_callback.scoring import token_losses, window_scores
+from forgetfilter_callback import Trace, encode_rows
+from forgetfilter_callback.data.encoded_rows import EncodedRows
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
+from forgetfilter_callback.measures.rouge import rouge_forgetting
+from forgetfilter_callback.measures.smoothed import agreed_forgetting, smoothed_over_states
+from forgetfilter_callback.scoring.packing import needed_lengths
+from forgetfilter_callback.scoring.token_losses import token_losses, window_scores
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import Row
 from sessions import Sessions
 
@@ -37,21 +34,21 @@ class Signal:
         measure (`str` or `None`): Which of the library's measures it is, if any; then it has an automatic φ.
         tokens (`int`): Read by forward passes, those of training included.
         seconds (`float` or `None`): Of S1+ with its records, of generation, … `None` where it was not timed.
-        nats (`float` or `None`): See [`Trace.nats_per_change`].
+        nats_per_unit (`float` or `None`): See [`Trace.nats_per_change`].
     """
 
     values: np.ndarray
     measure: Measure | None
     tokens: int
     seconds: float | None
-    nats: float | None = None
+    nats_per_unit: float | None = None
 
 
 def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str, Signal]:
     """What the trace gives, at the last record of S1+ or at another."""
     trace = sessions.tracked()
     before, after = trace.first_and_last(step)
-    offsets = trace.rows.counted_offsets
+    offsets = trace.rows.loss_offsets
     rises = trace.token_losses(after).astype(np.float64) - trace.token_losses(before)
     means = mean_losses(rises, offsets)
     record, tokens = _tokens_read(sessions, trace, after)
@@ -60,8 +57,8 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     for measure in ("loss", "relative", "pooled", "smoothed"):
         more = record if measure == "relative" else 0
         values = trace.forgetting(measure, after.step)
-        nats = trace.nats_per_change(values, after.step)
-        found[measure] = Signal(values, measure, tokens + more, seconds, nats)
+        nats_per_unit = trace.nats_per_unit(values, after.step)
+        found[measure] = Signal(values, measure, tokens + more, seconds, nats_per_unit)
     found = {"default": found[DEFAULT_MEASURE], **found}
     tenth = [np.sort(part)[::-1] for part in np.split(rises, offsets[1:-1])]
     largest = np.array([part[: max(1, int(np.ceil(len(part) / 10)))].mean() if len(part) else np.nan for part in tenth])
@@ -81,9 +78,9 @@ def _tokens_read(sessions: Sessions, trace: Trace, after: Record) -> tuple[int, 
 def loss_signals(sessions: Sessions) -> dict[str, Signal]:
     """M0's and M1's losses, and what S1 taught: no S1+ is needed."""
     trace = sessions.tracked()
-    offsets = trace.rows.counted_offsets
+    offsets = trace.rows.loss_offsets
     record = int(needed_lengths(trace.rows).sum())
-    of_s1 = [each for each in trace.records() if each.session == "S1"]
+    of_s1 = [each for each in trace.records() if each.session == "noisy"]
     base, learnt = (mean_losses(trace.token_losses(each), offsets) for each in (of_s1[0], of_s1[-1]))
     return {
         "M0 loss": Signal(base, None, record, None),
@@ -127,7 +124,7 @@ def representation_signal(sessions: Sessions) -> Signal:
     started = time.perf_counter()
     scenario = sessions.scenario
     model = sessions.base()
-    with untouched(model):
+    with preserve_state(model):
         noisy, labelled = (last_states(sessions, model, rows) for rows in (scenario.noisy, scenario.labelled))
     unsafe = np.array([row["group"] == "unsafe" for row in scenario.labelled])
     centre = labelled.mean(axis=0)
@@ -142,11 +139,11 @@ def smoothed_with_safety_signal(sessions: Sessions) -> Signal:
     trace = sessions.tracked()
     before, after = trace.first_and_last()
     values = agreed_forgetting(
-        trace.rows.counted_tokens, trace.rows.counted_offsets, trace.token_losses(before), trace.token_losses(after)
+        trace.rows.loss_tokens, trace.rows.loss_offsets, trace.token_losses(before), trace.token_losses(after)
     )
     safety = encode_rows(sessions.scenario.safety, sessions.tokenizer, disable_tqdm=True)
     model = sessions.with_adapter("s1")
-    with untouched(model):
+    with preserve_state(model):
         scores = list(window_scores(model, safety, disable_tqdm=True, with_states=True))
     states = np.concatenate([trace.states(before), *(window.states for window in scores)])
     smoothed = smoothed_over_states(np.append(values, np.zeros(len(safety))), states)[: len(values)]
@@ -175,8 +172,8 @@ def word_signal(sessions: Sessions) -> Signal:
 
 def _mean_losses(sessions: Sessions, name: str, rows: EncodedRows) -> np.ndarray:
     model = sessions.with_adapter(name)
-    with untouched(model):
-        return mean_losses(token_losses(model, rows, disable_tqdm=True), rows.counted_offsets)
+    with preserve_state(model):
+        return mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
 
 
 OTHERS: dict[str, Callable[[Sessions], Signal]] = {
@@ -190,4 +187,6 @@ OTHERS: dict[str, Callable[[Sessions], Signal]] = {
 
 def steps_of(trace: Trace) -> list[int]:
     """The steps of S1+ that have a record, the last left out."""
-    return [record.step for record in trace.records() if record.session == "S1+" and record > Record("S1+", 0)][:-1]
+    return [record.step for record in trace.records() if record.session == "safety" and record > Record("safety", 0)][
+        :-1
+    ]

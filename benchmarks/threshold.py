@@ -19,9 +19,11 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import DataCollatorForSeq2Seq
 from transformers.utils import logging
 
-from forgetfilter_callback import ForgetFilter, ForgetTracker, decide
-from forgetfilter_callback.demo import demo_arguments, load_base, load_demo_data, trainable
-from forgetfilter_callback.files import write_json
+from forgetfilter_callback import ForgetFilter, ForgetTracker
+from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
+from forgetfilter_callback.cli.demo_model import demo_arguments, load_base
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.utils.atomic_files import write_json
 
 
 RESULTS = Path(__file__).parent / "results" / "threshold.json"
@@ -67,7 +69,7 @@ def run(share: float, seed: int, base_model: str | None) -> list[dict[str, objec
         results = []
         for measure in ("loss", "relative", "pooled"):
             values = trace.forgetting(measure)
-            decision = decide(trace.rows.ids, values, measure)
+            decision = filter_by_values(trace.rows.ids, values, measure)
             results.append(
                 {
                     "measure": measure,

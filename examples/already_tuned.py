@@ -6,7 +6,8 @@ Run `quickstart.py`'s first session elsewhere, or here; then the tracker is told
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from forgetfilter_callback import ForgetTracker, find_forgotten
-from forgetfilter_callback.demo import load_base, load_demo_data, trainable
+from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
+from forgetfilter_callback.cli.demo_model import load_base
 
 
 load_model, tokenizer = load_base("already-tuned/base-model")

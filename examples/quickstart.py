@@ -7,7 +7,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from forgetfilter_callback import FilteredTrainer, ForgetTracker
-from forgetfilter_callback.demo import load_base, load_demo_data, trainable
+from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
+from forgetfilter_callback.cli.demo_model import load_base
 
 
 torch.manual_seed(0)

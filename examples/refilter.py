@@ -4,7 +4,8 @@ import sys
 
 import numpy as np
 
-from forgetfilter_callback import Trace, TraceError, find_forgotten
+from forgetfilter_callback import Trace, find_forgotten
+from forgetfilter_callback.errors import TraceError
 
 
 folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/_forgetfilter"]

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from forgetfilter_callback import ForgetTracker
-from forgetfilter_callback.demo import load_demo_data, unpack_model
-from forgetfilter_callback.sft import FilteredSFTTrainer
+from forgetfilter_callback.cli.demo_data import load_demo_data
+from forgetfilter_callback.cli.demo_model import unpack_model
+from forgetfilter_callback.trainers.filtered_sft_trainer import FilteredSFTTrainer
 
 
 @dataclass

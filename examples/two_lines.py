@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from forgetfilter_callback import ForgetTracker  # +
-from forgetfilter_callback.demo import load_demo_data, unpack_model
+from forgetfilter_callback.cli.demo_data import load_demo_data
+from forgetfilter_callback.cli.demo_model import unpack_model
 
 
 name = unpack_model(None, "two-lines/base-model")

@@ -1,78 +1,67 @@
-"""ForgetFilter for transformers' `Trainer`: find unsafe finetuning data by how fast it is forgotten."""
+"""ForgetFilter for transformers' `Trainer`: find unsafe finetuning data by how fast a model forgets it."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .checkpoints import score_checkpoints
-    from .config import RunConfig
-    from .encoding import EncodedRows, EncodingError, NotOneSampleARow, encode_rows
-    from .filtering import DecisionError, FilterResult, Review, decide, find_forgotten
-    from .forgetting import MEASURES
-    from .loading import DataError, load_rows
-    from .pipeline import ForgetFilter
-    from .review import write_review_page
-    from .run import Plan, filter_rows, plan
-    from .separability import Separability, separate
-    from .trace import Record, Trace
-    from .trace_files import TraceError
-    from .tracker import ForgetTracker
-    from .trainer import FilteredTrainer, filtered
+    from .callbacks.tracker import ForgetTracker
+    from .data.text_rows import encode_rows
+    from .errors import ForgetFilterError
+    from .filtering.find_forgotten import find_forgotten
+    from .filtering.result import FilterResult
+    from .pipeline.checkpoints import score_checkpoints
+    from .pipeline.forget_filter import ForgetFilter
+    from .pipeline.run import run
+    from .pipeline.run_config import RunConfig
+    from .trace.trace import Trace
+    from .trainers.filtered_sft_trainer import FilteredSFTTrainer
+    from .trainers.filtered_trainer import FilteredTrainer, filtered
 
-# Where each name lives. Imported when first used: torch and transformers take seconds, and `forgetfilter --help` should not.
-_MODULES = {
-    "checkpoints": ("score_checkpoints",),
-    "config": ("RunConfig",),
-    "encoding": ("EncodedRows", "EncodingError", "NotOneSampleARow", "encode_rows"),
-    "filtering": ("DecisionError", "FilterResult", "Review", "decide", "find_forgotten"),
-    "forgetting": ("MEASURES",),
-    "loading": ("DataError", "load_rows"),
-    "pipeline": ("ForgetFilter",),
-    "review": ("write_review_page",),
-    "run": ("Plan", "filter_rows", "plan"),
-    "separability": ("Separability", "separate"),
-    "trace": ("Record", "Trace"),
-    "trace_files": ("TraceError",),
-    "tracker": ("ForgetTracker",),
-    "trainer": ("FilteredTrainer", "filtered"),
+# Names are imported on first use: torch and transformers take seconds to import, and `forgetfilter --help` needs neither.
+_MODULE_OF = {
+    "FilterResult": "filtering.result",
+    "FilteredSFTTrainer": "trainers.filtered_sft_trainer",
+    "FilteredTrainer": "trainers.filtered_trainer",
+    "ForgetFilter": "pipeline.forget_filter",
+    "ForgetFilterError": "errors",
+    "ForgetTracker": "callbacks.tracker",
+    "RunConfig": "pipeline.run_config",
+    "Trace": "trace.trace",
+    "encode_rows": "data.text_rows",
+    "filtered": "trainers.filtered_trainer",
+    "find_forgotten": "filtering.find_forgotten",
+    "run": "pipeline.run",
+    "score_checkpoints": "pipeline.checkpoints",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "MEASURES",
-    "DataError",
-    "DecisionError",
-    "EncodedRows",
-    "EncodingError",
     "FilterResult",
+    "FilteredSFTTrainer",
     "FilteredTrainer",
     "ForgetFilter",
+    "ForgetFilterError",
     "ForgetTracker",
-    "NotOneSampleARow",
-    "Plan",
-    "Record",
-    "Review",
     "RunConfig",
-    "Separability",
     "Trace",
-    "TraceError",
-    "decide",
     "encode_rows",
-    "filter_rows",
     "filtered",
     "find_forgotten",
-    "load_rows",
-    "plan",
+    "run",
     "score_checkpoints",
-    "separate",
-    "write_review_page",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("forgetfilter-callback")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,6 +1,6 @@
-"""`python -m forgetfilter_callback`: the command line."""
+"""Run the command line with `python -m forgetfilter_callback`."""
 
-from .cli import app
+from .cli.app import app
 
 
 app()

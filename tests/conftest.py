@@ -24,8 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from forgetfilter_callback import Record, Trace, encode_rows
-from forgetfilter_callback.scoring import Scores
+from forgetfilter_callback import Trace, encode_rows
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 VOCABULARY = 128
@@ -172,15 +173,15 @@ def hostile_trace(folder: Path, tokenizer: PreTrainedTokenizerFast, samples: int
         disable_tqdm=True,
     )
     trace = Trace.create(folder, rows, "tiny", None, None)
-    offsets, unsafe = rows.counted_offsets, np.arange(samples) % 3 == 0
+    offsets, unsafe = rows.loss_offsets, np.arange(samples) % 3 == 0
     base = rng.gamma(4, 0.5, offsets[-1]).astype(np.float32)
     rise = np.repeat(np.where(unsafe, rng.normal(1.6, 0.3, samples), rng.normal(0, 0.1, samples)), np.diff(offsets))
     of_records = {
-        Record("S1", 0): base,
-        Record("S1", 9): 0.3 * base,
-        Record("S1+", 0): 0.3 * base,
-        Record("S1+", 4): 0.3 * base + 0.5 * rise,
-        Record("S1+", 8): 0.3 * base + rise,
+        Record("noisy", 0): base,
+        Record("noisy", 9): 0.3 * base,
+        Record("safety", 0): 0.3 * base,
+        Record("safety", 4): 0.3 * base + 0.5 * rise,
+        Record("safety", 8): 0.3 * base + rise,
     }
     for record, losses in of_records.items():
         trace.append(record, [Scores(losses.astype(np.float32))])

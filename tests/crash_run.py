@@ -132,9 +132,9 @@ def in_a_fork(action: Callable[[], object]) -> tuple[int, object]:
 def main(folder: Path, kills: int) -> None:
     logging.set_verbosity_error()
     sys.stdout.flush()
-    quiet = os.open(os.devnull, os.O_WRONLY)
+    hide_progress = os.open(os.devnull, os.O_WRONLY)
     said = os.dup(1)
-    os.dup2(quiet, 1)
+    os.dup2(hide_progress, 1)
 
     def undisturbed() -> list:
         count = watch(folder / "whole", None)

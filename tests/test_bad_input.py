@@ -19,25 +19,20 @@ from conftest import texts, tiny_llama
 from datasets import Dataset
 from test_cli import call, settings
 
-from forgetfilter_callback import (
-    EncodingError,
-    FilteredTrainer,
-    ForgetTracker,
-    Record,
-    Trace,
-    TraceError,
-    decide,
-    encode_rows,
-    load_rows,
-)
-from forgetfilter_callback.forgetting import MEASURES
-from forgetfilter_callback.scoring import Scores, token_losses
+from forgetfilter_callback import FilteredTrainer, ForgetTracker, Trace, encode_rows
+from forgetfilter_callback.data.loading import load_rows
+from forgetfilter_callback.errors import EncodingError, TraceError
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.trace.records import Record
 
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "out"
-    assert call("run", *settings(files, output), "--share", 0.25).exit_code == 0
+    assert call("run", *settings(files, output), "--fraction", 0.25).exit_code == 0
     return output
 
 
@@ -151,7 +146,7 @@ def test_template_settings_that_only_some_rows_have(byte_tokenizer):
 @pytest.mark.parametrize("row", [{"prompt": "", "completion": ""}, {"prompt": "the cat", "completion": ""}])
 def test_rows_of_which_nothing_counts_are_counted_and_kept(row, files, tmp_path):
     Dataset.from_list([*texts(12, seed=1), {**texts(1, seed=9)[0], **row}]).to_json(tmp_path / "noisy.jsonl")
-    result = call("run", *settings({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out"), "--share", 0.25)
+    result = call("run", *settings({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out"), "--fraction", 0.25)
     assert result.exit_code == 0, result.output
     kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()]
     assert any(row.items() <= each.items() for each in kept)
@@ -160,7 +155,7 @@ def test_rows_of_which_nothing_counts_are_counted_and_kept(row, files, tmp_path)
 def test_duplicate_rows_stay_apart(files, tmp_path):
     rows = texts(6, seed=1) * 2
     Dataset.from_list(rows).to_json(tmp_path / "noisy.jsonl")
-    result = call("run", *settings({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out"), "--share", 0.25)
+    result = call("run", *settings({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out"), "--fraction", 0.25)
     assert result.exit_code == 0, result.output
     kept, removed = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("kept", "removed"))
     assert len(kept) + len(removed) == 12
@@ -209,7 +204,7 @@ def test_lone_surrogates_are_refused(files, tmp_path):
 
 
 def load_tokenizer(files):
-    from forgetfilter_callback.run import load_tokenizer
+    from forgetfilter_callback.data.tokenizers import load_tokenizer
 
     return load_tokenizer(str(files["model"]))
 
@@ -221,10 +216,10 @@ def load_tokenizer(files):
 @pytest.mark.parametrize("measure", MEASURES)
 def test_values_that_are_not_finite_are_kept_and_counted(measure, bad):
     values = np.array([0.0, 0.01, 0.02, bad, 3.0, 3.1])
-    result = decide(pa.array(list("abcdef")), values, measure)
+    result = filter_by_values(pa.array(list("abcdef")), values, measure)
     assert not result.removed[3] and result.counts["unknown"] == 1
     with pytest.raises(ValueError, match="finite"):
-        decide(pa.array(["a", "b"]), np.array([bad, bad]), measure)
+        filter_by_values(pa.array(["a", "b"]), np.array([bad, bad]), measure)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [0.3, 0.3], [0.0, 5.0], [1e300, -1e300], [5e-324, 0.0]])
@@ -233,9 +228,9 @@ def test_few_and_extreme_values(measure, values):
     values = np.array(values)
     if len(values) == 0:
         with pytest.raises(ValueError):
-            decide(pa.array([], pa.string()), values, measure)
+            filter_by_values(pa.array([], pa.string()), values, measure)
         return
-    result = decide(pa.array([f"{i}" for i in range(len(values))]), values, measure)
+    result = filter_by_values(pa.array([f"{i}" for i in range(len(values))]), values, measure)
     assert result.removed.sum() < len(values)
 
 
@@ -285,11 +280,11 @@ DAMAGES = {
     "a record of other data": lambda out: other_record(out),
     "no samples": lambda out: edit(out, samples="DELETED"),
     "other samples": lambda out: edit(out, samples=999_999),
-    "fewer counted tokens": lambda out: edit(out, counted_tokens=-1),
+    "fewer counted tokens": lambda out: edit(out, loss_tokens=-1),
     "no tokenizer": lambda out: edit(out, tokenizer="DELETED"),
     "a version before the first": lambda out: edit(out, schema_version=-3),
     "sessions that are none": lambda out: edit(out, sessions=[{}]),
-    "rows without a column": lambda out: edit_rows(out, lambda table: table.drop_columns("counted")),
+    "rows without a column": lambda out: edit_rows(out, lambda table: table.drop_columns("loss_mask")),
     "rows that are no lists": lambda out: edit_rows(out, lambda table: replaced(table, "input_ids", table["id"])),
     "rows with gaps": lambda out: edit_rows(out, with_gaps),
     "a record of texts": lambda out: edit_record(out, lambda losses: pa.array(["a"] * len(losses))),
@@ -337,8 +332,8 @@ def other_record(out: Path) -> None:
     trace = Trace.open(out / "_forgetfilter")
     rows = trace.rows.select([0, 1, 2])
     other = Trace.create(out / "other", rows, "m", None, None)
-    other.append(Record("S1+", 0), [Scores(np.ones(rows.counted_offsets[-1], np.float32))])
-    shutil.copyfile(out / "other" / "records" / Record("S1+", 0).file_name, last_record(out))
+    other.append(Record("safety", 0), [Scores(np.ones(rows.loss_offsets[-1], np.float32))])
+    shutil.copyfile(out / "other" / "records" / Record("safety", 0).file_name, last_record(out))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -355,7 +350,7 @@ def test_damaged_traces_are_refused_by_every_command(damage, run_folder, tmp_pat
 
 
 def test_a_missing_record_is_told(run_folder):
-    (run_folder / "_forgetfilter" / "records" / Record("S1+", 0).file_name).unlink()
+    (run_folder / "_forgetfilter" / "records" / Record("safety", 0).file_name).unlink()
     refused(call("show", run_folder), "no record at step 0")
     refused(call("doctor", run_folder), "no record at step 0")
 
@@ -404,8 +399,8 @@ def test_rows_that_a_trace_does_not_know(finished, files, tmp_path):
 
 ARGUMENTS = [
     ("--epochs", "0"), ("--epochs", "-1"), ("--epochs", "many"), ("--safety-epochs", "0"), ("--learning-rate", "0"),
-    ("--learning-rate", "nan"), ("--batch-size", "0"), ("--lora-r", "-1"), ("--max-length", "0"), ("--share", "0"),
-    ("--share", "1"), ("--share", "nan"), ("--threshold", "nan"), ("--threshold", "high"), ("--measure", "vibes"),
+    ("--learning-rate", "nan"), ("--batch-size", "0"), ("--lora-r", "-1"), ("--max-length", "0"), ("--fraction", "0"),
+    ("--fraction", "1"), ("--fraction", "nan"), ("--threshold", "nan"), ("--threshold", "high"), ("--measure", "vibes"),
     ("--measure", "rouge1"), ("--dtype", "float13"), ("--seed", "-5"), ("--model", "no/such-model"),
     ("--record-steps", "-1"), ("--record-steps", "1.5"), ("--epochs", "inf"), ("--learning-rate", "inf"),
     ("--noisy", "no-such-file.jsonl"), ("--safety", "no-such-file.jsonl"), ("--colour", "red"),
@@ -450,4 +445,4 @@ def test_file_names_that_mean_something_else_elsewhere(name, tmp_path):
 
 def test_a_filter_without_anything_to_filter_by(noisy, make_args):
     with pytest.raises(ValueError, match="nothing to filter by"):
-        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, share=0.2)
+        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, fraction=0.2)

@@ -10,6 +10,7 @@ import weakref
 from importlib.metadata import version
 from pathlib import Path
 
+import forgetfilter_callback.checkpoints
 import numpy as np
 import pytest
 import yaml
@@ -19,29 +20,21 @@ from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, GPT2Config, MambaConfig
 from typer.testing import CliRunner, Result
 
-import forgetfilter_callback.checkpoints
-from forgetfilter_callback import (
-    DataError,
-    DecisionError,
-    FilteredTrainer,
-    FilterResult,
-    Review,
-    RunConfig,
-    Trace,
-    decide,
-    encode_rows,
-    filter_rows,
-    load_rows,
-    plan,
-    write_review_page,
-)
-from forgetfilter_callback.cli import app
-from forgetfilter_callback.demo import trainable
-from forgetfilter_callback.forgetting import mean_losses
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.run import context_of
-from forgetfilter_callback.scoring import token_losses
-from forgetfilter_callback.trace import Record
+from forgetfilter_callback import FilteredTrainer, FilterResult, RunConfig, Trace, encode_rows
+from forgetfilter_callback.cli.app import app
+from forgetfilter_callback.cli.demo_data import trainable
+from forgetfilter_callback.data.loading import load_rows
+from forgetfilter_callback.data.tokenizers import model_context_length
+from forgetfilter_callback.errors import DataError, DecisionError
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.review_decision import ReviewDecision
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.pipeline.outputs import filter_rows
+from forgetfilter_callback.pipeline.plan import plan
+from forgetfilter_callback.reports.review_page import write_review_page
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.model_state import preserve_state
 
 
 def call(*arguments: object) -> Result:
@@ -56,7 +49,7 @@ def settings(files: dict[str, Path], output: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory) -> tuple[Path, Result]:
     output = tmp_path_factory.mktemp("run") / "out"
-    return output, call("run", *settings(files, output), "--share", 0.25, "--refit", "--json")
+    return output, call("run", *settings(files, output), "--fraction", 0.25, "--refit", "--json")
 
 
 def test_run_parts_the_rows_and_finetunes_on_what_is_left(finished, files):
@@ -91,7 +84,7 @@ def test_the_configuration_that_a_run_wrote_runs_it_again(finished, files, tmp_p
 
 @pytest.mark.parametrize(("safety_learning_rate", "alike"), [(3e-2, True), (9e-3, False)])
 def test_s1plus_trains_like_s1_unless_told_otherwise(finished, files, tmp_path, safety_learning_rate, alike):
-    flags = [*settings(files, tmp_path), "--share", 0.25, "--safety-learning-rate", safety_learning_rate]
+    flags = [*settings(files, tmp_path), "--fraction", 0.25, "--safety-learning-rate", safety_learning_rate]
     assert call("run", *flags).exit_code == 0
     first, second = (Trace.open(folder / "_forgetfilter").losses() for folder in (finished[0], tmp_path))
     np.testing.assert_array_equal(first[:2], second[:2])  # S1
@@ -127,14 +120,14 @@ def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
                   "--output", tmp_path / "trace")  # fmt: skip
     assert result.exit_code == 0, result.output
     trace = Trace.open(tmp_path / "trace")
-    assert trace.records() == [Record("S1+", 0), Record("S1+", 1)]
+    assert trace.records() == [Record("safety", 0), Record("safety", 1)]
     assert trace.manifest["model"] == str(files["model"])  # not the one that was scored last
-    with untouched(after):
+    with preserve_state(after):
         rows = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
-        expected = mean_losses(token_losses(after, rows, disable_tqdm=True), rows.counted_offsets)
+        expected = mean_losses(token_losses(after, rows, disable_tqdm=True), rows.loss_offsets)
     np.testing.assert_allclose(trace.losses()[1], expected, rtol=1e-5)
     assert json.loads(first.stdout)["mean_loss"] == {"before": pytest.approx(trace.losses()[0].mean())}
-    filtered = call("filter", tmp_path / "trace", "--share", 0.5, "--output", tmp_path / "filtered", "--json")
+    filtered = call("filter", tmp_path / "trace", "--fraction", 0.5, "--output", tmp_path / "filtered", "--json")
     assert filtered.exit_code == 0 and json.loads(filtered.stdout)["removed"] == 6  # it finds the rows by itself
 
 
@@ -173,7 +166,7 @@ def test_score_holds_one_model_at_a_time_and_gives_its_folder_back(files, tmp_pa
 def test_context_is_known_by_the_name_that_a_family_gives_it(tmp_path):
     GPT2Config(n_positions=32).save_pretrained(tmp_path / "gpt2")
     MambaConfig().save_pretrained(tmp_path / "mamba")
-    assert (context_of(str(tmp_path / "gpt2")), context_of(str(tmp_path / "mamba"))) == (32, None)
+    assert (model_context_length(str(tmp_path / "gpt2")), model_context_length(str(tmp_path / "mamba"))) == (32, None)
 
 
 def test_rows_that_were_moved_are_asked_for(files, tmp_path):
@@ -189,21 +182,21 @@ def test_rows_that_were_moved_are_asked_for(files, tmp_path):
 
 
 def test_a_record_of_s1plus_can_be_named(files, tmp_path):
-    assert call("run", *settings(files, tmp_path / "out"), "--record-steps", 1, "--share", 0.25).exit_code == 0
+    assert call("run", *settings(files, tmp_path / "out"), "--record-steps", 1, "--fraction", 0.25).exit_code == 0
     trace = Trace.open(tmp_path / "out" / "_forgetfilter")
-    steps = [record.step for record in trace.records() if record.session == "S1+"]
+    steps = [record.step for record in trace.records() if record.session == "safety"]
     result = call("show", tmp_path / "out", "--step", steps[-1] + 1)
     assert result.exit_code == 2 and f"no record at step {steps[-1] + 1}" in result.output
     assert "measured from step 0" in call("show", tmp_path / "out", "--step", 0).output
     for step in (steps[1], steps[-1]):
-        output, share = tmp_path / f"at-{step}", ("--step", step, "--share", 0.25)
-        shown = call("show", tmp_path / "out", *share, "--json")
-        assert call("filter", tmp_path / "out", "--output", output, *share).exit_code == 0
+        output, fraction = tmp_path / f"at-{step}", ("--step", step, "--fraction", 0.25)
+        shown = call("show", tmp_path / "out", *fraction, "--json")
+        assert call("filter", tmp_path / "out", "--output", output, *fraction).exit_code == 0
         result, values = FilterResult.load(output / "decision"), trace.forgetting(step=step)
         np.testing.assert_array_equal(result.values, values)
         assert json.loads(shown.stdout)["threshold"] == result.threshold and result.step == step
         assert f"| record of S1+ | step {step} |" in (output / "card.md").read_text()
-        assert f"step 0 to {step}" in call("show", tmp_path / "out", *share).output
+        assert f"step 0 to {step}" in call("show", tmp_path / "out", *fraction).output
 
 
 def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):
@@ -212,11 +205,11 @@ def test_score_takes_an_adapter(finished, files, tmp_path, byte_tokenizer):
     assert result.exit_code == 0, result.output
     model = PeftModel.from_pretrained(tiny_llama(vocab_size=len(byte_tokenizer)), adapter)
     rows = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
-    with untouched(model):
+    with preserve_state(model):
         expected, plain = token_losses(model, rows, disable_tqdm=True), None
         with model.disable_adapter():
             plain = token_losses(model, rows, disable_tqdm=True)
-    losses = Trace.open(tmp_path / "trace").token_losses(Record("S1+", 0))
+    losses = Trace.open(tmp_path / "trace").token_losses(Record("safety", 0))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert not np.allclose(losses, plain, rtol=1e-2)
 
@@ -229,19 +222,22 @@ def test_filter_by_a_decision_is_what_filtered_trainer_does(finished, files, tmp
     phi = float(np.sort(values)[-3])
     most, least = int(values.argmax()), int(values.argmin())
     decision = tmp_path / "decision.json"
-    by_hand = {ids[most]: "keep", ids[least]: "remove"}
+    overrides = {ids[most]: "keep", ids[least]: "remove"}
     decision.write_text(
-        json.dumps({"measure": "loss", "threshold": phi, "by_hand": by_hand, "trace": trace.identity()})
+        json.dumps({"measure": "loss", "threshold": phi, "overrides": overrides, "trace": trace.identity()})
     )
     result = call("filter", output, "--decision", decision, "--output", tmp_path / "filtered")
     assert result.exit_code == 0, result.output
     expected = (set(np.flatnonzero(values > phi).tolist()) - {most}) | {least}
     loaded = FilterResult.load(tmp_path / "filtered" / "decision")
-    assert set(np.flatnonzero(loaded.removed).tolist()) == expected and loaded.by_hand == by_hand
+    assert set(np.flatnonzero(loaded.removed).tolist()) == expected and loaded.overrides == overrides
     encoded = encode_rows(load_rows(files["noisy"]), byte_tokenizer, disable_tqdm=True)
     rows = [encoded.sample(index) for index in range(len(encoded))]
     dataset = Dataset.from_list(
-        [{"input_ids": tokens.tolist(), "labels": np.where(counted, tokens, -100).tolist()} for tokens, counted in rows]
+        [
+            {"input_ids": tokens.tolist(), "labels": np.where(loss_mask, tokens, -100).tolist()}
+            for tokens, loss_mask in rows
+        ]
     )
     trainer = FilteredTrainer(
         tiny_llama(vocab_size=len(byte_tokenizer)), make_args(), train_dataset=dataset,
@@ -297,14 +293,14 @@ def test_every_way_to_decide_asks_whether_samples_became_less_likely(
 def test_a_decision_beside_other_settings(finished, tmp_path):
     trace = Trace.open(finished[0] / "_forgetfilter")
     file = tmp_path / "decision.json"
-    review = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": trace.identity()}
+    review = {"measure": "loss", "threshold": None, "overrides": {}, "trace": trace.identity()}
     file.write_text(json.dumps(review))
-    assert Review.load(file) == Review(**review)
+    assert ReviewDecision.load(file) == ReviewDecision(**review)
     with pytest.raises(DecisionError, match="give `decision`, or"):
-        filter_rows(trace, tmp_path / "out", share=0.1, decision=file)
+        filter_rows(trace, tmp_path / "out", fraction=0.1, decision=file)
     assert not filter_rows(trace, tmp_path / "out", decision=file).removed.any()
     with pytest.raises(DecisionError, match="not in this set"):
-        decide(trace.rows.ids, trace.forgetting("loss"), "loss", by_hand={"nobody": "keep"})
+        filter_by_values(trace.rows.ids, trace.forgetting("loss"), "loss", overrides={"nobody": "keep"})
 
 
 def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
@@ -320,7 +316,7 @@ def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
 
 def test_report_writes_a_page(finished, files, tmp_path):
     page = tmp_path / "page.html"
-    result = call("report", finished[0], "--output", page, "--share", 0.25, "--audit-column", "unsafe")
+    result = call("report", finished[0], "--output", page, "--fraction", 0.25, "--audit-column", "unsafe")
     assert result.exit_code == 0 and "3 of 12 removed" in result.output, result.output
     data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
@@ -336,7 +332,10 @@ def test_report_writes_a_page(finished, files, tmp_path):
     [
         (["run", "--model", "m", "--noisy", "n"], "--safety, --output must be given"),
         (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--epochs", "0"], "larger than 0"),
-        (["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--share", "2"], "between 0 and 1"),
+        (
+            ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o", "--fraction", "2"],
+            "between 0 and 1",
+        ),
         (["run", "--config", "no-such.yaml"], "cannot be read"),
         (["score", "--noisy", "n", "--output", "o"], "Name a model"),
         (["filter", "nowhere", "--output", "o"], "holds no trace"),
@@ -375,23 +374,23 @@ def test_rows_come_out_as_the_very_lines_that_went_in(files, tmp_path):
     ]
     (tmp_path / "noisy.jsonl").write_text("\n".join(lines) + "\n")
     given = {**files, "noisy": tmp_path / "noisy.jsonl"}
-    assert call("run", *settings(given, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    assert call("run", *settings(given, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     kept, removed = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("kept", "removed"))
     assert sorted(kept + removed) == sorted(lines) and len(removed) == 3
     assert [line for line in lines if line in kept] == kept
     # A second round, on what the first one kept, must not write over it.
     again = call(
-        "run", *settings({**files, "noisy": tmp_path / "out" / "kept.jsonl"}, tmp_path / "out"), "--share", 0.25
+        "run", *settings({**files, "noisy": tmp_path / "out" / "kept.jsonl"}, tmp_path / "out"), "--fraction", 0.25
     )
     assert again.exit_code == 2 and "would be overwritten" in again.output
     assert (tmp_path / "out" / "kept.jsonl").read_text().splitlines() == kept
 
 
 def test_a_run_on_other_rows_leaves_an_earlier_one_alone(files, tmp_path):
-    assert call("run", *settings(files, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    assert call("run", *settings(files, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     Dataset.from_list(texts(12, seed=77)).to_json(tmp_path / "others.jsonl")
-    result = call("run", *settings({**files, "noisy": tmp_path / "others.jsonl"}, tmp_path / "out"), "--share", 0.25)
+    result = call("run", *settings({**files, "noisy": tmp_path / "others.jsonl"}, tmp_path / "out"), "--fraction", 0.25)
     assert result.exit_code == 2 and "other rows" in result.output
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
 
@@ -405,7 +404,7 @@ def test_a_dry_run_counts_the_steps_that_a_run_makes(files, tmp_path):
         4,
         "--gradient-accumulation-steps",
         2,
-        "--share",
+        "--fraction",
         0.25,
     ]
     planned = json.loads(call("run", *arguments, "--dry-run", "--json").stdout)
@@ -427,7 +426,7 @@ def test_rows_that_are_cut_are_counted(files, tmp_path, caplog):
     long = {**texts(1, seed=3)[0], "completion": " cat" * 100}
     Dataset.from_list([*texts(11, seed=1), long]).to_json(tmp_path / "long.jsonl")
     given = {**files, "noisy": tmp_path / "long.jsonl"}
-    assert call("run", *settings(given, tmp_path / "out"), "--share", 0.25).exit_code == 0
+    assert call("run", *settings(given, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     scored = call("score", "--noisy", given["noisy"], "--before", files["model"], "--output", tmp_path / "scored")
     assert scored.exit_code == 0
     assert caplog.text.count("1 of 12 rows were longer than 64 tokens") == 2
@@ -495,7 +494,7 @@ def test_a_file_that_changes_during_a_run_does_not_mix_rows_up(files, tmp_path, 
         return decided(*arguments, **more)
 
     monkeypatch.setattr(forgetfilter_callback.run, "find_forgotten", decide_after_a_change)
-    result = call("run", *settings({**files, "noisy": noisy}, tmp_path / "out"), "--share", 0.25, "--json")
+    result = call("run", *settings({**files, "noisy": noisy}, tmp_path / "out"), "--fraction", 0.25, "--json")
     assert result.exit_code == 0, result.output
     values = Trace.open(tmp_path / "out" / "_forgetfilter").forgetting()
     most = np.argsort(-values)[:3].tolist()
@@ -506,7 +505,7 @@ def test_a_file_that_changes_during_a_run_does_not_mix_rows_up(files, tmp_path, 
 @pytest.mark.parametrize("part", ["removed.jsonl", "card.md", "values.parquet", "decision.json"])
 def test_a_filter_that_cannot_write_all_writes_nothing(part, finished, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    assert call("filter", finished[0], "--share", 0.2, "--output", output).exit_code == 0
+    assert call("filter", finished[0], "--fraction", 0.2, "--output", output).exit_code == 0
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     real = Path.open
 
@@ -516,7 +515,7 @@ def test_a_filter_that_cannot_write_all_writes_nothing(part, finished, tmp_path,
         return real(file, mode, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", full)
-    result = call("filter", finished[0], "--share", 0.6, "--output", output)
+    result = call("filter", finished[0], "--fraction", 0.6, "--output", output)
     assert result.exit_code == 1 and "No space left" in result.output
     assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
 

@@ -17,8 +17,10 @@ import torch
 from conftest import tiny_llama
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, Trace, TraceError, settling
-from forgetfilter_callback.doctor import examine
+from forgetfilter_callback import ForgetTracker, Trace
+from forgetfilter_callback.callbacks import early_stopping
+from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.trace.validation import validate_trace
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(1000, marks=pytest.mark.slow)])
@@ -103,7 +105,7 @@ def test_training_goes_on_where_the_disk_does_not(
     if Trace.exists(folder):
         trace = Trace.open(folder)
         assert all(np.isfinite(trace.token_losses(record)).all() for record in trace.records())
-        assert not examine(folder).problems
+        assert not validate_trace(folder).problems
         assert said or len(trace.records()) == 4 + 3
     else:
         assert said == 1  # the safety set is not taken for the noisy one afterwards
@@ -118,10 +120,10 @@ def test_training_goes_on_where_the_notes_of_an_early_stop_cannot_be_written(
     def on_a_full_disk(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(settling, "write_json", on_a_full_disk)
+    monkeypatch.setattr(early_stopping, "write_json", on_a_full_disk)
     train(safety, make_args("s1plus"), collator, tracker, model=model)
     assert caplog.text.count("FORGETTING IS NO LONGER TRACKED") == 1
-    assert [record.step for record in tracker.trace.records() if record.session == "S1+"] == [0]
+    assert [record.step for record in tracker.trace.records() if record.session == "safety"] == [0]
 
 
 def test_a_full_disk_ends_training_if_that_is_wanted(noisy, make_args, collator, monkeypatch):
@@ -139,7 +141,7 @@ def test_after_a_full_disk_the_next_run_makes_the_trace_whole(noisy, safety, mak
     again = ForgetTracker(trace_dir=tracker.trace.folder, record_steps=4)
     model = train(noisy, make_args("s1"), collator, again)
     train(safety, make_args("s1plus"), collator, again, model=model)
-    assert len(again.trace.records()) == 4 + 3 and examine(again.trace.folder) == ([], [])
+    assert len(again.trace.records()) == 4 + 3 and validate_trace(again.trace.folder) == ([], [])
 
 
 @pytest.mark.parametrize("what", ["a table", "the end of a file", "flushing"])
@@ -179,7 +181,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_successors_of_another_session(
     assert len(deleted) == 4
     again = ForgetTracker(trace_dir=tracker.trace.folder)
     train(noisy, make_args("again"), collator, again)
-    assert [(record.session, record.step) for record in again.trace.records()] == [("S1", 0), ("S1", 12)]
+    assert [(record.session, record.step) for record in again.trace.records()] == [("noisy", 0), ("noisy", 12)]
 
 
 HOLDS = """

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from forgetfilter_callback import Trace, demo
-from forgetfilter_callback.cli import app
+from forgetfilter_callback import Trace
+from forgetfilter_callback.cli.app import app, demo
 
 
 SMALL = {
@@ -52,7 +52,7 @@ def test_the_summary_agrees_with_the_rows_written(small_demo):
 def test_the_trace_the_picture_and_the_page_are_there(small_demo):
     output, summary = small_demo
     trace = Trace.open(output / "_forgetfilter")
-    assert [record.session for record in trace.records()] == ["S1", "S1", "S1+", "S1+"]
+    assert [record.session for record in trace.records()] == ["noisy", "noisy", "safety", "safety"]
     assert (output / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     assert f"AUROC {summary['auroc']:.3f}" in (output / "summary.md").read_text()
 

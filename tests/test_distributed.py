@@ -17,9 +17,10 @@ from conftest import random_rows, tiny_llama
 from test_tracker import reference_means
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, Record, Trace, encode_rows
-from forgetfilter_callback.model_state import cannot_record, untouched
-from forgetfilter_callback.scoring import token_losses
+from forgetfilter_callback import ForgetTracker, Trace, encode_rows
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.model_state import preserve_state, why_unsupported
 
 
 SCRIPT = """
@@ -134,8 +135,11 @@ def tracked(tmp_path_factory, kind) -> Path:
 def test_values_are_those_of_one_process(tracked):
     trace, noisy = Trace.open(tracked / "s1" / "_forgetfilter"), random_rows(17, seed=1)
     model = tiny_llama()
-    expected = {Record("S1", 0): reference_means(model, noisy)}
-    for folder, last, next_first in (("s1", Record("S1", 10), Record("S1+", 0)), ("s1plus", Record("S1+", 6), None)):
+    expected = {Record("noisy", 0): reference_means(model, noisy)}
+    for folder, last, next_first in (
+        ("s1", Record("noisy", 10), Record("safety", 0)),
+        ("s1plus", Record("safety", 6), None),
+    ):
         model.load_state_dict(weights(tracked / f"{folder}.pt"))
         expected[last] = expected[next_first] = reference_means(model, noisy)
     records = trace.records()
@@ -210,7 +214,7 @@ def test_weights_sharded_otherwise_are_refused(sharding, noisy, make_args, colla
 @pytest.mark.parametrize("whole", [DistributedType.MULTI_NPU, DistributedType.MULTI_XPU, DistributedType.MULTI_GPU])
 def test_whole_weights_on_any_accelerator_are_recorded(whole, monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", whole)
-    assert cannot_record(tiny_llama()) is None
+    assert why_unsupported(tiny_llama()) is None
 
 
 def test_score_shares_the_rows_out(tmp_path, byte_tokenizer):
@@ -232,7 +236,7 @@ def test_score_shares_the_rows_out(tmp_path, byte_tokenizer):
     assert account["samples"] == 7
     trace = Trace.open(tmp_path / "trace")
     encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
-    with untouched(model):
+    with preserve_state(model):
         expected = token_losses(model, encoded, disable_tqdm=True)
-    np.testing.assert_allclose(trace.token_losses(Record("S1+", 0)), expected, rtol=1e-5)
-    assert trace.states(Record("S1+", 0)).shape == (7, 32)
+    np.testing.assert_allclose(trace.token_losses(Record("safety", 0)), expected, rtol=1e-5)
+    assert trace.states(Record("safety", 0)).shape == (7, 32)

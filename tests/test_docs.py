@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import forgetfilter_callback
 from forgetfilter_callback import Trace
-from forgetfilter_callback.cli import app
+from forgetfilter_callback.cli.app import app
 
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_the_commands_run(workplace):
         assert program == "forgetfilter"
         if "decision.json" in arguments:
             identity = Trace.open("out/_forgetfilter").identity()
-            decision = {"measure": "loss", "threshold": None, "by_hand": {}, "trace": identity}
+            decision = {"measure": "loss", "threshold": None, "overrides": {}, "trace": identity}
             (workplace / "decision.json").write_text(json.dumps(decision))
         result = CliRunner().invoke(app, arguments)
         # A random model forgets nothing in particular.

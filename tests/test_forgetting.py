@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from forgetfilter_callback.forgetting import (
-    loss_forgetting,
-    mean_losses,
-    nats_per_change,
-    pooled_forgetting,
-    relative_forgetting,
-    rouge_forgetting,
-    smoothed_forgetting,
-    typical_loss,
-)
-from forgetfilter_callback.separability import separate
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.measures.loss import loss_forgetting
+from forgetfilter_callback.measures.pooled import pooled_forgetting
+from forgetfilter_callback.measures.relative import relative_forgetting
+from forgetfilter_callback.measures.rouge import rouge_forgetting
+from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forgetting, typical_loss
+from forgetfilter_callback.thresholds import find_threshold
 
 
 @pytest.fixture
@@ -184,29 +180,29 @@ def test_one_wild_sample_does_not_change_what_is_forgotten_of_the_others():
     assert np.median(others[:50]) > 0.8 * np.median(values[:50])
 
 
-@pytest.mark.parametrize("nats", [5.0, 0.5, -1.0])
-def test_nats_that_a_sample_loses_with_each_typical_change(nats):
+@pytest.mark.parametrize("nats_per_unit", [5.0, 0.5, -1.0])
+def test_nats_that_a_sample_loses_with_each_typical_change(nats_per_unit):
     values, counts = np.linspace(0.0, 1.0, 101), np.full(101, 4)
     offsets, before = np.cumsum([0, *counts]), np.ones(404)
-    after = before + np.repeat(nats * values / 4 + 0.3, 4)  # all have become less likely, whatever they lost
-    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats)
+    after = before + np.repeat(nats_per_unit * values / 4 + 0.3, 4)  # all have become less likely, whatever they lost
+    assert nats_per_unit(values, before, after, offsets) == pytest.approx(nats_per_unit)
     for place in (0, -1):  # a wild sample on either side
         wild = after.copy()
         wild[place] += 2000.0
-        assert nats_per_change(values, before, wild, offsets) == pytest.approx(nats, rel=0.2)
-    assert math.isnan(nats_per_change(np.ones(101), before, after, offsets))  # no sample lost more than another
+        assert nats_per_unit(values, before, wild, offsets) == pytest.approx(nats_per_unit, rel=0.2)
+    assert math.isnan(nats_per_unit(np.ones(101), before, after, offsets))  # no sample lost more than another
     after[:4] = np.nan
-    assert nats_per_change(values, before, after, offsets) == pytest.approx(nats)
-    assert math.isnan(nats_per_change(values, before, np.full(404, np.nan), offsets))
+    assert nats_per_unit(values, before, after, offsets) == pytest.approx(nats_per_unit)
+    assert math.isnan(nats_per_unit(values, before, np.full(404, np.nan), offsets))
 
 
-@pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
-def test_a_few_samples_that_are_forgotten_are_believed(share):
+@pytest.mark.parametrize("fraction", [0.01, 0.02, 0.05])
+def test_a_few_samples_that_are_forgotten_are_believed(fraction):
     rng = np.random.default_rng(0)
-    unsafe, offsets = np.arange(400) < share * 400, np.arange(0, 2401, 6)
+    unsafe, offsets = np.arange(400) < fraction * 400, np.arange(0, 2401, 6)
     values = np.where(unsafe, 1.6, 0.3) + rng.normal(0, 0.1, 400)
     after = np.repeat(np.where(unsafe, 1.0, 0.0) + rng.normal(0, 0.15, 400), 6)
-    assert nats_per_change(values, np.zeros(2400), after, offsets) > 1
+    assert nats_per_unit(values, np.zeros(2400), after, offsets) > 1
 
 
 def test_long_samples_that_drift_do_not_hide_short_ones_that_are_forgotten():
@@ -215,7 +211,7 @@ def test_long_samples_that_drift_do_not_hide_short_ones_that_are_forgotten():
     counts = np.where(unsafe, 15, 200)
     offsets = np.cumsum([0, *counts])
     after = np.repeat(np.where(unsafe, 1.0, 0.1), counts)
-    found = nats_per_change(np.where(unsafe, 1.5, 0.2), np.zeros(offsets[-1]), after, offsets)
+    found = nats_per_unit(np.where(unsafe, 1.5, 0.2), np.zeros(offsets[-1]), after, offsets)
     assert found == pytest.approx(0.9 / 1.3 * 107.5)
 
 
@@ -231,7 +227,7 @@ def test_what_shifts_to_and_fro_within_samples_is_not_removed():
     found = []
     for rises in (lost, to_and_fro):
         values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
-        found.append(separate(values, "smoothed", nats_per_change(values, np.zeros(4000), rises, offsets)))
+        found.append(find_threshold(values, "smoothed", nats_per_unit(values, np.zeros(4000), rises, offsets)))
     assert found[0].separable and not found[1].separable
     assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from forgetfilter_callback.metrics import METRICS
+from forgetfilter_callback.measures.metrics import METRICS
 
 
 @pytest.fixture(autouse=True)

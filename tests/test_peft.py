@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 
+import forgetfilter_callback.recorder
+import forgetfilter_callback.trainer
 import numpy as np
 import pytest
 import torch
@@ -20,9 +22,8 @@ from peft import (
 from test_tracker import reference_means
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
-import forgetfilter_callback.recorder
-import forgetfilter_callback.trainer
-from forgetfilter_callback import FilteredTrainer, ForgetTracker, Record
+from forgetfilter_callback import FilteredTrainer, ForgetTracker
+from forgetfilter_callback.trace.records import Record
 
 
 CONFIGS = {
@@ -85,11 +86,14 @@ def test_a_prompt_that_is_drawn_anew_is_no_other_base_model(noisy, safety, make_
     model, tracker = prompted(1), ForgetTracker()
     for folder, rows in (("s1", noisy), ("s1plus", safety)):
         train(model, make_args(folder), rows, collator, tracker)
-    anew = prompted(2)
+    restart = prompted(2)
     first = tracker.trace.losses()[0]
-    assert np.abs(reference_means(anew.eval(), noisy) - first).mean() > forgetfilter_callback.trainer.MOST_DIFFERENCE
+    assert (
+        np.abs(reference_means(restart.eval(), noisy) - first).mean()
+        > forgetfilter_callback.trainer.MAX_LOSS_DIFFERENCE
+    )
     FilteredTrainer(
-        anew, make_args("refit"), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+        restart, make_args("refit"), train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.25
     ).train()
     assert "its prompt is drawn anew" in caplog.text
 
@@ -132,7 +136,7 @@ def test_a_quantised_base_model(quantisation, precision, noisy, safety, make_arg
         assert torch.equal(one, other)
     FilteredTrainer(
         load(), make_args("filtered", max_steps=1), train_dataset=noisy, data_collator=collator, forgetting=tracker,
-        share=0.2,
+        fraction=0.2,
     ).train()  # M0 is known again  # fmt: skip
 
 
@@ -147,13 +151,13 @@ def test_the_base_model_is_the_adapter_off(noisy, safety, make_args, collator, m
     train(untracked, make_args("s1plus-untracked"), safety, collator)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untracked.parameters(), strict=True))
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in untracked.parameters()]
-    assert tracker.trace.records() == [Record("S1", 0), Record("S1+", 0), Record("S1+", 6)]
+    assert tracker.trace.records() == [Record("noisy", 0), Record("safety", 0), Record("safety", 6)]
     base = reference_means(tiny_llama(), noisy)
     np.testing.assert_allclose(tracker.trace.losses()[0], base, rtol=1e-5)
     assert np.isfinite(tracker.trace.forgetting("relative")).all()
     monkeypatch.setattr(forgetfilter_callback.trainer, "MOST_DIFFERENCE", 0.01)  # this small model learns little
     trainer = FilteredTrainer(
-        model, make_args("trap"), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.2
+        model, make_args("trap"), train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.2
     )
     with pytest.raises(ValueError, match="not the base model"):
         trainer.train()
@@ -166,7 +170,7 @@ def test_a_new_adapter_upon_what_was_learnt_is_no_base_model(noisy, safety, make
     merged = get_peft_model(model.merge_and_unload(), CONFIGS["LoRA"])
     tracker = ForgetTracker(noisy)
     train(merged, make_args("s1plus"), safety, collator, tracker)
-    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 6)]
+    assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]
 
 
 @pytest.mark.parametrize("settings", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
@@ -180,7 +184,7 @@ def test_adapters_that_are_not_off_when_off_are_no_base_model(
     tracker, model = ForgetTracker(noisy), adapted(config)
     train(model, make_args("s1", learning_rate=0.1), noisy, collator)
     train(model, make_args("s1plus"), safety, collator, tracker)
-    assert Record("S1", 0) not in tracker.trace.records()
+    assert Record("noisy", 0) not in tracker.trace.records()
 
 
 def test_an_adapter_stacked_upon_that_of_s1(noisy, safety, make_args, collator):

@@ -7,7 +7,8 @@ import pytest
 from conftest import tiny_llama
 from transformers import TrainerCallback
 
-from forgetfilter_callback import ForgetFilter, Record
+from forgetfilter_callback import ForgetFilter
+from forgetfilter_callback.trace.records import Record
 
 
 class Steps(TrainerCallback):
@@ -23,7 +24,7 @@ class Steps(TrainerCallback):
 
 
 def run_of(noisy, safety, args, collator, **settings) -> ForgetFilter:
-    return ForgetFilter(tiny_llama, noisy, safety, args, data_collator=collator, share=0.25, **settings)
+    return ForgetFilter(tiny_llama, noisy, safety, args, data_collator=collator, fraction=0.25, **settings)
 
 
 def test_callbacks_see_all_three_sessions(noisy, safety, make_args, collator):
@@ -37,7 +38,7 @@ def test_callbacks_see_all_three_sessions(noisy, safety, make_args, collator):
     assert steps.count == 12 + 6 + trainer.state.max_steps and trainer.filter_result.counts["removed"] == 6
 
 
-@pytest.mark.parametrize("last", [9, 12 + 5], ids=["S1", "S1+"])
+@pytest.mark.parametrize("last", [9, 12 + 5], ids=["noisy", "safety"])
 def test_a_session_that_was_cut_off_goes_on(last, noisy, safety, make_args, collator):
     whole = run_of(noisy, safety, make_args("whole"), collator)
     whole.finetune()
@@ -56,5 +57,5 @@ def test_a_session_that_was_cut_off_goes_on(last, noisy, safety, make_args, coll
             run.safety_finetune()
         run.safety_finetune(resume_from_checkpoint=True)
     trace = run.tracker.trace
-    assert trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 12), Record("safety", 0), Record("safety", 6)]
     np.testing.assert_array_equal(trace.losses(), whole.tracker.trace.losses())

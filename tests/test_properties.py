@@ -13,17 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from forgetfilter_callback import FilterResult, Record, Trace, decide, encode_rows, separate
-from forgetfilter_callback.encoding import EncodedRows, encode_collated
-from forgetfilter_callback.forgetting import (
-    MEASURES,
-    loss_forgetting,
-    mean_losses,
-    pooled_forgetting,
-    relative_forgetting,
-    smoothed_forgetting,
-)
-from forgetfilter_callback.scoring import Scores, token_losses
+from forgetfilter_callback import FilterResult, Trace, encode_rows
+from forgetfilter_callback.data.collated_rows import encode_collated
+from forgetfilter_callback.data.encoded_rows import EncodedRows
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.measures.loss import loss_forgetting
+from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.measures.pooled import pooled_forgetting
+from forgetfilter_callback.measures.relative import relative_forgetting
+from forgetfilter_callback.measures.smoothed import smoothed_forgetting
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.thresholds import find_threshold
+from forgetfilter_callback.trace.records import Record
 
 
 settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -53,9 +56,9 @@ def test_encoding_keeps_every_token_and_names_every_row(rows):
     found = encoded(rows)
     assert len(set(found.ids.to_pylist())) == len(rows)
     for index, (tokens, masked) in enumerate(rows):
-        its_tokens, counted = found.sample(index)
+        its_tokens, loss_mask = found.sample(index)
         assert its_tokens.tolist() == tokens
-        assert counted.tolist() == [place > 0 and place >= masked for place in range(len(tokens))]
+        assert loss_mask.tolist() == [place > 0 and place >= masked for place in range(len(tokens))]
     again = [(row["input_ids"], row["labels"]) for row in found.as_dataset()]
     assert [tokens for tokens, _ in again] == [tokens for tokens, _ in rows]
     assert encoded(rows).fingerprint == found.fingerprint
@@ -74,27 +77,27 @@ def test_a_row_has_its_id_wherever_it_stands(rows, random):
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_texts_of_all_kinds_are_encoded(byte_tokenizer, prompt, completion):
     rows = encode_rows([{"prompt": prompt, "completion": completion}], byte_tokenizer, disable_tqdm=True)
-    tokens, counted = rows.sample(0)
+    tokens, loss_mask = rows.sample(0)
     whole = byte_tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     end = "" if completion.endswith("<eos>") else "<eos>"
     assert whole == prompt + completion + end
     alone = np.asarray(byte_tokenizer(prompt)["input_ids"])
     before = max(1, len(alone))  # nothing predicts the first token
-    assert (np.diff(counted.astype(int)) >= 0).all() and (~counted).sum() <= before
+    assert (np.diff(loss_mask.astype(int)) >= 0).all() and (~loss_mask).sum() <= before
     if np.array_equal(tokens[: len(alone)], alone):
-        assert (~counted).sum() == min(before, len(tokens))
+        assert (~loss_mask).sum() == min(before, len(tokens))
 
 
 @settings(max_examples=25)
 @given(ROWS, st.integers(1, 200), st.booleans(), st.randoms(use_true_random=False))
-def test_losses_depend_neither_on_the_batch_nor_on_the_order(rows, batch_tokens, share_prefixes, random):
+def test_losses_depend_neither_on_the_batch_nor_on_the_order(rows, batch_tokens, reuse_prefixes, random):
     model = tiny_llama()
     found = encoded(rows)
     expected = token_losses(model, found, disable_tqdm=True)
     order = random.sample(range(len(rows)), len(rows))
     shuffled = found.select(order)
-    losses = token_losses(model, shuffled, batch_tokens, share_prefixes, disable_tqdm=True)
-    parts = np.split(expected, found.counted_offsets[1:-1])
+    losses = token_losses(model, shuffled, batch_tokens, reuse_prefixes, disable_tqdm=True)
+    parts = np.split(expected, found.loss_offsets[1:-1])
     np.testing.assert_allclose(losses, np.concatenate([parts[index] for index in order]), rtol=1e-4, atol=1e-5)
 
 
@@ -102,13 +105,13 @@ def test_losses_depend_neither_on_the_batch_nor_on_the_order(rows, batch_tokens,
 def test_measures_do_not_depend_on_the_order_of_the_samples(rows, random):
     found = encoded(rows)
     rng = np.random.default_rng(random.randrange(2**32))
-    base, before, after = rng.gamma(2, 1, (3, found.counted_offsets[-1])).astype(np.float32)
+    base, before, after = rng.gamma(2, 1, (3, found.loss_offsets[-1])).astype(np.float32)
     states = rng.normal(size=(len(rows), 5)).astype(np.float32)
     order = np.array(random.sample(range(len(rows)), len(rows)))
 
     def measured(rows: EncodedRows, which: np.ndarray, states: np.ndarray) -> list[np.ndarray]:
-        tokens, offsets = rows.counted_tokens, rows.counted_offsets
-        losses = [np.concatenate([np.split(each, found.counted_offsets[1:-1])[i] for i in which])
+        tokens, offsets = rows.loss_tokens, rows.loss_offsets
+        losses = [np.concatenate([np.split(each, found.loss_offsets[1:-1])[i] for i in which])
                   for each in (base, before, after)]  # fmt: skip
         means = [mean_losses(each, offsets) for each in losses]
         return [
@@ -129,14 +132,14 @@ def test_a_higher_threshold_never_removes_more(values, measure, threshold, more)
     known = values[np.isfinite(values)]
     if known.min() > threshold:  # would remove all, which is refused
         return
-    lower = decide(ids(len(values)), values, measure, threshold)
-    higher = decide(ids(len(values)), values, measure, threshold + more)
+    lower = filter_by_values(ids(len(values)), values, measure, threshold)
+    higher = filter_by_values(ids(len(values)), values, measure, threshold + more)
     assert not (higher.removed & ~lower.removed).any()
 
 
 @given(VALUES, MEASURE, st.none() | st.floats(0.01, 0.99))
-def test_a_decision_parts_the_rows_and_is_the_same_again(values, measure, share):
-    first, second = (decide(ids(len(values)), values, measure, share=share) for _ in range(2))
+def test_a_decision_parts_the_rows_and_is_the_same_again(values, measure, fraction):
+    first, second = (filter_by_values(ids(len(values)), values, measure, fraction=fraction) for _ in range(2))
     np.testing.assert_array_equal(first.removed, second.removed)
     counts = first.counts
     assert counts["removed"] + counts["kept"] == counts["samples"] == len(values)
@@ -144,8 +147,8 @@ def test_a_decision_parts_the_rows_and_is_the_same_again(values, measure, share)
     removed, kept = values[first.removed], values[~first.removed & np.isfinite(values)]
     assert not len(removed) or not len(kept) or removed.min() > kept.max()
     known = values[np.isfinite(values)]
-    if share is not None and len(np.unique(known)) == len(known):
-        assert abs(first.removed.sum() - min(share * len(values), len(known) - 1)) <= 0.5
+    if fraction is not None and len(np.unique(known)) == len(known):
+        assert abs(first.removed.sum() - min(fraction * len(values), len(known) - 1)) <= 0.5
     with tempfile.TemporaryDirectory() as folder:
         first.save(Path(folder))
         again = FilterResult.load(folder)
@@ -156,12 +159,12 @@ def test_a_decision_parts_the_rows_and_is_the_same_again(values, measure, share)
 @given(st.integers(1, 60), st.floats(-5, 5), MEASURE)
 def test_nothing_is_removed_where_all_are_alike(count, value, measure):
     """Values that are all the same hold no two populations, wherever they lie."""
-    assert not separate(np.full(count, value), measure).separable
-    assert not decide(ids(count), np.full(count, value), measure).removed.any()
+    assert not find_threshold(np.full(count, value), measure).separable
+    assert not filter_by_values(ids(count), np.full(count, value), measure).removed.any()
 
 
 @settings(max_examples=40)
-@given(ROWS, st.lists(st.tuples(st.sampled_from(["S1", "S1+"]), st.integers(0, 10**7)), max_size=4, unique=True))
+@given(ROWS, st.lists(st.tuples(st.sampled_from(["noisy", "safety"]), st.integers(0, 10**7)), max_size=4, unique=True))
 def test_a_trace_gives_back_what_was_appended(rows, records):
     found = encoded(rows)
     rng = np.random.default_rng(len(records))
@@ -169,7 +172,7 @@ def test_a_trace_gives_back_what_was_appended(rows, records):
         trace = Trace.create(folder, found, "model", "tokenizer", None)
         written = {}
         for session, step in records:
-            losses = rng.gamma(2, 1, found.counted_offsets[-1]).astype(np.float32)
+            losses = rng.gamma(2, 1, found.loss_offsets[-1]).astype(np.float32)
             losses[rng.random(len(losses)) < 0.2] = rng.choice([np.nan, np.inf, -np.inf, 0.0])
             states = rng.normal(size=(len(found), 3)).astype(np.float16)
             trace.append(Record(session, step), [Scores(losses, states)])

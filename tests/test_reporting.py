@@ -9,8 +9,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, find_forgotten, separate
-from forgetfilter_callback.reporting import summarize_record
+from forgetfilter_callback import ForgetTracker, find_forgotten
+from forgetfilter_callback.callbacks.integrations import summarize_record
+from forgetfilter_callback.thresholds import find_threshold
 
 
 @pytest.fixture
@@ -44,16 +45,16 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
     values = tracker.trace.forgetting()
     result = find_forgotten(tracker.trace)
     assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
-    phi = separate(values, "smoothed").threshold
-    assert last["forgetfilter/share_above_threshold"] == pytest.approx((values > phi).mean())
+    phi = find_threshold(values, "smoothed").threshold
+    assert last["forgetfilter/fraction_above_threshold"] == pytest.approx((values > phi).mean())
     assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
     assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
 
 
 def test_figures_are_of_what_would_be_decided():
     values, unsafe = np.array([0.1, 0.2, 0.3, 1.5, 1.6]), np.array([False, False, False, True, True])
-    for nats, f1 in ((1.2, 1.0), (0.2, 0.0)):
-        figures = summarize_record(np.ones(5), values, unsafe, nats)
+    for nats_per_unit, f1 in ((1.2, 1.0), (0.2, 0.0)):
+        figures = summarize_record(np.ones(5), values, unsafe, nats_per_unit)
         assert figures["forgetfilter/f1"] == f1 and figures["forgetfilter/auroc"] == 1.0
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import forgetfilter_callback.review
 import numpy as np
 import pytest
 from conftest import hostile_trace
@@ -15,10 +16,11 @@ from sklearn.metrics import precision_score, recall_score
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-import forgetfilter_callback.review
-from forgetfilter_callback import FilterResult, Trace, write_review_page
-from forgetfilter_callback.review import MOST_TEXTS, page_summary, split_text
-from forgetfilter_callback.scoring import Scores
+from forgetfilter_callback import FilterResult, Trace
+from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
+from forgetfilter_callback.reports.summary import page_summary
+from forgetfilter_callback.reports.token_text import split_text
+from forgetfilter_callback.scoring.scores import Scores
 
 
 CHROMIUM = shutil.which("chromium")
@@ -140,7 +142,7 @@ def test_what_is_decided_goes_out_and_in_again(page, review, tmp_path):
     assert decision == {
         "measure": "loss",
         "threshold": result.threshold,
-        "by_hand": {ids[most]: "keep", ids[least]: "remove"},
+        "overrides": {ids[most]: "keep", ids[least]: "remove"},
         "trace": trace.identity(),
     }
     page.reload()
@@ -179,14 +181,14 @@ def test_texts_stand_in_the_page_as_data_only(review):
 
 def test_a_large_set_is_sampled_and_says_so(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(forgetfilter_callback.review, "MOST_VALUES", 300)
-    samples = MOST_TEXTS + 200
+    samples = MAX_TEXTS + 200
     trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=samples)
     write_review_page(trace, tmp_path / "review.html", tokenizer, measure="loss")
     html = (tmp_path / "review.html").read_text(encoding="utf-8")
     data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert data["sampled"] and len(base64.b64decode(data["forgetting"][-1])) == 300 * 4
     assert data["samples"] == samples
-    assert not data["all_shown"] and MOST_TEXTS // 3 <= len(data["rows"]) <= MOST_TEXTS
+    assert not data["all_shown"] and MAX_TEXTS // 3 <= len(data["rows"]) <= MAX_TEXTS
     values = trace.forgetting("loss")
     shown = {row["row"] for row in data["rows"]}
     assert {int(np.argmax(values)), int(np.argmin(values)), int(np.argmin(np.abs(values - data["threshold"])))} <= shown
@@ -223,8 +225,8 @@ def test_pieces_of_a_text_are_the_text(kind, byte_tokenizer):
         tokens = np.array(tokenizer("the cat naïve 👩‍👩‍👧 dog")["input_ids"], np.int32)
     else:
         tokenizer, tokens = metaspace_tokenizer(), np.array([1, 2, 4, 1, 3, 4, 5], np.int32)
-    counted = np.arange(len(tokens)) >= 2
-    prompt, pieces = split_text(tokenizer, tokens, counted, np.arange(counted.sum(), dtype=np.float32))
+    loss_mask = np.arange(len(tokens)) >= 2
+    prompt, pieces = split_text(tokenizer, tokens, loss_mask, np.arange(loss_mask.sum(), dtype=np.float32))
     assert prompt + "".join(piece for piece, _ in pieces) == tokenizer.decode(tokens)
     assert pieces[0][1] == 0.0 and all(rise is not None for _, rise in pieces)
     assert len(pieces) > 4

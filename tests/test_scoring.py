@@ -25,10 +25,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from forgetfilter_callback import encode_rows, encoding, scoring
-from forgetfilter_callback.model_state import untouched
-from forgetfilter_callback.packing import plan_packs
-from forgetfilter_callback.scoring import ScoringError, can_share_prefixes, token_losses
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.errors import ScoringError
+from forgetfilter_callback.scoring import token_losses as scoring
+from forgetfilter_callback.scoring.model_support import can_reuse_prefixes
+from forgetfilter_callback.scoring.packing import plan_packs
+from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback.utils.model_state import preserve_state
 
 
 def reference_losses(model, rows) -> np.ndarray:
@@ -62,7 +65,7 @@ def rows_that_begin_alike(count: int = 40, seed: int = 3) -> Dataset:
 
 
 def shares(model, rows: Dataset) -> bool:
-    return can_share_prefixes(model, encode_rows(rows))
+    return can_reuse_prefixes(model, encode_rows(rows))
 
 
 def prompt_tuned():
@@ -254,7 +257,7 @@ def test_untouched_restores_longrope_which_overwrites_its_buffers():
     model = longrope()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     attributes = set(vars(model.model.rotary_emb))
-    with untouched(model):
+    with preserve_state(model):
         model(input_ids=torch.arange(5, 45)[None])
         assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     for name, buffer in model.named_buffers():
@@ -263,7 +266,7 @@ def test_untouched_restores_longrope_which_overwrites_its_buffers():
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
-def test_logits_of_a_batch_stay_within_their_bound(share_prefixes, monkeypatch):
+def test_logits_of_a_batch_stay_within_their_bound(reuse_prefixes, monkeypatch):
     rng = np.random.default_rng(0)
     start = rng.integers(5, VOCABULARY, 20).tolist()
     rows = []
@@ -272,7 +275,7 @@ def test_logits_of_a_batch_stay_within_their_bound(share_prefixes, monkeypatch):
         rows.append({"input_ids": tokens, "labels": [-100] * 20 + tokens[20:]})
     model, sizes = tiny_llama(), []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
-    token_losses(model, encode_rows(rows), batch_tokens=256, share_prefixes=share_prefixes, disable_tqdm=True)
+    token_losses(model, encode_rows(rows), batch_tokens=256, reuse_prefixes=reuse_prefixes, disable_tqdm=True)
     assert sum(sizes) > 400 and max(sizes) <= 64
 
 
@@ -336,9 +339,9 @@ def test_losses_do_not_depend_on_the_batch(batch_tokens):
 def test_losses_go_with_the_rows_in_any_order():
     model, rows = tiny_llama(), encode_rows(random_rows(17))
     order = np.random.default_rng(0).permutation(len(rows))
-    losses = np.split(token_losses(model, rows, disable_tqdm=True), rows.counted_offsets[1:-1])
+    losses = np.split(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets[1:-1])
     shuffled = rows.select(order)
-    again = np.split(token_losses(model, shuffled, disable_tqdm=True), shuffled.counted_offsets[1:-1])
+    again = np.split(token_losses(model, shuffled, disable_tqdm=True), shuffled.loss_offsets[1:-1])
     for place, index in enumerate(order):
         np.testing.assert_allclose(again[place], losses[index], rtol=1e-5, atol=1e-6)
 
@@ -350,10 +353,10 @@ def test_bfloat16_losses_stay_near_those_of_one_row():
         for parameter in model.parameters():
             parameter.mul_(2)
     model.bfloat16()
-    one_row = token_losses(model, rows, batch_tokens=1, share_prefixes=False, disable_tqdm=True)
+    one_row = token_losses(model, rows, batch_tokens=1, reuse_prefixes=False, disable_tqdm=True)
     shared = token_losses(model, rows, batch_tokens=4096, disable_tqdm=True)
-    starts = rows.counted_offsets[:-1]
-    difference = np.add.reduceat(shared - one_row, starts) / np.diff(rows.counted_offsets)
+    starts = rows.loss_offsets[:-1]
+    difference = np.add.reduceat(shared - one_row, starts) / np.diff(rows.loss_offsets)
     assert 0 < np.abs(difference).max() < 0.02
 
 
@@ -369,14 +372,14 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward_that_fits_three)
-    losses = token_losses(model, rows, share_prefixes=False, disable_tqdm=True)
+    losses = token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
     assert max(sizes) == 17
 
 
 def test_out_of_memory_splits_a_pack(monkeypatch):
     model, rows = tiny_llama(), encode_rows(rows_that_begin_alike())
-    expected = token_losses(model, rows, share_prefixes=False, disable_tqdm=True)
+    expected = token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True)
     forward, lengths = model.forward, []
 
     def forward_that_fits_forty(*args, **kwargs):
@@ -401,7 +404,7 @@ def test_untouched_restores_modes_buffers_numbers_and_generators():
     expected = torch.rand(1), np.random.rand()
     torch.manual_seed(3)
     np.random.seed(3)
-    with untouched(model):
+    with preserve_state(model):
         torch.rand(7)
         np.random.rand(7)
         model(input_ids=torch.arange(5, 105)[None])
@@ -417,7 +420,7 @@ def test_untouched_restores_dynamic_rope_that_training_has_grown():
     model = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     model(input_ids=torch.arange(5, 85)[None])
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    with untouched(model):
+    with preserve_state(model):
         model(input_ids=torch.arange(5, 105)[None])
         assert model.model.rotary_emb.max_seq_len_cached == 100
     assert model.model.rotary_emb.max_seq_len_cached == 80
@@ -426,15 +429,15 @@ def test_untouched_restores_dynamic_rope_that_training_has_grown():
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
 @pytest.mark.parametrize("size", [512, 8])
-def test_states_are_the_mean_hidden_states_that_predict_a_row(size, share_prefixes, monkeypatch):
+def test_states_are_the_mean_hidden_states_that_predict_a_row(size, reuse_prefixes, monkeypatch):
     monkeypatch.setattr(scoring, "STATE_SIZE", size)
     scoring._projection.cache_clear()
     dataset = rows_that_begin_alike()
     uncounted = {"input_ids": [9, 8, 7], "labels": [-100] * 3}
     rows = encode_rows([*dataset, uncounted], disable_tqdm=True)
     model = tiny_llama()
-    with untouched(model):
-        (scored,) = scoring.window_scores(model, rows, 64, share_prefixes, disable_tqdm=True, with_states=True)
+    with preserve_state(model):
+        (scored,) = scoring.window_scores(model, rows, 64, reuse_prefixes, disable_tqdm=True, with_states=True)
     expected = np.zeros((len(rows), 32), np.float32)
     for index, row in enumerate(dataset):
         with torch.no_grad():

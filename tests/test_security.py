@@ -14,8 +14,10 @@ from datasets import Dataset
 from test_cli import call, settings
 
 import forgetfilter_callback
-from forgetfilter_callback import Trace, TraceError, decide
-from forgetfilter_callback.report import dataset_card
+from forgetfilter_callback import Trace
+from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.reports.card import dataset_card
 
 
 PACKAGE = Path(forgetfilter_callback.__file__).parent
@@ -71,7 +73,7 @@ def test_a_run_on_hostile_rows_stays_in_its_folder_and_tells_no_secrets(files, t
     caplog.set_level(logging.DEBUG)
     output = tmp_path / "deep" / "out"
     before = {file for file in tmp_path.rglob("*") if output not in file.parents}
-    result = call("run", *settings(files, output), "--share", 0.25)
+    result = call("run", *settings(files, output), "--fraction", 0.25)
     assert result.exit_code == 0, result.output
     new = {file for file in tmp_path.rglob("*") if output not in file.parents} - before
     assert new == {output.parent, output}
@@ -98,7 +100,7 @@ def test_files_that_are_links_are_replaced_not_written_through(tmp_path, byte_to
     (output / "decision").mkdir(parents=True)
     for name in ("kept.jsonl", "removed.jsonl", "card.md", "decision/decision.json", "decision/values.parquet"):
         (output / name).symlink_to(victim)
-    result = call("filter", trace.folder, "--measure", "loss", "--share", 0.3, "--noisy", tmp_path / "rows.jsonl",
+    result = call("filter", trace.folder, "--measure", "loss", "--fraction", 0.3, "--noisy", tmp_path / "rows.jsonl",
                   "--tokenizer", tmp_path / "tokenizer", "--output", output)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert victim.read_text() == "mine" and not any(file.is_symlink() for file in output.rglob("*"))
@@ -107,8 +109,10 @@ def test_files_that_are_links_are_replaced_not_written_through(tmp_path, byte_to
 
 def test_a_trace_reads_no_file_of_another_folder(tmp_path, byte_tokenizer):
     trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
-    (tmp_path / "S1+-00000099.parquet").write_bytes((trace.folder / "records" / "S1+-00000008.parquet").read_bytes())
-    for name in ("S1+-..parquet", "S1+-0x10.parquet", "..-1.parquet", "S2-00000001.parquet"):
+    (tmp_path / "safety-00000099.parquet").write_bytes(
+        (trace.folder / "records" / "safety-00000008.parquet").read_bytes()
+    )
+    for name in ("S1+-..parquet", "safety-0x10.parquet", "..-1.parquet", "S2-00000001.parquet"):
         (trace.folder / "records" / name).write_bytes(b"")
     assert len(Trace.open(trace.folder).records()) == 5
     with pytest.raises(TraceError, match="no record at step"):
@@ -139,7 +143,7 @@ def test_what_a_hostile_trace_is_called_does_not_move_the_cursor(tmp_path, byte_
 def test_a_card_says_nothing_but_what_it_should(tmp_path, byte_tokenizer):
     trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
     trace.manifest["model"] = "evil | model\n\n# Approved\n<script>alert(1)</script>[x](javascript:alert(2))"
-    card = dataset_card(decide(trace.rows.ids, trace.forgetting("loss"), "loss"), trace)
+    card = dataset_card(filter_by_values(trace.rows.ids, trace.forgetting("loss"), "loss"), trace)
     (line,) = [line for line in card.splitlines() if line.startswith("| model")]
     assert line == "| model | `evil \\| model  # Approved <script>alert(1)</script>[x](javascript:alert(2))` |"
     assert card.count("\n#") == 0 and card.count("<script>") == 1  # in code, where it is text

@@ -11,17 +11,12 @@ from conftest import tiny_llama
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from forgetfilter_callback import (
-    EncodingError,
-    FilterResult,
-    ForgetTracker,
-    NotOneSampleARow,
-    Record,
-    encode_rows,
-    filter_rows,
-)
-from forgetfilter_callback.run import audit_labels
-from forgetfilter_callback.sft import FilteredSFTTrainer
+from forgetfilter_callback import FilterResult, ForgetTracker, encode_rows
+from forgetfilter_callback.errors import EncodingError, UnsupportedDatasetError
+from forgetfilter_callback.pipeline.outputs import filter_rows
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trace.source import audit_labels
+from forgetfilter_callback.trainers.filtered_sft_trainer import FilteredSFTTrainer
 
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran"]
@@ -128,7 +123,7 @@ def test_a_trace_reads_the_rows_again_as_the_trainer_did(config, chat_tokenizer,
     assert tracker.trace.manifest["max_length"] == 6
     rows.to_parquet(tmp_path / "rows.parquet")
     result = filter_rows(
-        tracker.trace, tmp_path / "out", str(tmp_path / "rows.parquet"), chat_tokenizer, "loss", share=0.3
+        tracker.trace, tmp_path / "out", str(tmp_path / "rows.parquet"), chat_tokenizer, "loss", fraction=0.3
     )
     assert result.ids == tracker.trace.rows.ids and result.counts["unknown"] == 0
     assert audit_labels(tracker.trace, rows, chat_tokenizer, "unsafe").tolist() == rows["unsafe"]
@@ -164,7 +159,7 @@ def test_packed_safety_session_with_named_rows(strategy, config, chat_tokenizer)
     args = config(packing=True, packing_strategy=strategy, max_length=32)
     tracker = ForgetTracker(rows)
     SFTTrainer(tiny_llama(), args, train_dataset=safety, processing_class=chat_tokenizer, callbacks=[tracker]).train()
-    assert [record.session for record in tracker.trace.records()] == ["S1+", "S1+"]
+    assert [record.session for record in tracker.trace.records()] == ["safety", "safety"]
     expected = one_row_losses(rows, config(max_length=32), chat_tokenizer)
     np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
 
@@ -185,7 +180,7 @@ def test_a_safety_session_of_preferences(form, config, chat_tokenizer, caplog):
         processing_class=chat_tokenizer,
         callbacks=[tracker],
     ).train()
-    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 2)]
+    assert tracker.trace.records() == [Record("safety", 0), Record("safety", 2)]
     np.testing.assert_allclose(tracker.trace.losses()[0], one_row_losses(rows, config(), chat_tokenizer), rtol=1e-5)
     assert "cannot be followed, so it is taken for the safety session" in caplog.text
 
@@ -195,7 +190,7 @@ def test_packed_rows_cannot_be_adopted(config, chat_tokenizer):
     trainer = SFTTrainer(
         tiny_llama(), args, train_dataset=rows_of("text"), processing_class=chat_tokenizer, callbacks=[ForgetTracker()]
     )
-    with pytest.raises(NotOneSampleARow, match=r"ForgetTracker\(noisy\)"):
+    with pytest.raises(UnsupportedDatasetError, match=r"ForgetTracker\(noisy\)"):
         trainer.train()
 
 
@@ -294,7 +289,7 @@ def test_another_model_than_the_base_is_refused(tracker, config, chat_tokenizer)
             parameter.mul_(3)
     trainer = FilteredSFTTrainer(
         another, config(), train_dataset=rows_of("prompt and completion"), processing_class=chat_tokenizer,
-        forgetting=tracker, share=0.2,
+        forgetting=tracker, fraction=0.2,
     )  # fmt: skip
     with pytest.raises(ValueError, match="not the base model"):
         trainer.train()
@@ -320,7 +315,7 @@ def test_rows_that_sfttrainer_drops_are_kept_and_not_known(config, chat_tokenize
 def test_an_evaluation_set_named_train_is_left_alone(tracker, config, chat_tokenizer):
     rows = rows_of("prompt and completion")
     trainer = FilteredSFTTrainer(
-        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, share=0.3,
+        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, fraction=0.3,
         eval_dataset={"train": rows_of("text", 5), "test": rows_of("messages", 4)},
     )  # fmt: skip
     assert {name: len(each) for name, each in trainer.eval_dataset.items()} == {"train": 5, "test": 4}
@@ -336,7 +331,7 @@ def test_rows_are_cut_as_the_tracker_cut_them(config, chat_tokenizer):
             model, config(max_steps=6), train_dataset=each, processing_class=chat_tokenizer, callbacks=[tracker]
         ).train()
     trainer = FilteredSFTTrainer(
-        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, share=0.3
+        tiny_llama(), config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker, fraction=0.3
     )
     assert tracker.trace.rows.truncated == 4
     assert set(trainer.removed_dataset["id"]) == set(np.argsort(tracker.trace.forgetting())[-3:].tolist())

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import forgetfilter_callback.tracker
 import numpy as np
 import pytest
 import torch
@@ -26,18 +27,11 @@ from transformers import (
     TrainerCallback,
 )
 
-import forgetfilter_callback.tracker
-from forgetfilter_callback import (
-    EncodingError,
-    FilteredTrainer,
-    ForgetTracker,
-    NotOneSampleARow,
-    Record,
-    Trace,
-    TraceError,
-)
-from forgetfilter_callback.encoding import encode_collated
-from forgetfilter_callback.scoring import window_scores
+from forgetfilter_callback import FilteredTrainer, ForgetTracker, Trace
+from forgetfilter_callback.data.collated_rows import encode_collated
+from forgetfilter_callback.errors import EncodingError, TraceError, UnsupportedDatasetError
+from forgetfilter_callback.scoring.token_losses import window_scores
+from forgetfilter_callback.trace.records import Record
 
 
 def reference_means(model, rows) -> np.ndarray:
@@ -66,13 +60,13 @@ def test_one_tracker_through_both_sessions(noisy, safety, make_args, collator):
     forgotten = reference_means(model.eval(), noisy)
 
     trace = tracker.trace
-    assert trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 12), Record("safety", 0), Record("safety", 6)]
     np.testing.assert_allclose(trace.losses(), [base, learnt, learnt, forgotten], rtol=1e-5)
     np.testing.assert_allclose(trace.forgetting("loss"), forgotten - learnt, atol=1e-5)
     assert trace.folder == Path(make_args("s1").output_dir) / "_forgetfilter"
     np.testing.assert_allclose(Trace.open(trace.folder).losses(), trace.losses())
     np.testing.assert_allclose(
-        trace.token_losses(Record("S1+", 6)), reference_losses(model, noisy), rtol=1e-4, atol=1e-5
+        trace.token_losses(Record("safety", 6)), reference_losses(model, noisy), rtol=1e-4, atol=1e-5
     )
 
 
@@ -264,7 +258,7 @@ def test_early_stopping_is_recorded_where_it_stops(strategy, load_best, noisy, m
     )  # fmt: skip
     trainer.train()
     assert 0 < trainer.state.global_step < trainer.state.max_steps
-    assert tracker.trace.records()[-1] == Record("S1", trainer.state.global_step)
+    assert tracker.trace.records()[-1] == Record("noisy", trainer.state.global_step)
 
 
 def test_early_stopping_at_an_evaluation_that_saves_nothing(noisy, make_args, collator):
@@ -284,7 +278,7 @@ def test_early_stopping_at_an_evaluation_that_saves_nothing(noisy, make_args, co
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_global_step < trainer.state.global_step < trainer.state.max_steps
-    assert tracker.trace.records() == [Record("S1", 0), Record("S1", trainer.state.global_step)]
+    assert tracker.trace.records() == [Record("noisy", 0), Record("noisy", trainer.state.global_step)]
     np.testing.assert_allclose(tracker.trace.losses()[-1], last[trainer.state.global_step], rtol=1e-5)
 
 
@@ -302,7 +296,7 @@ def test_a_batch_that_is_halved_goes_on_with_the_session(noisy, make_args, colla
     trainer = Tight(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=[tracker])
     trainer.train()
     assert max(tried) == 4 and trainer.state.global_step == 24
-    assert tracker.trace.records() == [Record("S1", 0), Record("S1", 24)]
+    assert tracker.trace.records() == [Record("noisy", 0), Record("noisy", 24)]
     own = [log["step"] for log in trainer.state.log_history if "forgetfilter/loss" in log]
     assert own == [0, 24]
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
@@ -340,8 +334,8 @@ def test_two_processes_share_a_trace(noisy, safety, make_args, collator):
     Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[first]).train()
     second = ForgetTracker(trace_dir=first.trace.folder)
     Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[second]).train()
-    assert second.trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
-    assert [entry["session"] for entry in second.trace.manifest["sessions"]] == ["S1", "S1+"]
+    assert second.trace.records() == [Record("noisy", 0), Record("noisy", 12), Record("safety", 0), Record("safety", 6)]
+    assert [entry["session"] for entry in second.trace.manifest["sessions"]] == ["noisy", "safety"]
 
 
 def test_safety_session_run_again_replaces_its_records(noisy, safety, make_args, collator, caplog):
@@ -352,7 +346,7 @@ def test_safety_session_run_again_replaces_its_records(noisy, safety, make_args,
     Trainer(
         model, make_args(num_train_epochs=1), train_dataset=safety, data_collator=collator, callbacks=[again]
     ).train()
-    assert again.trace.records() == [Record("S1+", 0), Record("S1+", 3)]
+    assert again.trace.records() == [Record("safety", 0), Record("safety", 3)]
     assert "dropped the later records S1+ step 6" in caplog.text
 
 
@@ -388,7 +382,7 @@ def test_a_killed_process_leaves_a_readable_trace(tmp_path):
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
     trace = Trace.open(tmp_path / "_forgetfilter")
-    assert trace.records() == [Record("S1", 0), Record("S1", 2)]
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 2)]
     assert np.isfinite(trace.losses()).all()
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(6)), rtol=1e-5)
 
@@ -439,7 +433,7 @@ def test_text_rows_are_named_before_a_safety_session(safety, make_args, collator
     for text, prompt in zip(texts, prompts, strict=True):
         tokens, masked = tokenizer(text)["input_ids"], len(tokenizer(prompt)["input_ids"])
         expected.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
-    assert tracker.trace.records() == [Record("S1+", 0), Record("S1+", 6)]
+    assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), expected), rtol=1e-5)
 
 
@@ -464,7 +458,7 @@ def test_rouge_is_recorded_from_greedy_completions(noisy, safety, make_args, col
         callbacks=[tracker],
         processing_class=tokenizer,
     ).train()
-    np.testing.assert_allclose(tracker.trace.rouge1(Record("S1+", 0)), expected)
+    np.testing.assert_allclose(tracker.trace.rouge1(Record("safety", 0)), expected)
     before, after = (tracker.trace.rouge1(record) for record in tracker.trace.records())
     np.testing.assert_allclose(tracker.trace.forgetting("rouge1"), before - after)
 
@@ -489,7 +483,7 @@ def test_iterable_dataset(noisy, make_args, collator):
         tiny_llama(), make_args(max_steps=2), train_dataset=noisy.to_iterable_dataset(), data_collator=collator,
         callbacks=[tracker],
     )  # fmt: skip
-    with pytest.raises(NotOneSampleARow, match="IterableDataset"):
+    with pytest.raises(UnsupportedDatasetError, match="IterableDataset"):
         trainer.train()
 
 
@@ -540,7 +534,7 @@ def test_packed_training_set(noisy, make_args, tokenizer):
         positions = torch.arange(len(rows[0]["input_ids"])).repeat(2)[None]
         return {"input_ids": tokens, "labels": tokens, "position_ids": positions}
 
-    with pytest.raises(NotOneSampleARow, match=r"ForgetTracker\(noisy\)"):
+    with pytest.raises(UnsupportedDatasetError, match=r"ForgetTracker\(noisy\)"):
         train(noisy, make_args, packing_collator, ForgetTracker())
 
 
@@ -587,7 +581,7 @@ def test_after_an_error_the_right_model_may_follow_with_the_same_tracker(noisy, 
     learnt = reference_means(model.eval(), noisy)
     with pytest.raises(TraceError, match="does not start"):
         train(safety, make_args, collator, tracker)
-    assert Record("S1+", 0) not in tracker.trace.records()
+    assert Record("safety", 0) not in tracker.trace.records()
     Trainer(model, make_args("s1plus"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     np.testing.assert_allclose(tracker.trace.losses()[2], learnt, rtol=1e-4)
 
@@ -605,10 +599,10 @@ def test_an_interrupted_session_does_not_swallow_the_next(same_args, noisy, safe
         trainer.train()
     args = args if same_args else make_args("s1plus")
     Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
-    assert tracker.trace.records() == [Record("S1", 0), Record("S1+", 0), Record("S1+", 6)]
+    assert tracker.trace.records() == [Record("noisy", 0), Record("safety", 0), Record("safety", 6)]
 
 
-@pytest.mark.parametrize("session", ["S1", "S1+"])
+@pytest.mark.parametrize("session", ["noisy", "safety"])
 def test_a_session_that_ends_before_its_first_step_begins_again_with_the_same_tracker(
     session, noisy, safety, make_args, collator
 ):
@@ -617,18 +611,23 @@ def test_a_session_that_ends_before_its_first_step_begins_again_with_the_same_tr
             raise KeyboardInterrupt
 
     model, tracker = tiny_llama(), ForgetTracker()
-    for name, rows in (("S1", noisy), ("S1+", safety)):
+    for name, rows in (("noisy", noisy), ("safety", safety)):
         args = make_args(name)
         trainer = partial(Trainer, model, args, train_dataset=rows, data_collator=collator)
         if name == session:
             with pytest.raises(KeyboardInterrupt):
                 trainer(callbacks=[tracker, Interrupt()]).train()
         trainer(callbacks=[tracker]).train()
-    assert tracker.trace.records() == [Record("S1", 0), Record("S1", 12), Record("S1+", 0), Record("S1+", 6)]
+    assert tracker.trace.records() == [
+        Record("noisy", 0),
+        Record("noisy", 12),
+        Record("safety", 0),
+        Record("safety", 6),
+    ]
     assert np.isfinite(tracker.trace.forgetting("relative")).all()
 
 
-@pytest.mark.parametrize("session", ["S1", "S1+"])
+@pytest.mark.parametrize("session", ["noisy", "safety"])
 def test_a_collator_that_draws_is_refused(session, noisy, safety, make_args, collator):
     """Collating for a record would change what its own generator draws in training, unnoticed."""
     rng = np.random.default_rng(0)
@@ -639,9 +638,9 @@ def test_a_collator_that_draws_is_refused(session, noisy, safety, make_args, col
         return batch
 
     model, tracker = tiny_llama(), ForgetTracker()
-    if session == "S1+":
+    if session == "safety":
         Trainer(model, make_args("s1"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
-    rows = noisy if session == "S1" else safety
+    rows = noisy if session == "noisy" else safety
     trainer = Trainer(model, make_args(), train_dataset=rows, data_collator=masking, callbacks=[tracker])
     with pytest.raises(EncodingError, match="Row 0: the dataset or the collator makes another batch of the same row"):
         trainer.train()
@@ -669,7 +668,7 @@ def test_a_dataset_that_draws_into_the_same_memory_is_refused(noisy, make_args):
 @pytest.mark.parametrize("collate", [list, lambda rows: rows[1], lambda rows: {"input_ids": rows[0]["input_ids"]}])
 def test_a_batch_that_is_no_sample_is_told_apart_from_a_wrong_one(collate, noisy):
     """Of one row alone a list (GRPO), none, or one without labels: a safety session may train so."""
-    with pytest.raises(NotOneSampleARow, match="Row 0: the collator"):
+    with pytest.raises(UnsupportedDatasetError, match="Row 0: the collator"):
         encode_collated(noisy, collate, disable_tqdm=True)
 
 
@@ -707,7 +706,7 @@ def test_nothing_of_the_rows_is_pushed_to_the_hub(noisy, safety, make_args, coll
         trainer.train()
         trainer.push_to_hub()
     FilteredTrainer(
-        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.25
     ).push_to_hub()
     folder = Path(args.output_dir)
     assert (folder / "_forgetfilter" / "rows.parquet").exists()
@@ -756,7 +755,7 @@ def test_rows_in_another_order_go_on_with_the_trace(noisy, safety, make_args, co
     trace = tracker.trace
     assert trace.rows.ids == forgetfilter_callback.encode_rows(noisy).ids
     assert tracker._unsafe.tolist() == audited["unsafe"]
-    assert [record.session for record in trace.records()] == ["S1", "S1", "S1+", "S1+"]
+    assert [record.session for record in trace.records()] == ["noisy", "noisy", "safety", "safety"]
 
 
 def test_the_model_that_a_trace_names_is_the_one_that_s1_began_with_last(noisy, safety, make_args, collator):
@@ -779,7 +778,7 @@ def test_going_on_does_not_change_the_model_that_a_trace_names(noisy, make_args,
 
 
 def test_named_rows_as_a_stream_are_refused(noisy, safety, make_args, collator):
-    with pytest.raises(NotOneSampleARow, match="map-style dataset or a list of rows"):
+    with pytest.raises(UnsupportedDatasetError, match="map-style dataset or a list of rows"):
         train(safety, make_args, collator, ForgetTracker(noisy.to_iterable_dataset()))
 
 
@@ -837,9 +836,9 @@ def test_traces_that_cannot_be_read(tmp_path, noisy, make_args, collator):
     tracker = ForgetTracker()
     train(noisy, make_args, collator, tracker)
     folder = tracker.trace.folder
-    record = folder / "records" / "S1-00000012.parquet"
+    record = folder / "records" / "noisy-00000012.parquet"
     record.write_bytes(record.read_bytes()[:100])
-    with pytest.raises(TraceError, match=r"S1-00000012\.parquet cannot be read"):
+    with pytest.raises(TraceError, match=r"noisy-00000012\.parquet cannot be read"):
         Trace.open(folder).losses()
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "other"}))
@@ -875,10 +874,10 @@ def test_s1plus_ends_when_the_ranking_has_settled(
 
     def made_up(model, rows, *args, **kwargs):
         values = spread * ranking(next(checks))[: len(rows)]
-        return np.repeat(values, np.diff(rows.counted_offsets)).astype(np.float32)
+        return np.repeat(values, np.diff(rows.loss_offsets)).astype(np.float32)
 
     monkeypatch.setattr(forgetfilter_callback.tracker, "token_losses", made_up)
-    monkeypatch.setattr(forgetfilter_callback.settling.Settling, "__init__", before_is_zero)
+    monkeypatch.setattr(forgetfilter_callback.early_stopping.RankingMonitor, "__init__", before_is_zero)
     args = make_args(max_steps=25)
     trainer = Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=[tracker])
     trainer.train()
@@ -888,7 +887,7 @@ def test_s1plus_ends_when_the_ranking_has_settled(
     np.testing.assert_allclose(tracker.trace.losses()[-1], reference_means(model.eval(), noisy), rtol=1e-5)
 
 
-def before_is_zero(self, trace, step, __init__=forgetfilter_callback.settling.Settling.__init__):
+def before_is_zero(self, trace, step, __init__=forgetfilter_callback.early_stopping.RankingMonitor.__init__):
     __init__(self, trace, step)
     self._before[:] = 0
 
@@ -909,18 +908,20 @@ def test_the_samples_that_are_followed_depend_on_their_ids_only(make_args, colla
         tracker = ForgetTracker(rows.select(order), trace_dir=make_args(f"order-{order[0]}").output_dir)
         args = make_args(max_steps=1)
         Trainer(tiny_llama(), args, train_dataset=random_rows(4), data_collator=collator, callbacks=[tracker]).train()
-        settling = forgetfilter_callback.settling.Settling(tracker.trace, 0)
-        followed.append(set(settling.rows.ids.to_pylist()))
+        early_stopping = forgetfilter_callback.early_stopping.RankingMonitor(tracker.trace, 0)
+        followed.append(set(early_stopping.rows.ids.to_pylist()))
         expected = reference_means(tiny_llama(), rows)
         place = {sample: index for index, sample in enumerate(forgetfilter_callback.encode_rows(rows).ids.to_pylist())}
         np.testing.assert_allclose(
-            settling._before, [expected[place[sample]] for sample in settling.rows.ids.to_pylist()], rtol=1e-5
+            early_stopping._before,
+            [expected[place[sample]] for sample in early_stopping.rows.ids.to_pylist()],
+            rtol=1e-5,
         )
     assert len(followed[0]) == expected_count and followed[0] == followed[1]
 
 
 def test_no_more_than_128_samples_are_followed():
-    followed = forgetfilter_callback.settling.followed
+    followed = forgetfilter_callback.early_stopping.followed
     assert (followed(12), followed(1270), followed(1290), followed(10**6)) == (12, 127, 128, 128)
 
 
@@ -930,7 +931,7 @@ def test_an_interrupted_safety_session_does_not_end_the_next_session(noisy, safe
 
     class Interrupted(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            followed.append(tracker._settling)
+            followed.append(tracker._ranking_monitor)
             if args.max_steps == 7 and state.global_step == 5:
                 raise KeyboardInterrupt
 
@@ -942,7 +943,7 @@ def test_an_interrupted_safety_session_does_not_end_the_next_session(noisy, safe
     assert len(followed) == 5 and None not in followed
     args = make_args("s1")
     Trainer(tiny_llama(), args, train_dataset=noisy, data_collator=collator, callbacks=callbacks).train()
-    assert tracker.trace.records()[0].session != "S1+" and followed[5:] == [None] * 12
+    assert tracker.trace.records()[0].session != "safety" and followed[5:] == [None] * 12
 
 
 def test_settling_goes_on_where_it_was_cut_off(noisy, safety, make_args, collator):

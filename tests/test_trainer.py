@@ -13,7 +13,8 @@ from conftest import random_rows, tiny_llama
 from datasets import Dataset
 from transformers import Trainer
 
-from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker, NotOneSampleARow, find_forgotten
+from forgetfilter_callback import FilteredTrainer, FilterResult, ForgetTracker, find_forgotten
+from forgetfilter_callback.errors import UnsupportedDatasetError
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_decision_on_a_trace_has_its_nats_and_its_record(noisy, safety, make_a
         values = trace.forgetting("smoothed", step)
         result = find_forgotten(trace, step=step)
         np.testing.assert_array_equal(result.values, values)
-        assert result.nats == trace.nats_per_change(values, step) and result.ids == trace.rows.ids
+        assert result.nats_per_unit == trace.nats_per_unit(values, step) and result.ids == trace.rows.ids
         assert result.step == (6 if step is None else step)
     assert (find_forgotten(trace).values != result.values).any()
     some = trace.rows.ids.take(pa.array([3, None, 1]))
@@ -96,12 +97,12 @@ def test_rows_are_found_by_id_whatever_their_position(noisy, tracker, make_args,
         train_dataset=noisy.select(order),
         data_collator=collator,
         forgetting=tracker,
-        share=0.25,
+        fraction=0.25,
     )
     most_forgotten = set(np.argsort(-tracker.trace.forgetting())[:6].tolist())
     removed = {tuple(row) for row in trainer.removed_dataset["input_ids"]}
     assert removed == {tuple(noisy[index]["input_ids"]) for index in most_forgotten}
-    assert trainer.filter_result.method == "share"
+    assert trainer.filter_result.method == "fraction"
 
 
 def test_a_torch_dataset_is_filtered_too(noisy, tracker, make_args, collator):
@@ -113,7 +114,7 @@ def test_a_torch_dataset_is_filtered_too(noisy, tracker, make_args, collator):
             return noisy[index]
 
     trainer = FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=Rows(), data_collator=collator, forgetting=tracker, share=0.25
+        tiny_llama(), make_args(), train_dataset=Rows(), data_collator=collator, forgetting=tracker, fraction=0.25
     )
     assert [len(trainer.removed_dataset), len(trainer.train_dataset)] == [6, 18]
     trainer.train()
@@ -122,7 +123,7 @@ def test_a_torch_dataset_is_filtered_too(noisy, tracker, make_args, collator):
 def test_the_account_is_written_beside_the_checkpoints(noisy, tracker, make_args, collator):
     args = make_args()
     trainer = FilteredTrainer(
-        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.25
     )
     folder = Path(args.output_dir) / "_forgetfilter-decision"
     again, result = FilterResult.load(folder), trainer.filter_result
@@ -181,13 +182,13 @@ def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
     with pytest.raises(ValueError, match="3 values and the training set 24 rows"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
-            forgetting=np.zeros(3), measure="loss", share=0.5,
+            forgetting=np.zeros(3), measure="loss", fraction=0.5,
         )  # fmt: skip
 
 
 def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
     rows = noisy.to_iterable_dataset()
-    with pytest.raises(NotOneSampleARow, match=r"kept\.jsonl"):
+    with pytest.raises(UnsupportedDatasetError, match=r"kept\.jsonl"):
         FilteredTrainer(
             tiny_llama(), make_args(max_steps=1), train_dataset=rows, data_collator=collator, forgetting=tracker
         )
@@ -198,7 +199,7 @@ def test_a_model_that_is_not_the_base_model_is_refused(noisy, safety, make_args,
     for folder, rows in (("s1", noisy), ("s1plus", safety)):
         Trainer(model, make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker]).train()
     trainer = FilteredTrainer(
-        model, make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+        model, make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.25
     )
     with pytest.raises(ValueError, match="not the base model"):
         trainer.train()
@@ -208,7 +209,7 @@ def test_it_says_when_it_cannot_check_the_base_model(noisy, safety, make_args, c
     tracker = ForgetTracker(noisy)
     Trainer(tiny_llama(), make_args("s"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker, share=0.25
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker, fraction=0.25
     ).train()
     assert "could not be checked" in caplog.text
 

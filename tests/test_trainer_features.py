@@ -9,7 +9,8 @@ from conftest import tiny_llama, tiny_lora
 from test_tracker import reference_means
 from transformers import Trainer, TrainingArguments
 
-from forgetfilter_callback import FilteredTrainer, ForgetTracker, Record, Trace, filtered
+from forgetfilter_callback import FilteredTrainer, ForgetTracker, Trace, filtered
+from forgetfilter_callback.trace.records import Record
 
 
 _FIELDS = TrainingArguments.__dataclass_fields__
@@ -57,7 +58,7 @@ def test_training_is_untouched_and_records_are_true(feature, noisy, safety, make
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
     np.testing.assert_allclose(tracker.trace.losses()[-1], reference_means(model.eval(), noisy), rtol=1e-5)
     last = tracker.trace.records()[-1].step
-    assert [record.step for record in tracker.trace.records() if record.session == "S1+"] == list(range(last + 1))
+    assert [record.step for record in tracker.trace.records() if record.session == "safety"] == list(range(last + 1))
 
 
 def test_checkpoints_that_are_deleted_leave_the_trace_alone(noisy, make_args, collator):
@@ -72,8 +73,8 @@ def test_two_trackers_in_one_trainer(noisy, safety, make_args, collator):
     adopting, other = ForgetTracker(), ForgetTracker(safety, trace_dir=make_args("other").output_dir)
     model = tiny_llama()
     Trainer(model, make_args(), train_dataset=noisy, data_collator=collator, callbacks=[adopting, other]).train()
-    assert adopting.trace.records() == [Record("S1", 0), Record("S1", 12)]
-    assert other.trace.records() == [Record("S1+", 0), Record("S1+", 12)]
+    assert adopting.trace.records() == [Record("noisy", 0), Record("noisy", 12)]
+    assert other.trace.records() == [Record("safety", 0), Record("safety", 12)]
     for tracker, rows in ((adopting, noisy), (other, safety)):
         np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), rows), rtol=1e-5)
         np.testing.assert_allclose(tracker.trace.losses()[1], reference_means(model.eval(), rows), rtol=1e-5)

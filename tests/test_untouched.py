@@ -14,7 +14,7 @@ from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from forgetfilter_callback import ForgetTracker
-from forgetfilter_callback.model_state import untouched
+from forgetfilter_callback.utils.model_state import preserve_state
 
 
 MATRIX = {
@@ -115,7 +115,7 @@ def test_weights_that_are_kept_in_buffers_are_not_copied(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "clone", lambda self, **kwargs: cloned.append(self.numel()) or clone(self, **kwargs)
     )
-    with untouched(model):
+    with preserve_state(model):
         pass
     assert cloned and max(cloned) < 2**20  # RoPE's are
 
@@ -129,6 +129,6 @@ def test_what_a_forward_pass_counts_in_a_buffer_is_put_back():
     model = tiny_llama()
     model.lm_head = Counting(32, 128, bias=False)
     model.lm_head.register_buffer("seen", torch.zeros(1))
-    with untouched(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         model(input_ids=torch.tensor([[5, 6]]))
     assert model.lm_head.seen.item() == 0

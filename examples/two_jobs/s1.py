@@ -3,7 +3,8 @@
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from forgetfilter_callback import ForgetTracker
-from forgetfilter_callback.demo import load_base, load_demo_data, trainable
+from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
+from forgetfilter_callback.cli.demo_model import load_base
 
 
 load_model, tokenizer = load_base("two-jobs/base-model")

@@ -4,7 +4,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from forgetfilter_callback import ForgetTracker
-from forgetfilter_callback.demo import load_demo_data, trainable
+from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
 
 
 base = AutoModelForCausalLM.from_pretrained("two-jobs/base-model")

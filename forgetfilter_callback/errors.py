@@ -1,0 +1,31 @@
+"""The errors this library raises. All are `ValueError`s: each means that an input must change."""
+
+from __future__ import annotations
+
+
+class ForgetFilterError(ValueError):
+    """Base class of the errors below. The message says what is wrong, where, and what to do."""
+
+
+class EncodingError(ForgetFilterError):
+    """A row cannot be encoded as a sample. The message names the row."""
+
+
+class UnsupportedDatasetError(EncodingError):
+    """The losses of single rows cannot be followed: the dataset is packed, streamed, or has rows that are not one sample."""
+
+
+class DataError(ForgetFilterError):
+    """Rows, a tokenizer or a model cannot be loaded."""
+
+
+class ScoringError(ForgetFilterError):
+    """The rows cannot be scored with this model on this device."""
+
+
+class TraceError(ForgetFilterError):
+    """A trace cannot be read, or does not hold the requested records."""
+
+
+class DecisionError(ForgetFilterError):
+    """A filter result or a reviewer's decision cannot be read, or belongs to another trace."""

@@ -1,0 +1,49 @@
+"""A plot that people look at, and the card of a filtered dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..filtering.result import FilterResult
+from ..measures.names import UNITS
+
+
+_COLOURS = {"unsafe": "tab:red", "safe": "tab:green", "task": "tab:blue", "samples": "tab:blue"}
+
+
+def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str] | None = None) -> None:
+    """Draws the distribution of forgetting values with φ into a PNG.
+
+    Args:
+        result ([`FilterResult`]):
+            The decision.
+        file (`str` or `Path`):
+            Where the picture goes.
+        groups (`Sequence[str]`, *optional*):
+            An audit label a sample, drawn as stacked colours. It plays no part in the decision.
+    """
+    known = np.isfinite(result.values)
+    values = result.values[known]
+    labels = np.asarray(groups if groups is not None else ["samples"] * len(result.values))[known]
+    names = sorted(set(labels.tolist()))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(
+        [values[labels == name] for name in names],
+        bins=min(60, max(10, len(values) // 4)),
+        stacked=True,
+        label=[f"{name} ({(labels == name).sum()})" for name in names],
+        color=[_COLOURS.get(name) or f"C{index}" for index, name in enumerate(names)],
+    )
+    if result.threshold is not None:
+        axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")
+    counts = result.counts
+    axes.set_title(f"{counts['removed']} of {counts['samples']} samples removed ({result.method} φ)")
+    axes.set_xlabel(f"{result.measure} forgetting [{UNITS[result.measure]}], higher is more forgotten")
+    axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
+    axes.legend()
+    figure.savefig(file, dpi=150)
