@@ -1,0 +1,1 @@
+"""Load rows, tokenize them and give each one a stable sample id."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Encoded rows: token ids, loss masks and sample ids in flat arrays."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from datasets import Dataset
 
 
 IGNORE_INDEX = -100
-# Work that needs memory for each row is done on so many rows at a time.
+# Rows are processed in windows of this many, to bound the memory of intermediate results.
 WINDOW = 16_384
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedRows:
-    """The noisy set as the model sees it, flat, in the order of the noisy set.
+    """Tokenized samples as the model sees them, in flat arrays and in the order of the dataset.
 
     Attributes:
         ids (`pa.StringArray` of length `samples`):
-            One id a sample: a hash of its token ids and of which of them count, then an occurrence number, so that a
-            row is found again whatever its position and duplicates stay apart.
+            One id per sample: a hash of its token ids and its loss mask, followed by an occurrence number. An id does
+            not depend on the position of the row. The occurrence number distinguishes duplicates.
         tokens (`np.ndarray` of shape `(total_tokens,)`, int32):
-            Token ids of all samples, one after another.
+            Token ids of all samples, concatenated.
         loss_mask (`np.ndarray` of shape `(total_tokens,)`, bool):
-            Whether a token's loss counts. Never true for a sample's first token, which nothing predicts.
+            Whether a token contributes to the loss. It is always `False` for the first token of a sample, because
+            nothing predicts that token.
         offsets (`np.ndarray` of shape `(samples + 1,)`, int64):
             Sample `i` is `tokens[offsets[i]:offsets[i + 1]]`.
-        truncated (`int`):
-            How many samples were cut at the right to fit the context.
+        truncated (`int`, defaults to 0):
+            Number of samples that were truncated to the maximum length.
     """
 
     ids: pa.StringArray
@@ -45,29 +46,32 @@ class EncodedRows:
         return len(self.ids)
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32) and counted mask (bool) of one sample."""
-        where = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[where], self.loss_mask[where]
+        """Return the token ids (int32) and the loss mask (bool) of one sample, both of shape `(tokens,)`."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[span], self.loss_mask[span]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
-        """The samples at `indices`, in that order, with their ids unchanged."""
+        """Return the samples at `indices`, in that order and with their ids unchanged."""
         indices = np.asarray(indices, dtype=np.int64)
         lengths = np.diff(self.offsets)[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return EncodedRows(self.ids.take(pa.array(indices)), self.tokens[places], self.loss_mask[places], offsets)
+        positions = np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return EncodedRows(self.ids.take(pa.array(indices)), self.tokens[positions], self.loss_mask[positions], offsets)
 
     def windows(self) -> Iterator[EncodedRows]:
-        """The samples in order, some 16,000 at a time, without copying tokens."""
+        """Iterate over the samples in order, in windows of up to 16,384 samples. Tokens are not copied."""
         for start in range(0, len(self), WINDOW):
             offsets = self.offsets[start : start + WINDOW + 1]
-            where = slice(offsets[0], offsets[-1])
+            span = slice(offsets[0], offsets[-1])
             yield EncodedRows(
-                self.ids[start : start + WINDOW], self.tokens[where], self.loss_mask[where], offsets - offsets[0]
+                self.ids[start : start + WINDOW], self.tokens[span], self.loss_mask[span], offsets - offsets[0]
             )
 
     def as_dataset(self) -> Dataset:
-        """The samples as a trainer takes them: `input_ids`, and `labels` that are -100 where a token does not count."""
+        """Return a dataset to train on, with the columns `input_ids` and `labels`.
+
+        Labels are -100 for tokens that do not contribute to the loss.
+        """
         samples = (self.sample(index) for index in range(len(self)))
         return Dataset.from_list(
             [
@@ -78,25 +82,31 @@ class EncodedRows:
 
     @property
     def loss_tokens(self) -> np.ndarray:
-        """Token ids of the counted tokens of all samples: what the losses of a record belong to."""
+        """Ids of the tokens that contribute to the loss, for all samples in order: shape `(loss_tokens,)`, int32.
+
+        A record holds one loss for each of them.
+        """
         return self.tokens[self.loss_mask]
 
     @cached_property
     def loss_offsets(self) -> np.ndarray:
-        """Offsets, of shape `(samples + 1,)`, int64, of the samples in [`loss_tokens`]."""
-        offsets = np.zeros_like(self.offsets)
+        """Offsets of the samples in `loss_tokens`: shape `(samples + 1,)`, int64.
+
+        Sample `i` is `loss_tokens[loss_offsets[i]:loss_offsets[i + 1]]`.
+        """
+        loss_offsets = np.zeros_like(self.offsets)
         for start in range(0, len(self), WINDOW):
-            begins = self.offsets[start : start + WINDOW + 1]
-            counts = np.zeros(len(begins) - 1, np.int64)
-            with_tokens = np.flatnonzero(np.diff(begins))
-            window = self.loss_mask[begins[0] : begins[-1]]
-            counts[with_tokens] = np.add.reduceat(window, begins[with_tokens] - begins[0], dtype=np.int64)
-            offsets[start + 1 : start + 1 + len(counts)] = offsets[start] + np.cumsum(counts)
-        return offsets
+            offsets = self.offsets[start : start + WINDOW + 1]
+            counts = np.zeros(len(offsets) - 1, np.int64)
+            not_empty = np.flatnonzero(np.diff(offsets))  # `reduceat` returns a wrong sum for an empty sample
+            loss_mask = self.loss_mask[offsets[0] : offsets[-1]]
+            counts[not_empty] = np.add.reduceat(loss_mask, offsets[not_empty] - offsets[0], dtype=np.int64)
+            loss_offsets[start + 1 : start + 1 + len(counts)] = loss_offsets[start] + np.cumsum(counts)
+        return loss_offsets
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all ids in order: two sets share it when they train the same tokens in the same order."""
+        """Hash of all ids in order: equal for two datasets that train the same tokens in the same order."""
         digest = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), WINDOW):
             digest.update("".join(f"{sample}\n" for sample in self.ids[start : start + WINDOW].to_pylist()).encode())
@@ -104,7 +114,7 @@ class EncodedRows:
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two rows begin with alike."""
+    """Return the length of the longest common prefix of two token sequences."""
     shorter = min(len(first), len(second))
-    different = np.flatnonzero(first[:shorter] != second[:shorter])
-    return int(different[0]) if len(different) else shorter
+    differences = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(differences[0]) if len(differences) else shorter

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Load tokenizers and read the context length of models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from ..errors import DataError
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model has places for; `None` for one without positions (state-space ones)."""
+    """Return the maximum number of tokens of a model, or `None` for a model without positions (state-space models)."""
     try:
-        return config.get_text_config().max_position_embeddings  # or what its family calls it (`n_positions`)
+        return config.get_text_config().max_position_embeddings  # configs map this to their own name (`n_positions`)
     except AttributeError:
         return None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from the Hub or a folder."""
+    """Load a tokenizer from the Hub or a folder.
+
+    Raises:
+        DataError: if it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -31,7 +35,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def model_context_length(model: str) -> int | None:
-    """How many tokens a model (or the base model of an adapter) has places for, where it says so."""
+    """Return the [`context_length`] of a model on the Hub or in a folder. An adapter has that of its base model.
+
+    Raises:
+        DataError: if the configuration cannot be loaded.
+    """
     try:
         if find_adapter_config_file(model) is not None:
             return model_context_length(PeftConfig.from_pretrained(model).base_model_name_or_path)

@@ -1,6 +1,8 @@
-"""A model and encoded rows → greedy completions → ROUGE-1, the paper's measure (Zhao et al. 2024, Algorithm 1)."""
+"""Greedy completions of prompts, for the ROUGE-1 measure of the paper (Zhao et al. 2024, Algorithm 1)."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,16 +14,21 @@ from ..errors import ScoringError
 
 
 def split_prompts(rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], list[str]]:
-    """Prompt tokens (all before the first counted one) and reference texts (the counted tokens) of all samples.
+    """Split each sample into a prompt and a reference text.
 
-    A sample whose every token counts has a prompt of its first token only.
+    The prompt is all tokens before the first loss token. If every token contributes to the loss, it is the first token
+    only, because nothing predicts that one. The reference is the text of the loss tokens.
+
+    Returns:
+        `tuple[list[np.ndarray], list[str]]`: prompt token ids (int32, one array of shape `(prompt_tokens,)` per sample)
+        and reference texts.
     """
     prompts, references = [], []
     for index in range(len(rows)):
         tokens, loss_mask = rows.sample(index)
         start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
         prompts.append(tokens[:start])
-        references.append(tokenizer.decode(tokens[loss_mask], skip_special_tokens=True))
+        references.append(cast(str, tokenizer.decode(tokens[loss_mask], skip_special_tokens=True)))
     return prompts, references
 
 
@@ -34,26 +41,31 @@ def greedy_completions(
     disable_tqdm: bool = False,
     description: str = "Generating",
 ) -> list[str]:
-    """Greedy completions of tokenised prompts, batched by length and padded on the left.
+    """Generate greedy completions of tokenized prompts, batched by length and padded on the left.
+
+    A batch that does not fit into the device's memory is halved.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model; call this inside [`~model_state.untouched`].
+            A causal language model. Call this function inside [`~model_state.preserve_state`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes; it is not changed.
+            The tokenizer that decodes the completions. It is not changed.
         prompts (`list[np.ndarray]`):
-            Token ids, one array a prompt.
+            Token ids, one array of shape `(prompt_tokens,)` per prompt.
         max_new_tokens (`int`):
-            Generation ends at EOS or after so many tokens.
+            Generation ends at the EOS token or after this many tokens.
         batch_size (`int`, defaults to 16):
-            Prompts a batch.
+            Maximum number of prompts per batch.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
         description (`str`, defaults to `"Generating"`):
-            What stands before the bar.
+            Label of the progress bar.
 
     Returns:
-        `list[str]`: one completion a prompt, without special tokens.
+        `list[str]`: one completion per prompt, without special tokens. An empty prompt has an empty completion.
+
+    Raises:
+        ScoringError: if a single prompt does not fit into the device's memory.
     """
     device = next(model.parameters()).device
     eos = tokenizer.eos_token_id
@@ -65,27 +77,28 @@ def greedy_completions(
     )
     completions = [""] * len(prompts)
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt)), key=lambda i: len(prompts[i]))
-    todo = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with tqdm(total=len(order), desc=description, disable=disable_tqdm, leave=False) as bar:
-        while todo:
-            batch = todo.pop()
+        while batches:
+            batch = batches.pop()
             width = len(prompts[batch[-1]])
             input_ids = torch.full((len(batch), width), config.pad_token_id)
             attention_mask = torch.zeros_like(input_ids)
-            for place, index in enumerate(batch):
+            for batch_index, index in enumerate(batch):
                 length = len(prompts[index])
-                input_ids[place, width - length :] = torch.from_numpy(prompts[index])
-                attention_mask[place, width - length :] = 1
+                input_ids[batch_index, width - length :] = torch.from_numpy(prompts[index])
+                attention_mask[batch_index, width - length :] = 1
             try:
-                output = model.generate(
+                output = model.generate(  # type: ignore[operator] # typed as Tensor by torch's __getattr__
                     input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
                 )
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise ScoringError(
-                        f"Generating from a prompt of {width} tokens does not fit into memory."
+                        f"Generating from a single prompt of {width} tokens does not fit into the device's memory. "
+                        "Lower `max_length` or `max_new_tokens`."
                     ) from None
-                todo += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                 continue
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):

@@ -1,8 +1,9 @@
-"""Encoded rows → packs: token sequences in which what several rows begin with stands once.
+"""Pack rows that share a prefix into one sequence, so that the prefix is computed once.
 
-Finetuning rows repeat themselves: a system prompt, an instruction, a passage with several questions. A pack is a token
-tree written out as one sequence: every row is a path in it, and a token sees (attends to) its own path only, at the
-position that it has in its row. One forward pass over the pack gives what a pass over each of its rows would give.
+Finetuning rows often share a prefix: a system prompt, an instruction, a passage with several questions. A pack is a
+token tree (a prefix tree) written as one sequence. Each row is a path from the root of the tree. Each token attends to
+its own path only, and has the position that it has in its row. One forward pass over a pack therefore gives the same
+losses as one pass over each of its rows.
 """
 
 from __future__ import annotations
@@ -16,183 +17,198 @@ import pyarrow.compute as pc
 from ..data.encoded_rows import EncodedRows, common_prefix_length
 
 
-# Seeing this many tokens costs as much as all the rest of the work on one token (measured for SmolLM2-135M on a CPU; larger
-# models see more for that). It decides when one more row in a pack is dearer than a pack of its own.
-_SEEN_TOKENS_A_TOKEN = 1024
+# Attending to this many tokens costs as much as all other work on one token. Measured for SmolLM2-135M on a CPU; the
+# number is higher for larger models. It decides when a pack of its own is cheaper for a row than a place in an existing
+# pack.
+_ATTENDED_TOKENS_PER_TOKEN_COST = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
     """Rows that are run as one sequence.
 
     Attributes:
         rows (`np.ndarray` of shape `(rows,)`, int64):
-            Which rows.
-        shared (`np.ndarray` of shape `(rows,)`, int64):
-            How many of its first tokens a row has from the row before it; 0 for the first.
+            Indices of the rows.
+        prefix (`np.ndarray` of shape `(rows,)`, int64):
+            Length of the prefix that each row shares with the row before it, in tokens; 0 for the first row.
         length (`int`):
-            Tokens of the sequence.
+            Length of the sequence, in tokens.
     """
 
     rows: np.ndarray
-    shared: np.ndarray
+    prefix: np.ndarray
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Packs as the arrays of a forward pass of shape `(packs, width)`, and where the loss of each counted token comes from.
+    """Packs as the input arrays of one forward pass, and the predictions to read from its output.
 
     Attributes:
         input_ids, position_ids (`np.ndarray` of shape `(packs, width)`, int64):
-            Tokens, and their positions in their rows. Padded at the right.
-        filled (`np.ndarray` of shape `(packs, width)`, bool):
-            Whether a place holds a token.
-        visible (`np.ndarray` of shape `(packs, width, width)`, bool, *optional*):
-            Whether the token at the second index sees the one at the third. None where every pack is one row: plain causal
-            attention does there.
-        pack, place, target (`np.ndarray` of shape `(predictions,)`, int64):
-            What has to be predicted: after the token at (`pack`, `place`), `target`. Each prediction stands once.
-        prediction (`np.ndarray` of shape `(counted_tokens,)`, int64):
-            Which prediction each counted token of each row is, rows in the order of the packs.
+            Token ids, and their positions in their rows. Padded on the right.
+        token_mask (`np.ndarray` of shape `(packs, width)`, bool):
+            `True` for tokens, `False` for padding.
+        tree_mask (`np.ndarray` of shape `(packs, width, width)`, bool, *optional*):
+            `tree_mask[pack, i, j]` is `True` if token `i` attends to token `j`. `None` if every pack has a single row:
+            causal attention is enough then.
+        pack_index, column, target (`np.ndarray` of shape `(predictions,)`, int64):
+            The predictions, without duplicates: the token at `[pack_index, column]` predicts the token id `target`.
+        prediction_index (`np.ndarray` of shape `(loss_tokens,)`, int64):
+            Index of the prediction of each loss token. Rows are in the order of the packs.
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    filled: np.ndarray
-    visible: np.ndarray | None
-    pack: np.ndarray
-    place: np.ndarray
+    token_mask: np.ndarray
+    tree_mask: np.ndarray | None
+    pack_index: np.ndarray
+    column: np.ndarray
     target: np.ndarray
-    prediction: np.ndarray
+    prediction_index: np.ndarray
 
 
 def needed_lengths(rows: EncodedRows) -> np.ndarray:
-    """How many tokens of each row a model has to read: those before the last counted one. Shape `(samples,)`, int64."""
-    places = np.flatnonzero(rows.loss_mask)
-    last = np.zeros(len(rows), dtype=np.int64)
+    """Return the number of tokens of each row that a model must read: those before the last loss token.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, int64. It is 0 for rows without loss tokens.
+    """
+    loss_positions = np.flatnonzero(rows.loss_mask)
+    lengths = np.zeros(len(rows), dtype=np.int64)
     scorable = np.flatnonzero(np.diff(rows.loss_offsets))
-    last[scorable] = places[rows.loss_offsets[scorable + 1] - 1] - rows.offsets[scorable]
-    return last
+    lengths[scorable] = loss_positions[rows.loss_offsets[scorable + 1] - 1] - rows.offsets[scorable]
+    return lengths
 
 
 def plan_packs(rows: EncodedRows, longest: int | None) -> list[Pack]:
-    """Lays `rows` together, longest pack first. Rows without a counted token are left out.
+    """Assign rows to packs, sorted from the longest pack to the shortest. Rows without loss tokens are left out.
 
     Args:
         rows ([`EncodedRows`]):
-            What to score.
+            The rows to score.
         longest (`int`, *optional*):
-            Rows that begin alike share packs of up to so many tokens, wherever that costs less than packs of their own.
-            None: every row is a pack.
+            Maximum length of a pack of several rows, in tokens. Rows that share a prefix are put into one pack if that
+            is cheaper than separate packs. If `None`, every row is a pack of its own.
     """
     needed = needed_lengths(rows)
     scorable = np.flatnonzero(needed)
     if longest is None:
         packs = [Pack(np.array([row]), np.zeros(1, np.int64), int(needed[row])) for row in scorable]
     else:
-        packs = _build_shared_packs(rows, needed, scorable[_in_tree_order(rows, scorable)], longest)
+        packs = _build_shared_packs(rows, needed, scorable[_order_by_prefix(rows, scorable)], longest)
     return sorted(packs, key=lambda pack: pack.length, reverse=True)
 
 
-def _in_tree_order(rows: EncodedRows, scorable: np.ndarray) -> np.ndarray:
-    """An order in which rows that begin alike stand together: that of their bytes."""
+def _order_by_prefix(rows: EncodedRows, scorable: np.ndarray) -> np.ndarray:
+    """Return an order of `scorable` in which rows with a common prefix are adjacent: the order of their token bytes."""
     if len(scorable) == 0:
         return scorable
-    texts = pa.Array.from_buffers(
+    token_bytes = pa.Array.from_buffers(
         pa.large_binary(),
         len(rows),
         [None, pa.py_buffer(rows.offsets * rows.tokens.itemsize), pa.py_buffer(np.ascontiguousarray(rows.tokens))],
     )
-    return pc.sort_indices(texts.take(pa.array(scorable)) if len(scorable) < len(rows) else texts).to_numpy()
+    if len(scorable) < len(rows):
+        token_bytes = token_bytes.take(pa.array(scorable))
+    return pc.sort_indices(token_bytes).to_numpy()
 
 
 def _build_shared_packs(rows: EncodedRows, needed: np.ndarray, order: np.ndarray, longest: int) -> list[Pack]:
+    """Build packs greedily: add each row to the current pack if it shares a prefix, fits, and is cheaper there."""
     packs: list[Pack] = []
     members: list[int] = []
-    shared_counts: list[int] = []
-    loss_mask = np.diff(rows.loss_offsets)
+    prefixes: list[int] = []
+    loss_token_counts = np.diff(rows.loss_offsets)
     used = predictions = 0
 
     def finish() -> None:
         if members:
-            packs.append(Pack(np.array(members), np.array(shared_counts), used))
+            packs.append(Pack(np.array(members), np.array(prefixes), used))
 
-    before = np.zeros(0, np.int32)
+    previous = np.zeros(0, np.int32)
     for row in order.tolist():
         tokens = rows.tokens[rows.offsets[row] : rows.offsets[row] + needed[row]]
-        shared = common_prefix_length(before, tokens)
-        new = len(tokens) - shared
-        fits = used + new <= longest and predictions + loss_mask[row] <= max_predictions(longest)
-        if shared and fits and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
+        prefix = common_prefix_length(previous, tokens)
+        new = len(tokens) - prefix
+        fits = used + new <= longest and predictions + loss_token_counts[row] <= max_predictions(longest)
+        if prefix and fits and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
             used += new
         else:
             finish()
-            members, shared_counts, used, shared = [], [], len(tokens), 0
+            members, prefixes, used, prefix = [], [], len(tokens), 0
             predictions = 0
-        predictions += loss_mask[row]
+        predictions += loss_token_counts[row]
         members.append(row)
-        shared_counts.append(shared)
-        before = tokens
+        prefixes.append(prefix)
+        previous = tokens
     finish()
     return packs
 
 
 def max_predictions(batch_tokens: int) -> int:
-    """How many counted tokens a batch of so many tokens may have: their logits are the largest tensors of a pass."""
+    """Return the maximum number of loss tokens in a batch of `batch_tokens` tokens.
+
+    It bounds memory, because their logits are the largest tensors of a forward pass.
+    """
     return batch_tokens // 4
 
 
 def _cost(length: int) -> float:
-    """Of a forward pass over one pack, in tokens."""
-    return length + length * length / _SEEN_TOKENS_A_TOKEN
+    """Return the cost of a forward pass over a pack, in units of one token without attention."""
+    return length + length * length / _ATTENDED_TOKENS_PER_TOKEN_COST
 
 
 def split_pack(rows: EncodedRows, pack: Pack) -> list[Pack]:
-    """The rows of a pack of several rows as two packs."""
+    """Split a pack of several rows into two packs."""
     needed = needed_lengths(rows)
     halves = []
-    for part in np.array_split(np.arange(len(pack.rows)), 2):
-        members, shared = pack.rows[part], pack.shared[part]
-        shared[0] = 0
-        halves.append(Pack(members, shared, int((needed[members] - shared).sum())))
+    for half in np.array_split(np.arange(len(pack.rows)), 2):
+        members, prefixes = pack.rows[half], pack.prefix[half]
+        prefixes[0] = 0
+        halves.append(Pack(members, prefixes, int((needed[members] - prefixes).sum())))
     return halves
 
 
 def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
-    """The arrays of one forward pass over `packs`."""
-    width = max(members.length for members in packs)
+    """Build the arrays of one forward pass over `packs`."""
+    width = max(pack.length for pack in packs)
     input_ids = np.zeros((len(packs), width), dtype=np.int64)
     position_ids = np.zeros((len(packs), width), dtype=np.int64)
-    filled = np.arange(width) < np.array([[members.length] for members in packs])
-    visible = None
-    if any(len(members.rows) > 1 for members in packs):
-        visible = np.zeros((len(packs), width, width), dtype=bool)
-        visible[:, range(width), range(width)] = True  # padding too: a token that sees nothing would be NaN
-    packs_of: list[np.ndarray] = []
-    places_of: list[np.ndarray] = []
-    targets_of: list[np.ndarray] = []
-    for index, members in enumerate(packs):
-        path, used = np.zeros(0, np.int64), 0
-        for row, shared in zip(members.rows.tolist(), members.shared.tolist(), strict=True):
+    token_mask = np.arange(width) < np.array([[pack.length] for pack in packs])
+    tree_mask = None
+    if any(len(pack.rows) > 1 for pack in packs):
+        tree_mask = np.zeros((len(packs), width, width), dtype=bool)
+        # Padding attends to itself: a token that attends to nothing would give NaN.
+        tree_mask[:, range(width), range(width)] = True
+    pack_indices: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    for index, pack in enumerate(packs):
+        path, used = np.zeros(0, np.int64), 0  # columns of the current row's tokens
+        for row, prefix in zip(pack.rows.tolist(), pack.prefix.tolist(), strict=True):
             tokens, loss_mask = rows.sample(row)
-            counted_places = np.flatnonzero(loss_mask)
-            needed = counted_places[-1]
-            new = slice(used, used + needed - shared)
+            loss_positions = np.flatnonzero(loss_mask)
+            needed = loss_positions[-1]
+            new = slice(used, used + needed - prefix)
             used = new.stop
-            path = np.concatenate([path[:shared], np.arange(new.start, new.stop)])
-            input_ids[index, new] = tokens[shared:needed]
-            position_ids[index, new] = np.arange(shared, needed)
-            if visible is not None:
-                visible[index, new, path[:shared]] = True
-                visible[index, new, new] = np.tri(needed - shared, dtype=bool)
-            packs_of.append(np.full(len(counted_places), index))
-            places_of.append(path[counted_places - 1])
-            targets_of.append(tokens[counted_places])
-    predictions, prediction = np.unique(
-        np.stack([np.concatenate(packs_of), np.concatenate(places_of), np.concatenate(targets_of)]),
+            path = np.concatenate([path[:prefix], np.arange(new.start, new.stop)])
+            input_ids[index, new] = tokens[prefix:needed]
+            position_ids[index, new] = np.arange(prefix, needed)
+            if tree_mask is not None:
+                tree_mask[index, new, path[:prefix]] = True
+                tree_mask[index, new, new] = np.tri(needed - prefix, dtype=bool)
+            pack_indices.append(np.full(len(loss_positions), index))
+            columns.append(path[loss_positions - 1])
+            targets.append(tokens[loss_positions])
+    # Rows of a pack may share a loss token; its prediction is computed once.
+    predictions, prediction_index = np.unique(
+        np.stack([np.concatenate(pack_indices), np.concatenate(columns), np.concatenate(targets)]),
         axis=1,
         return_inverse=True,
     )
-    pack, place, target = predictions
-    return Layout(input_ids, position_ids, filled, visible, pack, place, target, prediction.reshape(-1))
+    pack_index, column, target = predictions
+    return Layout(
+        input_ids, position_ids, token_mask, tree_mask, pack_index, column, target, prediction_index.reshape(-1)
+    )

@@ -1,25 +1,27 @@
-"""TODO"""
+"""The result of scoring: losses and states of samples."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 
-# A sample's state has so many numbers; larger hidden states are projected at random, which keeps angles.
+# Largest size of a sample's state. Larger hidden states are projected at random, which nearly preserves angles.
 STATE_SIZE = 512
 
 
-class Scores(NamedTuple):
-    """What a forward pass says of some rows.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Losses and, optionally, states of some rows under one model.
 
     Attributes:
-        losses (`np.ndarray` of shape `(counted_tokens,)`, float32):
-            Negative log-likelihoods in nats, in the order of `rows.counted_tokens`.
+        losses (`np.ndarray` of shape `(loss_tokens,)`, float32):
+            Negative log-likelihoods in nats per token, in the order of `rows.loss_tokens`.
         states (`np.ndarray` of shape `(samples, size)`, float16, *optional*):
-            The hidden states that predict a sample's counted tokens, as the output head gets them: their mean, projected to
-            512 numbers where they are larger. Zero where no token counts.
+            For each sample, the mean of the hidden states that predict its loss tokens, as the output head receives
+            them. Hidden states of more than 512 dimensions are projected to 512. Samples without loss tokens have
+            zeros.
     """
 
     losses: np.ndarray

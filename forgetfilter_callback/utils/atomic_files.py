@@ -1,4 +1,4 @@
-"""Files that are written all or nothing: under another name first, which a crash leaves behind, and then renamed."""
+"""Atomic file writes (temporary file, fsync, rename)."""
 
 from __future__ import annotations
 
@@ -14,49 +14,64 @@ import pyarrow as pa
 
 @contextmanager
 def atomic_write(file: Path, before_commit: Callable[[], object] | None = None) -> Iterator[Path]:
-    """Gives a name beside `file` to write to, then puts what was written in its place, all or nothing.
+    """Yield a temporary path next to `file`, and rename it to `file` when the block succeeds.
 
-    `before_commit` is called once all of it is on disk, right before it gets its name.
+    If the block raises, `file` is unchanged and the temporary file is deleted.
+
+    Args:
+        file (`Path`):
+            The file to write or replace.
+        before_commit (`Callable`, *optional*):
+            Called after the temporary file is on disk and before the rename. If it raises, `file` is unchanged.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        yield unfinished
-        with unfinished.open("rb+") as handle:
+        yield temporary
+        with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         if before_commit is not None:
             before_commit()
-        os.replace(unfinished, file)
+        os.replace(temporary, file)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callable[[], object] | None = None) -> None:
-    """Writes a Parquet file atomically, of a row group a table; there is at least one. Pages have checksums."""
-    from pyarrow import parquet  # not where settings are read only
+    """Write a Parquet file atomically, with one row group per table and a checksum per page.
 
-    rest = iter(tables)
-    first = next(rest)
+    Args:
+        tables (`Iterable[pa.Table]`):
+            The tables, which share one schema. There must be at least one.
+        file (`Path`):
+            The file to write or replace.
+        before_commit (`Callable`, *optional*):
+            See [`atomic_write`].
+    """
+    from pyarrow import parquet  # imported here because the JSON and text writers do not need it
+
+    remaining = iter(tables)
+    first = next(remaining)
     with (
-        atomic_write(file, before_commit) as unfinished,
-        parquet.ParquetWriter(unfinished, first.schema, compression="zstd", write_page_checksum=True) as writer,
+        atomic_write(file, before_commit) as temporary,
+        parquet.ParquetWriter(temporary, first.schema, compression="zstd", write_page_checksum=True) as writer,
     ):
         writer.write_table(first)
-        for table in rest:
+        for table in remaining:
             writer.write_table(table)
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Writes a JSON file atomically."""
+    """Write a JSON file atomically."""
     write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
 
 
 def write_text(text: str, file: Path) -> None:
-    """Writes a text file atomically."""
-    with atomic_write(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_lines(lines: Iterable[str], file: Path) -> None:
-    """Writes lines, atomically."""
-    with atomic_write(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+    """Write lines to a UTF-8 text file atomically. Each line ends with `\\n` on every platform."""
+    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(f"{line}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Several processes (torch.distributed): who does what, and that all of them learn of a failure instead of waiting."""
+"""Split work between the processes of a `torch.distributed` run, and raise errors on all of them together."""
 
 from __future__ import annotations
 
@@ -13,58 +13,64 @@ T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1) unless a process group has been set up."""
+    """Return the rank of this process and the number of processes: (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def shard_indices(count: int) -> np.ndarray:
-    """Which of `count` things are this process's: a stretch of them, since neighbours may have much in common."""
-    rank, size = rank_and_world_size()
-    return np.array_split(np.arange(count), size)[rank]
+    """Return this process's shard of `range(count)`.
+
+    Shards are contiguous, because neighbouring rows often share a prefix.
+    """
+    rank, world_size = rank_and_world_size()
+    return np.array_split(np.arange(count), world_size)[rank]
 
 
-def gather_from_all(mine: T) -> list[T]:
-    """What every process has, in their order, on all of them."""
-    _, size = rank_and_world_size()
-    if size == 1:
-        return [mine]
-    everything: list[T] = [mine] * size
-    dist.all_gather_object(everything, mine)
-    return everything
+def gather_from_all(value: T) -> list[T]:
+    """Gather the `value` of every process on every process, in rank order."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[T] = [value] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def run_on_all(action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every process. All get all results, or raise the first process's exception together."""
+    """Run `action` on every process, and return the results of all processes in rank order.
+
+    If `action` raises on any process, every process raises the exception of the lowest rank that failed.
+    """
     if rank_and_world_size()[1] == 1:
         return [action()]
     result: T | None = None
     error: Exception | None = None
     try:
         result = action()
-    except Exception as raised:  # the others must hear of it: they would wait for ever
+    except Exception as raised:  # reported to the other processes, which would otherwise wait forever
         error = raised
     outcomes = gather_from_all((result, error))
-    for _, its_error in outcomes:
-        if its_error is not None:
-            raise its_error
-    return [its_result for its_result, _ in outcomes]  # type: ignore[misc] # what `action` gave
+    for _, rank_error in outcomes:
+        if rank_error is not None:
+            raise rank_error
+    return [rank_result for rank_result, _ in outcomes]  # type: ignore[misc] # no rank failed, so none is missing
 
 
 def run_on_main(action: Callable[[], T], drain: Iterable[object] = ()) -> T:
-    """Runs `action` on the main process only; its result, or its exception, reaches all of them.
+    """Run `action` on the main process only. Every process returns its result or raises its exception.
 
     Args:
         action (`Callable`):
-            What to do; it may draw from `drain`.
+            The function to run. It may read from `drain`.
         drain (`Iterable`, *optional*):
-            An iterator that all processes have to exhaust together, as its values are gathered from all.
+            An iterator that runs collectives. Every process exhausts it, so that no process waits for another.
     """
 
-    def act() -> T | None:
+    def run_and_drain() -> T | None:
         try:
             return action() if rank_and_world_size()[0] == 0 else None
         finally:
             for _ in drain:
                 pass
 
-    return run_on_all(act)[0]  # type: ignore[return-value] # the main process's
+    return run_on_all(run_and_drain)[0]  # type: ignore[return-value] # the main process has a result

@@ -1,4 +1,4 @@
-"""The state of a model: leaving it as it was found, and knowing it again."""
+"""Preserve a model's state during scoring; hash its weights; detect sharding that scoring does not support."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,54 +19,62 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
-_LARGEST_COPIED = 2**20  # elements of a buffer
+# Attributes that every module has; a module's other attributes are its settings.
+_MODULE_ATTRIBUTES = set(vars(nn.Module()))
+# Larger buffers, in elements, are not copied.
+_MAX_COPIED_BUFFER = 2**20
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Evaluates `model` inside, and leaves it and all random generators exactly as they were.
+    """Put `model` in evaluation mode, and restore it and all random generators when the block ends.
 
-    Restored are the attributes of every module (its training mode among them), its buffers (dynamic RoPE replaces them when
-    it sees long rows, LongRoPE overwrites them; the contents of those of up to a million elements, for larger ones may be
-    the weights, as GPTQ keeps them), which parameters are trained (PEFT changes that where
-    adapters are switched off and on), and the generators of Python, NumPy and torch (CPU and the model's device).
+    The following are restored:
+
+    - The attributes of every module, including its training mode.
+    - The buffers of every module. Dynamic RoPE replaces its buffers when it sees long rows. LongRoPE overwrites them.
+      Contents are restored for buffers of up to 2**20 elements only: larger ones may hold the weights, as in GPTQ.
+    - `requires_grad` of every parameter, which PEFT changes when adapters are disabled and enabled.
+    - The random generators of Python, NumPy and torch (CPU and the model's device).
     """
-    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _LARGEST_COPIED]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    saved_modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    saved_contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _MAX_COPIED_BUFFER]
+    saved_requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator()
-    kind = accelerator.type if accelerator is not None else "cuda"
-    devices = [device.index for device in {p.device for p in model.parameters()} if device.type == kind]
+    device_type = accelerator.type if accelerator is not None else "cuda"
+    devices = [device.index for device in {p.device for p in model.parameters()} if device.type == device_type]
     try:
-        with torch.random.fork_rng(devices=devices, device_type=kind):
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
             model.eval()
-            for module in _packed_when_evaluated(model):
+            for module in _eval_unsafe_modules(model):
                 module.training = True
             yield
     finally:
-        for module, attributes, buffers in modules:
+        for module, attributes, buffers in saved_modules:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, content in contents:
+            for buffer, content in saved_contents:
                 buffer.copy_(content)
-        for parameter, requires_grad in trained:
+        for parameter, requires_grad in saved_requires_grad:
             parameter.requires_grad_(requires_grad)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # some keep their whole weights for a backward pass that does not come
+                module.reshard()  # some keep gathered weights for a backward pass, which scoring never runs
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 
 
-def _packed_when_evaluated(model: nn.Module) -> list[nn.Module]:
-    """bitsandbytes' 4-bit layers: on CPUs with AVX512-BF16 the first forward pass in evaluation mode packs their weights for
-    good, and gradients are zero ever after (seen in bitsandbytes 0.50). They compute the same in training mode."""
+def _eval_unsafe_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that must stay in training mode: the 4-bit layers of bitsandbytes.
+
+    On CPUs with AVX512-BF16, their first forward pass in evaluation mode packs the weights permanently, and all later
+    gradients are zero (seen in bitsandbytes 0.50). Their output is the same in training mode.
+    """
     if not is_bnb_4bit_available():
         return []
     from bitsandbytes.nn import Linear4bit
@@ -74,33 +83,35 @@ def _packed_when_evaluated(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process has a part of every weight (FSDP2), so that all must go through a forward pass together."""
+    """Return whether weights are sharded by FSDP2, so that all processes must run every forward pass together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def why_unsupported(model: nn.Module) -> str | None:
-    """Why a process cannot score rows of its own with `model`; `None` if it can (alone, or together with the others)."""
+    """Return why the processes of this run cannot each score their own rows with `model`, or `None` if they can."""
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
-        return "weights are spread by tensor parallelism, or over a mesh of several dimensions (hybrid sharding)"
-    kind = PartialState().distributed_type
-    whole = kind == DistributedType.NO or kind.value.startswith("MULTI_")  # on each process, on whatever accelerator
-    if whole or (kind == DistributedType.FSDP and is_sharded(model)):
+        return "weights are split by tensor parallelism or over a multi-dimensional mesh (hybrid sharding)"
+    distributed_type = PartialState().distributed_type
+    # "MULTI_GPU", "MULTI_CPU" and so on: data parallelism, with all weights on every process.
+    replicated = distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")
+    if replicated or (distributed_type == DistributedType.FSDP and is_sharded(model)):
         return None
-    return f"weights are sharded by {kind.value}"
+    return f"weights are sharded by {distributed_type.value}"
 
 
 @torch.no_grad()
 def model_digest(model: nn.Module) -> str | None:
-    """A hash of what the losses of `model` depend on: weights, buffers, settings, which adapters are active.
+    """Hash everything that the losses of `model` depend on: weights, buffers, settings and active adapters.
 
-    It reads every byte of the weights, so it costs about as much as saving them.
+    This reads every byte of the weights, so it costs about as much as saving them.
 
     Returns:
-        `str`, or `None` where something else may change losses (hooks, a `forward` that has been wrapped, as under
-        autocast) or where weights cannot be read as plain tensors (offloaded, sharded, some quantised ones).
+        `str`: the hash, or `None` if no reliable hash is possible. This is the case if hooks or a wrapped `forward` (as
+        under autocast) may change the losses, or if weights are not plain tensors (offloaded, sharded or, for some
+        methods, quantized).
     """
-    config: PreTrainedConfig = model.config
+    config = cast(PreTrainedConfig, model.config)
     digest = hashlib.blake2b(digest_size=16)
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     digest.update(f"{config.to_json_string()} {config._attn_implementation} {allow_tf32}".encode())
@@ -108,16 +119,16 @@ def model_digest(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
-        settings = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+        settings = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
         tensors += [(f"{name}.{key}", value) for key, value in settings.items() if isinstance(value, torch.Tensor)]
-        plain = {
+        plain_settings = {
             key: repr(value)
             for key, value in sorted(settings.items())
             if isinstance(value, int | float | str | list | tuple | dict)
         }
-        if any("tensor(" in value for value in plain.values()):
+        if any("tensor(" in value for value in plain_settings.values()):
             return None
-        digest.update(f"{name} {type(module)} {plain}".encode())
+        digest.update(f"{name} {type(module)} {plain_settings}".encode())
     for name, tensor in tensors:
         if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta:
             return None

@@ -1,13 +1,13 @@
-"""TODO"""
+"""Installed versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
 
-_VERSIONS_OF = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
+_PACKAGES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of this library and of those that a result depends on."""
-    return {name: version(name) for name in _VERSIONS_OF}
+    """Return the installed version of this library and of each library that results depend on."""
+    return {package: version(package) for package in _PACKAGES}

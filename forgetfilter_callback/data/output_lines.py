@@ -1,4 +1,4 @@
-"""TODO"""
+"""Write rows as JSON Lines, and keep the original lines of a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows as JSON, one a line. What JSON has no form for, such as a time, is written as text."""
+    """Serialize rows as JSON, one line per row. Values that JSON does not support, such as dates, become strings."""
     return (json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows)
 
 
 def file_digest(source: str) -> str | None:
-    """A hash of a file of JSON lines; `None` of all else."""
+    """Hash a JSON Lines file (`.jsonl`). Return `None` if `source` is anything else."""
     path = Path(source)
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         return None
@@ -30,15 +30,25 @@ def file_digest(source: str) -> str | None:
 
 
 def source_lines(source: str, rows: Dataset, digest: str | None) -> Iterable[str]:
-    """Rows as JSON lines: of a file of JSON lines its very lines, if its [`file_digest`] is still that of when `rows` were
-    read; otherwise made anew.
+    """Return rows as JSON lines, using the original lines of a JSON Lines file where possible.
 
-    (Read and written again, a date would be another text, and a number might have fewer digits.)
+    Serializing a parsed row again can change it: a date may become a different string, and a number may lose digits.
+
+    Args:
+        source (`str`):
+            Where `rows` were loaded from.
+        rows (`Dataset`):
+            The rows. They are serialized if the original lines are not available.
+        digest (`str`, *optional*):
+            The [`file_digest`] of `source` when `rows` were loaded. The original lines are used only if it is
+            unchanged.
     """
     if digest is None:
         return to_json_lines(rows)
     if file_digest(source) != digest:
-        logger.warning(f"{source} has changed since it was read. Rows are written as they were then, made anew.")
+        logger.warning(
+            f"{source} has changed since it was loaded. Writing the rows as they were loaded, serialized again."
+        )
         return to_json_lines(rows)
     with Path(source).open(encoding="utf-8-sig", newline="\n") as file:
         lines = [line.rstrip("\r\n") for line in file if line.strip()]

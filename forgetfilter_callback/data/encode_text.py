@@ -1,14 +1,4 @@
-"""Rows → token ids and which of them count; stable sample ids and a dataset fingerprint.
-
-There are two ways in, and both give the same [`EncodedRows`]:
-
-- [`encode_collated`] takes the rows a trainer trains on and its own collator, so that exactly the tokens count which
-  count in training, whoever made the labels.
-- [`encode_rows`] takes rows as people write them (`prompt`/`completion`, `messages`, `text`, `input_ids`), after TRL's
-  conventions.
-
-What cannot be one causal-language-modelling sample (packed rows, preferences, images, streams) is refused here.
-"""
+"""Encode rows of text, messages or token ids as TRL's `SFTTrainer` does."""
 
 from __future__ import annotations
 
@@ -22,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import EncodingError, UnsupportedDatasetError
+from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows, common_prefix_length
-from .row_encoder import _encode
 
 
 def encode_rows(
@@ -37,67 +27,82 @@ def encode_rows(
     keep_end: bool = False,
     chat_template: str | None = None,
 ) -> EncodedRows:
-    """Encodes rows as people write them, after TRL's conventions (SFTTrainer's preparation, one row a sample).
+    """Encode rows as TRL's `SFTTrainer` prepares them, one sample per row.
 
-    A row holds one of: `input_ids` (with `labels` or masks, or all tokens count), `prompt` and `completion` (strings or
-    lists of messages; the completion counts), `messages` (all tokens count), `text` (all tokens count). Strings get the EOS
-    token appended; messages go through the chat template, with the row's `tools` and `chat_template_kwargs`.
+    A row has one of these forms:
+
+    - `input_ids`, with `labels` or TRL's masks. Without either, all tokens contribute to the loss.
+    - `prompt` and `completion`, both strings or both lists of messages. Only the completion contributes to the loss.
+    - `messages`, a list of messages. All tokens contribute to the loss.
+    - `text`, a string. All tokens contribute to the loss.
+
+    The EOS token is appended to `completion` and `text` strings. Messages are formatted with the chat template, which
+    receives the `tools` and `chat_template_kwargs` of the row.
 
     Args:
         rows (`Dataset` or a sequence of dicts):
-            The noisy set. Other columns are ignored.
+            The rows to encode. Columns that are not named above are ignored.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer; needed unless the rows hold `input_ids`.
+            The tokenizer. It is required unless the rows have `input_ids`.
         max_length (`int`, *optional*):
-            Longer rows are cut at the right and counted.
+            Rows with more tokens are truncated on the right. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
         text_column (`str`, defaults to `"text"`):
-            The column of plain text (SFTConfig's `dataset_text_field`).
+            The column with plain text (`dataset_text_field` in `SFTConfig`).
         completion_only_loss (`bool`, *optional*):
-            Whether only the completion counts. By default it does in `prompt`/`completion` rows; the `completion_mask` of
-            rows of `input_ids` is heeded only if this is `True`.
+            Whether only the completion contributes to the loss. By default this is so for `prompt`/`completion` rows.
+            The `completion_mask` of rows with `input_ids` is used only if this is `True`.
         assistant_only_loss (`bool`, defaults to `False`):
-            Whether, of messages, only the assistant's tokens count. The chat template must mark them.
+            Whether only the assistant's tokens contribute to the loss of messages. The chat template must mark them.
         keep_end (`bool`, defaults to `False`):
-            Whether longer rows are cut at the left instead.
+            Whether to truncate on the left instead of the right.
         chat_template (`str`, *optional*):
-            Instead of the tokenizer's own.
+            A chat template that replaces the tokenizer's own.
+
+    Returns:
+        [`EncodedRows`]: one sample per row, in the order of `rows`.
 
     Raises:
-        EncodingError: for an empty set, preference rows, images, an unknown form, a missing tokenizer or chat template.
+        UnsupportedDatasetError: if `rows` is an `IterableDataset`.
+        EncodingError: if there are no rows, if a row has an unsupported form (preferences, images or unknown columns),
+            or if a tokenizer or chat template is required and missing.
     """
 
     def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(row, Mapping):
-            raise EncodingError(f"a row is a dict, this one is {type(row).__name__}.")
+            raise EncodingError(f"a row must be a dict, but this one is {type(row).__name__}.")
         if "input_ids" in row:
             tokens = _token_ids(row["input_ids"])
             labels = (
                 np.asarray(row["labels"]) if "labels" in row else _labels_from_masks(tokens, row, completion_only_loss)
             )
             if "attention_mask" in row:
-                real = np.asarray(row["attention_mask"], dtype=bool)
-                tokens, labels = tokens[real], labels[real]
+                attended = np.asarray(row["attention_mask"], dtype=bool)
+                tokens, labels = tokens[attended], labels[attended]
             if labels.shape != tokens.shape or not np.all((labels == tokens) | (labels == IGNORE_INDEX)):
-                raise EncodingError("`labels` must be the row's own `input_ids`, or -100 where a token does not count.")
+                raise EncodingError(
+                    "`labels` must equal `input_ids`, or be -100 for tokens that do not contribute to the loss."
+                )
             return tokens, labels != IGNORE_INDEX
         if "chosen" in row or "rejected" in row:
             raise EncodingError(
-                "this is a preference row (`chosen`/`rejected`). Pass the answers you finetune on as "
+                "preference rows (`chosen`/`rejected`) are not supported. Pass the answers that you finetune on as "
                 "`prompt`/`completion` rows."
             )
         if "image" in row or "images" in row:
-            raise EncodingError("this row holds images, which are not supported. Pass text rows.")
+            raise EncodingError("this row has images, which are not supported. Pass rows of text only.")
         tokenize = _tokenizer(processing_class, row, assistant_only_loss, chat_template)
         if "prompt" in row and "completion" in row:
             prompt, completion = _validated_text(row, "prompt"), _validated_text(row, "completion")
             if isinstance(prompt, str) is not isinstance(completion, str):
-                raise EncodingError("`prompt` is text and `completion` messages, or the other way round. Use one form.")
+                raise EncodingError(
+                    "one of `prompt` and `completion` is text and the other is messages. Use the same form for both."
+                )
             if isinstance(completion, str):
                 completion = _with_eos(completion, processing_class)
             prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
-            tokens, loss_mask = tokenize(prompt + completion)  # type: ignore[operator] # of one kind
+            tokens, loss_mask = tokenize(prompt + completion)  # type: ignore[operator] # both have the same type
             if completion_only_loss is not False:
                 loss_mask[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, loss_mask
@@ -106,53 +111,65 @@ def encode_rows(
         if text_column in row:
             text = _validated_text(row, text_column)
             if not isinstance(text, str):
-                raise EncodingError(f"`{text_column}` holds messages. Name the column `messages`.")
+                raise EncodingError(f"`{text_column}` contains messages. Rename the column to `messages`.")
             return tokenize(_with_eos(text, processing_class))
         raise EncodingError(
-            f"columns {sorted(row)} hold no sample. Use `prompt` and `completion`, `messages`, `text`, or `input_ids`."
+            f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, "
+            f"`{text_column}`, or `input_ids`."
         )
 
     if isinstance(rows, torch.utils.data.IterableDataset):
         raise UnsupportedDatasetError(
-            "An IterableDataset has no fixed rows. Pass a map-style dataset or a list of rows."
+            "An IterableDataset has no fixed rows, so it is not supported. Pass a map-style dataset or a list of rows."
         )
     if isinstance(rows, str) or not isinstance(rows, Dataset | torch.utils.data.Dataset | Sequence):
-        raise EncodingError(f"The noisy set is {type(rows).__name__}, not a dataset or a list of rows.")
-    known = cast(Sequence[Any], rows)
-    return _encode(known, encode_one, len(known), max_length, disable_tqdm, keep_end)
+        raise EncodingError(f"The noisy set must be a dataset or a list of rows, but it is {type(rows).__name__}.")
+    sequence = cast(Sequence[Any], rows)
+    return encode_each(sequence, encode_one, len(sequence), max_length, disable_tqdm, keep_end)
 
 
 def _validated_text(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
-    """The text, or the messages, in a column of `row`."""
+    """Return the text or the messages in a column of `row`, after checking their form."""
     value = row[column]
     if isinstance(value, str) and column != "messages":
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise EncodingError(f"`{column}` is no valid text ({error.reason} at {error.start}). Repair it.") from error
+            raise EncodingError(
+                f"`{column}` is not valid Unicode text ({error.reason} at position {error.start}). Repair or remove "
+                "the row."
+            ) from error
         return value
-    messages = isinstance(value, list) and bool(value)
-    if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in value):
-        what = "not" if column == "messages" else "neither text nor"
-        raise EncodingError(f"`{column}` holds {value!r:.60}, {what} a list of messages with `role` and `content`.")
+    is_message_list = isinstance(value, list) and bool(value)
+    if not is_message_list or not all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value
+    ):
+        text_or = "" if column == "messages" else "text or "
+        raise EncodingError(
+            f"`{column}` must be {text_or}a list of messages with `role` and `content`, but it is {value!r:.60}."
+        )
     return value
 
 
 def _token_ids(values: Any) -> np.ndarray:
-    """Token ids of a row as int32."""
+    """Return the token ids of a row as int32, after checking them."""
     tokens = np.asarray(values)
     if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-        raise EncodingError(f"`input_ids` is no list of whole numbers ({tokens.dtype} of shape {tokens.shape}).")
+        raise EncodingError(
+            f"`input_ids` must be a list of integers, but it is {tokens.dtype} of shape {tokens.shape}."
+        )
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31:
-        raise EncodingError(f"`input_ids` run from {tokens.min()} to {tokens.max()}, which are no token ids.")
+        raise EncodingError(
+            f"`input_ids` must be between 0 and 2**31 - 1, but they range from {tokens.min()} to {tokens.max()}."
+        )
     return tokens.astype(np.int32)
 
 
 def _labels_from_masks(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray:
-    """Labels of a pre-tokenised row that has TRL's masks, or none."""
+    """Return the labels of a tokenized row that has no `labels`, from TRL's masks if it has any."""
     masks = ["completion_mask"] if completion_only_loss and "completion_mask" in row else []
     masks += ["assistant_masks"] if "assistant_masks" in row else []
-    loss_mask = np.all([np.asarray(row[mask], dtype=bool) for mask in masks], axis=0)
+    loss_mask = np.all([np.asarray(row[mask], dtype=bool) for mask in masks], axis=0)  # `True` if there are no masks
     return np.where(loss_mask, tokens, IGNORE_INDEX)
 
 
@@ -162,9 +179,9 @@ def _tokenizer(
     assistant_only_loss: bool,
     chat_template: str | None,
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """A function of a text or messages of `row` → token ids and which of them count."""
+    """Return a function that tokenizes text or messages of `row` into token ids and a loss mask."""
     if processing_class is None:
-        raise EncodingError("text needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+        raise EncodingError("rows of text require a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
     def tokenize(
@@ -175,10 +192,10 @@ def _tokenizer(
             return tokens, np.ones(len(tokens), dtype=bool)
         if processing_class.chat_template is None:
             raise EncodingError(
-                "messages need a chat template, and this tokenizer has none. Set `tokenizer.chat_template`, or pass "
+                "messages require a chat template, and this tokenizer has none. Set `tokenizer.chat_template`, or pass "
                 "`text` or `prompt`/`completion` strings."
             )
-        encoded = processing_class.apply_chat_template(
+        encoded: Any = processing_class.apply_chat_template(
             text_or_messages,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
@@ -186,7 +203,7 @@ def _tokenizer(
             return_assistant_tokens_mask=assistant_only_loss and not add_generation_prompt,
             tools=tools,
             chat_template=chat_template,
-            **(row.get("chat_template_kwargs") or {}),  # datasets fills in `None` where some rows have none
+            **(row.get("chat_template_kwargs") or {}),  # `datasets` stores `None` for rows without it
         )
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
         if not assistant_only_loss or add_generation_prompt:
@@ -194,8 +211,9 @@ def _tokenizer(
         loss_mask = np.asarray(encoded["assistant_masks"], dtype=bool)
         if not loss_mask.any():
             raise EncodingError(
-                "no token of this row is the assistant's (`assistant_only_loss=True`): its chat template marks none. Use "
-                "one with `{% generation %}`, such as TRL's `get_training_chat_template(tokenizer)` gives."
+                "`assistant_only_loss=True`, but the chat template marks no token of this row as the assistant's. Use "
+                "a template with `{% generation %}`, such as the one from TRL's "
+                "`get_training_chat_template(tokenizer)`."
             )
         return tokens, loss_mask
 

@@ -1,0 +1,105 @@
+"""Encode rows one at a time into `EncodedRows`: truncation, sample ids and error messages that name the row."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import TemplateError
+from tqdm.auto import tqdm
+
+from ..errors import EncodingError
+from .encoded_rows import WINDOW, EncodedRows
+
+
+_DIGEST_BYTES = 12
+
+
+def encode_each(
+    rows: Iterable[Any],
+    encode_one: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    total: int,
+    max_length: int | None,
+    disable_tqdm: bool,
+    keep_end: bool = False,
+) -> EncodedRows:
+    """Encode each row with `encode_one`, truncate it, and give it an id.
+
+    Args:
+        rows (`Iterable`):
+            The rows, in order.
+        encode_one (`Callable`):
+            Returns the token ids (int32) and the loss mask (bool) of a row, both of shape `(tokens,)`.
+        total (`int`):
+            The number of rows.
+        max_length (`int`, *optional*):
+            Rows with more tokens are truncated.
+        disable_tqdm (`bool`):
+            Whether to hide the progress bar.
+        keep_end (`bool`, defaults to `False`):
+            Whether to truncate on the left instead of the right.
+
+    Raises:
+        EncodingError: if there are no rows, or if a row cannot be encoded. The message names the row.
+    """
+    if total == 0:
+        raise EncodingError("The noisy set is empty, so there is nothing to track. Pass the rows that you finetune on.")
+    # Growing buffers, because one Python object per row would take more memory than most rows.
+    all_tokens, all_masks, offsets, ids = array("i"), bytearray(), array("q", [0]), bytearray()
+    truncated = 0
+    for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
+        try:
+            tokens, loss_mask = encode_one(row)
+        except EncodingError as error:
+            raise type(error)(f"Row {index}: {error}") from error
+        except (TypeError, ValueError, OverflowError, TemplateError) as error:
+            raise EncodingError(f"Row {index}: {error} ({type(error).__name__})") from error
+        if max_length is not None and len(tokens) > max_length:
+            kept = slice(-max_length, None) if keep_end else slice(max_length)
+            tokens, loss_mask = tokens[kept], loss_mask[kept]
+            truncated += 1
+        loss_mask[:1] = False  # nothing predicts the first token
+        token_bytes, mask_bytes = tokens.tobytes(), loss_mask.tobytes()
+        ids += hashlib.blake2b(token_bytes + mask_bytes, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
+        all_tokens.frombytes(token_bytes)
+        all_masks += mask_bytes
+        offsets.append(len(all_tokens))
+    return EncodedRows(
+        ids=_with_occurrence_numbers(ids),
+        tokens=np.frombuffer(all_tokens, np.int32),
+        loss_mask=np.frombuffer(all_masks, bool),
+        offsets=np.frombuffer(offsets, np.int64),
+        truncated=truncated,
+    )
+
+
+def _with_occurrence_numbers(ids: bytearray) -> pa.StringArray:
+    """Number duplicates: replace the `-0` at the end of an id by `-1` for its second occurrence, and so on."""
+    width = 2 * _DIGEST_BYTES + 2
+    id_array = np.frombuffer(ids, f"S{width}")
+    order = np.argsort(id_array, kind="stable")
+    # Positions in `order` at which the id equals the id before it. Ids are compared in windows to bound memory.
+    windows = ((start, id_array[order[start : start + WINDOW + 1]]) for start in range(0, len(id_array), WINDOW))
+    repeats = np.concatenate([np.flatnonzero(window[1:] == window[:-1]) + start + 1 for start, window in windows])
+    # Consecutive positions belong to the same id, so occurrences are numbered from 1 within each run of positions.
+    run_starts = np.flatnonzero(np.diff(repeats, prepend=-1) != 1)
+    numbers = 1 + np.arange(len(repeats)) - np.repeat(run_starts, np.diff(run_starts, append=len(repeats)))
+    repeats = order[repeats]
+    del order
+    # Byte length of each id, then its cumulative sum: the offsets of the Arrow array.
+    ends = np.full(len(id_array) + 1, width, np.int32)
+    ends[0] = 0
+    if len(repeats):
+        numbered, copied = bytearray(), 0
+        for row, number in sorted(zip(repeats.tolist(), numbers.tolist(), strict=True)):
+            digits = str(number).encode()
+            numbered += ids[copied : (row + 1) * width - 1] + digits
+            copied = (row + 1) * width
+            ends[row + 1] += len(digits) - 1
+        ids = numbered + ids[copied:]
+    np.cumsum(ends, out=ends)
+    return pa.StringArray.from_buffers(len(id_array), pa.py_buffer(ends), pa.py_buffer(ids))

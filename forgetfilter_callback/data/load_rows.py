@@ -1,0 +1,99 @@
+"""Load rows from files, folders and the Hub, and encode them."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError, EncodingError
+from .encode_text import encode_rows
+from .encoded_rows import EncodedRows
+
+
+logger = logging.getLogger(__name__)
+
+# File extension → name of the `datasets` loader.
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_rows(source: str | os.PathLike[str]) -> Dataset:
+    """Load rows from a file, a folder or the Hub.
+
+    Args:
+        source (`str` or `Path`):
+            A file (JSON Lines, JSON, CSV or Parquet), a folder written by `Dataset.save_to_disk`, or the Hub id of a
+            dataset. `owner/name` loads the `train` split. `owner/name:split` loads another split.
+
+    Raises:
+        DataError: if the file or dataset does not exist, cannot be read, or has no rows.
+    """
+    path = Path(source)
+    extension = path.suffix.lower()
+    try:
+        if path.is_dir():
+            rows = load_from_disk(str(path))
+            if isinstance(rows, DatasetDict):
+                raise DataError(f"{source} contains several splits ({', '.join(rows)}). Pass the folder of one split.")
+        elif extension in LOADERS:
+            if not path.is_file():
+                raise DataError(f"File {source} does not exist.")
+            if path.stat().st_size == 0:
+                raise DataError(f"{source} is empty.")
+            rows = load_dataset(LOADERS[extension], data_files=glob.escape(str(path)), split="train")
+        else:
+            name, _, split = str(source).partition(":")
+            rows = load_dataset(name, split=split or "train")
+        rows.data.table.validate(full=True)  # finds invalid UTF-8 now, not when a row is read
+    except (
+        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException
+    ) as error:  # fmt: skip
+        if isinstance(error, DataError):
+            raise
+        cause = error.__cause__ if error.__cause__ is not None else error
+        raise DataError(
+            f"{source} cannot be read: {cause}. It must be a file ({', '.join(LOADERS)}), a folder written by "
+            "`Dataset.save_to_disk`, or the Hub id of a dataset."
+        ) from error
+    if not len(rows):
+        raise DataError(f"{source} has no rows.")
+    return rows
+
+
+def encode_source(
+    source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
+) -> EncodedRows:
+    """Encode rows with [`encode_rows`]. Errors name `source`, and a warning says how many rows were truncated.
+
+    Args:
+        source (`str`):
+            Where `rows` were loaded from. It is used in messages only.
+        rows (`Dataset`):
+            The rows to encode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        max_length (`int`, *optional*):
+            Rows with more tokens are truncated.
+        **encoding:
+            Further arguments of [`encode_rows`].
+
+    Raises:
+        EncodingError: if [`encode_rows`] raises it.
+    """
+    try:
+        encoded = encode_rows(rows, tokenizer, max_length, disable_tqdm=True, **encoding)
+    except EncodingError as error:
+        raise EncodingError(f"{source}: {error}") from error
+    if encoded.truncated:
+        logger.warning(
+            f"{source}: {encoded.truncated} of {len(encoded)} rows were longer than {max_length} tokens and were "
+            "truncated on the right. The removed tokens are neither trained on nor scored."
+        )
+    return encoded

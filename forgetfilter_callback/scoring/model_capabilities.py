@@ -1,0 +1,104 @@
+"""Which models can score packed or padding-free rows, and which rows a model cannot score."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..data.encoded_rows import EncodedRows
+from ..errors import EncodingError, ScoringError
+from .packing import needed_lengths
+
+
+# Model types whose layers all use the positions and attention masks that we pass. No attribute of a model says whether
+# it does, and one that does not returns wrong losses silently. Each type here is therefore tested against one row at a
+# time.
+_OWN_POSITIONS = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
+
+
+def can_reuse_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
+    """Return whether `model` can run packs of several `rows`: all its layers use our positions and attention masks."""
+    config = cast(PreTrainedConfig, model.config)
+    if not _takes_own_positions(model) or config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    longest = int(needed_lengths(rows).max(initial=0))
+    # Our attention mask replaces the one of a sliding window, so no row may be longer than the window.
+    window = config.to_dict().get("sliding_window")
+    return (window is None or longest <= window) and longest <= longrope_context(model)
+
+
+def _takes_own_positions(model: nn.Module) -> bool:
+    if isinstance(model, PeftModel):
+        adapters = [model.peft_config[name] for name in model.active_adapters]
+        # Prompt-learning adapters insert virtual tokens before the row. Activated LoRA starts at the first invocation
+        # in a sequence, so it works for one row per sequence only.
+        if any(adapter.is_prompt_learning or adapter.to_dict().get("alora_invocation_tokens") for adapter in adapters):
+            return False
+    # Not the model type of the text config: a vision-language model around it makes its own masks.
+    config = cast(PreTrainedConfig, model.config)
+    return config.model_type in _OWN_POSITIONS
+
+
+def is_padding_free(model: nn.Module) -> bool:
+    """Return whether rows can be concatenated without padding: flash attention separates them by their positions."""
+    config = cast(PreTrainedConfig, model.config)
+    return config._attn_implementation.startswith("flash_attention") and _takes_own_positions(model)
+
+
+def _rope_parameters(model: nn.Module, rope_type: str) -> list[dict[str, Any]]:
+    """Return the RoPE parameters of a type: one dict, one for each layer type, or none."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    parameters = config.to_dict().get("rope_parameters") or {}
+    candidates = (
+        [parameters] if "rope_type" in parameters else [each for each in parameters.values() if each is not None]
+    )
+    return [candidate for candidate in candidates if candidate["rope_type"] == rope_type]
+
+
+def longrope_context(model: nn.Module) -> float:
+    """Return the length above which LongRoPE rescales *all* rows of a batch; infinite for other models."""
+    contexts = (parameters["original_max_position_embeddings"] for parameters in _rope_parameters(model, "longrope"))
+    return min(contexts, default=math.inf) - _virtual_tokens(model)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """Return the number of virtual tokens that prompt-learning adapters insert before a row."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    return model.active_peft_config.num_virtual_tokens
+
+
+def check_rows(model: nn.Module, rows: EncodedRows) -> None:
+    """Check that `model` can score `rows`.
+
+    Raises:
+        EncodingError: if a token id is outside the model's vocabulary.
+        ScoringError: if a row is too long for the model's dynamic RoPE.
+    """
+    config = cast(PreTrainedConfig, model.config)
+    vocabulary = config.get_text_config().vocab_size
+    if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < vocabulary:
+        raise EncodingError(
+            f"Token ids of the rows range from {rows.tokens.min()} to {rows.tokens.max()}, but the model's vocabulary "
+            f"has {vocabulary} tokens. The rows were encoded with another tokenizer. Encode them with the "
+            "model's tokenizer."
+        )
+    _check_dynamic_rope(model, rows)
+
+
+def _check_dynamic_rope(model: nn.Module, rows: EncodedRows) -> None:
+    if not _rope_parameters(model, "dynamic"):
+        return
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    context = config.max_position_embeddings - _virtual_tokens(model)
+    # `>=`, because a row of exactly this length still depends on the rows that the model has seen before.
+    too_long = int((needed_lengths(rows) >= context).sum())
+    if too_long:
+        raise ScoringError(
+            f"{too_long} rows reach the {context} tokens above which this model's dynamic RoPE scales each row by the "
+            f"longest row seen so far, so such rows have no fixed loss. Set `max_length={context}` or lower."
+        )

@@ -1,0 +1,49 @@
+"""Checks of arguments that several entry points accept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_record_steps(record_steps: float | None) -> None:
+    """Check that `record_steps` is `None`, a whole number of steps, or a fraction of a session below 1.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if record_steps is None:
+        return
+    is_number = isinstance(record_steps, Real)
+    if not is_number or not (0 < record_steps < 1 or (record_steps >= 1 and record_steps % 1 == 0)):
+        raise ValueError(
+            f"record_steps={record_steps} is invalid. Use a whole number of optimizer steps, at least 1 (for example "
+            "`record_steps=50`), or a fraction of the session between 0 and 1 (for example `record_steps=0.25`)."
+        )
+
+
+def check_positive(name: str, value: Any, whole: bool = False) -> None:
+    """Check that `value` is a finite number larger than 0 and, with `whole`, an integer. Errors begin with `name`.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf or (whole and not isinstance(value, Integral)):
+        raise ValueError(f"{name}={value} must be a {'whole' if whole else 'finite'} number larger than 0.")
+
+
+def check_no_text_for_numbers(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
+    """Refuse text for fields of a dataclass whose default is a number or a Boolean. The text "False" would be true.
+
+    Raises:
+        ValueError: if a value is text. The message starts with `section`.
+    """
+    defaults = {each.name: each.default for each in dataclasses.fields(config_class)}
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if isinstance(default, bool | int | float) and isinstance(value, str):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{section}: {name}={value!r} must be {kind}.")
