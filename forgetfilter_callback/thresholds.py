@@ -1,16 +1,15 @@
-"""Do forgetting values hold two populations, and where does φ lie between them? No labels are asked for.
+"""Automatic choice of the threshold φ, from forgetting values alone and without labels.
 
-φ is anchored, not fitted: a sample is called forgotten when S1+ has taken a part of what the model gave it that is named
-here, or, for `smoothed`, more than half of what S1+ typically takes from a token. Fitted to the values alone, φ follows the
-shape of the benign rows (which are several populations themselves) rather than the unsafe ones: see `benchmarks/README.md`.
-Only `smoothed`, which has little noise, may raise it towards where two populations part.
+φ starts from a fixed anchor per measure, for example a halved token probability. An anchor is used because a threshold
+fitted to the values follows the shape of the benign rows, which form several populations themselves, rather than the
+unsafe rows (measured in `benchmarks/README.md`). Only `smoothed`, which has little noise, may raise φ towards the
+boundary between two populations.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import median_abs_deviation, norm
@@ -19,12 +18,10 @@ from sklearn.mixture import GaussianMixture
 from .measures.names import Measure
 
 
-Threshold = float | Literal["auto"]  # φ
-
-
-# Where half is lost: a loss that rises by ln 2 nats halves a token's probability (in the geometric mean over a sample);
-# half of what S1 taught; half of ROUGE-1's range. `smoothed` is measured by what the typical change takes; .55 of that was
-# chosen on thirteen runs (bias, toxicity, harmfulness; S1+ at two learning rates), whole and with rows left out.
+# The anchor of φ: where half is lost. For `loss` and `pooled`, a rise of ln 2 nats halves a token's probability (for
+# `loss`, the geometric mean over a sample). For `relative`, half of what was learned. For `rouge1`, half of the range
+# of ROUGE-1. For `smoothed`, 0.55 of what the typical change takes. This value was chosen on thirteen runs (bias,
+# toxicity, harmfulness; two learning rates of safety finetuning), on all rows and on subsets of them.
 BASE_THRESHOLD: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
@@ -32,39 +29,42 @@ BASE_THRESHOLD: dict[Measure, float] = {
     "relative": 0.5,
     "rouge1": 0.5,
 }
-# How far `smoothed` raises φ from there to where two populations part. All the way, it would pass one unsafe row in ten
-# where they lie far apart. Half of the way it takes no safe row of bias where a quarter of the way takes 0 to 5, but passes
-# up to three unsafe ones more, and a few of those are enough to teach the model.
+# How far `smoothed` raises φ from the anchor towards the boundary between two populations. At the boundary itself, φ
+# would miss one unsafe row in ten where the populations are far apart. Compared with a quarter of the way, half of the
+# way removes no safe row of bias instead of 0 to 5, but it misses up to three more unsafe rows, and a few of those are
+# enough to teach the model.
 RAISE_FRACTION = 0.25
-# The samples above φ must lie so many robust standard deviations of the others above them, median from median. The halves
-# of a single normal population that φ cuts anywhere between its 45th and 98th percentile stay below it. Not asked of
-# `smoothed`: real populations that overlap stand no further apart than such halves do, and are told by where φ lies. (So a
-# single population that φ happens to cut in the middle is cut.)...
+# Minimum distance between the median of the values above φ and the median of the others, in robust standard deviations
+# of the others. Cutting a single normal population anywhere between its 45th and 98th percentile gives a smaller
+# distance. `smoothed` is exempt: real populations that overlap are no further apart than such halves, and the position
+# of φ tells them apart. As a consequence, a single population that φ cuts in the middle is filtered.
 MIN_DISTANCE = 2.41
-# ...and, of every measure, further out, so many times the distance that the tail of a single normal population would have.
+# For every measure, the distance must also be this many times the distance that an equally large tail of a single
+# normal population would have.
 MIN_TAIL_RATIO = 1.3
-# By so many nats a sample of the median length must become less likely with each typical change that it lost, or `smoothed`
-# is not believed. At the end of a gentle S1+ it was .70, .65 and −.38 on clean sets of bias and harmfulness, 1.8 to 19 where
-# half of the rows were unsafe. (On toxicity, clean, 3.2, but nothing lies above φ; after a hard S1+ on clean bias 2.7.)
+# Minimum slope of [`nats_per_unit`] for `smoothed`, in nats per typical change. At the end of gentle safety
+# finetuning, the slope was 0.70, 0.65 and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the
+# rows were unsafe. Exceptions: 3.2 on clean toxicity, where no value exceeds φ, and 2.7 on clean bias after hard
+# safety finetuning.
 MIN_NATS_PER_UNIT = 1.0
-# The least standard deviation of the others: many equal values (ROUGE drops of 0) have none of their own.
+# Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
 class Separability:
-    """Whether the values hold two populations.
+    """Tells whether forgetting values form two populations.
 
     Attributes:
         separable (`bool`):
-            Whether there is a forgotten population, apart from the rest.
+            Whether a forgotten population is separated from the rest.
         threshold (`float`):
-            φ between the two, if they are separable.
+            φ between the two populations, in the unit of the measure. If `separable` is `False`, the φ that was tested.
         reason (`str`):
-            Why, in a sentence.
+            Explanation in one sentence.
         distance (`float` or `None`):
-            From the median of the values up to φ to that of the values above it, in robust standard deviations (1.48 MAD)
-            of the former. `None` if one side is empty.
+            Distance between the median of the values above φ and the median of the others, in robust standard
+            deviations (1.48 MAD) of the others. `None` if no value or every value exceeds φ.
     """
 
     separable: bool
@@ -74,67 +74,94 @@ class Separability:
 
 
 def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | None = None) -> Separability:
-    """Finds whether some samples are forgotten apart from the rest, and φ between them.
+    """Chooses φ and decides whether the samples above it form a separate, forgotten population.
 
-    φ is where half is lost, for `smoothed` .55 of what the typical change takes (see [`BASE_THRESHOLD`]), or, for `smoothed`, a
-    quarter of the way from there to where two populations part, if they part above it. There is nothing to remove if no
-    sample, or every sample, lies above it, if samples hardly became less likely with what they lost (`nats_per_unit`), or if those
-    above it are not set apart: their median within 2.41 robust standard deviations of the others' median (not asked of
-    `smoothed`), or no further out than the tail of a normal population of its size would be.
+    φ is the anchor of the measure (see `BASE_THRESHOLD`): ln 2 nats for `loss` and `pooled`, 0.5 for `relative` and
+    `rouge1`, 0.55 typical changes for `smoothed`. For `smoothed`, if the values form two populations with a boundary
+    above the anchor, φ is raised by a quarter of the way to the boundary.
+
+    The values are not separable, and nothing should be removed, in these cases:
+
+    - No value or every value exceeds φ.
+    - `smoothed` only: `nats_per_unit` is below 1, so samples hardly became less likely.
+    - Not for `smoothed`: the median above φ is within 2.41 robust standard deviations of the median of the others.
+    - The median above φ is less far from the median of the others than 1.3 times the distance of an equally large tail
+      of a normal population.
 
     Args:
-        values (`np.ndarray` of shape `(samples,)`):
-            Forgetting values without NaN; higher is more forgotten.
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            Forgetting values without NaN, in the unit of the measure; higher is more forgotten.
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
-            What they are.
+            The measure of the values.
         nats_per_unit (`float`, *optional*):
-            [`Trace.nats_per_change`]. Of `smoothed`, nothing is removed below 1; NaN or `None`: that is not asked.
+            Nats per typical change (see [`Trace.nats_per_unit`]). `None` or NaN skips this test.
+
+    Returns:
+        [`Separability`]: φ, whether it separates two populations, and why.
     """
     phi, raised = BASE_THRESHOLD[measure], ""
-    if measure == "smoothed" and (parting := mixture_boundary(values)) > phi:
-        higher = phi + RAISE_FRACTION * (parting - phi)
-        passed = int(((values > phi) & (values <= higher)).sum())
-        raised = f"; φ was raised from {phi:.2f}, past {passed} of the rest, towards {parting:.2f}, where two part"
+    if measure == "smoothed" and (boundary := mixture_boundary(values)) > phi:
+        higher = phi + RAISE_FRACTION * (boundary - phi)
+        spared = int(((values > phi) & (values <= higher)).sum())
+        raised = (
+            f"; φ was raised from {phi:.2f} towards {boundary:.2f}, the boundary between two populations, which keeps "
+            f"{spared} more samples"
+        )
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
-        return Separability(False, phi, f"no sample is forgotten more than {phi:.2f}; nothing to remove")
+        return Separability(False, phi, f"no value exceeds φ = {phi:.2f}; nothing to remove")
     if not len(kept):
-        return Separability(False, phi, "every sample is forgotten, the safe ones too; they cannot be told apart")
+        return Separability(
+            False,
+            phi,
+            f"not separable: every value exceeds φ = {phi:.2f}, including those of safe samples; nothing to remove",
+        )
     spread = max(float(median_abs_deviation(kept, scale="normal")), MIN_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     if measure == "smoothed" and nats_per_unit is not None and nats_per_unit < MIN_NATS_PER_UNIT:
         return Separability(
             False,
             phi,
-            f"not separable: with each typical change that they lost, samples became less likely by only {nats_per_unit:.2f} nats "
-            f"({MIN_NATS_PER_UNIT:.0f} at least), so S1+ has moved single tokens, or little yet; nothing to remove",
+            f"not separable: samples became less likely by only {nats_per_unit:.2f} nats per typical change (the "
+            f"minimum is {MIN_NATS_PER_UNIT:.0f}), so safety finetuning has changed single tokens rather than whole "
+            "samples, or has changed little so far; nothing to remove",
             distance,
         )
     tail = float(norm.isf(len(forgotten) / len(values) / 2))
-    least = 0.0 if measure == "smoothed" else MIN_DISTANCE
-    if distance < max(least, MIN_TAIL_RATIO * tail):
+    min_distance = 0.0 if measure == "smoothed" else MIN_DISTANCE
+    if distance < max(min_distance, MIN_TAIL_RATIO * tail):
         return Separability(
             False,
             phi,
-            f"not separable: the {len(forgotten)} most forgotten samples lie only {distance:.1f} robust standard "
-            f"deviations above the rest{raised}; nothing to remove",
+            f"not separable: the median of the {len(forgotten)} most forgotten samples is only {distance:.1f} robust "
+            f"standard deviations above the median of the rest{raised}; nothing to remove",
             distance,
         )
-    doubt = "; the halves of one population lie as far apart: look at them" if distance < MIN_DISTANCE else ""
+    doubt = ""
+    if distance < MIN_DISTANCE:
+        doubt = "; a single population cut in two can be as far apart, so review the removed samples"
     return Separability(
         True,
         phi,
-        f"the median of those above φ lies {distance:.1f} robust standard deviations above the median of the "
-        f"rest{raised}{doubt}",
+        f"the median above φ is {distance:.1f} robust standard deviations above the median of the rest{raised}{doubt}",
         distance,
     )
 
 
 def mixture_boundary(values: np.ndarray) -> float:
-    """Where the upper of two normal populations becomes the likelier one; −∞ if one population describes the values better.
+    """Finds the boundary between two normal populations.
 
-    By the Bayesian information criterion.
+    The boundary is the smallest value between the two means that more likely belongs to the upper population. The
+    Bayesian information criterion decides between one population and two.
+
+    Args:
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            Forgetting values without NaN.
+
+    Returns:
+        `float`, in the unit of `values`; `-math.inf` if a single population fits better, or if there are fewer than 3
+        distinct values.
     """
     if len(np.unique(values)) < 3:
         return -math.inf

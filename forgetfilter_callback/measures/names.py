@@ -1,4 +1,4 @@
-"""TODO"""
+"""Names, default and units of the forgetting measures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 DEFAULT_MEASURE: Measure = "smoothed"
 UNITS: dict[Measure, str] = {
     "loss": "nats per token",
-    "relative": "part of what S1 taught",
-    "pooled": "nats_per_unit",
-    "smoothed": "of the typical change",
+    "relative": "fraction of what was learned",
+    "pooled": "nats",
+    "smoothed": "typical changes",
     "rouge1": "ROUGE-1",
 }

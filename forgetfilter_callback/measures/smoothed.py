@@ -1,4 +1,4 @@
-"""TODO"""
+"""Smoothed forgetting: lost token probability, pooled over samples and smoothed over similar samples."""
 
 from __future__ import annotations
 
@@ -8,97 +8,136 @@ import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import normalize
 
-from .common import _all_finite, _mean_of_largest, mean_losses
+from .common import all_finite, mean_losses, mean_of_largest
 from .pooled import pool_over_samples
 
 
-# `smoothed`: how far a token's own loss is trusted where no other sample has the token; which share of a sample's tokens is
-# averaged, the most forgotten; how strong the ridge may be, in units of the mean squared singular value.
+# Weight of a token's own value where no other sample contains the token.
 SMOOTHED_PRIOR_WEIGHT = 0.25
+# Fraction of a sample's tokens to average: those that lost the most probability.
 SMOOTHED_FRACTION = 0.1
+# Candidate ridge strengths, in units of the mean squared singular value.
 RIDGE_STRENGTHS = np.logspace(-4, 4, 33)
-# Samples that have changed more than this quantile count as it, so that no single one decides for the others.
+# Changes beyond this quantile are clipped, so that no single sample determines the scale.
 CLIP_QUANTILE = 0.98
-# The least typical change, in nats: below it S1+ has done nothing.
+# Smallest typical change, in nats. Below it, safety finetuning has changed nothing.
 MIN_TYPICAL_CHANGE = 0.05
-# `smoothed`: the ridge learns from so many samples at most, evenly taken, and predicts all.
+# The ridge is fitted to at most this many evenly spaced samples. It predicts all samples.
 RIDGE_MAX_SAMPLES = 10_000
 
 
 def smoothed_forgetting(
     tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
 ) -> np.ndarray:
-    """What tokens and samples that are alike agree on: the forgetting that is systematic, without what is a sample's own.
+    """Computes the forgetting that tokens and similar samples have in common.
 
-    A token whose loss rises by r has lost the share 1 − e^−r of its probability (where r is negative, it has won the share
-    1 − e^r of the later one, which counts below 0). That counts as far as the token's own loss and its loss in the other
-    samples (see [`pool_over_samples`]; a token that no other sample has is trusted with a quarter of its own) both go: the smaller of
-    the two. The mean over the tenth of a sample's tokens that lost most is the sample's. Then a ridge regression of that on
-    the direction of the samples' states, whose strength is chosen by leaving samples out, draws a sample towards those that
-    M1 takes for its like: the fitted values. They are measured by what the typical change takes (see [`typical_loss`]), for
-    how much is lost altogether depends on how long and how hard S1+ trains. So they can be compared within one record, not
-    between records.
+    Formula, for a token whose loss rises by `r` nats:
+
+    1. Lost probability: `lost = 1 - exp(-r)` if `r >= 0`, else `-(1 - exp(r))`.
+    2. Agreement with other samples: `agreed = min(lost, pooled)`, where `pooled` averages `lost` over the token's
+       occurrences in other samples (see [`pool_over_samples`], with the prior `0.25 * lost`).
+    3. Sample value: the mean of the largest tenth of `agreed`, divided by the typical change (see [`typical_loss`]).
+    4. Smoothing: a ridge regression of the sample values on the directions of the samples' hidden states. It shrinks
+       each value towards samples with similar hidden states. Leave-one-out cross-validation chooses its strength.
+
+    The typical change depends on how long and how hard safety finetuning trains. Therefore values are comparable within
+    one record, but not between records.
+
+    The default measure. It has little noise, because it keeps only what is systematic over tokens and samples. Useful
+    for short texts, where the loss of a single sample is noisy. It needs hidden states.
+
+    Source: this library.
 
     Args:
-        tokens, offsets, before, after:
-            As in [`pooled_forgetting`].
-        states (`np.ndarray` of shape `(samples, size)`):
-            What M1 makes of each sample (see [`Scores`]).
+        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
+            Token id of each loss.
+        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
+            Start of each sample in `tokens`, `before` and `after`.
+        before (`np.ndarray` of shape `(loss_tokens,)`, float32):
+            Token losses at the start of safety finetuning, in nats.
+        after (`np.ndarray` of shape `(loss_tokens,)`, float32):
+            Token losses at a later step, in nats.
+        states (`np.ndarray` of shape `(samples, size)`, float16):
+            Hidden states of the samples at the start of safety finetuning (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64: 0 is nothing lost, 1 as much as the typical change takes; below 0 what
-        has gained; NaN where no token counts, or losses or states are not finite.
+        `np.ndarray` of shape `(samples,)`, float64, in typical changes. Higher is more forgotten: 0 if nothing was
+        lost, 1 if a token loses as much as the typical change takes, negative if the sample became more likely. NaN
+        for samples without loss tokens and for samples with a loss or state that is not finite.
     """
     return smoothed_over_states(agreed_forgetting(tokens, offsets, before, after), states)
 
 
 def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """[`smoothed_forgetting`] before samples are drawn towards their like: noisier, and without states."""
+    """Computes [`smoothed_forgetting`] without its last step, the smoothing over similar samples.
+
+    It has more noise and needs no hidden states.
+
+    Args:
+        tokens, offsets, before, after:
+            As in [`smoothed_forgetting`].
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64, in typical changes. NaN for samples without loss tokens and for
+        samples with a loss that is not finite.
+    """
     rises = after.astype(np.float64) - before
     lost = -np.sign(rises) * np.expm1(-np.abs(rises))
     agreed = np.minimum(lost, pool_over_samples(tokens, offsets, lost, prior=SMOOTHED_PRIOR_WEIGHT * lost))
-    largest = _mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
-    largest[~_all_finite(rises, offsets)] = np.nan
+    largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
+    largest[~all_finite(rises, offsets)] = np.nan
     return largest / typical_loss(before, after, offsets)
 
 
 def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Draws each sample's value towards those of the samples whose states point the same way, by a ridge regression.
+    """Shrinks each value towards samples with similar hidden states, by ridge regression.
+
+    Formula: `mean(values) + D w`, where the rows of `D` are the centered hidden states, scaled to length 1, and `w`
+    are the ridge coefficients. With fewer than 3 known values, they are returned unchanged.
 
     Args:
-        values (`np.ndarray` of shape `(samples,)`):
-            NaN where unknown; such samples teach nothing and stay unknown.
-        states (`np.ndarray` of shape `(samples, size)`):
-            As in [`smoothed_forgetting`].
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            One value per sample. NaN if unknown; unknown values are not fitted and stay NaN.
+        states (`np.ndarray` of shape `(samples, size)`, float16):
+            Hidden states of the samples (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64.
+        `np.ndarray` of shape `(samples,)`, float64, in the unit of `values`. NaN where the value or the state is not
+        finite.
     """
     known = np.isfinite(values) & np.isfinite(states).all(axis=1)
     smoothed = np.full(len(values), np.nan)
-    if known.sum() < 3:  # nothing to be alike
+    if known.sum() < 3:  # too few samples to compare
         smoothed[known] = values[known]
         return smoothed
-    centre = states[known].mean(axis=0, dtype=np.float64)
+    center = states[known].mean(axis=0, dtype=np.float64)
 
     def directions(samples: np.ndarray) -> np.ndarray:
-        return normalize(states[samples].astype(np.float64) - centre)
+        return normalize(states[samples].astype(np.float64) - center)
 
-    places = np.flatnonzero(known)
-    every = math.ceil(len(places) / RIDGE_MAX_SAMPLES)
-    some, theirs = directions(places[::every]), values[places[::every]]
-    strengths = RIDGE_STRENGTHS * len(some) / min(some.shape)
-    ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(some, theirs - theirs.mean())
-    for part in np.array_split(places, every):
-        smoothed[part] = ridge.predict(directions(part)) + theirs.mean()
+    indices = np.flatnonzero(known)
+    stride = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
+    fit_directions, fit_values = directions(indices[::stride]), values[indices[::stride]]
+    strengths = RIDGE_STRENGTHS * len(fit_directions) / min(fit_directions.shape)
+    ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(fit_directions, fit_values - fit_values.mean())
+    for chunk in np.array_split(indices, stride):  # bounds the memory for directions
+        smoothed[chunk] = ridge.predict(directions(chunk)) + fit_values.mean()
     return smoothed
 
 
 def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
-    """The share of a token's probability that the typical change R takes, 1 − e^−R: 0..1.
+    """Computes the fraction of a token's probability that the typical change takes.
 
-    R is the root mean square of the rises and falls of the tokens' losses, nats. Samples whose own is beyond the 98th
-    percentile count as if it were that, so that no single one decides for the others.
+    Formula: `1 - exp(-R)`, where `R` is the root mean square of the changes of the token losses, in nats, and at least
+    0.05. Samples whose mean square change exceeds the 98th percentile are clipped to it, so that no single sample
+    determines the scale.
+
+    Args:
+        before, after, offsets:
+            As in [`smoothed_forgetting`].
+
+    Returns:
+        `float` between 0 and 1; NaN if no sample has finite losses.
     """
     rises = after.astype(np.float64) - before
     squares, counts = mean_losses(rises**2, offsets), np.diff(offsets)
@@ -111,29 +150,35 @@ def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> 
 
 
 def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
-    """By how many nats a sample of the median length becomes less likely with each typical change that it lost.
+    """Computes how much less likely a sample of median length becomes per unit of smoothed forgetting, in nats.
 
-    What S1+ unlearns, a sample loses as a whole. In a clean set S1+ moves single tokens, up and down, or moves little; then
-    values that are large beside the typical change go with hardly any loss of the samples.
+    Formula: the slope of a least-squares line through the samples' mean loss rises over their values, times the median
+    number of loss tokens per sample.
+
+    Safety finetuning that unlearns unsafe content makes whole samples less likely. On a clean set, it moves single
+    tokens up and down, or moves little. Then values can be large relative to the typical change while samples lose
+    hardly any likelihood, and the slope is small.
+
+    Source: this library.
 
     Args:
-        values (`np.ndarray` of shape `(samples,)`):
+        values (`np.ndarray` of shape `(samples,)`, float64):
             [`smoothed_forgetting`] of these losses.
         before, after, offsets:
-            As in [`pooled_forgetting`].
+            As in [`smoothed_forgetting`].
 
     Returns:
-        `float`: the slope of the samples' mean rises on their values, times the median number of tokens; NaN if no sample
-        differs from another. Rises count as if they lay no further beyond the middle 96 % than that is wide.
+        `float`, in nats per typical change; NaN if all values are equal or none is known. Rises are clipped to the
+        central 96 % range, extended by its own width on both sides.
     """
     counts = np.diff(offsets)
     rises = mean_losses(after.astype(np.float64) - before, offsets)
     known = np.isfinite(values) & np.isfinite(rises)
     if not known.any():
         return math.nan
-    away = values[known] - values[known].mean()
-    if np.abs(away).max() < 1e-9:
+    centered = values[known] - values[known].mean()
+    if np.abs(centered).max() < 1e-9:
         return math.nan
     low, high = np.quantile(rises[known], [1 - CLIP_QUANTILE, CLIP_QUANTILE])
     clipped = np.clip(rises[known], low - (high - low), high + (high - low))
-    return float(away @ clipped / (away @ away) * np.median(counts[known]))
+    return float(centered @ clipped / (centered @ centered) * np.median(counts[known]))

@@ -1,4 +1,4 @@
-"""A plot that people look at, and the card of a filtered dataset."""
+"""Histogram of forgetting values as a PNG file."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
+from ..utils.optional_packages import requires_extra
 
 
-_COLOURS = {"unsafe": "tab:red", "safe": "tab:green", "task": "tab:blue", "samples": "tab:blue"}
+_COLORS = {"unsafe": "tab:red", "safe": "tab:green", "task": "tab:blue", "samples": "tab:blue"}
 
 
 def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str] | None = None) -> None:
-    """Draws the distribution of forgetting values with φ into a PNG.
+    """Plots a histogram of the forgetting values, with φ as a dashed line.
 
     Args:
         result ([`FilterResult`]):
-            The decision.
+            The filter result.
         file (`str` or `Path`):
-            Where the picture goes.
-        groups (`Sequence[str]`, *optional*):
-            An audit label a sample, drawn as stacked colours. It plays no part in the decision.
+            The PNG file to write.
+        groups (`Sequence[str]` of length `samples`, *optional*):
+            Audit label of each sample. Groups are drawn as stacked colors; they do not affect the filter result.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
+    with requires_extra("report", "The plot"):
+        from matplotlib.figure import Figure
+
     known = np.isfinite(result.values)
     values = result.values[known]
     labels = np.asarray(groups if groups is not None else ["samples"] * len(result.values))[known]
@@ -37,7 +43,7 @@ def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str
         bins=min(60, max(10, len(values) // 4)),
         stacked=True,
         label=[f"{name} ({(labels == name).sum()})" for name in names],
-        color=[_COLOURS.get(name) or f"C{index}" for index, name in enumerate(names)],
+        color=[_COLORS.get(name) or f"C{index}" for index, name in enumerate(names)],
     )
     if result.threshold is not None:
         axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")

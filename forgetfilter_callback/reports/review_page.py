@@ -1,7 +1,7 @@
-"""The review page: one HTML file on which people decide what is removed, and export what they decided.
+"""The review page: an HTML file that shows a filter result and exports a reviewer's decision.
 
-The file is complete (plotly.js stands in it) and asks nothing of a network: its content security policy forbids it. Texts of
-samples are data: they stand in a JSON block and get into the page as text, never as markup.
+The page works offline: plotly.js is embedded, and a content security policy blocks every network request. The texts of
+the samples are untrusted: they are stored as JSON and displayed as text, never as markup.
 """
 
 from __future__ import annotations
@@ -15,65 +15,70 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 from transformers import PreTrainedTokenizerBase
 
+from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
-from ..measures.names import DEFAULT_MEASURE, UNITS, Measure
+from ..measures.names import UNITS
 from ..measures.smoothed import typical_loss
-from ..thresholds import Threshold
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
+from ..utils.optional_packages import requires_extra
 from .summary import page_summary
-from .token_text import split_text
+from .token_text import MAX_TEXT_LENGTH, split_text
 
 
-# What keeps a page below 10 MB: so many samples in the graphs, records of S1+, and samples with their texts (a third each of
-# the most forgotten, those around φ, and the most kept), and characters of a text.
-MAX_PLOTTED, MAX_RECORDS, MAX_TEXTS, MAX_TEXT_LENGTH = 50_000, 5, 900, 2_000
+# These limits keep the page below 10 MB.
+MAX_PLOTTED = 50_000  # samples in the plots
+MAX_RECORDS = 5  # records of the safety session
+# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten.
+MAX_TEXTS = 900
 
 
 def write_review_page(
     trace: Trace,
     file: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    measure: Measure = DEFAULT_MEASURE,
-    threshold: Threshold = "auto",
-    fraction: float | None = None,
+    filter_config: FilterConfig | None = None,
     unsafe: Sequence[bool] | np.ndarray | None = None,
 ) -> FilterResult:
     """Writes the review page of a trace.
 
     Args:
         trace ([`Trace`]):
-            With records of S1+.
+            A trace with records of the safety session.
         file (`str` or `Path`):
-            Where the page goes.
+            The HTML file to write. Missing parent folders are created.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Turns the trace's token ids into text.
-        measure, threshold, share:
-            As in [`filter_by_values`]: where φ stands when the page opens.
+            Decodes the token ids of the trace.
+        filter_config ([`FilterConfig`], *optional*):
+            Which samples are removed when the page opens. The page always shows the last record.
         unsafe (`Sequence[bool]` of length `samples`, *optional*):
-            Audit labels in the order of the trace. The page shows precision and recall against them; they decide nothing.
+            Audit labels in the order of the trace. The page shows precision and recall against them. They do not
+            affect the filter result.
 
     Returns:
-        [`FilterResult`]: the decision that the page opens with.
+        [`FilterResult`]: the filter result that the page shows when it opens.
 
     Raises:
-        TraceError: if the trace has no records to measure forgetting between.
+        ImportError: if plotly or jinja2 is not installed.
+        TraceError: if the trace lacks the records that `measure` needs.
     """
-    result = find_forgotten(trace, measure, threshold, fraction)
+    with requires_extra("report", "The review page"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from plotly.offline import get_plotlyjs
+
+    result = find_forgotten(trace, filter_config)
     data = _page_data(trace, result, tokenizer, None if unsafe is None else np.asarray(unsafe, dtype=bool))
     sources = files("forgetfilter_callback.reports") / "page"
     script = (sources / "review.js").read_text(encoding="utf-8")
-    page = Environment(
+    environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
     )
-    html = page.get_template("review.html").render(
-        # "<" would end the block that it stands in ("</script>").
+    html = environment.get_template("review.html").render(
+        # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
         style=(sources / "review.css").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
@@ -87,7 +92,7 @@ def write_review_page(
 
 
 def _csp_hash(script: str) -> str:
-    """By which a content security policy lets this very script run, and no other."""
+    """Returns the hash that allows this script in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
@@ -101,21 +106,21 @@ def _page_data(
     records = [record for record in trace.records() if record.session == "safety" and record.step > 0]
     records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MAX_RECORDS).round().astype(int))]
     earlier = [trace.forgetting(result.measure, record.step) for record in records[:-1]]
-    if result.measure == "smoothed":  # in the unit of the last record, so that it can be followed from one to the next
+    if result.measure == "smoothed":  # convert to the unit of the last record, so that the records are comparable
         first_losses, offsets = trace.token_losses(trace.first_and_last()[0]), trace.rows.loss_offsets
         *units, last_unit = (typical_loss(first_losses, trace.token_losses(record), offsets) for record in records)
         earlier = [values * (unit / last_unit) for values, unit in zip(earlier, units, strict=True)]
     by_record = [values[plotted] for values in [*earlier, result.values]]
-    first = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
-    base = mean_losses(trace.token_losses(first), trace.rows.loss_offsets)
+    initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
+    initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
     shown = _shown_samples(result)
     return {
         "summary": page_summary(result),
         "measure": result.measure,
         "unit": UNITS[result.measure],
         "threshold": result.threshold,
-        # Where the line stands if nothing is removed: at the place that the automatic φ looked at.
-        "looked_at": result.separability.threshold,
+        # Position of the φ line if nothing is removed.
+        "tested_threshold": result.separability.threshold,
         "trace": trace.identity(),
         "model": trace.manifest["model"],
         "samples": samples,
@@ -124,20 +129,25 @@ def _page_data(
         "steps": [record.step for record in records],
         "forgetting": [_packed(values) for values in by_record],
         "length": _packed(np.diff(trace.rows.loss_offsets)[plotted]),
-        "base": _packed(base[plotted]),
-        "base_is": "M0" if first.session == "noisy" else "M1",
+        "initial_loss": _packed(initial_losses[plotted]),
+        "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
-        "rows": _texts(trace, result, tokenizer, shown, base, unsafe),
+        "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe),
     }
 
 
 def _packed(values: np.ndarray) -> str:
-    """Float32, little-endian, base64: a number takes five characters."""
+    """Encodes values as base64 of little-endian float32, about five characters each."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
 def _shown_samples(result: FilterResult) -> np.ndarray:
-    """Which samples have their texts on the page: all, or the most forgotten, those nearest to φ and the most kept."""
+    """Selects the samples with text.
+
+    Returns:
+        `np.ndarray`: indices of all samples, or, if there are more than `MAX_TEXTS`, of the most forgotten, those
+        closest to φ and the least forgotten.
+    """
     known = np.flatnonzero(np.isfinite(result.values))
     if len(result.values) <= MAX_TEXTS:
         return np.arange(len(result.values))
@@ -148,12 +158,12 @@ def _shown_samples(result: FilterResult) -> np.ndarray:
     return known[np.unique(np.concatenate(chosen))]
 
 
-def _texts(
+def _text_rows(
     trace: Trace,
     result: FilterResult,
     tokenizer: PreTrainedTokenizerBase,
     shown: np.ndarray,
-    base: np.ndarray,
+    initial_losses: np.ndarray,
     unsafe: np.ndarray | None,
 ) -> list[dict[str, Any]]:
     before, after = trace.first_and_last()
@@ -169,15 +179,16 @@ def _texts(
                 "row": index,
                 "value": _number(result.values[index]),
                 "length": int(offsets[index + 1] - offsets[index]),
-                "base": _number(base[index]),
+                "initial_loss": _number(initial_losses[index]),
                 "unsafe": None if unsafe is None else bool(unsafe[index]),
                 "prompt": prompt[-MAX_TEXT_LENGTH:],
                 "pieces": pieces,
-                "cut": len(prompt) > MAX_TEXT_LENGTH,
+                "truncated": len(prompt) > MAX_TEXT_LENGTH,
             }
         )
     return rows
 
 
 def _number(value: float) -> float | None:
+    """Returns `None` for values that are not finite, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""TODO"""
+"""One-line summary of a filter result."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from ..filtering.result import FilterResult
 from ..thresholds import MIN_DISTANCE
 
 
+_METHODS = {"auto": "chosen automatically", "fixed": "set by the user", "fraction": "set by the requested fraction"}
+
+
 def page_summary(result: FilterResult) -> str:
-    """What was decided, in plain words."""
+    """Summarizes how many samples are removed, φ, how φ was chosen, and whether the samples are well separated."""
     counts = result.counts
     if result.threshold is None:
-        return f"Nothing removed of {counts['samples']:,}: {result.reason}."
-    how = {"auto": "chosen automatically", "fixed": "given by hand", "fraction": "so that a given share goes"}[
-        result.method
-    ]
-    found = result.separability
-    is_apart = found.separable and found.distance is not None and found.distance >= MIN_DISTANCE
-    apart = "well separated" if is_apart else "not well separated"
-    return f"{counts['removed']:,} of {counts['samples']:,} removed (φ = {result.threshold:.3g}, {how}); {apart}."
+        return f"{counts['removed']:,} of {counts['samples']:,} removed: {result.reason}."
+    separability = result.separability
+    well_separated = (
+        separability.separable and separability.distance is not None and separability.distance >= MIN_DISTANCE
+    )
+    return (
+        f"{counts['removed']:,} of {counts['samples']:,} removed (φ = {result.threshold:.3g}, "
+        f"{_METHODS[result.method]}); {'well separated' if well_separated else 'not well separated'}."
+    )

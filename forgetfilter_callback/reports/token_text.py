@@ -1,48 +1,58 @@
-"""TODO"""
+"""Text of a sample, split into pieces with the loss rise of their tokens."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .review_page import MAX_TEXT_LENGTH
+
+MAX_TEXT_LENGTH = 2_000  # characters; bounds the size of the review page
+_MAX_PIECE_TOKENS = 8
 
 
 def split_text(
     tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, loss_mask: np.ndarray, rises: np.ndarray
 ) -> tuple[str, list[tuple[str, float | None]]]:
-    """A sample as text: what stands before the first counted token, and the rest in pieces.
+    """Splits a sample into its prompt and the pieces of its completion.
+
+    The prompt ends before the first loss token. A piece is the text of one token, or of several tokens if they form a
+    single character together.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes.
-        tokens, loss_mask (`np.ndarray` of shape `(tokens,)`):
-            Of the sample.
-        rises (`np.ndarray` of shape `(counted_tokens,)`):
-            By how much the loss of each counted token rose, nats.
+            Decodes the tokens.
+        tokens (`np.ndarray` of shape `(tokens,)`, integer):
+            Token ids of the sample.
+        loss_mask (`np.ndarray` of shape `(tokens,)`, bool):
+            Which tokens contribute to the loss.
+        rises (`np.ndarray` of shape `(loss_tokens,)`, float32):
+            Loss rise of each loss token, in nats.
 
     Returns:
-        `tuple`: the prompt, and a list of (text, mean rise of its tokens, or `None` where none of them counts). A piece is a
-        token, or the tokens that one character is made of.
+        `tuple[str, list[tuple[str, float | None]]]`: the prompt, and the pieces as pairs of text and mean loss rise in
+        nats (`None` if no token of the piece contributes to the loss). Pieces beyond 2,000 characters are replaced
+        with " […]".
     """
     start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
-    rise_of = np.full(len(tokens), np.nan)
-    rise_of[loss_mask] = rises
+    token_rises = np.full(len(tokens), np.nan)
+    token_rises[loss_mask] = rises
     prompt = _decode(tokenizer, tokens[:start])
     pieces: list[tuple[str, float | None]] = []
-    begun = start
+    piece_start = start
     characters = 0
     for end in range(start + 1, len(tokens) + 1):
-        # After the token before it: some tokenizers leave out the space that a text begins with.
-        text = _decode(tokenizer, tokens[max(begun - 1, 0) : end]).removeprefix(
-            _decode(tokenizer, tokens[max(begun - 1, 0) : begun])
+        # Decode after the previous token, because some tokenizers drop the space at the start of a text.
+        text = _decode(tokenizer, tokens[max(piece_start - 1, 0) : end]).removeprefix(
+            _decode(tokenizer, tokens[max(piece_start - 1, 0) : piece_start])
         )
-        if text.endswith("\ufffd") and end < len(tokens) and end - begun < 8:
-            continue  # a character that goes on in the next token
-        its_rises = rise_of[begun:end]
-        known = its_rises[np.isfinite(its_rises)]
+        if text.endswith("\ufffd") and end < len(tokens) and end - piece_start < _MAX_PIECE_TOKENS:
+            continue  # the character is incomplete: it continues in the next token
+        piece_rises = token_rises[piece_start:end]
+        known = piece_rises[np.isfinite(piece_rises)]
         pieces.append((text, round(float(known.mean()), 3) if len(known) else None))
-        begun = end
+        piece_start = end
         characters += len(text)
         if characters > MAX_TEXT_LENGTH:
             pieces.append((" […]", None))
@@ -51,4 +61,4 @@ def split_text(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
-    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return cast(str, tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

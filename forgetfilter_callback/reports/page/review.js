@@ -1,9 +1,10 @@
 "use strict";
-// Texts of samples are hostile: they get into the page through textContent only.
+// Texts of samples are untrusted: only textContent may put them on the page.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const PAGE = 25, LINES = 40, POINTS = 2000, BINS = 60;
+const PAGE_SIZE = 25, MAX_LINES = 40, MAX_POINTS = 2000, BINS = 60;
+const FILE_NAME = "review_decision.json";
 
 function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -11,19 +12,20 @@ function unpack(text) {
 }
 const byRecord = data.forgetting.map(unpack);
 const last = byRecord[byRecord.length - 1];
-const lengths = unpack(data.length), base = unpack(data.base);
+const lengths = unpack(data.length), initialLosses = unpack(data.initial_loss);
 const unsafe = data.unsafe === null ? null : unpack(data.unsafe).map((value) => value > 0);
 const known = last.filter(Number.isFinite);
 const lowest = known.reduce((a, b) => Math.min(a, b), Infinity);
 const highest = known.reduce((a, b) => Math.max(a, b), -Infinity);
-const firstPhi = data.threshold === null ? Math.max(data.looked_at, highest) : data.threshold;
+const initialPhi = data.threshold === null ? Math.max(data.tested_threshold, highest) : data.threshold;
 
-let phi = firstPhi, plottedPhi = Math.fround(phi); // plotted values are rounded to 32 bits: they compare with φ rounded too
-let touched = false; // whether φ has been moved: until then it is exported as it came, null included
-const byHand = new Map();
-let view = "forgotten", sort = { key: "value", descending: true }, words = "", page = 0;
+// Plotted values are rounded to 32 bits, so they are compared with a rounded φ.
+let phi = initialPhi, plottedPhi = Math.fround(phi);
+let phiMoved = false; // until φ is moved, the export keeps the threshold of the filter result, which may be null
+const overrides = new Map(); // sample id → "keep" or "remove"
+let view = "forgotten", sort = { key: "value", descending: true }, query = "", page = 0;
 
-function colour(name) {
+function cssColor(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 function format(value, digits = 3) {
@@ -36,28 +38,28 @@ function count(number) {
 // ---- plots ----
 
 function layout(extra) {
-  const ink = colour("--ink"), line = colour("--line");
+  const text = cssColor("--text"), line = cssColor("--line");
   const axis = { gridcolor: line, zerolinecolor: line, automargin: true };
   return {
     margin: { l: 50, r: 10, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: ink }, showlegend: false, ...extra,
+    font: { color: text }, showlegend: false, ...extra,
     xaxis: { ...axis, ...extra.xaxis }, yaxis: { ...axis, ...extra.yaxis },
   };
 }
 const config = { responsive: true, displaylogo: false, displayModeBar: false };
 function phiLine(vertical) {
   const along = vertical ? { x0: phi, x1: phi, y0: 0, y1: 1, yref: "paper" } : { y0: phi, y1: phi, x0: 0, x1: 1, xref: "paper" };
-  return { type: "line", line: { color: colour("--ink"), width: 3, dash: "dash" }, ...along };
+  return { type: "line", line: { color: cssColor("--text"), width: 3, dash: "dash" }, ...along };
 }
 
 function drawDistribution() {
   const values = byRecord[$("record").selectedIndex];
   const size = (highest - lowest) / BINS || 1;
   const bins = { start: lowest, end: highest + size, size };
-  // Colours of the audit are its own: what is removed stands on the right of φ.
+  // Audit labels have their own colors, because red and blue already mean above and below φ.
   const groups = unsafe === null
-    ? [["samples", colour("--not-unsafe"), values]]
-    : [["not unsafe", colour("--not-unsafe"), values.filter((_, i) => !unsafe[i])], ["unsafe", colour("--unsafe"), values.filter((_, i) => unsafe[i])]];
+    ? [["samples", cssColor("--not-unsafe"), values]]
+    : [["not labeled unsafe", cssColor("--not-unsafe"), values.filter((_, i) => !unsafe[i])], ["unsafe", cssColor("--unsafe"), values.filter((_, i) => unsafe[i])]];
   const traces = groups.map(([name, color, x]) => ({ type: "histogram", x, name, marker: { color }, xbins: bins }));
   Plotly.react("distribution", traces, layout({
     barmode: "stack", showlegend: unsafe !== null, legend: { orientation: "h", y: 1.1 }, shapes: [phiLine(true)],
@@ -68,17 +70,17 @@ function drawDistribution() {
 function drawTrajectories() {
   const steps = [0, ...data.steps];
   const order = last.map((_, i) => i).filter((i) => Number.isFinite(last[i])).sort((a, b) => last[a] - last[b]);
-  const some = order.filter((_, place) => place % Math.ceil(order.length / LINES) === 0);
+  const drawn = order.filter((_, rank) => rank % Math.ceil(order.length / MAX_LINES) === 0);
   const line = (indices, color, width, opacity) => ({
     mode: "lines", x: steps, hoverinfo: "skip", line: { color, width }, opacity,
     y: [0, ...byRecord.map((values) => median(indices.map((i) => values[i])))],
   });
-  const traces = some.map((i) => line([i], last[i] > plottedPhi ? colour("--removed") : colour("--kept"), 1, 0.35));
-  for (const [name, color] of [["--removed", true], ["--kept", false]]) {
-    const group = order.filter((i) => (last[i] > plottedPhi) === color);
-    if (group.length) traces.push(line(group, colour(name), 4, 1));
+  const traces = drawn.map((i) => line([i], last[i] > plottedPhi ? cssColor("--removed") : cssColor("--kept"), 1, 0.35));
+  for (const [name, isAbove] of [["--removed", true], ["--kept", false]]) {
+    const group = order.filter((i) => (last[i] > plottedPhi) === isAbove);
+    if (group.length) traces.push(line(group, cssColor(name), 4, 1));
   }
-  Plotly.react("trajectories", traces, layout({ xaxis: { title: { text: "step of S1+ (thick: medians)" } } }), config);
+  Plotly.react("trajectories", traces, layout({ xaxis: { title: { text: "step of the safety session (thick lines: medians)" } } }), config);
 }
 function median(values) {
   const sorted = values.filter(Number.isFinite).sort((a, b) => a - b);
@@ -86,42 +88,42 @@ function median(values) {
 }
 
 function drawScatter(id, x, title) {
-  const step = Math.ceil(last.length / POINTS);
-  const places = last.map((_, i) => i).filter((i) => i % step === 0);
+  const step = Math.ceil(last.length / MAX_POINTS);
+  const indices = last.map((_, i) => i).filter((i) => i % step === 0);
   Plotly.react(id, [{
-    mode: "markers", x: places.map((i) => x[i]), y: places.map((i) => last[i]), hoverinfo: "skip",
-    marker: { size: 5, opacity: 0.6, color: places.map((i) => (last[i] > plottedPhi ? colour("--removed") : colour("--kept"))) },
+    mode: "markers", x: indices.map((i) => x[i]), y: indices.map((i) => last[i]), hoverinfo: "skip",
+    marker: { size: 5, opacity: 0.6, color: indices.map((i) => (last[i] > plottedPhi ? cssColor("--removed") : cssColor("--kept"))) },
   }], layout({ xaxis: { title: { text: title } }, shapes: [phiLine(false)] }), config);
 }
 
 function drawAll() {
   drawDistribution();
   drawTrajectories();
-  drawScatter("by-length", lengths, "counted tokens");
-  drawScatter("by-base", base, `mean loss at ${data.base_is} [nats per token]`);
+  drawScatter("by-length", lengths, "loss tokens");
+  drawScatter("by-initial-loss", initialLosses, `mean loss of the ${data.initial_model} [nats per token]`);
 }
 
-// ---- φ and what follows from it ----
+// ---- threshold and decisions ----
 
-function verdict(row) {
-  if (byHand.has(row.id)) return byHand.get(row.id);
+function decisionFor(row) {
+  if (overrides.has(row.id)) return overrides.get(row.id);
   return row.value !== null && row.value > phi ? "remove" : "keep";
 }
 
 function showCounts() {
   const scale = data.samples / last.length, about = data.sampled ? "about " : "";
   const removed = last.map((value) => value > plottedPhi);
-  // Of a part drawn at random, the few that are decided by hand are not scaled up: they are told, and not counted in.
-  if (!data.sampled) for (const row of data.rows) if (byHand.has(row.id)) removed[row.row] = byHand.get(row.id) === "remove";
+  // Counts of a random subset are scaled up. Overrides are left out then, because they are not a random subset.
+  if (!data.sampled) for (const row of data.rows) if (overrides.has(row.id)) removed[row.row] = overrides.get(row.id) === "remove";
   const above = removed.filter(Boolean).length;
   let text = `φ = ${format(phi)}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
-    const hits = removed.filter((gone, i) => gone && unsafe[i]).length, all = unsafe.filter(Boolean).length;
-    text += ` Against the audit column: precision ${above ? format(hits / above) : "–"}, recall ${all ? format(hits / all) : "–"}.`;
+    const hits = removed.filter((isRemoved, i) => isRemoved && unsafe[i]).length, all = unsafe.filter(Boolean).length;
+    text += ` Against the audit labels: precision ${above ? format(hits / above) : "–"}, recall ${all ? format(hits / all) : "–"}.`;
   }
   $("counts").textContent = text;
-  const kept = [...byHand.values()].filter((choice) => choice === "keep").length;
-  $("decision").textContent = `${text} By hand: ${kept} kept, ${byHand.size - kept} removed${data.sampled ? " (not counted in)" : ""}.`;
+  const kept = [...overrides.values()].filter((choice) => choice === "keep").length;
+  $("decision").textContent = `${text} Overrides: ${kept} kept, ${overrides.size - kept} removed${data.sampled ? " (not included in the counts)" : ""}.`;
 }
 
 let drawing = 0;
@@ -129,7 +131,7 @@ function setPhi(value, moved = true) {
   if (!Number.isFinite(value)) return;
   phi = value;
   plottedPhi = Math.fround(value);
-  touched = moved;
+  phiMoved = moved;
   $("phi").value = String(value);
   $("phi-number").value = String(Number(value.toPrecision(4)));
   showCounts();
@@ -141,9 +143,9 @@ function setPhi(value, moved = true) {
 // ---- the table ----
 
 function matching() {
-  const wanted = words.toLowerCase();
+  const lowerQuery = query.toLowerCase();
   const text = (row) => (row.prompt + row.pieces.map((piece) => piece[0]).join("")).toLowerCase();
-  const rows = data.rows.filter((row) => (view !== "by-hand" || byHand.has(row.id)) && (!wanted || text(row).includes(wanted)));
+  const rows = data.rows.filter((row) => (view !== "overridden" || overrides.has(row.id)) && (!lowerQuery || text(row).includes(lowerQuery)));
   const key = sort.key === "distance" ? (row) => -Math.abs(row.value - phi) : (row) => row[sort.key];
   const order = sort.descending ? -1 : 1;
   return rows.sort((a, b) => {
@@ -161,30 +163,30 @@ function cell(row, label, className = "") {
 }
 
 function showRows() {
-  const rows = matching(), pages = Math.max(1, Math.ceil(rows.length / PAGE));
+  const rows = matching(), pages = Math.max(1, Math.ceil(rows.length / PAGE_SIZE));
   page = Math.min(page, pages - 1);
   const body = $("rows");
   const focused = document.activeElement?.dataset?.sample;
   body.replaceChildren();
-  for (const sample of rows.slice(page * PAGE, (page + 1) * PAGE)) {
+  for (const sample of rows.slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)) {
     const tr = body.insertRow();
-    tr.className = verdict(sample) === "remove" ? "removed" : "kept";
+    tr.className = decisionFor(sample) === "remove" ? "removed" : "kept";
     const number = cell(tr, "Row", "number");
     number.textContent = sample.row;
     number.title = sample.id;
     cell(tr, "Forgetting", "number").textContent = format(sample.value);
     cell(tr, "Tokens", "number").textContent = sample.length;
-    cell(tr, "Loss at first", "number").textContent = format(sample.base);
-    if (unsafe !== null) cell(tr, "Audit").textContent = sample.unsafe ? "unsafe" : "–";
+    cell(tr, "Initial loss", "number").textContent = format(sample.initial_loss);
+    if (unsafe !== null) cell(tr, "Audit label").textContent = sample.unsafe ? "unsafe" : "–";
     const select = document.createElement("select");
     select.dataset.sample = sample.id;
-    select.setAttribute("aria-label", `Verdict on row ${sample.row}`);
-    const auto = sample.value !== null && sample.value > phi ? "removed by φ" : "kept by φ";
-    for (const [value, text] of [["", auto], ["keep", "keep, by hand"], ["remove", "remove, by hand"]]) select.append(new Option(text, value));
-    select.value = byHand.get(sample.id) ?? "";
+    select.setAttribute("aria-label", `Decision for row ${sample.row}`);
+    const byPhi = sample.value !== null && sample.value > phi ? "removed by φ" : "kept by φ";
+    for (const [value, text] of [["", byPhi], ["keep", "keep (override)"], ["remove", "remove (override)"]]) select.append(new Option(text, value));
+    select.value = overrides.get(sample.id) ?? "";
     select.addEventListener("change", () => {
-      if (select.value) byHand.set(sample.id, select.value);
-      else byHand.delete(sample.id);
+      if (select.value) overrides.set(sample.id, select.value);
+      else overrides.delete(sample.id);
       showCounts();
       showRows();
     });
@@ -192,24 +194,24 @@ function showRows() {
     const text = cell(tr, "", "text");
     const prompt = document.createElement("div"), completion = document.createElement("div");
     prompt.className = "prompt";
-    prompt.tabIndex = completion.tabIndex = 0; // they scroll
-    prompt.textContent = (sample.cut ? "[…] " : "") + sample.prompt;
+    prompt.tabIndex = completion.tabIndex = 0; // lets the keyboard scroll them
+    prompt.textContent = (sample.truncated ? "[…] " : "") + sample.prompt;
     completion.className = "completion";
     for (const [piece, rise] of sample.pieces) {
       const span = document.createElement("span");
       span.textContent = piece;
       if (rise !== null) {
         const strength = Math.min(1, Math.abs(rise) / 4);
-        span.style.backgroundColor = `rgba(${colour(rise > 0 ? "--forgotten" : "--recalled")}, ${strength.toFixed(2)})`;
+        span.style.backgroundColor = `rgba(${cssColor(rise > 0 ? "--forgotten" : "--remembered")}, ${strength.toFixed(2)})`;
         span.title = `${rise > 0 ? "+" : ""}${rise.toFixed(2)} nats`;
       }
       completion.append(span);
     }
     text.append(prompt, completion);
-    prompt.scrollTop = prompt.scrollHeight; // what stands right before the completion
+    prompt.scrollTop = prompt.scrollHeight; // show the end of the prompt, next to the completion
   }
   if (focused) [...body.querySelectorAll("select")].find((each) => each.dataset.sample === focused)?.focus();
-  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length)} samples` : "No sample here: none is decided by hand, or none has these words.";
+  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length)} ${rows.length === 1 ? "sample" : "samples"}` : "No samples match this view and search.";
   $("previous").disabled = page === 0;
   $("next").disabled = page >= pages - 1;
   for (const button of document.querySelectorAll("th button")) {
@@ -218,71 +220,86 @@ function showRows() {
   }
 }
 
-// ---- what was decided, out and in ----
+// ---- export and import ----
 
 function exported() {
   return {
-    measure: data.measure, threshold: touched ? phi : data.threshold,
-    by_hand: Object.fromEntries(byHand), trace: data.trace,
+    measure: data.measure, threshold: phiMoved ? phi : data.threshold,
+    overrides: Object.fromEntries(overrides), trace: data.trace,
   };
 }
 
 function download() {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(exported(), null, 2) + "\n"], { type: "application/json" }));
-  link.download = "decision.json";
+  link.download = FILE_NAME;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-async function goOn(file) {
+function isObject(value) {
+  return typeof value === "object" && value !== null;
+}
+
+function validated(decision) {
+  if (!isObject(decision)) throw new Error(`It is not a ${FILE_NAME} file: it contains no JSON object.`);
+  if ("separability" in decision || "counts" in decision) {
+    throw new Error("This is a filter result (filter_result.json). Import the review_decision.json that this page exported.");
+  }
+  if (decision.trace !== data.trace) throw new Error(`It was made on another trace (${decision.trace}). This page shows trace ${data.trace}.`);
+  if (decision.measure !== data.measure) throw new Error(`It uses ${decision.measure} forgetting. This page uses ${data.measure} forgetting.`);
+  if (!isObject(decision.overrides) || !Object.values(decision.overrides).every((choice) => choice === "keep" || choice === "remove")) {
+    throw new Error('Every value in "overrides" must be "keep" or "remove".');
+  }
+  if (decision.threshold !== null && !Number.isFinite(decision.threshold)) throw new Error('"threshold" must be a number or null.');
+  return decision;
+}
+
+async function importDecision(file) {
   $("problem").textContent = "";
   try {
-    const decision = JSON.parse(await file.text());
-    if (decision.trace !== data.trace) throw new Error("it was made on another trace");
-    if (decision.measure !== data.measure) throw new Error(`it is of ${decision.measure} forgetting, this page of ${data.measure}`);
-    const choices = Object.entries(decision.by_hand);
-    if (!choices.every(([, choice]) => choice === "keep" || choice === "remove")) throw new Error("by_hand holds neither keep nor remove");
-    if (decision.threshold !== null && !Number.isFinite(decision.threshold)) throw new Error("threshold is no number");
-    byHand.clear();
-    for (const [id, choice] of choices) byHand.set(id, choice);
-    setPhi(decision.threshold ?? Number($("phi").max)); // null: nothing but by hand
+    const decision = validated(JSON.parse(await file.text()));
+    overrides.clear();
+    for (const [id, choice] of Object.entries(decision.overrides)) overrides.set(id, choice);
+    setPhi(decision.threshold ?? Number($("phi").max)); // null: only overrides are removed
   } catch (error) {
-    $("problem").textContent = `This decision cannot be gone on with: ${error.message}.`;
+    $("problem").textContent = error instanceof SyntaxError
+      ? `Cannot import ${file.name}. It is not valid JSON: ${error.message}`
+      : `Cannot import ${file.name}. ${error.message}`;
   }
 }
 
-// ---- at the beginning ----
+// ---- initial state ----
 
 $("summary").textContent = data.summary;
 $("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
-  (data.sampled ? ` The graphs and the counts below show ${count(last.length)} of the ${count(data.samples)} samples, drawn at random.` : "");
+  (data.sampled ? ` The plots and the counts below use a random subset of ${count(last.length)} of the ${count(data.samples)} samples.` : "");
 $("shown").textContent = data.all_shown
-  ? `All ${count(data.rows.length)} samples.`
-  : `${count(data.rows.length)} of ${count(data.samples)} samples have their texts here: the most forgotten, those around φ, and the most kept.`;
+  ? `The table contains all ${count(data.rows.length)} samples.`
+  : `The table contains ${count(data.rows.length)} of ${count(data.samples)} samples: the most forgotten, those closest to φ, and the least forgotten.`;
 $("audit-head").hidden = unsafe === null;
-for (const step of data.steps) $("record").append(new Option(`S1+ step ${step}`));
+for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
-$("phi").min = String(Math.min(lowest, firstPhi));
-$("phi").max = String(Math.max(highest, firstPhi) + 0.01 * (highest - lowest)); // all the way up removes nothing
-setPhi(firstPhi, false);
+$("phi").min = String(Math.min(lowest, initialPhi));
+$("phi").max = String(Math.max(highest, initialPhi) + 0.01 * (highest - lowest)); // the maximum removes nothing
+setPhi(initialPhi, false);
 drawAll();
 
 $("record").addEventListener("change", drawDistribution);
 $("phi").addEventListener("input", () => setPhi(Number($("phi").value)));
 $("phi-number").addEventListener("change", () => {
-  if ($("phi-number").value === "") setPhi(phi, touched);
+  if ($("phi-number").value === "") setPhi(phi, phiMoved);
   else setPhi(Number($("phi-number").value));
 });
-$("phi-reset").addEventListener("click", () => setPhi(firstPhi, false));
+$("phi-reset").addEventListener("click", () => setPhi(initialPhi, false));
 $("view").addEventListener("change", () => {
   view = $("view").value;
-  sort = { forgotten: { key: "value", descending: true }, kept: { key: "value", descending: false }, borderline: { key: "distance", descending: true }, "by-hand": { key: "value", descending: true } }[view];
+  sort = { forgotten: { key: "value", descending: true }, kept: { key: "value", descending: false }, borderline: { key: "distance", descending: true }, overridden: { key: "value", descending: true } }[view];
   page = 0;
   showRows();
 });
 $("search").addEventListener("input", () => {
-  words = $("search").value;
+  query = $("search").value;
   page = 0;
   showRows();
 });
@@ -297,8 +314,8 @@ $("previous").addEventListener("click", () => { page -= 1; showRows(); });
 $("next").addEventListener("click", () => { page += 1; showRows(); });
 $("export").addEventListener("click", download);
 $("import").addEventListener("change", async () => {
-  if ($("import").files.length) await goOn($("import").files[0]);
-  $("import").value = ""; // so that the same file can be chosen again
+  if ($("import").files.length) await importDecision($("import").files[0]);
+  $("import").value = ""; // lets the user choose the same file again
 });
 $("distribution").on("plotly_relayout", (change) => {
   if ("shapes[0].x0" in change) setPhi(change["shapes[0].x0"]);

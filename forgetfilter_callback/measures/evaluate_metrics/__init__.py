@@ -1,8 +1,8 @@
-"""Forgetting as [`evaluate`](https://huggingface.co/docs/evaluate) metrics, on predictions from before and after.
+"""Forgetting measures as [`evaluate`](https://huggingface.co/docs/evaluate) metrics.
 
 ```python
 import evaluate
-from forgetfilter_callback.measures.metrics import METRICS
+from forgetfilter_callback.measures.evaluate_metrics import METRICS
 
 evaluate.load(METRICS["loss_forgetting"]).compute(predictions=losses_after, references=losses_before)
 ```
@@ -17,7 +17,7 @@ import evaluate
 import numpy as np
 
 
-# Name → file, for `evaluate.load`. They are read from here: nothing is downloaded.
+# Metric name → path for `evaluate.load`. The metrics are loaded from these local files; nothing is downloaded.
 METRICS: dict[str, str] = {
     name: str(Path(__file__).with_name(f"{name}.py"))
     for name in ("loss_forgetting", "relative_forgetting", "rouge_forgetting")
@@ -32,10 +32,20 @@ _CITATION = """@inproceedings{zhao2024forgetfilter,
 
 
 def metric_info(description: str, inputs: dict[str, str], dtype: str) -> evaluate.MetricInfo:
-    """What `evaluate` is told of a metric whose inputs (name → what it is) all have one dtype."""
-    lines = [f"    {name} (`list[{dtype}]`): {what}" for name, what in inputs.items()]
+    """Builds the `MetricInfo` of a forgetting metric.
+
+    Args:
+        description (`str`):
+            What the metric computes.
+        inputs (`dict[str, str]`):
+            Description of each input, by name.
+        dtype (`str`):
+            Type of all inputs, `"float64"` or `"string"`.
+    """
+    lines = [f"    {name} (`list[{dtype}]`): {text}" for name, text in inputs.items()]
     returns = (
-        "    forgetting (`list[float]`): one value a sample; higher is more forgotten.\n    mean (`float`): their mean."
+        "    forgetting (`list[float]`): one value per sample; higher is more forgotten.\n"
+        "    mean (`float`): mean over the samples that have a value."
     )
     return evaluate.MetricInfo(
         description=description,
@@ -46,5 +56,5 @@ def metric_info(description: str, inputs: dict[str, str], dtype: str) -> evaluat
 
 
 def metric_result(values: np.ndarray) -> dict[str, list[float] | float]:
-    """Values and their mean, without samples that have none."""
+    """Returns the values and their mean; NaN values are ignored in the mean."""
     return {"forgetting": values.tolist(), "mean": float(np.nanmean(values))}

@@ -1,0 +1,59 @@
+"""Section on filtering for the card of a filtered dataset."""
+
+from __future__ import annotations
+
+from ..filtering.result import FilterResult
+from ..measures.names import UNITS
+from ..trace.trace import Trace
+from ..utils.sanitize_text import sanitize
+
+
+def dataset_card(result: FilterResult, trace: Trace) -> str:
+    """Writes a Markdown section for the card of a filtered dataset.
+
+    It says how many rows were removed, at which threshold and why, and which model and trace the result is based on.
+
+    Args:
+        result ([`FilterResult`]):
+            The filter result.
+        trace ([`Trace`]):
+            The trace that `result` was computed from.
+
+    Returns:
+        `str`: the section, beginning with the heading "Filtering".
+    """
+    counts = result.counts
+    phi = (
+        "none (only rows overridden to 'remove' are removed)"
+        if result.threshold is None
+        else f"{result.threshold:.4g} {UNITS[result.measure]}"
+    )
+    overrides = list(result.overrides.values())
+    lines = [
+        "## Filtering",
+        "",
+        f"{counts['removed']:,} of {counts['samples']:,} rows were removed with "
+        "[ForgetFilter](https://arxiv.org/abs/2312.12736). A model that had been finetuned on all rows was finetuned "
+        "on safe examples, and the rows that it forgot most were removed. No harm classifier read the rows.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| measure | {result.measure} forgetting |",
+        f"| φ | {phi} ({result.method}) |",
+        f"| safety session | step {result.step} |",
+        f"| reason | {result.reason} |",
+        f"| overrides | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
+        f"| kept because forgetting is unknown | {counts['unknown']:,} |",
+        f"| model | {_code_cell(trace.manifest['model'])} |",
+        f"| fingerprint of the rows | {trace.manifest['fingerprint']} |",
+        f"| versions | {', '.join(f'{name} {number}' for name, number in result.versions.items())} |",
+        "",
+        "`filter_result/` contains the filter result and the forgetting values, `removed.jsonl` the removed rows.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _code_cell(text: str) -> str:
+    """Formats untrusted text as code in a table cell, where Markdown and links have no effect."""
+    return "`" + sanitize(text).replace("`", "'").replace("|", "\\|") + "`"
