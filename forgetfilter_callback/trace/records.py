@@ -1,4 +1,4 @@
-"""TODO"""
+"""Names of sessions and records: which losses a trace holds."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 
+# Noisy finetuning and the safety finetuning that follows it (S1 and S1+ in the paper), in that order.
 Session = Literal["noisy", "safety"]
 SESSIONS: tuple[Session, ...] = get_args(Session)
 
 
 @dataclass(frozen=True, order=True)
 class Record:
-    """Which checkpoint a record was taken at.
+    """The checkpoint at which the losses of all samples were recorded.
 
     Attributes:
-        session (`"S1"` or `"S1+"`):
-            Finetuning on the noisy set, or safety finetuning.
+        session (`"noisy"` or `"safety"`):
+            The finetuning run.
         step (`int`):
-            Optimizer steps since the session began.
+            Number of optimizer steps since the session began.
     """
 
     session: Session
     step: int
 
+    def __str__(self) -> str:
+        return f"{self.session} session, step {self.step}"
+
     @property
     def file_name(self) -> str:
+        """Name of the record's file in the `records` folder of a trace."""
         return f"{self.session}-{self.step:08d}.parquet"
 
+    @property
+    def has_states(self) -> bool:
+        """Whether the record also stores the samples' hidden states.
 
-def has_states(record: Record) -> bool:
-    """Whether a record keeps the samples' states: those of M1 are wanted, where S1 ends and S1+ begins."""
-    return (record.session == "noisy") == (record.step > 0)
+        They are stored for the model after noisy finetuning: late in the noisy session, and at step 0 of the safety session.
+        """
+        return (self.session == "noisy") == (self.step > 0)

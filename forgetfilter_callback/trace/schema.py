@@ -1,4 +1,4 @@
-"""The files of a trace, read and checked: what each must hold, and what is said where it does not."""
+"""The schema of a trace's files: read them and check that they contain what they must."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 
 
-SCHEMA_VERSION = 1
-_WAY_OUT = {
-    "loss": "The file is not one of a record.",
-    "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
-    "state": "An earlier version made it, or the model's output head cannot be reached. Use measure='pooled' or 'loss'.",
-}
-_MANIFEST: dict[str, type | UnionType] = {
+SCHEMA_VERSION = 2
+_MANIFEST_TYPES: dict[str, type | UnionType] = {
     "schema_version": int,
     "fingerprint": str,
     "samples": int,
@@ -36,62 +31,75 @@ _MANIFEST: dict[str, type | UnionType] = {
     "versions": dict,
     "sessions": list,
 }
-_OF_AN_ENCODING = {"text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template"}
-_OF_A_SESSION = {"session": str, "output_dir": str, "max_steps": int}
-_OF_ROWS = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "loss_mask": pa.large_list(pa.bool_())}
-_OF_RECORDS: dict[str, Callable[[pa.DataType], bool]] = {
-    "loss": lambda kind: kind == pa.large_list(pa.float32()),
-    "rouge1": lambda kind: kind == pa.float64(),
-    "state": lambda kind: pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float16(),
+_ENCODING_KEYS = {"text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template"}
+_SESSION_TYPES = {"session": str, "output_dir": str, "max_steps": int}
+_ROW_TYPES = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "loss_mask": pa.large_list(pa.bool_())}
+_IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
+    "loss": lambda dtype: dtype == pa.large_list(pa.float32()),
+    "rouge1": lambda dtype: dtype == pa.float64(),
+    "state": lambda dtype: pa.types.is_fixed_size_list(dtype) and dtype.value_type == pa.float16(),
+}
+# What to do if a record has no such column.
+_ADVICE = {
+    "loss": "The file is not a record of this library.",
+    "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
+    "state": "The input of the model's output head could not be read. Use measure='pooled' or measure='loss'.",
 }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `manifest.json` holds.
+    """Read and check `manifest.json`.
 
     Raises:
-        TraceError: if it cannot be read, lacks something, or a newer version wrote it.
+        TraceError: if it cannot be read, if a key is missing or has the wrong type, or if another version of the library
+            wrote it.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
-    known = manifest if isinstance(manifest, dict) else {}
-    known.setdefault("encoding", {})  # traces made before it was kept
-    wrong = [key for key, kind in _MANIFEST.items() if key not in known or not isinstance(known[key], kind)]
-    if "encoding" not in wrong and not known["encoding"].keys() <= _OF_AN_ENCODING:
+    content = manifest if isinstance(manifest, dict) else {}
+    schema_version = content.get("schema_version")
+    if isinstance(schema_version, int) and schema_version > SCHEMA_VERSION:
+        raise TraceError(
+            f"The trace in {folder} was written by a newer forgetfilter-callback (schema {schema_version}; this version "
+            f"reads schema {SCHEMA_VERSION}). Upgrade forgetfilter-callback."
+        )
+    if schema_version == 1:
+        raise TraceError(
+            f"The trace in {folder} was written by an older forgetfilter-callback (schema 1; this version reads schema "
+            f"{SCHEMA_VERSION}). Record it again into another folder."
+        )
+    wrong = [key for key, dtype in _MANIFEST_TYPES.items() if not isinstance(content.get(key, ...), dtype)]
+    if "encoding" not in wrong and not content["encoding"].keys() <= _ENCODING_KEYS:
         wrong.append("encoding")
-    if "sessions" not in wrong and not all(_is_session(entry) for entry in known["sessions"]):
+    if "sessions" not in wrong and not all(_is_session(entry) for entry in content["sessions"]):
         wrong.append("sessions")
+    if "schema_version" not in wrong and schema_version != SCHEMA_VERSION:
+        wrong.append("schema_version")
     if wrong:
         raise TraceError(
-            f"manifest.json in {folder} lacks {', '.join(wrong)}, or has something else there. Restore it, or record anew."
+            f"In manifest.json in {folder}, these keys are missing or have a wrong value: {', '.join(wrong)}. Restore the "
+            "file, or record the trace again into another folder."
         )
-    if manifest["schema_version"] < 1:
-        raise TraceError(f"manifest.json in {folder} names no schema version. Restore it, or record anew.")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise TraceError(
-            f"The trace in {folder} was written by a newer forgetfilter-callback (schema {manifest['schema_version']}, this "
-            f"one reads up to {SCHEMA_VERSION}). Upgrade forgetfilter-callback."
-        )
-    return manifest
+    return content
 
 
 def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
-    """What `rows.parquet` holds.
+    """Read and check `rows.parquet`.
 
     Raises:
-        TraceError: if it cannot be read, has other columns, or is not the one that the manifest was written for.
+        TraceError: if it cannot be read, if its columns are wrong, or if it does not match the manifest.
     """
     try:
         table = pq.read_table(folder / "rows.parquet")
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     types = {name: table.schema.field(name).type for name in table.column_names}
-    if {name: types.get(name) for name in _OF_ROWS} != _OF_ROWS or any(map(_has_gaps, table.columns)):
+    if {name: types.get(name) for name in _ROW_TYPES} != _ROW_TYPES or any(map(_has_nulls, table.columns)):
         raise TraceError(
-            f"rows.parquet of the trace in {folder} does not have a trace's columns ({', '.join(_OF_ROWS)}), or has gaps in "
-            "them. Restore the file, or record anew."
+            f"rows.parquet in {folder} must have the columns {', '.join(_ROW_TYPES)} without missing values. Restore the "
+            "file, or record the trace again into another folder."
         )
     input_ids, loss_mask = (table[name].combine_chunks() for name in ("input_ids", "loss_mask"))
     rows = EncodedRows(
@@ -105,38 +113,46 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     for name, value in found.items():
         if value != manifest[name]:
             raise TraceError(
-                f"rows.parquet of the trace in {folder} is not the one its manifest was written for ({name} {value}, "
-                f"manifest {manifest[name]}). Restore the file, or record anew."
+                f"rows.parquet in {folder} does not match manifest.json: {name} is {value}, but the manifest says "
+                f"{manifest[name]}. Restore the file, or record the trace again into another folder."
             )
     return rows
 
 
-def read_column(file: Path, column: str, rows: EncodedRows) -> Any:
-    """One column of a record of `rows`.
+def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
+    """Read and check one column of a record.
+
+    Args:
+        file (`Path`):
+            The Parquet file of the record.
+        column (`str`):
+            `"loss"`, `"state"` or `"rouge1"`.
+        rows ([`EncodedRows`]):
+            The rows of the trace.
 
     Raises:
-        TraceError: if it cannot be read, is not there, or is of other data.
+        TraceError: if the file cannot be read, if the column is missing, or if it does not match the rows.
     """
     try:
         if column not in pq.read_schema(file).names:
-            raise TraceError(f"The record {file} has no {column}. {_WAY_OUT[column]}")
+            raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
         table = pq.read_table(file, columns=[column])
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
     if len(table) != len(rows):
-        raise TraceError(f"The record {file} has {len(table)} samples, the trace {len(rows)}: it is of other data.")
-    found = table[column].combine_chunks()
-    if not _OF_RECORDS[column](found.type) or _has_gaps(found):
-        raise TraceError(f"The record {file} has a {column} of another type, or gaps in it. {_WAY_OUT['loss']}")
-    if column == "loss" and not np.array_equal(found.offsets.to_numpy(), rows.loss_offsets):
-        raise TraceError(f"The record {file} does not have one loss for each counted token: it is of other data.")
-    return found
+        raise TraceError(f"The record {file} has {len(table)} samples, but the trace has {len(rows)}.")
+    values = table[column].combine_chunks()
+    if not _IS_RECORD_TYPE[column](values.type) or _has_nulls(values):
+        raise TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")
+    if column == "loss" and not np.array_equal(values.offsets.to_numpy(), rows.loss_offsets):
+        raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
+    return values
 
 
 def _is_session(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _OF_A_SESSION.items())
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), dtype) for key, dtype in _SESSION_TYPES.items())
 
 
-def _has_gaps(column: pa.Array | pa.ChunkedArray) -> bool:
+def _has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
     nested = pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
     return column.null_count > 0 or (nested and pc.list_flatten(column).null_count > 0)

@@ -1,14 +1,15 @@
-"""All records of a run on disk: the rows, and the loss of each counted token at each checkpoint.
+"""[`Trace`]: the encoded noisy set and the loss of each of its tokens at every checkpoint, on disk.
 
 ```
 _forgetfilter/
-  manifest.json              schema version, fingerprint, model, tokenizer, versions, sessions
-  rows.parquet               id, input_ids, counted: the noisy set in its order
-  records/noisy-00000000.parquet    loss (list<float> a sample) [, state] [, completion, rouge1]
+  manifest.json                     schema version, fingerprint, model, tokenizer, versions, sessions
+  rows.parquet                      id, input_ids, loss_mask: the noisy set in its order
+  records/noisy-00000000.parquet    loss (one list of floats per sample) [, state] [, completion, rouge1]
   records/safety-00000026.parquet
+  superseded/1/...                  records that a restarted session has replaced
 ```
 
-Every file is written all or nothing, so that a crash loses at most the record in progress.
+Every file is written atomically, so a crash loses at most the record in progress. Restarting a session deletes no record.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,39 +31,38 @@ from filelock import FileLock, Timeout
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..measures.common import mean_losses
-from ..measures.loss import loss_forgetting
-from ..measures.names import DEFAULT_MEASURE, MEASURES, Measure
-from ..measures.pooled import pooled_forgetting
-from ..measures.relative import relative_forgetting
-from ..measures.rouge import rouge_forgetting
-from ..measures.smoothed import nats_per_unit, smoothed_forgetting
-from ..scoring.scores import Scores
+from ..measures.names import DEFAULT_MEASURE, Measure
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.versions import library_versions
+from .forgetting import compute_forgetting, compute_nats_per_unit
 from .records import SESSIONS, Record, Session
 from .schema import SCHEMA_VERSION, read_column, read_manifest, read_rows
 
 
+if TYPE_CHECKING:
+    from ..scoring.scores import Scores
+
 logger = logging.getLogger(__name__)
 
-TRACE_FOLDER = "_forgetfilter"  # `push_to_hub` leaves out what begins with "_": the rows are nobody else's business
-# What a file system without locks answers (NFS without its lock daemon, some FUSE ones).
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# `Trainer.push_to_hub` skips names that begin with "_". The trace contains the user's rows, which must not be published.
+TRACE_FOLDER = "_forgetfilter"
+# Errors of file systems without locks (NFS without its lock daemon, some FUSE file systems).
+_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Trace:
-    """The records of one noisy set. Open one with `Trace.open(folder)`; [`ForgetTracker`] makes them.
+    """The records of one noisy set. [`ForgetTracker`] writes a trace; `Trace.open(folder)` reads it.
 
     Attributes:
         folder (`Path`):
-            Where it lies.
+            The folder of the trace.
         rows ([`EncodedRows`]):
-            The noisy set, in its order: what all arrays below run along.
+            The encoded noisy set in its order. All arrays below follow this order.
         manifest (`dict`):
-            `schema_version`, `fingerprint`, `samples`, `loss_tokens`, `truncated`, `model` (M0, where the trace begins
-            with it), `tokenizer`, `max_length`, `encoding` (what else [`encode_rows`] was or must be told), `versions`,
-            `sessions`, a list of what each session was (`session`, `output_dir`, `max_steps`), and, where the command line
-            made it, `source`: the file, folder or Hub id of the rows.
+            `schema_version`, `fingerprint`, `samples`, `loss_tokens`, `truncated`, `model` (the base model, if the trace
+            starts with it), `tokenizer`, `max_length`, `encoding` (further arguments of [`encode_rows`]), `versions`,
+            `sessions` (a list of `session`, `output_dir`, `max_steps`) and, if the command line created the trace,
+            `source`: the file, folder or Hub id of the rows.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -71,7 +71,7 @@ class Trace:
         self.manifest = manifest
 
     def __repr__(self) -> str:
-        records = ", ".join(f"{record.session} step {record.step}" for record in self.records())
+        records = "; ".join(map(str, self.records()))
         return f"Trace({str(self.folder)!r}, {len(self.rows)} samples, records: {records or 'none'})"
 
     @classmethod
@@ -84,9 +84,13 @@ class Trace:
         max_length: int | None,
         encoding: dict[str, Any] | None = None,
     ) -> Trace:
-        """Begins an empty trace of `rows` in `folder`, which must not hold one already."""
+        """Create an empty trace of `rows` in `folder`.
+
+        Raises:
+            TraceError: if `folder` already contains a trace.
+        """
         if cls.exists(folder):
-            raise TraceError(f"{folder} holds a trace already. Go on with it, or choose another folder.")
+            raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
         tables = (
             pa.table(
@@ -118,52 +122,52 @@ class Trace:
 
     @staticmethod
     def lock(folder: str | os.PathLike[str]) -> FileLock | None:
-        """Claims `folder` for this process, until the lock is released or the process ends, however it ends.
+        """Lock `folder` for this process until the lock is released or the process ends.
 
         Returns:
-            [`filelock.FileLock`], or `None` where the file system has no locks (it is said, once a folder).
+            [`filelock.FileLock`], or `None` if the file system does not support locks (logged as a warning).
 
         Raises:
-            TraceError: if another process has it.
+            TraceError: if another process holds the lock.
         """
         lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False, is_singleton=True)
         try:
             lock.acquire()
         except Timeout:
             raise TraceError(
-                f"Another process is recording into {folder}. Give this run another `trace_dir` or `output_dir`, or end "
-                "the other one first."
+                f"Another process is recording into {folder}. Give this run another `trace_dir` or `output_dir`, or stop "
+                "the other process first."
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
-            logger.warning(f"{folder} lies where files cannot be locked ({error}). Let no other run record into it.")
+            logger.warning(f"The file system of {folder} has no locks ({error}). No other run may record into it.")
             return None
         return lock
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
-        """Whether `folder` holds a trace."""
+        """Whether `folder` contains a trace."""
         return (Path(folder) / "manifest.json").is_file()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trace:
-        """Opens the trace in `folder`.
+        """Open the trace in `folder`.
 
         Raises:
-            TraceError: if there is none, if a newer version wrote it, or if its files do not fit together.
+            TraceError: if there is no trace, if another version of the library wrote it, or if its files do not match.
         """
         folder = Path(folder)
         if not cls.exists(folder):
             raise TraceError(
-                f"{folder} holds no trace (no manifest.json). ForgetTracker writes one into `output_dir/_forgetfilter` "
-                "of the first session's trainer, or into its `trace_dir`."
+                f"{folder} contains no trace (no manifest.json). ForgetTracker writes the trace to its `trace_dir`, by "
+                "default `output_dir/_forgetfilter` of the first trainer."
             )
         manifest = read_manifest(folder)
         return cls(folder, read_rows(folder, manifest), manifest)
 
     def begin_session(self, session: Session, output_dir: str, max_steps: int) -> list[Session]:
-        """Notes in the manifest what a session is; an earlier run of the same session is replaced.
+        """Add a session to the manifest. An earlier entry of the same session is replaced.
 
         Returns:
             `list[str]`: the sessions that had begun before.
@@ -175,15 +179,15 @@ class Trace:
         self._write_manifest()
         return begun
 
-    def note_model(self, model: str, tokenizer: str | None) -> None:
-        """Notes in the manifest which model the trace begins with anew, and the versions of now."""
-        noted = {"model": model, "tokenizer": tokenizer or self.manifest["tokenizer"], "versions": library_versions()}
-        if not noted.items() <= self.manifest.items():
-            self.manifest |= noted
+    def set_model(self, model: str, tokenizer: str | None) -> None:
+        """Write the model that the trace starts with, and the current library versions, to the manifest."""
+        changes = {"model": model, "tokenizer": tokenizer or self.manifest["tokenizer"], "versions": library_versions()}
+        if not changes.items() <= self.manifest.items():
+            self.manifest |= changes
             self._write_manifest()
 
-    def note_source(self, source: str, truncated: int) -> None:
-        """Notes in the manifest where the rows came from, as [`load_rows`] takes it, and how many of them were cut."""
+    def set_source(self, source: str, truncated: int) -> None:
+        """Write the source of the rows (as [`load_rows`] takes it) and the number of truncated rows to the manifest."""
         self.manifest |= {"source": source, "truncated": truncated}
         self._write_manifest()
 
@@ -195,31 +199,30 @@ class Trace:
         rouge1: np.ndarray | None = None,
         restart: bool = False,
     ) -> list[Record]:
-        """Writes one record, of which no more than a window is held.
+        """Write one record. At most one window of rows is held in memory.
 
         Args:
             record ([`Record`]):
                 Session and step.
             scores (`Iterable[Scores]`):
-                Loss of each counted token, nats, and perhaps the states of the samples, window by window as
-                `rows.windows()` has them.
+                Losses of the tokens in nats, and optionally the samples' states, one item per window of `rows.windows()`.
             completions (`Sequence[str]`, *optional*):
-                One greedy completion a sample.
+                One greedy completion per sample.
             rouge1 (`np.ndarray` of shape `(samples,)`, *optional*):
                 ROUGE-1 of each completion.
             restart (`bool`, defaults to `False`):
-                Whether the session begins anew with this record: once it is on disk, and not before, the session's other
-                records go, and those of later sessions.
+                Whether the session starts again with this record. Once the record is on disk, the older records of this
+                session and of later sessions are moved to `superseded`.
 
         Returns:
-            `list[Record]`: what was deleted.
+            `list[Record]`: the records that were moved.
         """
         stale = self._stale(record) if restart else []
-        tables = self._record_windows(scores, completions, rouge1)
-        write_parquet(tables, self.folder / "records" / record.file_name, partial(self._delete, stale))
+        tables = self._record_tables(scores, completions, rouge1)
+        write_parquet(tables, self._file(record), before_commit=partial(self._supersede, stale, record, restart))
         return stale
 
-    def _record_windows(
+    def _record_tables(
         self, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
     ) -> Iterator[pa.Table]:
         start = 0
@@ -228,172 +231,168 @@ class Trace:
             if scored.states is not None:
                 flat = pa.array(scored.states.reshape(-1))
                 columns["state"] = pa.FixedSizeListArray.from_arrays(flat, scored.states.shape[1])
-            where = slice(start, start := start + len(window))
+            stop = start + len(window)
             if completions is not None and rouge1 is not None:
-                columns |= {
-                    "completion": pa.array(completions[where], pa.large_string()),
-                    "rouge1": pa.array(rouge1[where]),
-                }
+                columns["completion"] = pa.array(completions[start:stop], pa.large_string())
+                columns["rouge1"] = pa.array(rouge1[start:stop])
+            start = stop
             yield pa.table(columns)
 
-    def repeat(self, record: Record, again: Record, restart: bool = False) -> list[Record]:
-        """Writes `record` once more, as `again`: the model has not changed in between. `restart` as in [`append`]."""
-        stale = self._stale(again) if restart else []
-        with atomic_write(self.folder / "records" / again.file_name, partial(self._delete, stale)) as unfinished:
-            shutil.copyfile(self.folder / "records" / record.file_name, unfinished)
+    def copy_record(self, source: Record, target: Record, restart: bool = False) -> list[Record]:
+        """Write the record `source` again as `target`, for a model that has not changed. `restart` as in [`append`]."""
+        stale = self._stale(target) if restart else []
+        supersede = partial(self._supersede, stale, target, restart)
+        with atomic_write(self._file(target), before_commit=supersede) as temporary_file:
+            shutil.copyfile(self._file(source), temporary_file)
+        return stale
+
+    def drop_after(self, session: Session, step: int) -> list[Record]:
+        """Move records of `session` past `step` and all of later sessions to `superseded`. Returns the moved records."""
+        stale = [record for record in self.records() if record.session == session and record.step > step]
+        if stale:
+            stale += [r for r in self.records() if SESSIONS.index(r.session) > SESSIONS.index(session)]
+            self._supersede(stale)
         return stale
 
     def _stale(self, record: Record) -> list[Record]:
-        """What a session that begins anew with `record` leaves behind."""
+        """The records that are out of date once a session starts again with `record`."""
         records = self.records()
         if all(other.session != record.session for other in records):
             return []
-        from_it_on = SESSIONS[SESSIONS.index(record.session) :]
-        return [other for other in records if other.session in from_it_on and other != record]
+        sessions = SESSIONS[SESSIONS.index(record.session) :]
+        return [other for other in records if other.session in sessions and other != record]
 
-    def drop_after(self, session: Session, step: int) -> list[Record]:
-        """Deletes the records of `session` past `step`, and those of later sessions if any was deleted. Returns them."""
-        stale = [r for r in self.records() if r.session == session and r.step > step]
-        if stale:
-            stale += [r for r in self.records() if SESSIONS.index(r.session) > SESSIONS.index(session)]
-        self._delete(stale)
-        return stale
-
-    def _delete(self, records: list[Record]) -> None:
-        # The last first: cut off in the middle, what is left of a session says that its successors are stale too.
-        for record in sorted(records, reverse=True):
-            (self.folder / "records" / record.file_name).unlink()
+    def _supersede(self, stale: list[Record], replaced: Record | None = None, restart: bool = False) -> None:
+        """Move stale records to a new folder in `superseded`, and copy the record that is about to be replaced there."""
+        replaces = restart and replaced is not None and self._file(replaced).exists()
+        if not stale and not replaces:
+            return
+        superseded = self.folder / "superseded"
+        numbers = [int(earlier.name) for earlier in superseded.glob("*") if earlier.name.isdecimal()]
+        folder = superseded / str(1 + max(numbers, default=0))
+        folder.mkdir(parents=True)
+        if replaced is not None and replaces:
+            with atomic_write(folder / replaced.file_name) as temporary_file:
+                shutil.copyfile(self._file(replaced), temporary_file)
+        # Last record first: after a crash here, the remaining records of a session show that later ones are stale too.
+        for record in sorted(stale, reverse=True):
+            os.replace(self._file(record), folder / record.file_name)
 
     def identity(self) -> str:
-        """Of the rows and of the records that forgetting is measured between: a decision on one trace fits no other."""
+        """Hash of the rows and of both safety records. It ties a reviewer's decision to its trace."""
         digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
         for record in self.first_and_last():
             digest.update(self.token_losses(record).tobytes())
         return digest.hexdigest()
 
     def records(self) -> list[Record]:
-        """All records, in order of session and step."""
-        found = []
+        """All records, ordered by session and step."""
+        records = []
         for file in (self.folder / "records").glob("*.parquet"):
             session, _, step = file.stem.rpartition("-")
             if session in SESSIONS and step.isdecimal():
-                found.append(Record(session, int(step)))
-        return sorted(found)
+                records.append(Record(session, int(step)))
+        return sorted(records)
 
     def token_losses(self, record: Record) -> np.ndarray:
-        """Losses of one record: shape `(counted_tokens,)`, float32, nats, in the order of `rows.counted_tokens`."""
+        """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`."""
         return self._read(record, "loss").values.to_numpy()
 
     def states(self, record: Record) -> np.ndarray:
-        """States of the samples (see [`Scores`]) in one record: shape `(samples, size)`, float16."""
+        """Hidden states of the samples in a record (see [`Scores`]): shape `(samples, size)`, float16."""
         column = self._read(record, "state")
         return column.values.to_numpy().reshape(len(column), -1)
 
     def rouge1(self, record: Record) -> np.ndarray:
-        """ROUGE-1 of the greedy completions of one record: shape `(samples,)`, float64, 0..1."""
+        """ROUGE-1 of the greedy completions of a record: shape `(samples,)`, float64, between 0 and 1."""
         return self._read(record, "rouge1").to_numpy(zero_copy_only=False)
+
+    def mean_losses(self, record: Record) -> np.ndarray:
+        """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN without loss tokens."""
+        return mean_losses(self.token_losses(record), self.rows.loss_offsets)
 
     def losses(self) -> np.ndarray:
         """Mean loss of each sample in each record.
 
         Returns:
             `np.ndarray` of shape `(records, samples)`, float64, nats per token, in the order of [`records`] and of the
-            noisy set; NaN where no token counts.
+            noisy set. NaN for samples without loss tokens.
         """
-        offsets = self.rows.loss_offsets
-        means = [mean_losses(self.token_losses(record), offsets) for record in self.records()]
-        return np.array(means).reshape(-1, len(self.rows))
+        return np.array([self.mean_losses(record) for record in self.records()]).reshape(-1, len(self.rows))
 
     def forgetting(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> np.ndarray:
-        """How much each sample was forgotten during S1+; higher is more.
+        """How much each sample was forgotten during safety finetuning. Higher means more forgotten.
 
         Args:
-            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
-                See [`forgetting`](forgetting.py). `relative` needs M0's record (the tracker was there in S1), `rouge1`
-                needs `ForgetTracker(rouge1=True)`.
+            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
+                The measure; each is a module of `forgetfilter_callback.measures`. `"relative"` needs the record of the
+                base model. `"rouge1"` needs `ForgetTracker(rouge1=True)`.
             step (`int`, *optional*):
-                Which record of S1+ to compare with its first; the last one by default.
+                The record of the safety session that is compared with its first record. Defaults to the last one.
 
         Returns:
-            `np.ndarray` of shape `(samples,)`, float64; NaN where no token counts.
+            `np.ndarray` of shape `(samples,)`, float64. NaN for samples without loss tokens.
 
         Raises:
-            TraceError: if the records it needs are not there.
+            TraceError: if the trace does not hold the records that the measure needs.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"measure={measure!r} is none of {', '.join(MEASURES)}.")
-        before, after = self.first_and_last(step)
-        if measure == "rouge1":
-            return rouge_forgetting(self.rouge1(before), self.rouge1(after))
-        before_losses, after_losses = self.token_losses(before), self.token_losses(after)
-        offsets = self.rows.loss_offsets
-        if measure == "smoothed":
-            return smoothed_forgetting(self.rows.loss_tokens, offsets, before_losses, after_losses, self.states(before))
-        if measure == "pooled":
-            return pooled_forgetting(self.rows.loss_tokens, offsets, before_losses, after_losses)
-        before_means, after_means = mean_losses(before_losses, offsets), mean_losses(after_losses, offsets)
-        if measure == "loss":
-            return loss_forgetting(before_means, after_means)
-        if self.base_record is None:
-            raise TraceError(
-                "Relative forgetting needs the base model's losses, and this trace has no record at step 0 of S1. Carry "
-                "the tracker through both sessions, or use measure='loss' or 'pooled'."
-            )
-        return relative_forgetting(mean_losses(self.token_losses(self.base_record), offsets), before_means, after_means)
+        return compute_forgetting(self, measure, step)
 
     def nats_per_unit(self, values: np.ndarray, step: int | None = None) -> float:
-        """By how many nats a sample becomes less likely with each unit of forgetting: how far `smoothed` is to be believed.
+        """How many nats a sample of median length loses per unit of forgetting. A low value means that `smoothed` is noise.
 
         Args:
             values (`np.ndarray` of shape `(samples,)`):
-                What [`forgetting`] gave.
+                The result of [`forgetting`].
             step (`int`, *optional*):
-                The same as there.
+                The step that was given to [`forgetting`].
 
         Returns:
-            `float`: see [`nats_per_unit`](forgetting.py).
+            `float`: nats per unit of `values`; see `forgetfilter_callback.measures.smoothed.nats_per_unit`.
         """
-        before, after = (self.token_losses(record) for record in self.first_and_last(step))
-        return nats_per_unit(values, before, after, self.rows.loss_offsets)
+        return compute_nats_per_unit(self, values, step)
 
     @property
     def base_record(self) -> Record | None:
-        """The record of M0: step 0 of S1."""
+        """The record of the base model: step 0 of the noisy session, or `None` if the trace does not hold it."""
         return Record("noisy", 0) if Record("noisy", 0) in self.records() else None
 
     def first_and_last(self, step: int | None = None) -> tuple[Record, Record]:
-        """The records forgetting is measured between: S1+ at step 0 and at `step` (by default its last)."""
-        of_safety = [record for record in self.records() if record.session == "safety"]
-        if not of_safety:
+        """The two records that forgetting compares: step 0 of the safety session, and `step` (by default its last).
+
+        Raises:
+            TraceError: if the trace does not hold both.
+        """
+        safety = [record for record in self.records() if record.session == "safety"]
+        if not safety:
             raise TraceError(
-                f"The trace in {self.folder} has records of the session on the noisy set only, so nothing can have been "
-                "forgotten yet. Carry the same tracker into a second trainer on a safety set. (If you wanted to track "
-                "rows that the model learnt earlier, name them: `ForgetTracker(noisy)`.)"
+                f"The trace in {self.folder} has records of noisy finetuning only, so forgetting cannot be measured yet. "
+                "Pass the same tracker to a second trainer that trains on a safety set. To follow rows that the model has "
+                "already learned, name them: `ForgetTracker(noisy)`."
             )
-        before, after = of_safety[0], Record("safety", step) if step is not None else of_safety[-1]
-        if after not in of_safety:
-            raise TraceError(f"S1+ has no record at step {step}, only at {[record.step for record in of_safety]}.")
+        before, after = safety[0], Record("safety", step) if step is not None else safety[-1]
+        if after not in safety:
+            raise TraceError(
+                f"The safety session has no record at step {step}. Its records are at steps {[r.step for r in safety]}."
+            )
         if before.step != 0:
             raise TraceError(
-                f"S1+ has no record at step 0 (its first is at step {before.step}), so there is nothing to compare "
-                "with. Run the safety session with the tracker from its beginning."
+                f"The safety session has no record at step 0 (its first record is at step {before.step}), so there is "
+                "nothing to compare with. Run the whole safety session with the tracker."
             )
-        if before == after and len(of_safety) > 1:
-            raise TraceError("Forgetting is measured from step 0 of S1+ on, so there is none at step 0.")
+        if before == after and len(safety) > 1:
+            raise TraceError("Forgetting is measured from step 0 of the safety session. Choose a later step.")
         if before == after:
             raise TraceError(
-                "S1+ has a record at step 0 only: the safety session has not ended, or was stopped. Finish it."
+                "The safety session has a record at step 0 only: it has not finished, or it was stopped. Finish it."
             )
         return before, after
 
-    def _read(self, record: Record, column: str) -> Any:
-        return read_column(self.folder / "records" / record.file_name, column, self.rows)
+    def _file(self, record: Record) -> Path:
+        return self.folder / "records" / record.file_name
+
+    def _read(self, record: Record, column: str) -> pa.Array:
+        return read_column(self._file(record), column, self.rows)
 
     def _write_manifest(self) -> None:
         write_json(self.manifest, self.folder / "manifest.json")
-
-
-def find_trace_folder(path: str | os.PathLike[str]) -> Path:
-    """The trace in `path`: itself, or where a run's output folder has it."""
-    inside = Path(path) / TRACE_FOLDER
-    return inside if Trace.exists(inside) and not Trace.exists(path) else Path(path)

@@ -1,0 +1,93 @@
+"""Find a trace, and the rows, labels and tokenizer it was created from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..errors import DataError
+from .trace import TRACE_FOLDER, Trace
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def find_trace_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a trace: `path` itself, or the trace inside the output folder `path` of a run."""
+    inside = Path(path) / TRACE_FOLDER
+    return inside if Trace.exists(inside) and not Trace.exists(path) else Path(path)
+
+
+def find_source(trace: Trace) -> str:
+    """The file, folder or Hub id of the rows a trace was created from.
+
+    Raises:
+        DataError: if the trace does not name it, or if the file is no longer there.
+    """
+    if "source" not in trace.manifest:
+        raise DataError(f"The trace in {trace.folder} does not name the file of its rows. Pass it with `--noisy`.")
+    source: str = trace.manifest["source"]
+    # Files and folders are stored as absolute paths, Hub ids are not.
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise DataError(
+            f"The rows of the trace were in {source}, which does not exist. Pass their file with `--noisy`."
+        )
+    return source
+
+
+def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
+    """Audit labels of the samples of a trace. Rows are matched by the tokens they are trained on.
+
+    Args:
+        trace ([`Trace`]):
+            The trace.
+        rows (`Dataset`):
+            The rows the trace was created from, in any order.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the trace.
+        column (`str`):
+            A column of `rows` that is true (or not 0) for unsafe rows.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, bool.
+
+    Raises:
+        DataError: if the column is missing or holds text, or if a sample of the trace is not among the rows.
+    """
+    from ..data.encode_text import encode_rows  # imports torch
+
+    if column not in rows.column_names:
+        raise DataError(f"The rows have no column {column!r}. Their columns are {', '.join(rows.column_names)}.")
+    labels = np.asarray(rows[column])
+    if labels.dtype.kind not in "biuf":  # the text "False" would be true
+        raise DataError(
+            f"The column {column!r} must hold true/false or numbers, but it holds values such as {str(labels[0])!r}."
+        )
+    manifest = trace.manifest
+    encoded = encode_rows(rows, tokenizer, manifest["max_length"], disable_tqdm=True, **manifest["encoding"])
+    indices = pc.index_in(trace.rows.ids, value_set=encoded.ids)
+    if indices.null_count:
+        raise DataError(
+            f"{indices.null_count} samples of the trace are not among these rows. Pass the rows it was created from."
+        )
+    return labels.astype(bool)[indices.to_numpy()]
+
+
+def load_trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the rows of a trace were encoded with.
+
+    Raises:
+        DataError: if the trace does not name it, or if it cannot be loaded.
+    """
+    from ..data.tokenizers import load_tokenizer  # imports transformers
+
+    name = trace.manifest["tokenizer"]
+    if name is None:
+        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass it with `--tokenizer`.")
+    return load_tokenizer(name)

@@ -1,0 +1,109 @@
+"""Check the files of a trace, for `forgetfilter doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.encoded_rows import IGNORE_INDEX
+from ..errors import TraceError
+from .records import SESSIONS, Record
+from .trace import Trace
+
+
+class Findings(NamedTuple):
+    """The result of [`validate_trace`]. Each entry names a file and what to do.
+
+    Attributes:
+        problems (`list[str]`): Errors in the files.
+        notes (`list[str]`): Facts that may be intended.
+    """
+
+    problems: list[str]
+    notes: list[str]
+
+
+def validate_trace(folder: str | Path) -> Findings:
+    """Check every file of the trace in `folder`."""
+    folder = Path(folder)
+    try:
+        trace = Trace.open(folder)
+    except TraceError as error:
+        return Findings([str(error)], [])
+    records = trace.records()
+    record_files = {record.file_name for record in records}
+    notes = [
+        f"{file} is an unfinished file of a process that has ended. Nothing reads it. Delete it."
+        for file in sorted(folder.rglob(".*.tmp"))
+    ]
+    problems = [
+        f"{file} is not a record: its name is not `<session>-<step>.parquet`. Move it elsewhere."
+        for file in sorted((folder / "records").glob("*"))
+        if not file.name.startswith(".") and file.name not in record_files
+    ]
+    problems += _check_rows(trace)
+    checks = [*(_check_record(trace, record) for record in records), _check_sessions(trace)]
+    for check in checks:
+        problems += check.problems
+        notes += check.notes
+    return Findings(problems, notes)
+
+
+def _check_rows(trace: Trace) -> list[str]:
+    from ..data.encode_text import encode_rows  # imports torch
+
+    if len(pc.unique(trace.rows.ids)) < len(trace.rows):
+        return ["rows.parquet contains a sample id twice. Record the trace again into another folder."]
+    # An id is a hash of its row.
+    samples = map(trace.rows.sample, range(len(trace.rows)))
+    rows = [{"input_ids": tokens, "labels": np.where(mask, tokens, IGNORE_INDEX)} for tokens, mask in samples]
+    changed = pc.not_equal(encode_rows(rows, disable_tqdm=True).ids, trace.rows.ids).true_count
+    if not changed:
+        return []
+    return [f"rows.parquet: {changed} of {len(rows)} rows do not match their ids. Restore the file, or record again."]
+
+
+def _check_record(trace: Trace, record: Record) -> Findings:
+    file = trace.folder / "records" / record.file_name
+    try:
+        columns = pq.read_table(file, page_checksum_verification=True).column_names
+        losses = trace.token_losses(record)
+        for column, read in (("state", trace.states), ("rouge1", trace.rouge1)):
+            if column in columns:
+                read(record)
+    except (OSError, TraceError, pa.ArrowException) as error:
+        return Findings([f"{file}: {error} Delete the file. The next run of the session records it again."], [])
+    notes = []
+    not_finite = int((~np.isfinite(losses)).sum())
+    if not_finite:
+        notes.append(f"{file} has {not_finite} losses that are not finite: the model diverged. Its samples are kept.")
+    if record.has_states and "state" not in columns:
+        notes.append(f"{file} has no hidden states, which measure='smoothed' needs. Use another measure.")
+    return Findings([], notes)
+
+
+def _check_sessions(trace: Trace) -> Findings:
+    records = trace.records()
+    problems: list[str] = []
+    notes: list[str] = []
+    max_steps = {entry["session"]: entry["max_steps"] for entry in trace.manifest["sessions"]}
+    for session in SESSIONS:
+        steps = [record.step for record in records if record.session == session]
+        if steps and session in max_steps and max(steps) < max_steps[session]:
+            notes.append(
+                f"The {session} session has no record at its end: the last one is at step {max(steps)} of "
+                f"{max_steps[session]}. It was stopped early or crashed. If that was not intended, resume it with "
+                "`resume_from_checkpoint`."
+            )
+        if session == "safety" and steps and min(steps) > 0:
+            problems.append(
+                "The safety session has no record at step 0, which forgetting needs. Run the session again."
+            )
+    if not records:
+        notes.append("The trace has no records yet.")
+    return Findings(problems, notes)
