@@ -1,0 +1,1 @@
+"""Decide which samples to remove, from their forgetting, and explain the decision."""

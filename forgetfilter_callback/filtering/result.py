@@ -1,4 +1,4 @@
-"""TODO"""
+"""[`FilterResult`]: what a filter removed and why, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..data.json_lines import to_json_lines
+from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
 from ..measures.names import Measure
 from ..thresholds import Separability
@@ -22,42 +22,43 @@ from ..utils.atomic_files import atomic_write, write_json, write_lines, write_pa
 from .review_decision import Override
 
 
-SCHEMA_VERSION = 1  # of decision.json
+RESULT_FILE = "filter_result.json"
+SCHEMA_VERSION = 2
 ThresholdMethod = Literal["auto", "fixed", "fraction"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FilterResult:
-    """What was removed, and why.
+    """What a filter removed and why.
 
     Attributes:
         ids (`pa.StringArray` of length `samples`):
-            Sample ids, in the order of the training set; null where the trainer drops the row.
+            Sample ids in the order of the training set. Null for rows that the trainer itself drops.
         values (`np.ndarray` of shape `(samples,)`, float64):
-            Forgetting; NaN where it is unknown.
+            Forgetting of each sample. NaN if it is unknown.
         removed (`np.ndarray` of shape `(samples,)`, bool):
-            Which samples are removed. Samples with an unknown value never are.
+            Whether a sample is removed. Samples with unknown forgetting are kept.
         measure (`str`):
-            Which forgetting.
+            The measure of forgetting.
         threshold (`float` or `None`):
-            φ: a sample is removed when its value is larger. `None` when nothing is removed because the values do not
-            separate.
-        method (`"auto"`, `"fixed"` or `"share"`):
-            How φ was chosen.
+            The threshold φ: samples with a larger value are removed. `None` if no threshold applies, so that only
+            overridden samples can be removed.
+        method (`"auto"`, `"fixed"` or `"fraction"`):
+            How the threshold was chosen.
         reason (`str`):
-            The same in a sentence.
+            A sentence that explains the threshold.
         separability ([`Separability`]):
-            Whether the values hold two populations, whichever way φ was chosen.
+            Whether the values separate into two groups, for any `method`.
         fingerprint (`str` or `None`):
-            Of the trace the values come from.
+            Fingerprint of the trace that the values come from.
         versions (`dict[str, str]`):
             Library versions.
         overrides (`dict[str, str]`):
-            Ids that a reviewer decided, with `"keep"` or `"remove"`.
+            Ids of the samples that a reviewer decided, with `"keep"` or `"remove"`.
         nats_per_unit (`float` or `None`):
-            What [`filter_by_values`] was given, if it is finite.
+            See [`Trace.nats_per_unit`]. `None` if it is unknown.
         step (`int` or `None`):
-            Which record of S1+ forgetting was measured at; `None` where there was no trace.
+            The step of the safety session at which forgetting was measured. `None` if the values came without a trace.
     """
 
     ids: pa.StringArray
@@ -76,60 +77,67 @@ class FilterResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`samples`, `removed`, `kept` and, among the kept, `unknown` (no forgetting value)."""
+        """Number of `samples`, `removed`, `kept` and (among the kept) `unknown` samples, which have no forgetting value."""
         removed = int(self.removed.sum())
         unknown = int(np.isnan(self.values).sum())
         return {"samples": len(self.ids), "removed": removed, "kept": len(self.ids) - removed, "unknown": unknown}
 
     def summary(self) -> str:
-        """One sentence for a log."""
-        phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g} of {self.measure} forgetting)"
-        unknown = f"; {self.counts['unknown']} without a forgetting value kept" if self.counts["unknown"] else ""
-        return f"{self.counts['removed']} of {self.counts['samples']} samples removed{phi}: {self.reason}{unknown}"
+        """A one-line summary for logs."""
+        counts = self.counts
+        phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g}, {self.measure} forgetting)"
+        unknown = f"; kept {counts['unknown']} samples without a forgetting value" if counts["unknown"] else ""
+        return f"removed {counts['removed']} of {counts['samples']} samples{phi}: {self.reason}{unknown}"
 
     def save(self, folder: str | os.PathLike[str], removed_rows: Any = None) -> None:
-        """Writes `decision.json`, `values.parquet` (id, forgetting, removed) and, from a `Dataset`, `removed.jsonl`."""
+        """Write `filter_result.json`, `values.parquet` and, if `removed_rows` is a `Dataset`, `removed.jsonl` to `folder`.
+
+        Either all files are written or none. `values.parquet` has the columns `id`, `forgetting` and `removed`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        account = asdict(self)
+        content = asdict(self)
         for column in ("ids", "values", "removed"):
-            del account[column]
-        with ExitStack() as parts:  # all of them or none; the account gets its name last
-            before_commit = parts.enter_context(atomic_write(folder / "decision.json"))
-            write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **account}, before_commit)
+            del content[column]
+        with ExitStack() as files:  # renames the files in reverse order: filter_result.json last
+            result_file = files.enter_context(atomic_write(folder / RESULT_FILE))
+            write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
             table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
-            write_parquet([table], parts.enter_context(atomic_write(folder / "values.parquet")))
+            write_parquet([table], files.enter_context(atomic_write(folder / "values.parquet")))
             if isinstance(removed_rows, Dataset):
-                rows = parts.enter_context(atomic_write(folder / "removed.jsonl"))
-                plain_rows = removed_rows.with_format(None)  # tensors would be written as they print, cut short
-                write_lines(to_json_lines(plain_rows), rows)
+                removed_file = files.enter_context(atomic_write(folder / "removed.jsonl"))
+                # Without a format: tensors would be written as their shortened text.
+                write_lines(to_json_lines(removed_rows.with_format(None)), removed_file)
         if not isinstance(removed_rows, Dataset):
-            (folder / "removed.jsonl").unlink(missing_ok=True)  # of an earlier decision
+            (folder / "removed.jsonl").unlink(missing_ok=True)  # written by an earlier result
 
     @classmethod
-    def load(cls, folder: str | Path) -> FilterResult:
-        """Reads what [`save`] wrote.
+    def load(cls, folder: str | os.PathLike[str]) -> FilterResult:
+        """Read the result that [`save`] wrote to `folder`.
 
         Raises:
-            DecisionError: if it is not that, or a newer version's.
+            DecisionError: if `folder` contains no filter result, or one of another version of the library.
         """
         try:
-            account = json.loads((Path(folder) / "decision.json").read_text(encoding="utf-8"))
-            if account.pop("schema_version") > SCHEMA_VERSION:
-                raise DecisionError(f"A newer forgetfilter-callback wrote the decision in {folder}. Upgrade this one.")
-            del account["counts"]
-            account["separability"] = Separability(**account["separability"])
+            content = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
+            if content.pop("schema_version") != SCHEMA_VERSION:
+                raise DecisionError(
+                    f"Another version of forgetfilter-callback wrote the filter result in {folder}. Filter again."
+                )
+            del content["counts"]
+            content["separability"] = Separability(**content["separability"])
             table = pq.read_table(Path(folder) / "values.parquet")
             return cls(
                 ids=table["id"].combine_chunks(),
                 values=table["forgetting"].to_numpy(),
                 removed=table["removed"].to_numpy(),
-                **account,
+                **content,
             )
         except DecisionError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DecisionError(
-                f"{folder} holds no decision ({type(error).__name__}: {error}). `FilterResult.save` and `forgetfilter "
-                "filter` write them."
+                f"{folder} is not the folder of a filter result ({type(error).__name__}: {error}). Pass a folder with "
+                f"{RESULT_FILE}, which `FilterResult.save` and `forgetfilter filter` write. (review_decision.json is "
+                "something else: a reviewer's decision, for `FilterConfig(decision=...)`.)"
             ) from error

@@ -1,4 +1,4 @@
-"""TODO"""
+"""[`ReviewDecision`]: the decision of a reviewer, exported from the review page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Literal, get_args
 
 from ..errors import DecisionError
 from ..measures.names import MEASURES, Measure
-from ..thresholds import Threshold
-from ..trace.trace import Trace
 
 
 Override = Literal["keep", "remove"]
@@ -20,17 +18,17 @@ Override = Literal["keep", "remove"]
 
 @dataclass(frozen=True)
 class ReviewDecision:
-    """What a reviewer decided. The review page exports it as JSON, which `decision=` and `forgetfilter filter` take.
+    """The decision of a reviewer. The review page exports it as `review_decision.json`.
 
     Attributes:
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
-            Which forgetting was looked at.
+            The measure of forgetting that the reviewer looked at.
         threshold (`float` or `None`):
-            φ; `None` where nothing is removed but by hand.
+            The threshold φ. `None` removes only the overridden samples.
         overrides (`dict[str, str]`):
-            Sample ids, each with `"keep"` or `"remove"`, whatever φ says.
+            Sample id to `"keep"` or `"remove"`, regardless of the threshold.
         trace (`str`):
-            The [`~Trace.identity`] of the trace that was looked at.
+            The [`~Trace.identity`] of the reviewed trace.
     """
 
     measure: Measure
@@ -40,51 +38,39 @@ class ReviewDecision:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> ReviewDecision:
-        """Reads an exported decision.
+        """Read `review_decision.json`.
 
         Raises:
-            DecisionError: if `file` is not one.
+            DecisionError: if `file` is something else.
         """
+        advice = "Export review_decision.json from the review page that `forgetfilter report` writes."
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-            review = cls(**{name: content[name] for name in ("measure", "threshold", "overrides", "trace")})
-            threshold_fits = review.threshold is None or math.isfinite(float(review.threshold))
-            by_hand_fits = all(value in get_args(Override) for value in review.overrides.values())
-        except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if "separability" in content:
+                raise DecisionError(
+                    f"{file} is a filter result (filter_result.json), which records what a filter removed. A reviewer's "
+                    f"decision is needed here. {advice}"
+                )
+            decision = cls(**{name: content[name] for name in ("measure", "threshold", "overrides", "trace")})
+            is_number = decision.threshold is None or math.isfinite(float(decision.threshold))
+            are_overrides = all(override in get_args(Override) for override in decision.overrides.values())
+        except DecisionError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DecisionError(
-                f"{file} is no decision ({type(error).__name__}: {error}). Export one from the review page that "
-                "`forgetfilter report` makes."
+                f"{file} is not a reviewer's decision ({type(error).__name__}: {error}). {advice}"
             ) from error
-        if review.measure not in MEASURES or not threshold_fits or not by_hand_fits:
+        if decision.measure not in MEASURES or not is_number or not are_overrides:
             raise DecisionError(
-                f"{file} is no decision: `measure` must be one of {', '.join(MEASURES)}, `threshold` a number or null, and "
-                "every value in `overrides` 'keep' or 'remove'."
+                f"{file} is not a valid reviewer's decision: `measure` must be one of {', '.join(MEASURES)}, `threshold` a "
+                "number or null, and every value of `overrides` 'keep' or 'remove'."
             )
-        return review
+        return decision
 
     def check(self, identity: str) -> None:
-        """Refuses a decision made on another trace, or before its last record."""
+        """Raise a [`DecisionError`] unless the decision was made on the trace with this [`~Trace.identity`]."""
         if identity != self.trace:
             raise DecisionError(
-                f"This decision was made on another trace ({self.trace}, this one is {identity}), or on this one before its "
-                "last record was taken. Make a review page of this trace and decide there."
+                f"This decision was made on another trace ({self.trace}; this one is {identity}), or before the last record "
+                "of this trace was written. Create a review page of this trace and decide there."
             )
-
-
-def load_review(
-    decision: str | os.PathLike[str],
-    trace: Trace | None,
-    measure: Measure | None,
-    threshold: Threshold,
-    fraction: float | None,
-) -> ReviewDecision:
-    """A reviewer's decision on `trace`; refused beside other settings or on another trace."""
-    if (measure, threshold, fraction) != (None, "auto", None):
-        raise DecisionError(
-            "A decision says measure and φ itself: give `decision`, or `measure`, `threshold`, `fraction`."
-        )
-    if trace is None:
-        raise DecisionError("A decision was made on a trace: pass the trace, or its folder, as `forgetting`.")
-    review = ReviewDecision.load(decision)
-    review.check(trace.identity())
-    return review

@@ -1,0 +1,1 @@
+"""Trainers that remove the most forgotten samples before they train."""

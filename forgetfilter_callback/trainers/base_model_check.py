@@ -1,4 +1,4 @@
-"""TODO"""
+"""[`BaseModelCheck`]: check that the filtered run starts from the base model."""
 
 from __future__ import annotations
 
@@ -7,24 +7,37 @@ from typing import Any
 import numpy as np
 from accelerate.logging import get_logger
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import ForgetFilterError
 from ..measures.common import mean_losses
 from ..scoring.token_losses import token_losses
 from ..trace.trace import Trace
 from ..utils.model_state import preserve_state, why_unsupported
 
 
-logger = get_logger(__name__)  # says things once, on the main process
+logger = get_logger(__name__)
 
-# M0 check: on so many samples, the mean loss may differ by so much (nats per token). Loading M0 in another precision
-# moves it by a hundredth; one epoch of finetuning by a tenth and more.
 CHECKED_SAMPLES = 32
+# Nats per token. Loading the base model in another precision changes the mean loss by about 0.01; an epoch of finetuning
+# changes it by 0.1 or more.
 MAX_LOSS_DIFFERENCE = 0.1
 
 
 class BaseModelCheck(TrainerCallback):
-    """Refuses to train a model that is not the M0 of the trace: training and `get_peft_model` change models in place."""
+    """Compares the model with the trace's record of the base model before the first step.
+
+    Training and `get_peft_model` change a model in place, so the model that a user passes may not be the base model any
+    more.
+
+    Args:
+        trace ([`Trace`], *optional*):
+            The trace. Without a record of the base model, a warning says that the model was not checked.
+
+    Raises:
+        ForgetFilterError: when training begins, if the mean losses of 32 samples differ by more than 0.1 nats per token on
+            average.
+    """
 
     def __init__(self, trace: Trace | None):
         self.trace = trace
@@ -34,35 +47,34 @@ class BaseModelCheck(TrainerCallback):
     ) -> None:
         if state.global_step > 0:
             return
-        reason = why_unsupported(kwargs["model"])
-        if reason is not None:
-            logger.warning(f"It could not be checked that this model is the base model ({reason}).")
-            return
         model = kwargs["model"]
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            logger.warning(
-                "It could not be checked that this model is the base model: its prompt is drawn anew each time."
-            )
+        reason = self._why_unchecked(model)
+        if reason is not None:
+            logger.warning(f"Could not check that this model is the base model: {reason}.")
             return
-        if self.trace is None or self.trace.base_record is None:
-            logger.warning(
-                "There is no record of the base model (step 0 of S1), so it could not be checked that this model is the one "
-                "from before the noisy set was learnt."
-            )
-            return
-        offsets = self.trace.rows.loss_offsets
-        scorable = np.flatnonzero(np.diff(offsets))
-        checked = scorable[np.linspace(0, len(scorable) - 1, min(CHECKED_SAMPLES, len(scorable)), dtype=int)]
-        base = mean_losses(self.trace.token_losses(self.trace.base_record), offsets)[checked]
-        some = self.trace.rows.select(checked)
-        with preserve_state(kwargs["model"]):
-            losses = token_losses(kwargs["model"], some, disable_tqdm=True)
-        here = mean_losses(losses, some.loss_offsets)
-        difference = float(np.mean(np.abs(here - base)))
+        assert self.trace is not None and self.trace.base_record is not None
+        scorable = np.flatnonzero(np.diff(self.trace.rows.loss_offsets))
+        count = min(CHECKED_SAMPLES, len(scorable))
+        checked = scorable[np.linspace(0, len(scorable) - 1, count, dtype=int)]
+        expected = self.trace.mean_losses(self.trace.base_record)[checked]
+        rows = self.trace.rows.select(checked)
+        with preserve_state(model):
+            losses = mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
+        difference = float(np.mean(np.abs(losses - expected)))
         if not difference <= MAX_LOSS_DIFFERENCE:
-            raise ValueError(
-                f"This is not the base model that the trace began with: on {len(checked)} samples the mean loss is "
-                f"{np.mean(here):.3f} nats per token, the base model's was {np.mean(base):.3f} (mean difference "
-                f"{difference:.3f}, allowed {MAX_LOSS_DIFFERENCE}). Training and `get_peft_model` change a model in place: "
-                "load it afresh with `from_pretrained`, or unload the adapter and add a new one."
+            raise ForgetFilterError(
+                f"This model is not the base model of the trace. On {count} samples its mean loss is {np.mean(losses):.3f} "
+                f"nats per token, and the base model's was {np.mean(expected):.3f} (mean difference {difference:.3f}, "
+                f"allowed {MAX_LOSS_DIFFERENCE}). Training and `get_peft_model` change a model in place: load the base "
+                "model again with `from_pretrained`, or unload the adapter and add a new one."
             )
+
+    def _why_unchecked(self, model: PreTrainedModel) -> str | None:
+        reason = why_unsupported(model)
+        if reason is not None:
+            return reason
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            return "its prompt embeddings are initialized at random each time"
+        if self.trace is None or self.trace.base_record is None:
+            return "there is no record of it (step 0 of the noisy session)"
+        return None

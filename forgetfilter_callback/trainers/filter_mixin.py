@@ -1,12 +1,11 @@
-"""TODO"""
+"""[`FilterMixin`]: the filtering that all filtered trainers share."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,105 +16,92 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
+from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import align_values, filter_by_values, find_forgotten
 from ..filtering.result import FilterResult
-from ..filtering.review_decision import load_review
-from ..measures.names import DEFAULT_MEASURE, Measure
-from ..thresholds import Threshold
 from ..trace.trace import Trace
 
 
-logger = get_logger(__name__)  # says things once, on the main process
+logger = get_logger(__name__)
 
-FILTER_FOLDER = "_forgetfilter-decision"  # not pushed to the Hub, as the trace is not
+# `Trainer.push_to_hub` skips names that begin with "_". The removed rows must not be published.
+RESULT_FOLDER = "_forgetfilter-result"
 
 Forgetting = ForgetTracker | str | os.PathLike[str] | tuple[Sequence[str], Sequence[float]] | np.ndarray
 
 
 class FilterMixin:
-    """What filtered trainers have in common; it knows nothing of how a trainer prepares its rows."""
+    """Filters a dataset by sample id. Subclasses know how their trainer prepares rows.
+
+    Attributes:
+        removed_dataset (*optional*):
+            The removed rows, unchanged. `None` if nothing was filtered.
+        filter_result ([`FilterResult`], *optional*):
+            What was removed and why. `None` if nothing was filtered.
+    """
 
     removed_dataset: Any = None
     filter_result: FilterResult | None = None
 
     def _filter(
-        self,
-        given: Any,
-        ids: pa.StringArray,
-        forgetting: Forgetting,
-        measure: Measure | None,
-        threshold: Threshold,
-        fraction: float | None,
-        decision: str | os.PathLike[str] | None,
+        self, dataset: Any, ids: pa.StringArray, forgetting: Forgetting, filter_config: FilterConfig | None
     ) -> Any:
-        """The kept ones of the rows as given. A row without an id is kept."""
-        trace = trace_of(forgetting)
-        overrides = None
-        if decision is not None:
-            review = load_review(decision, trace, measure, threshold, fraction)
-            measure, overrides = review.measure, review.overrides
-            threshold = review.threshold if review.threshold is not None else math.inf
+        """Return the kept rows of `dataset`, whose sample ids are `ids`. Rows with a null id are kept."""
+        trace = get_trace(forgetting)
         if trace is not None:
-            result = find_forgotten(
-                trace, measure or DEFAULT_MEASURE, threshold, fraction, ids=ids, overrides=overrides
-            )
-        elif measure is None:
-            raise ValueError(
-                "Say what the values measure: `measure=`. (Or pass the trace, or its folder, rather than its values: "
-                "`smoothed` is checked by more than them.)"
-            )
+            result = find_forgotten(trace, filter_config, ids)
         else:
-            result = filter_by_values(ids, given_values(ids, forgetting), measure, threshold, fraction)
+            config = filter_config if filter_config is not None else FilterConfig()
+            if config.decision is not None or config.step is not None:
+                raise ValueError(
+                    "`decision` and `step` belong to a trace, but `forgetting` is plain values. Pass the tracker or the "
+                    "trace folder as `forgetting`."
+                )
+            result = filter_by_values(ids, _values_of(ids, forgetting), config)
         self.filter_result = result
-        self.removed_dataset = rows_at(given, np.flatnonzero(result.removed))
-        logger.warning(f"{type(self).__name__}: {result.summary()}")
-        return rows_at(given, np.flatnonzero(~result.removed))
+        self.removed_dataset = _select(dataset, np.flatnonzero(result.removed))
+        log = logger.info if result.removed.any() else logger.warning
+        log(f"{type(self).__name__}: {result.summary()}")
+        return _select(dataset, np.flatnonzero(~result.removed))
 
-    def _save_decision(self, args: TrainingArguments) -> None:
+    def _save_result(self, args: TrainingArguments) -> None:
         assert self.filter_result is not None
         if args.should_save:
-            self.filter_result.save(Path(args.output_dir) / FILTER_FOLDER, self.removed_dataset)
+            self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, self.removed_dataset)
 
 
-def trace_of(forgetting: Forgetting) -> Trace | None:
-    """The trace, where `forgetting` has one."""
+def get_trace(forgetting: Forgetting) -> Trace | None:
+    """The trace of a tracker or of a folder; `None` for plain values."""
     if isinstance(forgetting, ForgetTracker):
         return forgetting.trace
     return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
 
 
-def warn_nothing_filtered(
-    measure: Measure | None,
-    threshold: Threshold,
-    fraction: float | None,
-    decision: str | os.PathLike[str] | None,
-) -> None:
-    """Says that there is no `forgetting`; refuses what could apply to nothing else."""
-    if (measure, threshold, fraction, decision) != (None, "auto", None, None):
-        raise ValueError("There is nothing to filter by: pass the tracker, a trace or values as `forgetting`.")
-    logger.warning("No `forgetting` was given, so nothing is filtered.")
+def check_nothing_to_filter(filter_config: FilterConfig | None) -> None:
+    """Without `forgetting`: raise if a filter was configured, otherwise warn that nothing is filtered."""
+    if filter_config is not None:
+        raise ValueError(
+            "`filter_config` was given without `forgetting`. Pass the tracker, the trace folder or values as `forgetting`."
+        )
+    logger.warning("`forgetting` was not given, so no sample is removed.")
 
 
-def given_values(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
-    """The values that were given, `(ids, values)` or an array, for the rows with `ids`: NaN where there is none.
-
-    Raises:
-        ValueError: if they do not fit the rows.
-    """
+def _values_of(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
+    """Plain values, `(ids, values)` or an array, for the samples `ids`: shape `(samples,)`, NaN where unknown."""
     if isinstance(forgetting, tuple):
-        known, values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
-        if len(known) != len(values):
-            raise ValueError(f"forgetting=(ids, values) has {len(known)} ids and {len(values)} values.")
-        return align_values(ids, known, values)
+        known_ids, known_values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
+        if len(known_ids) != len(known_values):
+            raise ValueError(f"forgetting=(ids, values) has {len(known_ids)} ids but {len(known_values)} values.")
+        return align_values(ids, known_ids, known_values)
     values = np.asarray(forgetting, dtype=np.float64)
     if len(values) != len(ids):
         raise ValueError(
-            f"forgetting has {len(values)} values and the training set {len(ids)} rows. A bare array must be for "
-            "the same rows in the same order; pass (ids, values) otherwise."
+            f"`forgetting` has {len(values)} values, but the training set has {len(ids)} rows. An array must match the rows "
+            "in their order. Otherwise pass (ids, values)."
         )
     return np.where(pc.is_valid(ids), values, np.nan)
 
 
-def rows_at(dataset: Any, indices: np.ndarray) -> Any:
-    """Some rows of a dataset, as given."""
+def _select(dataset: Any, indices: np.ndarray) -> Any:
+    """The rows of a dataset at `indices`."""
     return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices.tolist())

@@ -1,0 +1,83 @@
+"""[`FilterConfig`]: which samples are removed."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Literal
+
+from ..measures.names import MEASURES, Measure
+
+
+Threshold = float | Literal["auto"]
+
+
+@dataclass
+class FilterConfig:
+    """Which samples are removed. Used by the trainers, [`ForgetFilter`], [`find_forgotten`] and the command line.
+
+    By default, the threshold φ is chosen automatically on the default measure, and nothing is removed if the forgetting
+    values do not separate into two groups.
+
+    Args:
+        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
+            The measure of forgetting. Defaults to `"smoothed"`. It must be given if forgetting is passed as plain values.
+        threshold (`"auto"` or `float`, defaults to `"auto"`):
+            The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses it
+            from the values.
+        fraction (`float`, *optional*):
+            Between 0 and 1. Removes this fraction of the samples, the most forgotten ones, instead of using a threshold.
+            Samples with equal values are removed or kept together.
+        step (`int`, *optional*):
+            The record of the safety session at which forgetting is measured. Defaults to the last one.
+        decision (`str` or `Path`, *optional*):
+            A `review_decision.json` that a reviewer exported from the review page. It contains the measure, the threshold
+            and the overridden samples, so it cannot be combined with the other arguments.
+
+    Raises:
+        ValueError: if a value is out of range, or if arguments exclude each other.
+    """
+
+    measure: Measure | None = field(default=None, metadata={"help": "Measure of forgetting. Default: smoothed."})
+    threshold: Threshold = field(default="auto", metadata={"help": "Remove samples above this φ: a number, or auto."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "Remove this fraction of the samples, the most forgotten ones, instead."}
+    )
+    step: int | None = field(
+        default=None, metadata={"help": "Record of the safety session to measure at. Default: the last one."}
+    )
+    decision: str | os.PathLike[str] | None = field(
+        default=None, metadata={"help": "review_decision.json, exported from the review page."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.measure is not None and self.measure not in MEASURES:
+            raise ValueError(f"measure={self.measure!r} is unknown. Choose one of {', '.join(MEASURES)}.")
+        self.threshold = parse_threshold(self.threshold)
+        if self.fraction is not None and not (isinstance(self.fraction, Real) and 0 < self.fraction < 1):
+            raise ValueError(f"fraction={self.fraction!r} must be between 0 and 1 (both excluded).")
+        if self.fraction is not None and self.threshold != "auto":
+            raise ValueError("`threshold` and `fraction` exclude each other. Pass one of them.")
+        if self.step is not None and not (isinstance(self.step, Integral) and self.step >= 0):
+            raise ValueError(f"step={self.step!r} must be a whole number of at least 0.")
+        others = (self.measure, self.threshold, self.fraction, self.step)
+        if self.decision is not None and others != (None, "auto", None, None):
+            raise ValueError(
+                "`decision` already contains the measure and the threshold, and it was made on the last record. Pass "
+                "either `decision`, or `measure`, `threshold`, `fraction` and `step`."
+            )
+
+
+def parse_threshold(threshold: float | str) -> Threshold:
+    """A threshold as a number or `"auto"`; numbers may be given as text."""
+    if threshold == "auto":
+        return "auto"
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value) or (isinstance(threshold, str) and math.isinf(value)):
+        raise ValueError(f"threshold={threshold!r} must be a number or 'auto'.")
+    return value
