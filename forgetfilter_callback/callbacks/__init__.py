@@ -1,0 +1,1 @@
+"""Record the noisy set while a `Trainer` runs: when to record, which session a run is, what to log."""

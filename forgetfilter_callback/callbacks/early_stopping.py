@@ -1,4 +1,4 @@
-"""Whether the ranking of forgetting has settled, so that S1+ may end: losses of a few samples, now and then."""
+"""Stop the safety session early: watch whether the ranking of forgetting has become stable on a few samples."""
 
 from __future__ import annotations
 
@@ -18,70 +18,79 @@ from ..utils.atomic_files import write_json
 from ..utils.distributed import run_on_main
 
 
-# A tenth of the samples is followed, so that a check costs little beside a record, and no more than FOLLOWED_SAMPLES; with
-# fewer than LEAST_SAMPLES a correlation says nothing.
-FOLLOWED_SAMPLES, FOLLOWED_FRACTION, MIN_SAMPLES = 128, 0.1, 20
-# Before this step rankings still change, and a check would not pay.
+# A tenth of the samples is monitored, so that a check is cheap compared with a record. Below MIN_SAMPLES a rank
+# correlation is not meaningful.
+MAX_SAMPLES, MONITORED_FRACTION, MIN_SAMPLES = 128, 0.1, 20
+# Rankings still change before this step, so earlier checks would not pay off.
 FIRST_CHECK = 4
-# Settled: at two checks running, Spearman's correlation with the check at half as many steps was at least this, and
-# forgetting had at least this standard deviation (nats per token): below it S1+ has done nothing yet.
+# The ranking is stable if, at two checks in a row, its Spearman correlation with the check at half the steps is at least
+# STABLE_CORRELATION and forgetting has at least the standard deviation MIN_SPREAD (nats per token). With a smaller spread,
+# safety finetuning has hardly changed the model yet.
 STABLE_CORRELATION, STABLE_CHECKS, MIN_SPREAD = 0.95, 2, 0.02
 
 
-def is_checked(step: int) -> bool:
-    """Whether there is a check after so many steps since the warm-up: 4, 6, 8, 12, 16, 24, …
+def is_check_step(step: int) -> bool:
+    """Whether there is a check `step` steps after the warm-up: at 4, 6, 8, 12, 16, 24, …
 
-    Each but the first two has another at half as many steps. At powers of two alone, 40 steps ended at 32, not at 16.
+    Each step but the first two has a counterpart at half the steps. With powers of two alone, a session of 40 steps would
+    have stopped at step 32 instead of step 16.
     """
     return step >= FIRST_CHECK and (step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1))
 
 
-def followed(samples: int) -> int:
-    """How many of so many samples are followed."""
-    return min(samples, FOLLOWED_SAMPLES, max(MIN_SAMPLES, math.ceil(FOLLOWED_FRACTION * samples)))
+def monitored_samples(samples: int) -> int:
+    """How many of `samples` samples are monitored."""
+    return min(samples, MAX_SAMPLES, max(MIN_SAMPLES, math.ceil(MONITORED_FRACTION * samples)))
 
 
 class RankingMonitor:
-    """Follows the ranking of a fixed subsample through S1+. What it has seen lies in `early_stopping.json` beside the trace, so
-    that a resumed session goes on with it.
+    """Follows the ranking of a fixed subset of the samples during the safety session.
+
+    Its checks are stored in `early_stopping.json` in the trace's folder, so that a resumed session continues with them.
 
     Args:
         trace ([`Trace`]):
-            With the record of S1+ at step 0, which forgetting is measured from.
+            A trace with a record at step 0 of the safety session.
         step (`int`):
-            Steps since the warm-up. Checks after this step, of a run that was cut off, are dropped.
+            Number of steps since the warm-up. Stored checks after this step are ignored.
 
     Attributes:
         rows ([`EncodedRows`]):
-            The samples to score for [`check`]: those of the smallest ids, which are hashes, so the choice is fixed and has
-            nothing to do with what the rows say.
+            The samples to score for [`check`]. They have the smallest ids. Ids are hashes, so the choice is fixed and does
+            not depend on the content of the rows.
     """
 
     def __init__(self, trace: Trace, step: int):
-        offsets = trace.rows.loss_offsets
-        scorable = np.flatnonzero(np.diff(offsets))
+        scorable = np.flatnonzero(np.diff(trace.rows.loss_offsets))
         ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
-        samples = np.sort(scorable[np.argsort(ids)[: followed(len(scorable))]])
+        samples = np.sort(scorable[np.argsort(ids)[: monitored_samples(len(scorable))]])
         self.rows: EncodedRows = trace.rows.select(samples)
-        self._before = mean_losses(trace.token_losses(Record("safety", 0)), offsets)[samples]
-        self._file = trace.folder / "settling.json"
-        known: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
-        count = len(self.rows)
+        self._losses_before = trace.mean_losses(Record("safety", 0))[samples]
+        self._file = trace.folder / "early_stopping.json"
+        stored: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
         self._checks = [
             check
-            for check in known
-            if is_checked(check["step"]) and check["step"] <= step and len(check["forgetting"]) == count
+            for check in stored
+            if is_check_step(check["step"]) and check["step"] <= step and len(check["forgetting"]) == len(self.rows)
         ]
 
     def check(self, step: int, losses: np.ndarray) -> bool:
-        """Notes the losses of the counted tokens of `rows` so many steps after the warm-up. Returns whether the ranking has
-        settled."""
-        forgetting = mean_losses(losses, self.rows.loss_offsets) - self._before
+        """Add a check and return whether the ranking is stable.
+
+        Args:
+            step (`int`):
+                Number of steps since the warm-up.
+            losses (`np.ndarray` of shape `(loss_tokens,)`):
+                Losses of the tokens of `rows`, in nats.
+        """
+        forgetting = mean_losses(losses, self.rows.loss_offsets) - self._losses_before
         correlation = None
         earlier = [check for check in self._checks if 2 * check["step"] == step]
         if earlier and len(forgetting) >= MIN_SAMPLES and np.nanstd(forgetting) >= MIN_SPREAD:
             correlation = float(spearmanr(earlier[0]["forgetting"], forgetting, nan_policy="omit").statistic)
         self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
         run_on_main(partial(write_json, self._checks, self._file))
-        last = [check["spearman"] for check in self._checks[-STABLE_CHECKS:]]
-        return len(last) == STABLE_CHECKS and all(value is not None and value >= STABLE_CORRELATION for value in last)
+        latest = [check["spearman"] for check in self._checks[-STABLE_CHECKS:]]
+        return len(latest) == STABLE_CHECKS and all(
+            value is not None and value >= STABLE_CORRELATION for value in latest
+        )

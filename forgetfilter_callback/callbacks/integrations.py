@@ -1,6 +1,8 @@
-"""What a record says, in a few figures, for `state.log_history` and the reporters."""
+"""Log the statistics of a record: to the trainer's log history, TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
@@ -12,81 +14,89 @@ from ..thresholds import find_threshold
 
 
 def summarize_record(
-    means: np.ndarray,
-    values: np.ndarray | None = None,
+    losses: np.ndarray,
+    forgetting: np.ndarray | None = None,
     unsafe: np.ndarray | None = None,
     nats_per_unit: float | None = None,
 ) -> dict[str, float]:
-    """Figures of one record.
+    """Statistics of one record.
 
     Args:
-        means (`np.ndarray` of shape `(samples,)`):
-            Mean loss of each sample, nats per token.
-        values (`np.ndarray` of shape `(samples,)`, *optional*):
-            Forgetting by the default measure; None for a record that nothing can have been forgotten in.
+        losses (`np.ndarray` of shape `(samples,)`):
+            Mean loss of each sample, in nats per token.
+        forgetting (`np.ndarray` of shape `(samples,)`, *optional*):
+            Forgetting by the default measure. `None` for a record at which nothing can have been forgotten.
         unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
-            Audit labels. They judge forgetting and play no part in it.
+            Audit labels. They evaluate forgetting and do not influence it.
         nats_per_unit (`float`, *optional*):
-            As in [`filter_by_values`].
+            See [`Trace.nats_per_unit`].
 
     Returns:
-        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite losses (nothing if there is none); with `values` also
-        their mean `forgetfilter/forgetting`, `forgetfilter/separability` (see [`Separability`]'s `distance`; left out
-        where one side is empty), `forgetfilter/fraction_above_threshold` at the automatic φ, and with labels
-        `forgetfilter/auroc` and `forgetfilter/f1` at that φ.
+        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite losses (an empty dict if there is none). With
+        `forgetting` also its mean `forgetfilter/forgetting`, `forgetfilter/separability` (`Separability.distance`; missing
+        if no sample or every sample is above the threshold) and `forgetfilter/fraction_above_threshold` at the automatic
+        threshold. With `unsafe` also `forgetfilter/auroc` and `forgetfilter/f1` at that threshold.
     """
-    if not np.isfinite(means).any():
+    if not np.isfinite(losses).any():
         return {}
-    figures = {"forgetfilter/loss": float(means[np.isfinite(means)].mean())}
-    if values is None:
-        return figures
-    known = np.isfinite(values)
+    statistics = {"forgetfilter/loss": float(losses[np.isfinite(losses)].mean())}
+    if forgetting is None:
+        return statistics
+    known = np.isfinite(forgetting)
     if not known.any():
-        return figures
-    separability = find_threshold(values[known], DEFAULT_MEASURE, nats_per_unit)
-    above = values[known] > separability.threshold
-    figures["forgetfilter/forgetting"] = float(values[known].mean())
-    figures["forgetfilter/fraction_above_threshold"] = float(above.mean())
+        return statistics
+    separability = find_threshold(forgetting[known], DEFAULT_MEASURE, nats_per_unit)
+    above = forgetting[known] > separability.threshold
+    statistics["forgetfilter/forgetting"] = float(forgetting[known].mean())
+    statistics["forgetfilter/fraction_above_threshold"] = float(above.mean())
     if separability.distance is not None:
-        figures["forgetfilter/separability"] = separability.distance
+        statistics["forgetfilter/separability"] = separability.distance
     if unsafe is not None and 0 < unsafe[known].sum() < known.sum():
-        figures["forgetfilter/auroc"] = float(roc_auc_score(unsafe[known], values[known]))
-        figures["forgetfilter/f1"] = float(f1_score(unsafe[known], above & separability.separable))
-    return figures
+        statistics["forgetfilter/auroc"] = float(roc_auc_score(unsafe[known], forgetting[known]))
+        statistics["forgetfilter/f1"] = float(f1_score(unsafe[known], above & separability.separable))
+    return statistics
 
 
-class Reporting:
-    """Logs figures without `trainer.log`, which a callback cannot reach and which would swallow the trainer's next line.
+class LoggingIntegrations:
+    """Logs statistics without `trainer.log`, which a callback cannot call and which would suppress the trainer's next log.
 
-    Reporters are callbacks that have run before ours, so figures go where theirs do: to the run of this process that Weights
-    & Biases or MLflow have begun, and to an event file of our own for TensorBoard. Other reporters get nothing.
+    The trainer's own logging integrations are callbacks that have already run. So the statistics go to the active run of
+    Weights & Biases or MLflow in this process, and to a separate TensorBoard event file. Other integrations get nothing.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Of the trainer; `report_to` names the integrations.
     """
 
     def __init__(self, args: TrainingArguments):
         self._args = args
-        self._tensorboard = TensorBoardCallback() if "tensorboard" in args.report_to else None
+        self._report_to = cast(list[str], args.report_to)  # a list after `TrainingArguments.__post_init__`
+        self._tensorboard = TensorBoardCallback() if "tensorboard" in self._report_to else None
 
     def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
+        """Open the TensorBoard event file."""
         if self._tensorboard is not None:
             self._tensorboard.on_train_begin(self._args, state, control, model=model)
 
-    def log(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        state.log_history.append({**figures, "epoch": state.epoch, "step": state.global_step})
+    def log(self, statistics: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Log statistics at the current step."""
+        state.log_history.append({**statistics, "epoch": state.epoch, "step": state.global_step})
         if self._tensorboard is not None:
-            self._tensorboard.on_log(self._args, state, control, logs=figures)
+            self._tensorboard.on_log(self._args, state, control, logs=statistics)
         if not state.is_world_process_zero:
             return
-        if "wandb" in self._args.report_to:
+        if "wandb" in self._report_to:
             import wandb
 
             if wandb.run is not None:
-                wandb.log({**figures, "train/global_step": state.global_step})  # as `WandbCallback` does
-        if "mlflow" in self._args.report_to:
+                wandb.log({**statistics, "train/global_step": state.global_step})  # the step key of `WandbCallback`
+        if "mlflow" in self._report_to:
             import mlflow
 
             if mlflow.active_run() is not None:
-                mlflow.log_metrics(figures, step=state.global_step, synchronous=False)
+                mlflow.log_metrics(statistics, step=state.global_step, synchronous=False)
 
     def end(self, state: TrainerState, control: TrainerControl) -> None:
+        """Close the TensorBoard event file."""
         if self._tensorboard is not None:
             self._tensorboard.on_train_end(self._args, state, control)

@@ -1,0 +1,120 @@
+"""Open or create the trace of a tracker when its first session begins."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from ..data.encoded_rows import EncodedRows
+from ..errors import TraceError
+from ..trace.trace import Trace
+from ..utils.distributed import run_on_main
+from ..utils.paths import absolute_path_or_hub_id
+from .session_rows import encode_noisy_rows, scoring_max_length, sft_encoding_options
+from .sessions import SessionArgument, count_overlap
+
+
+logger = get_logger(__name__)
+
+
+def open_trace(
+    folder: Path,
+    noisy: Any,
+    session: SessionArgument,
+    max_length: int | None,
+    *,
+    continue_trace: bool,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    train_dataloader: torch.utils.data.DataLoader,
+) -> tuple[Trace, EncodedRows]:
+    """Open the trace in `folder`, or create it.
+
+    Args:
+        folder (`Path`):
+            The folder of the trace.
+        noisy, session, max_length:
+            As in [`ForgetTracker`].
+        continue_trace (`bool`):
+            Whether an existing trace is opened without checking its rows, if `noisy` is not given.
+        args, model, processing_class, train_dataloader:
+            Of the trainer.
+
+    Returns:
+        `tuple`: the trace, and the tracked rows in the order in which they were given.
+
+    Raises:
+        TraceError: if the trace in `folder` belongs to other rows, or if the noisy set is unknown.
+    """
+    if continue_trace and noisy is None and run_on_main(partial(Trace.exists, folder)):
+        trace = Trace.open(folder)
+        return trace, trace.rows
+    if noisy is None and session == "safety":
+        raise TraceError(
+            "ForgetTracker(session='safety') does not know the noisy set. Pass its rows, `ForgetTracker(noisy, "
+            "session='safety')`, or the folder of the trace of the noisy session as `trace_dir`."
+        )
+    scored_length = scoring_max_length(model, args, max_length)
+    rows = encode_noisy_rows(noisy, args, processing_class, train_dataloader, scored_length)
+    if rows.truncated:
+        logger.warning(
+            f"{rows.truncated} of {len(rows)} samples have more than {scored_length} tokens and were truncated on the "
+            "right. The truncated tokens are not scored."
+        )
+    without_loss = int((np.diff(rows.loss_offsets) == 0).sum())
+    if without_loss:
+        logger.warning(
+            f"{without_loss} of {len(rows)} samples have no token that contributes to the loss. Their forgetting is NaN, "
+            "and they are kept. Check their labels and max_length."
+        )
+    names = model_and_tokenizer_names(model, processing_class)
+    encoding = sft_encoding_options(args, processing_class)
+
+    def create_manifest() -> dict[str, Any] | None:
+        if Trace.exists(folder):
+            return None
+        return Trace.create(folder, rows, *names, scored_length, encoding).manifest
+
+    manifest = run_on_main(create_manifest)
+    if manifest is not None:
+        return Trace(folder, rows, manifest), rows
+    trace = Trace.open(folder)
+    overlap = count_overlap(rows, trace.rows)
+    if not overlap == len(rows) == len(trace.rows):  # in any order
+        raise TraceError(
+            f"The trace in {folder} belongs to another dataset or tokenizer: {overlap} of the {len(rows)} samples here are "
+            f"among its {len(trace.rows)} samples (its tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat "
+            "template must be the same too). Choose another `trace_dir` or `output_dir`, or delete the folder. If this is "
+            f"the safety session of that trace, use `ForgetTracker(trace_dir={str(folder)!r})`."
+        )
+    return trace, rows
+
+
+def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
+    """The audit labels of `noisy`: shape `(samples,)`, bool.
+
+    Raises:
+        ValueError: if there is no such column, or if it contains text.
+    """
+    if noisy is None or not len(noisy):
+        raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but no rows were given.")
+    if audit_column not in noisy[0]:
+        raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, which has {sorted(noisy[0])}.")
+    if isinstance(noisy[0][audit_column], str):  # the text "False" would be true
+        raise ValueError(f"audit_column={audit_column!r} contains text. It must contain true/false or numbers.")
+    return np.array([bool(row[audit_column]) for row in noisy])
+
+
+def model_and_tokenizer_names(
+    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[str, str | None]:
+    """Names of the model and its tokenizer for the manifest: Hub ids or absolute paths."""
+    tokenizer = absolute_path_or_hub_id(processing_class.name_or_path) if processing_class is not None else None
+    return absolute_path_or_hub_id(model.config.name_or_path or ""), tokenizer

@@ -1,0 +1,57 @@
+"""Estimate what the records of a session cost, in training steps."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+
+from ..data.encoded_rows import EncodedRows
+from ..scoring.packing import needed_lengths
+from .early_stopping import is_check_step, monitored_samples
+
+
+def describe_cost(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: PreTrainedModel,
+    rows: EncodedRows,
+    training_rows: EncodedRows | None,
+    record_every: int | None,
+    stop_early: bool,
+) -> str:
+    """A sentence with the number of records of a session and their cost. It does not include generation (`rouge1=True`).
+
+    Args:
+        args, state, model:
+            Of the trainer.
+        rows ([`EncodedRows`]):
+            The tracked rows.
+        training_rows ([`EncodedRows`], *optional*):
+            The rows the session trains on. If they are unknown, the cost is not compared with training steps.
+        record_every (`int`, *optional*):
+            Steps between two records; `None` for a record at the beginning and at the end only.
+        stop_early (`bool`):
+            Whether the session checks for early stopping.
+    """
+    records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
+    tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
+    text = f"Up to {records} records of {len(rows):,} samples, up to {tokens_per_record:,} tokens each"
+    tokens = records * tokens_per_record
+    if stop_early:
+        monitored = monitored_samples(len(rows))
+        checks = sum(map(is_check_step, range(1, state.max_steps - args.get_warmup_steps(state.max_steps))))
+        text += f", and up to {checks} checks of {monitored} samples"
+        tokens += checks * math.ceil(tokens_per_record * monitored / len(rows))
+    if training_rows is None:
+        return f"{text}."
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens_per_step = samples_per_step * len(training_rows.tokens) / len(training_rows)
+    # A backward pass costs two forward passes, or one if nearly all weights are frozen (adapters).
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
+    steps = math.ceil(tokens / (passes * tokens_per_step))
+    return (
+        f"{text}: at most the compute of {steps:,} training steps ({steps / state.max_steps:.0%} of this session's "
+        f"{state.max_steps:,})."
+    )
