@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from .callbacks.tracker import ForgetTracker
-    from .data.text_rows import encode_rows
+    from .data.encode_text import encode_rows
     from .errors import ForgetFilterError
+    from .filtering.config import FilterConfig
     from .filtering.find_forgotten import find_forgotten
     from .filtering.result import FilterResult
     from .pipeline.checkpoints import score_checkpoints
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Names are imported on first use: torch and transformers take seconds to import, and `forgetfilter --help` needs neither.
 _MODULE_OF = {
+    "FilterConfig": "filtering.config",
     "FilterResult": "filtering.result",
     "FilteredSFTTrainer": "trainers.filtered_sft_trainer",
     "FilteredTrainer": "trainers.filtered_trainer",
@@ -31,7 +34,7 @@ _MODULE_OF = {
     "ForgetTracker": "callbacks.tracker",
     "RunConfig": "pipeline.run_config",
     "Trace": "trace.trace",
-    "encode_rows": "data.text_rows",
+    "encode_rows": "data.encode_text",
     "filtered": "trainers.filtered_trainer",
     "find_forgotten": "filtering.find_forgotten",
     "run": "pipeline.run",
@@ -39,8 +42,8 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "FilterConfig",
     "FilterResult",
-    "FilteredSFTTrainer",
     "FilteredTrainer",
     "ForgetFilter",
     "ForgetFilterError",
@@ -53,6 +56,10 @@ __all__ = [
     "run",
     "score_checkpoints",
 ]
+
+
+if find_spec("trl") is not None:  # FilteredSFTTrainer needs the extra `trl`
+    __all__ += ["FilteredSFTTrainer"]
 
 
 def __getattr__(name: str) -> Any:

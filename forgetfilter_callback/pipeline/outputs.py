@@ -1,88 +1,95 @@
-"""TODO"""
+"""Write the kept and removed rows of a filter, and filter the rows of a finished run again."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from ..data.json_lines import file_digest, source_lines
-from ..data.loading import encode_source, load_rows
-from ..errors import DecisionError
+from ..data.load_rows import encode_source, load_rows
+from ..data.output_lines import file_digest, source_lines
+from ..errors import DataError
+from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
-from ..filtering.review_decision import load_review
-from ..measures.names import DEFAULT_MEASURE, Measure
-from ..reports.card import dataset_card
-from ..thresholds import Threshold
-from ..trace.source import load_trace_tokenizer, source_path
+from ..reports.dataset_card import dataset_card
+from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write, write_lines, write_text
-from .inputs import refuse_own_input
 
 
 def filter_rows(
     trace: Trace,
     output: str | Path,
+    filter_config: FilterConfig | None = None,
     source: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    measure: Measure | None = None,
-    threshold: Threshold = "auto",
-    fraction: float | None = None,
-    decision: str | Path | None = None,
-    step: int | None = None,
 ) -> FilterResult:
-    """Parts rows by a trace into kept and removed ones, and writes them.
+    """Filter the rows of a trace and write the kept and the removed ones. No model is needed.
 
     Args:
         trace ([`Trace`]):
-            With records of S1+.
+            A trace with records of the safety session.
         output (`str` or `Path`):
-            Where [`write_filter_outputs`] writes.
+            The folder that [`write_filter_outputs`] writes to.
+        filter_config ([`FilterConfig`], *optional*):
+            Which rows are removed.
         source (`str`, *optional*):
-            The noisy set, as [`load_rows`] takes it; by default that which the trace was made of, if it says where it lies.
+            The noisy set, as [`load_rows`] takes it. Defaults to the file that the trace names.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            By default that of the trace.
-        measure, threshold, share, decision:
-            As in [`FilteredTrainer`].
-        step (`int`, *optional*):
-            As in [`find_forgotten`].
+            Defaults to the tokenizer that the trace names.
 
     Raises:
-        DataError: if the trace does not say where its rows lie.
-        ValueError: if more than 1 % of the rows are not those of the trace.
+        DataError: if the rows cannot be found or loaded.
+        ValueError: if more than 1 % of the rows are not in the trace.
     """
-    overrides = None
-    if decision is not None:
-        if step is not None:
-            raise DecisionError("A decision is on the last record of S1+: give `decision` or `step`.")
-        review = load_review(decision, trace, measure, threshold, fraction)
-        measure, overrides = review.measure, review.overrides
-        threshold = review.threshold if review.threshold is not None else math.inf
-    source = source if source is not None else source_path(trace)
-    refuse_own_input(source, Path(output))
+    source = source if source is not None else find_source(trace)
+    check_output_is_not_source(source, Path(output))
     digest = file_digest(source)
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else load_trace_tokenizer(trace)
     encoded = encode_source(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
-    result = find_forgotten(trace, measure or DEFAULT_MEASURE, threshold, fraction, step, encoded.ids, overrides)
+    result = find_forgotten(trace, filter_config, encoded.ids)
     write_filter_outputs(Path(output), source_lines(source, rows, digest), result, trace)
     return result
 
 
 def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:
-    """Writes `kept.jsonl` and `removed.jsonl` (`lines`, a row each), `card.md`, and `decision/` (values and account): none
-    of them if one cannot be written."""
+    """Write `kept.jsonl`, `removed.jsonl`, `card.md` and `filter_result`: all of them, or none if one cannot be written.
+
+    Args:
+        output (`Path`):
+            The output folder.
+        lines (`Iterable[str]`):
+            One line per row, in the order of `result`.
+        result ([`FilterResult`]):
+            What is removed.
+        trace ([`Trace`]):
+            The trace that `result` was computed from, for the card.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        write_kept_and_removed(output, lines, result.removed, files)
+        write_text(dataset_card(result, trace), files.enter_context(atomic_write(output / "card.md")))
+        result.save(output / "filter_result")
+
+
+def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
+    """Write `kept.jsonl` and `removed.jsonl`. The files get their names when `files` closes without an error."""
     lines = [*lines]
-    with ExitStack() as parts:
-        for name, which in (("kept", ~result.removed), ("removed", result.removed)):
-            write_lines(itertools.compress(lines, which), parts.enter_context(atomic_write(output / f"{name}.jsonl")))
-        write_text(dataset_card(result, trace), parts.enter_context(atomic_write(output / "card.md")))
-        result.save(output / "decision")
+    for name, selected in (("kept", ~removed), ("removed", removed)):
+        write_lines(itertools.compress(lines, selected), files.enter_context(atomic_write(output / f"{name}.jsonl")))
+
+
+def check_output_is_not_source(source: str, output: Path) -> None:
+    """Refuse to overwrite `source` with its own kept or removed rows.
+
+    Raises:
+        DataError: if `source` is `kept.jsonl` or `removed.jsonl` in `output`.
+    """
+    if Path(source).resolve() in [(output / f"{name}.jsonl").resolve() for name in ("kept", "removed")]:
+        raise DataError(f"{source} would be overwritten by its own kept or removed rows. Choose another --output.")

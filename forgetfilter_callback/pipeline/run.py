@@ -1,69 +1,169 @@
-"""`forgetfilter run` and `filter` as functions: from files to kept and removed rows."""
+"""[`run`]: the whole method on files, as `forgetfilter run` does it."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.tracker import ForgetTracker
 from ..data.encoded_rows import EncodedRows
-from ..data.json_lines import file_digest, source_lines
-from ..data.loading import encode_source, load_rows
-from ..errors import TraceError
+from ..data.load_rows import encode_source, load_rows
+from ..data.output_lines import file_digest, source_lines
+from ..data.tokenizers import load_tokenizer, model_context_length
+from ..errors import DataError, TraceError
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import TRACE_FOLDER, Trace
+from ..utils.argument_checks import check_no_text_for_numbers, check_positive
 from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
-from .inputs import _refuse_overlap, _tokenizer_and_length, refuse_own_input
-from .models import load_model
-from .outputs import write_filter_outputs
-from .run_config import RunConfig, parse_threshold
+from .load_model import load_model, lora_config
+from .outputs import check_output_is_not_source, write_filter_outputs
+from .run_config import RunConfig
 
 
-def run(config: RunConfig) -> FilterResult:
-    """S1, S1+, filter and, with `config.refit`, M0 again on the kept rows.
+logger = logging.getLogger(__name__)
 
-    Writes into `config.output`: `config.yaml`, `_forgetfilter/` (the trace), what [`write_filter_outputs`] writes, and `model/`.
+
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """The inputs of a run: loaded, encoded and checked.
+
+    Attributes:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the model.
+        rows (`Dataset`):
+            The noisy set as it was given.
+        digest (`str`, *optional*):
+            Hash of the noisy set's file, to notice changes.
+        noisy, safety ([`EncodedRows`]):
+            Both sets, encoded.
+        args, safety_args ([`~transformers.TrainingArguments`]):
+            Of the noisy session (and the refit), and of the safety session.
     """
-    tokenizer, max_length = _tokenizer_and_length(config)
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    digest: str | None
+    noisy: EncodedRows
+    safety: EncodedRows
+    args: TrainingArguments
+    safety_args: TrainingArguments
+
+
+def load_inputs(config: RunConfig) -> RunInputs:
+    """Load and check everything a run needs, except the model.
+
+    Raises:
+        DataError: if rows or the tokenizer cannot be loaded, or if rows are in both sets.
+        EncodingError: if rows cannot be encoded.
+        ValueError: if `config.training` or `config.lora` is not valid.
+    """
+    args, safety_args = training_arguments(config)
+    if config.use_lora:
+        lora_config(config.lora)
+    tokenizer = load_tokenizer(config.model)
+    max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
     digest = file_digest(config.noisy)
     rows = load_rows(config.noisy)
     noisy = encode_source(config.noisy, rows, tokenizer, max_length)
     safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
-    _refuse_overlap(noisy, safety)
+    overlap = pc.is_in(safety.ids, value_set=noisy.ids).true_count
+    if overlap:
+        raise DataError(
+            f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. Remove "
+            "them from one of the two sets."
+        )
+    return RunInputs(tokenizer, rows, digest, noisy, safety, args, safety_args)
+
+
+def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingArguments]:
+    """The arguments of the noisy session and of the safety session.
+
+    Raises:
+        ValueError: if `config.training` or `config.safety_training` is not valid.
+    """
+    defaults: dict[str, Any] = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-4,
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": False,
+        "seed": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    # The length of a session is its own.
+    shared = {name: value for name, value in config.training.items() if name not in ("num_train_epochs", "max_steps")}
+    noisy = _build_arguments(config, "training", {**defaults, **config.training})
+    safety = {**defaults, **shared, "num_train_epochs": 2, **config.safety_training}
+    return noisy, _build_arguments(config, "safety_training", safety)
+
+
+def _build_arguments(config: RunConfig, section: str, settings: dict[str, Any]) -> TrainingArguments:
+    """Build the arguments of one session. Errors name `section`, the setting that they come from."""
+    check_no_text_for_numbers(section, TrainingArguments, settings)
+    for name in ("num_train_epochs", "learning_rate"):
+        check_positive(f"{section}: {name}", settings[name])
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        check_positive(f"{section}: {name}", settings.get(name, 1), whole=True)
+    if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**32:
+        raise ValueError(f"{section}: seed={settings['seed']} must be a whole number from 0 to 2**32 - 1.")
+    try:
+        return TrainingArguments(output_dir=str(Path(config.output) / "sessions"), **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{section}: not valid for transformers.TrainingArguments: {error}") from error
+
+
+def run(config: RunConfig) -> FilterResult:
+    """Train the noisy and the safety session, filter and, with `config.refit`, finetune the base model on the kept rows
+    (Zhao et al. 2024, Algorithm 1).
+
+    Writes `config.yaml`, `_forgetfilter` (the trace), `kept.jsonl`, `removed.jsonl`, `card.md`, `filter_result` and, with
+    `config.refit`, `model` to `config.output`.
+
+    Args:
+        config ([`RunConfig`]):
+            The settings.
+
+    Returns:
+        [`FilterResult`]: what was removed and why, in the order of the noisy set.
+
+    Raises:
+        ForgetFilterError: if the inputs are not usable, or if the output folder contains a run on other rows.
+        ValueError: if a setting is not valid.
+    """
+    inputs = load_inputs(config)
     output = Path(config.output)
     for source in (config.noisy, config.safety):
-        refuse_own_input(source, output)
+        check_output_is_not_source(source, output)
     lock = Trace.lock(output / TRACE_FOLDER)
     try:
-        return _run(config, output, tokenizer, rows, digest, noisy, safety)
+        return _run_sessions(config, inputs, output)
     finally:
         if lock is not None:
             lock.release()
 
 
-def _run(
-    config: RunConfig,
-    output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    digest: str | None,
-    noisy: EncodedRows,
-    safety: EncodedRows,
-) -> FilterResult:
+def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:
     if Trace.exists(output / TRACE_FOLDER):
         earlier = Trace.open(output / TRACE_FOLDER)
-        if earlier.rows.fingerprint != noisy.fingerprint:
-            raise TraceError(f"{output} holds a run on other rows (or with another tokenizer). Name another --output.")
+        if earlier.rows.fingerprint != inputs.noisy.fingerprint:
+            raise TraceError(
+                f"{output} contains a run on other rows, or with another tokenizer. Choose another --output."
+            )
+    if config.resume and (output / "config.yaml").exists():
+        config.check_same_as(output / "config.yaml")
     config.save(output / "config.yaml")
     tracker = ForgetTracker(
         trace_dir=output / TRACE_FOLDER,
@@ -71,44 +171,34 @@ def _run(
         stop_early=config.stop_early,
         max_length=config.max_length,
     )
-    args = TrainingArguments(
-        output_dir=str(output / "sessions"),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=False,
-        seed=config.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    safety_learning_rate = config.learning_rate if config.safety_learning_rate is None else config.safety_learning_rate
-    sessions = ForgetFilter(
-        lambda: load_model(config),
-        noisy.as_dataset(),
-        safety.as_dataset(),
-        args,
-        safety_args=dataclasses.replace(
-            args, num_train_epochs=config.safety_epochs, learning_rate=safety_learning_rate
-        ),
+    pipeline = ForgetFilter(
+        partial(load_model, config, inputs.args.seed),
+        inputs.noisy.as_dataset(),
+        inputs.safety.as_dataset(),
+        inputs.args,
+        safety_args=inputs.safety_args,
         tracker=tracker,
-        measure=config.measure,
-        threshold=parse_threshold(config.threshold),
-        fraction=config.fraction,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        processing_class=tokenizer,
+        filter_config=config.filter,
+        data_collator=DataCollatorForSeq2Seq(inputs.tokenizer),
+        processing_class=inputs.tokenizer,
     )
-    sessions.finetune()
-    sessions.safety_finetune()
-    tracker.trace.note_source(absolute_path_or_hub_id(config.noisy), noisy.truncated)
-    result = find_forgotten(
-        tracker.trace, config.measure, parse_threshold(config.threshold), config.fraction, ids=noisy.ids
-    )
-    write_filter_outputs(output, source_lines(config.noisy, rows, digest), result, tracker.trace)
+    pipeline.finetune(_checkpoint(config, "noisy"))
+    pipeline.safety_finetune(_checkpoint(config, "safety"))
+    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.noisy.truncated)
+    result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
+    lines = source_lines(config.noisy, inputs.rows, inputs.digest)
+    write_filter_outputs(output, lines, result, tracker.trace)
     if config.refit:
-        trainer = sessions.refit()
+        trainer = pipeline.refit(_checkpoint(config, "filtered"))
         trainer.save_model(str(output / "model"))
-        tokenizer.save_pretrained(str(output / "model"))
+        inputs.tokenizer.save_pretrained(str(output / "model"))
     return result
+
+
+def _checkpoint(config: RunConfig, session: str) -> str | None:
+    """The last checkpoint of a session, if the run is resumed and has one."""
+    folder = Path(config.output) / "sessions" / session
+    checkpoint = get_last_checkpoint(str(folder)) if config.resume and folder.is_dir() else None
+    if config.resume and checkpoint is None:
+        logger.warning(f"There is no checkpoint in {folder}, so this training run starts from the beginning.")
+    return checkpoint

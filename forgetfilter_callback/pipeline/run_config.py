@@ -1,105 +1,168 @@
-"""Settings of a run: the same for `run` in Python, for `forgetfilter run`, and in the `config.yaml` that it writes."""
+"""[`RunConfig`]: the settings of `forgetfilter run`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
-from ..measures.names import DEFAULT_MEASURE, Measure
-from ..thresholds import Threshold
+from ..filtering.config import FilterConfig
+from ..utils.argument_checks import check_record_steps
 from ..utils.atomic_files import write_text
-from ..utils.validation import check_record_steps
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
 class RunConfig:
-    """Settings of [`run`], of `forgetfilter run` and of the `config.yaml` that both write.
+    """Settings of [`run`] and `forgetfilter run`, and of the `config.yaml` that both write.
+
+    Args:
+        model (`str`):
+            Hub id or folder of the aligned base model.
+        noisy (`str`):
+            The finetuning data: a JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a Hub id.
+        safety (`str`):
+            Safe examples that are not in the noisy set, in the same formats.
+        output (`str`):
+            Output folder.
+        refit (`bool`, defaults to `False`):
+            Whether to finetune the base model on the kept rows and save it to `output/model`.
+        training (`dict`, *optional*):
+            Any field of [`~transformers.TrainingArguments`], for both sessions and the refit, except `output_dir`,
+            `resume_from_checkpoint` and `push_to_hub`. By default `num_train_epochs=3`, `per_device_train_batch_size=4` and
+            `learning_rate=2e-4`. `num_train_epochs` and `max_steps` do not apply to the safety session.
+        safety_training (`dict`, *optional*):
+            Fields of `TrainingArguments` that differ in the safety session. By default `num_train_epochs=2`.
+        use_lora (`bool`, defaults to `True`):
+            Whether to train a LoRA adapter. Otherwise all weights are finetuned.
+        lora (`dict`, *optional*):
+            Any field of [`~peft.LoraConfig`]. By default `r=8`, `lora_alpha=2 * r` and `lora_dropout=0.05`, on all linear
+            layers.
+        resume (`bool`, defaults to `False`):
+            Whether to continue an interrupted run in `output` from its last checkpoints, with the same settings. The run
+            must save checkpoints, for example with `training={"save_strategy": "epoch"}`.
+        max_length (`int`, *optional*):
+            Longer rows are truncated on the right. Defaults to the context of the model.
+        dtype (`"auto"`, `"float32"`, `"bfloat16"` or `"float16"`, defaults to `"auto"`):
+            Data type of the model.
+        stop_early (`bool`, defaults to `False`):
+            Whether to stop the safety session once the ranking of forgetting is stable; see [`ForgetTracker`].
+        record_steps (`float`, *optional*):
+            Also take a record every `record_steps` steps. Below 1, it is a fraction of a session.
+        filter (`FilterConfig`, *optional*):
+            Which rows are removed: `measure`, `threshold` and `fraction`.
 
     Raises:
-        ValueError: if settings contradict each other or lie outside of what they can be.
+        ValueError: if a required setting is missing, or if a value is out of range.
     """
 
-    model: str = field(default="", metadata={"help": "Hub id or folder of the aligned model, M0."})
+    model: str = field(default="", metadata={"help": "Hub id or folder of the aligned base model. Required."})
     noisy: str = field(
         default="",
-        metadata={"help": "Your finetuning data: JSONL, JSON, CSV or Parquet, a `save_to_disk` folder, or a Hub id."},
+        metadata={"help": "Finetuning data: JSONL, JSON, CSV, Parquet, a save_to_disk folder or a Hub id. Required."},
     )
-    safety: str = field(default="", metadata={"help": "Safe examples, none of them in the noisy set; the same forms."})
-    output: str = field(default="", metadata={"help": "Folder for the trace, the decision, kept and removed rows."})
-    refit: bool = field(default=False, metadata={"help": "Finetune M0 again on the kept rows, into OUTPUT/model."})
-    epochs: float = field(default=3.0, metadata={"help": "Epochs of S1 and of the refit."})
-    safety_epochs: float = field(default=2.0, metadata={"help": "Epochs of S1+."})
-    learning_rate: float = field(
-        default=2e-4,
-        metadata={"help": "Of S1 and of the refit (AdamW, linear decay); small models need more, say 1e-3."},
+    safety: str = field(
+        default="", metadata={"help": "Safe examples that are not in the noisy set, in the same formats. Required."}
     )
-    safety_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of S1+; by default the same. See the README on a gentle S1+."}
+    output: str = field(default="", metadata={"help": "Output folder. Required."})
+    refit: bool = field(
+        default=False, metadata={"help": "Also finetune the base model on the kept rows, into OUTPUT/model."}
     )
-    batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches a step."})
-    lora_r: int = field(
-        default=8, metadata={"help": "Rank of the adapter on all linear layers; 0 finetunes all weights."}
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Any TrainingArguments field: --training learning_rate=1e-3 (repeatable). The safety session has "
+            "its own num_train_epochs and max_steps."
+        },
+    )
+    safety_training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "TrainingArguments fields that differ in the safety session (repeatable)."},
+    )
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter, or all weights."})
+    lora: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Any LoraConfig field: --lora r=16 (repeatable)."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue an interrupted run in OUTPUT from its last checkpoints."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longer rows are cut at the right; by default at the model's context."}
+        default=None, metadata={"help": "Truncate longer rows on the right. Default: the context of the model."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16, float16."})
-    measure: Measure = field(
-        default=DEFAULT_MEASURE, metadata={"help": "Which forgetting: loss, relative, pooled, smoothed."}
+    dtype: Dtype = field(default="auto", metadata={"help": "Data type of the model."})
+    stop_early: bool = field(
+        default=False, metadata={"help": "Stop the safety session once the ranking of forgetting is stable."}
     )
-    threshold: str = field(default="auto", metadata={"help": "φ, or auto."})
-    fraction: float | None = field(
-        default=None, metadata={"help": "Remove this share of the rows, the most forgotten, instead."}
-    )
-    stop_early: bool = field(default=False, metadata={"help": "End S1+ once the ranking has settled."})
     record_steps: float | None = field(
-        default=None, metadata={"help": "Record also every so many steps; below 1, as a share of a session."}
+        default=None, metadata={"help": "Also take a record every N steps. Below 1, a fraction of a session."}
     )
-    seed: int = field(default=0, metadata={"help": "Of adapters and trainers."})
+    filter: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
         missing = [name for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
         if missing:
-            raise ValueError(f"{', '.join(f'--{name}' for name in missing)} must be given.")
-        for name in ("epochs", "safety_epochs", "learning_rate", "batch_size", "gradient_accumulation_steps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be larger than 0, and finite.")
-        if self.safety_learning_rate is not None and not 0 < self.safety_learning_rate < math.inf:
-            raise ValueError(f"safety_learning_rate={self.safety_learning_rate} must be larger than 0, and finite.")
+            raise ValueError(f"Missing settings: {', '.join(f'--{name}' for name in missing)}.")
+        for names, kind, described in (
+            (("model", "noisy", "safety", "output"), str, "text"),
+            (("refit", "use_lora", "resume", "stop_early"), bool, "true or false"),
+            (("training", "safety_training", "lora"), dict, "a mapping of names to values"),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise ValueError(f"{name}={getattr(self, name)!r} must be {described}.")
         check_record_steps(self.record_steps)
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} leaves no token to predict.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2³² − 1.")
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r={self.lora_r} must be 0 or larger.")
+        if self.max_length is not None and not (isinstance(self.max_length, int) and self.max_length >= 2):
+            raise ValueError(
+                f"max_length={self.max_length!r} must be a whole number of at least 2, or there is no token to predict."
+            )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16.")
-        if self.measure == "rouge1":
-            raise ValueError("measure='rouge1' needs generation: use ForgetTracker(rouge1=True) in Python.")
-        if self.fraction is not None and not 0 < self.fraction < 1:
-            raise ValueError(f"share={self.fraction} must lie between 0 and 1.")
-        if parse_threshold(self.threshold) != "auto" and self.fraction is not None:
-            raise ValueError("Give `threshold` or `fraction`, not both.")
+            raise ValueError(f"dtype={self.dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
+        if self.filter.measure == "rouge1":
+            raise ValueError("measure='rouge1' needs generation. Use `ForgetTracker(rouge1=True)` in Python.")
+        if self.filter.decision is not None or self.filter.step is not None:
+            raise ValueError("`decision` and `step` need a finished run. Use `forgetfilter filter` afterwards.")
+        if self.lora and not self.use_lora:
+            raise ValueError("`lora` has settings, but `use_lora` is false.")
+        for name in ("training", "safety_training"):
+            for setting, advice in (
+                ("output_dir", "the sessions are saved in OUTPUT/sessions"),
+                ("resume_from_checkpoint", "use `resume` (--resume)"),
+                ("push_to_hub", "it would also publish the models that have learned the unsafe rows"),
+            ):
+                if setting in getattr(self, name):
+                    raise ValueError(f"`{name}` must not contain {setting}: {advice}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, without access tokens."""
+        settings = dataclasses.asdict(self)
+        settings["filter"] = {name: settings["filter"][name] for name in ("measure", "threshold", "fraction")}
+        for section in ("training", "safety_training"):
+            settings[section] = {key: value for key, value in settings[section].items() if not key.endswith("_token")}
+        return settings
 
     def save(self, file: Path) -> None:
-        """Writes YAML that `forgetfilter run --config` reads."""
-        write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), file)
+        """Write the settings as YAML, for `forgetfilter run --config`. Access tokens are left out."""
+        write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), file)
 
+    def check_same_as(self, file: Path) -> None:
+        """Check that a resumed run has the settings that an earlier run saved in `file`.
 
-def parse_threshold(text: str) -> Threshold:
-    """`auto`, or a number."""
-    if text == "auto":
-        return "auto"
-    try:
-        phi = float(text)
-    except ValueError:
-        phi = math.nan
-    if not math.isfinite(phi):
-        raise ValueError(f"threshold={text!r} is neither a number nor 'auto'.")
-    return phi
+        Raises:
+            ValueError: if a setting differs.
+        """
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        changed = [
+            name
+            for name, value in self.to_dict().items()
+            if name not in ("output", "resume") and saved.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"A resumed run must have the settings in {file}, but these differ: {', '.join(changed)}. Pass the same "
+                "settings (`--config`), or run without `--resume`."
+            )
