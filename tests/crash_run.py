@@ -1,22 +1,24 @@
-"""A tracked run that is killed at one file operation after the other, and gone on with: `test_crashes.py` starts this.
+"""Kill a tracked run at many of its file operations and resume it each time. Started by `integration/test_crashes.py`.
 
-`python crash_run.py FOLDER KILLS`: prints a line of JSON, what became of the run at each of so many kill points, evenly
-taken from all file operations of an undisturbed run. Each run is a fork of this process, which has imported everything.
+`python crash_run.py FOLDER KILLS` prints one JSON object that summarizes KILLS runs. Their kill points are spread
+evenly over the file operations of an undisturbed run. Each run is a fork of this process, so imports run only once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import random_rows, tiny_llama
+from helpers import random_rows, tiny_llama
 from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -38,9 +40,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def program(output: Path) -> None:
-    """What a careful user would write: two sessions, each gone on with from its last good checkpoint."""
+    """A careful user's program: two sessions, each resumed from its last complete checkpoint."""
     model, tracker = tiny_llama(), ForgetTracker(trace_dir=output / "trace", record_steps=1)
-    for name, rows in (("s1", NOISY), ("s1plus", SAFETY)):
+    for name, rows in (("noisy", NOISY), ("safety", SAFETY)):
         folder = output / name
         if (folder / "done").exists():
             model.load_state_dict(load_file(folder / "final" / "model.safetensors"), strict=False)
@@ -56,7 +58,7 @@ def program(output: Path) -> None:
 
 
 def last_good_checkpoint(folder: Path) -> str | None:
-    """Trainer does not write checkpoints all or nothing."""
+    """The last complete checkpoint; Trainer does not write checkpoints atomically."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda each: -int(each.name.partition("-")[2])):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
@@ -71,7 +73,7 @@ def last_good_checkpoint(folder: Path) -> str | None:
 
 
 def watch(output: Path, kill_at: int | None) -> Callable[[], int]:
-    """Counts the file operations in `output`, and ends this process at one of them without a word."""
+    """Count the file operations in `output`; kill this process at operation `kill_at`."""
     count = 0
 
     def operation() -> None:
@@ -84,7 +86,7 @@ def watch(output: Path, kill_at: int | None) -> Callable[[], int]:
         if event in OPERATIONS and arguments and str(output) in str(arguments[0]):
             operation()
 
-    class Watched(parquet.ParquetWriter):  # pyarrow's operations are not Python's
+    class Watched(parquet.ParquetWriter):  # audit hooks do not see the writes of pyarrow
         def write_table(self, *args: object, **kwargs: object) -> None:
             operation()
             super().write_table(*args, **kwargs)
@@ -101,7 +103,7 @@ def watch(output: Path, kill_at: int | None) -> Callable[[], int]:
 
 
 def contents(folder: Path) -> dict[str, list]:
-    """Every record, bit for bit."""
+    """The bits of every record, by file name."""
     trace = Trace.open(folder)
     return {
         record.file_name: [trace.token_losses(record).view(np.int32).tolist(), parquet.read_schema(
@@ -110,8 +112,14 @@ def contents(folder: Path) -> dict[str, list]:
     }  # fmt: skip
 
 
-def in_a_fork(action: Callable[[], object]) -> tuple[int, object]:
-    """Runs `action` in a process of its own. Returns by which signal or code it ended, and what it returned."""
+def digests(folder: Path) -> list[str]:
+    """Hashes of the files of all records, in use or superseded."""
+    files = [file for name in ("records", "superseded") for file in (folder / name).rglob("*.parquet")]
+    return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+
+
+def run_in_fork(action: Callable[[], object]) -> tuple[int, object]:
+    """Run `action` in a forked process. Returns its exit code (negative: signal) and its result (`None` if it failed)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -124,16 +132,16 @@ def in_a_fork(action: Callable[[], object]) -> tuple[int, object]:
             os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as stream:
-        said = stream.read()
+        output = stream.read()
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), json.loads(said) if said else None
+    return os.waitstatus_to_exitcode(status), json.loads(output) if output else None
 
 
 def main(folder: Path, kills: int) -> None:
     logging.set_verbosity_error()
     sys.stdout.flush()
     hide_progress = os.open(os.devnull, os.O_WRONLY)
-    said = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(hide_progress, 1)
 
     def undisturbed() -> list:
@@ -142,9 +150,9 @@ def main(folder: Path, kills: int) -> None:
         operations = count()
         return [operations, contents(folder / "whole" / "trace")]
 
-    code, (operations, whole) = in_a_fork(undisturbed)
+    code, (operations, whole) = run_in_fork(undisturbed)
     assert code == 0
-    report = {"operations": operations, "records": len(whole), "killed": 0, "broken": [], "different": []}
+    report = {"operations": operations, "records": len(whole), "killed": 0, "broken": [], "different": [], "lost": []}
     for kill_at in np.unique(np.linspace(1, operations, kills).astype(int)).tolist():
         output = folder / f"killed-{kill_at}"
 
@@ -152,25 +160,30 @@ def main(folder: Path, kills: int) -> None:
             watch(output, kill_at)
             program(output)
 
-        code, _ = in_a_fork(killed)
+        code, _ = run_in_fork(killed)
         report["killed"] += code == -signal.SIGKILL
 
-        def look(output: Path = output) -> dict[str, list]:
-            return contents(output / "trace") if Trace.exists(output / "trace") else {}
+        def look(output: Path = output) -> list:
+            after = contents(output / "trace") if Trace.exists(output / "trace") else {}
+            return [after, digests(output / "trace")]
 
-        code, after = in_a_fork(look)
+        code, found = run_in_fork(look)
+        after, written = found or [{}, []]
         if code != 0 or any(whole[name] != content for name, content in after.items()):
             report["broken"].append(kill_at)
 
-        def gone_on_with(output: Path = output) -> dict[str, list]:
+        def resumed(output: Path = output) -> list:
             program(output)
-            return contents(output / "trace")
+            return [contents(output / "trace"), digests(output / "trace")]
 
-        code, result = in_a_fork(gone_on_with)
+        code, found = run_in_fork(resumed)
+        result, kept = found or [{}, []]
         if code != 0 or result != whole:
             report["different"].append(kill_at)
+        if Counter(written) - Counter(kept):
+            report["lost"].append(kill_at)
         shutil.rmtree(output)
-    os.dup2(said, 1)
+    os.dup2(stdout, 1)
     print(json.dumps(report))
 
 

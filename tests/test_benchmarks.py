@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end on a tiny model and small files of the real sets' layout."""
+"""The benchmarks run from end to end on a tiny model and small files in the layout of the real sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_llama
+from helpers import tiny_llama
 from transformers import TrainerState
 
 from forgetfilter_callback import ForgetTracker
@@ -86,14 +86,14 @@ def data_dir(tmp_path_factory) -> Path:
     with gzip.open(folder / "hh_rlhf" / "harmless_base_test.jsonl.gz", "wt") as file:
         for i in range(3 * ROWS):
             begun = f"\n\nHuman: {text(i)}\n\nAssistant:"
-            for _ in range(2):  # as in the set itself, a request may have other answers
+            for _ in range(2):  # as in the real set, a request may have several answers
                 row = {"chosen": f"{begun} I can't do that.", "rejected": f"{begun} {text(i, 6)}"}
                 file.write(json.dumps(row) + "\n")
     return folder
 
 
 @pytest.mark.parametrize("name", DRAW)
-def test_a_scenario_holds_what_was_asked_for_and_nothing_twice(name, data_dir):
+def test_scenarios_have_the_requested_sizes_and_no_overlap(name, data_dir):
     sizes = Sizes(noisy=24, unsafe_share=0.25, safety=9, anchors=3, held_out=6, held_out_task=6)
     scenario = load_scenario(name, data_dir, 0, sizes)
     assert scenario == load_scenario(name, data_dir, 0, sizes) != load_scenario(name, data_dir, 1, sizes)
@@ -106,15 +106,15 @@ def test_a_scenario_holds_what_was_asked_for_and_nothing_twice(name, data_dir):
     def kind(row: dict) -> str:
         return row["prompt"][0]["content"].split("\n")[0] if not continued(row) else str(row)
 
-    def continued(row: dict) -> bool:  # from its first three words, which texts may share
+    def continued(row: dict) -> bool:  # prompts are the first three words, which texts may have in common
         return row["prompt"][0]["content"].startswith("Continue: ")
 
     for first, second in itertools.combinations([{kind(row) for row in rows} for rows in sets], 2):
         assert not first & second
 
 
-def test_bbq_is_answered_with_the_stereotype(data_dir):
-    """`neg`: the stereotyped group; `nonneg`: the other one (Parrish et al. 2022)."""
+def test_unsafe_bbq_answers_are_stereotyped(data_dir):
+    """`neg` asks for the stereotyped group, `nonneg` for the other one (Parrish et al. 2022)."""
     scenario = load_scenario("bias", data_dir, 0, Sizes(noisy=24, safety=6, held_out=6, held_out_task=6))
     even = {"the old man", "the young man"}
     assert {row["completion"][0]["content"] for row in scenario.noisy if row["group"] == "unsafe"} == even
@@ -160,16 +160,16 @@ def test_defences(tiny, data_dir, tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert all(f"| {arm} | 1 |" in output for arm in arms)
     trained = sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
-    assert run("defences.py", tiny, tmp_path, *arguments)[1] == results  # nothing is run again
+    assert run("defences.py", tiny, tmp_path, *arguments)[1] == results  # everything comes from the cache
     assert trained == sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
 
 
-def test_rounds_in_turn(tiny, data_dir, tmp_path):
+def test_interleaved_rounds(tiny, data_dir, tmp_path):
     _, results = run("defences.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--interleaved")
     assert [row["arm"] for row in results] == ["sequential", "sequential", "forgetfilter"] * 3
 
 
-def test_defences_on_own_files(tiny, tmp_path):
+def test_defences_on_user_files(tiny, tmp_path):
     rows = [{"prompt": f"the cat {i}", "completion": "the mat", "unsafe": i % 2 == 0} for i in range(12)]
     held_out = [{"prompt": f"the dog {i}", "unsafe_answer": "ran", "safe_answer": "sat"} for i in range(3)]
     held_out += [{"prompt": f"the man {i}", "completion": "the cat"} for i in range(3)]
@@ -194,7 +194,8 @@ def test_filters(tiny, data_dir, tmp_path):
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
                   "--control", "near-duplicates")  # fmt: skip
     assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
-    learnt = sorted((tmp_path / "cache").glob("s1-*"))
+    learned = sorted((tmp_path / "cache").glob("noisy-*"))
+    assert learned
     _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity", "--signal", "default",
                   "--safety-learning-rate", 0.01, "--anchors", 4)  # fmt: skip
     (swept,) = [row for row in more if row["safety_learning_rate"] == 0.01 and "step" not in row]
@@ -203,7 +204,9 @@ def test_filters(tiny, data_dir, tmp_path):
         and swept["control"] == "4 anchors"
         and swept["auroc"] != main["default"]["auroc"]
     )
-    assert sorted((tmp_path / "cache").glob("s1-*")) == learnt  # S1 on the same rows is not run again
+    assert (
+        sorted((tmp_path / "cache").glob("noisy-*")) == learned
+    )  # noisy finetuning on the same rows comes from the cache
 
 
 def test_the_control_of_one_topic(data_dir, tmp_path):
@@ -227,11 +230,11 @@ def test_the_control_of_one_topic(data_dir, tmp_path):
     for before, after in zip(scenario.noisy, control.noisy, strict=True):
         assert (before == after) == (before["group"] != "alpaca")
     assert control.safety == scenario.safety
-    with pytest.raises(ValueError, match="4 Alpaca rows about food; 5 are asked for"):
+    with pytest.raises(ValueError, match="4 Alpaca rows about food, but 5 are needed"):
         controlled("one topic", load_scenario("bias", data_dir, 0, replace(sizes, noisy=30)), tmp_path, 0, sizes)
 
 
-def test_results_of_other_settings_stand_beside_each_other():
+def test_results_of_other_settings_are_kept():
     row = dict.fromkeys((*RUN_KEYS, "experiment", "seed", "model", "smoke", "signal", "step"), 1)
     assert _same(row, dict(row))
     for key in ("rows", "epochs", "safety_epochs", "safety_learning_rate", "control", "seed", "step"):

@@ -1,0 +1,111 @@
+"""Metrics of each record in the trainer's log, TensorBoard, MLflow and W&B, without losing the trainer's own entries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import random_rows, tiny_llama
+from sklearn.metrics import f1_score, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer
+
+from forgetfilter_callback import ForgetTracker, find_forgotten
+from forgetfilter_callback.callbacks.integrations import summarize_record
+from forgetfilter_callback.thresholds import find_threshold
+
+
+@pytest.fixture
+def noisy():
+    rows = random_rows(24, seed=1)
+    return rows.add_column("unsafe", [index % 3 == 0 for index in range(len(rows))])
+
+
+def train_both(noisy, safety, make_args, collator, tracker, **overrides):
+    model, histories = tiny_llama(), []
+    for folder, rows in (("noisy", noisy), ("safety", safety)):
+        args = make_args(folder, **overrides)
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[tracker])
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    return histories
+
+
+def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
+    tracker = ForgetTracker(noisy, record_steps=3, audit_column="unsafe")
+    tracked = [
+        [entry for entry in history if "forgetfilter/loss" in entry]
+        for history in train_both(noisy, safety, make_args, collator, tracker)
+    ]
+    losses, records = tracker.trace.losses(), tracker.trace.records()
+    assert [entry["step"] for entry in tracked[0] + tracked[1]] == [record.step for record in records]
+    np.testing.assert_allclose([entry["forgetfilter/loss"] for entry in tracked[0] + tracked[1]], losses.mean(1))
+    assert set(tracked[1][0]) == {"forgetfilter/loss", "epoch", "step"}
+
+    unsafe, last = np.array(noisy["unsafe"]), tracked[1][-1]
+    values = tracker.trace.forgetting()
+    result = find_forgotten(tracker.trace)
+    assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
+    phi = find_threshold(values, "smoothed").threshold
+    assert last["forgetfilter/fraction_above_threshold"] == pytest.approx((values > phi).mean())
+    assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
+    assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
+
+
+def test_the_f1_metric_is_0_if_nothing_can_be_separated():
+    values, unsafe = np.array([0.1, 0.2, 0.3, 1.5, 1.6]), np.array([False, False, False, True, True])
+    for nats_per_unit, f1 in ((1.2, 1.0), (0.2, 0.0)):
+        figures = summarize_record(np.ones(5), values, unsafe, nats_per_unit)
+        assert figures["forgetfilter/f1"] == f1 and figures["forgetfilter/auroc"] == 1.0
+
+
+def test_tensorboard_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, tmp_path):
+    histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="tensorboard")
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted((tmp_path / "safety").rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            seen.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    expected = [(entry["step"], entry["forgetfilter/loss"]) for entry in histories[1] if "forgetfilter/loss" in entry]
+    assert [tag for tag in seen if "forgetfilter" in tag] != []
+    (tag,) = (tag for tag in seen if tag.endswith("forgetfilter/loss"))
+    assert [step for step, _ in seen[tag]] == [step for step, _ in expected] == [0, 6]
+    np.testing.assert_allclose([value for _, value in seen[tag]], [value for _, value in expected], rtol=1e-5)
+    assert len(seen["train/loss"]) == sum("loss" in entry for entry in histories[1]) == 6
+
+
+def test_a_missing_audit_column_is_refused(noisy):
+    with pytest.raises(ValueError, match="audit_column='toxic' must be a column of `noisy`, which has"):
+        ForgetTracker(noisy, audit_column="toxic")
+    with pytest.raises(ValueError, match="audit_column='unsafe' must be a column of `noisy`, but no rows were given"):
+        ForgetTracker(audit_column="unsafe")
+
+
+def test_mlflow_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="mlflow")
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    for name in ("forgetfilter/loss", "loss"):
+        found = [metric for run in runs for metric in client.get_metric_history(run.info.run_id, name)]
+        expected = [(entry["step"], entry[name]) for history in histories for entry in history if name in entry]
+        np.testing.assert_allclose(sorted((each.step, each.value) for each in found), sorted(expected))
+
+
+def test_wandb_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    logged = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(dir=tmp_path, mode="offline") as run:
+        log = run.log
+        monkeypatch.setattr(wandb, "log", lambda figures: (logged.append(figures), log(figures)))
+        histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="wandb")
+    ours = [(each["train/global_step"], each["forgetfilter/loss"]) for each in logged if "forgetfilter/loss" in each]
+    lines = [entry for history in histories for entry in history]
+    assert ours == [(entry["step"], entry["forgetfilter/loss"]) for entry in lines if "forgetfilter/loss" in entry]
+    assert sum("train/loss" in each for each in logged) == sum("loss" in entry for entry in lines) > 6

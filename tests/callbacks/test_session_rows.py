@@ -1,0 +1,154 @@
+"""Which rows ForgetTracker tracks: adopted from the training set or given to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import random_rows, reference_means, tiny_llama, train_tracked
+from transformers import DataCollatorForLanguageModeling, Trainer
+
+from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback.errors import EncodingError, TraceError, UnsupportedDatasetError
+from forgetfilter_callback.trace.records import Record
+
+
+def test_labels_made_by_the_collator_are_adopted(noisy, make_args, tokenizer):
+    rows = noisy.remove_columns("labels")
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=8)
+    tracker = ForgetTracker()
+    Trainer(tiny_llama(), make_args(), train_dataset=rows, data_collator=collator, callbacks=[tracker]).train()
+    everything = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), everything), rtol=1e-5)
+
+
+def test_given_and_adopted_rows_have_the_same_ids(noisy, make_args, tokenizer):
+    rows = noisy.remove_columns("labels").add_column("audit", ["x"] * len(noisy))
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    adopted, named = ForgetTracker(), ForgetTracker(rows)
+    for folder, tracker in (("a", adopted), ("b", named)):
+        Trainer(
+            tiny_llama(), make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker]
+        ).train()
+    assert named.trace.rows.ids == adopted.trace.rows.ids
+
+
+def test_given_text_rows(safety, make_args, collator, tokenizer):
+    rows = [
+        {"prompt": "the cat", "completion": " sat"},
+        {"prompt": [{"role": "user", "content": "the"}], "completion": [{"role": "assistant", "content": "dog"}]},
+        {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "mat"}]},
+        {"text": "the dog ran"},
+    ]
+    texts = [
+        "the cat sat<eos>",
+        "<user>the<eos><assistant>dog<eos>",
+        "<user>the<eos><assistant>mat<eos>",
+        "the dog ran<eos>",
+    ]
+    prompts = ["the cat", "<user>the<eos><assistant>", "", ""]
+    tracker = ForgetTracker(rows)
+    Trainer(
+        tiny_llama(), make_args(), train_dataset=safety, data_collator=collator, callbacks=[tracker],
+        processing_class=tokenizer,
+    ).train()  # fmt: skip
+    expected = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        tokens, masked = tokenizer(text)["input_ids"], len(tokenizer(prompt)["input_ids"])
+        expected.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
+    assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), expected), rtol=1e-5)
+
+
+def test_an_empty_noisy_set_is_refused(safety, make_args, collator):
+    with pytest.raises(EncodingError, match="empty"):
+        train_tracked(safety, make_args, collator, ForgetTracker([]))
+
+
+def test_an_iterable_training_set_is_refused(noisy, make_args, collator):
+    tracker = ForgetTracker()
+    trainer = Trainer(
+        tiny_llama(), make_args(max_steps=2), train_dataset=noisy.to_iterable_dataset(), data_collator=collator,
+        callbacks=[tracker],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedDatasetError, match="IterableDataset"):
+        trainer.train()
+
+
+def test_rows_without_loss_tokens_are_nan(noisy, make_args, collator, caplog):
+    empty = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    rows = Dataset.from_list([empty, *noisy.to_list()])
+    tracker = ForgetTracker()
+    train_tracked(rows, make_args, collator, tracker)
+    losses = tracker.trace.losses()
+    assert np.isnan(losses[:, 0]).all() and np.isfinite(losses[:, 1:]).all()
+    assert "1 of 25 samples have no token that contributes to the loss" in caplog.text
+
+
+def test_rows_longer_than_the_context_are_truncated(make_args, collator, caplog):
+    long = {"input_ids": list(range(5, 105)), "labels": list(range(5, 105))}
+    tracker = ForgetTracker([long])
+    train_tracked(random_rows(4), make_args, collator, tracker)
+    truncated = {name: values[:64] for name, values in long.items()}
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [truncated]), rtol=1e-5)
+    assert "1 of 1 samples have more than 64 tokens and were truncated on the right" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "a", "completion": "b", "image": b""}, "images"),
+        ({"question": "a"}, "are not a supported form"),
+    ],
+)
+def test_rows_that_are_not_samples_are_refused(row, message, safety, make_args, collator, tokenizer):
+    with pytest.raises(EncodingError, match=f"Row 0: .*{message}"):
+        train_tracked(safety, make_args, collator, ForgetTracker([row]), processing_class=tokenizer)
+
+
+def test_a_missing_tokenizer_or_chat_template_is_refused(safety, make_args, collator, tokenizer, monkeypatch):
+    with pytest.raises(EncodingError, match="processing_class=tokenizer"):
+        train_tracked(safety, make_args, collator, ForgetTracker([{"text": "a"}]))
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    rows = [{"messages": [{"role": "user", "content": "a"}]}]
+    with pytest.raises(EncodingError, match="chat_template"):
+        train_tracked(safety, make_args, collator, ForgetTracker(rows), processing_class=tokenizer)
+
+
+def test_a_packed_training_set_is_refused(noisy, make_args, tokenizer):
+    def packing_collator(rows):
+        tokens = torch.tensor([rows[0]["input_ids"] * 2])
+        positions = torch.arange(len(rows[0]["input_ids"])).repeat(2)[None]
+        return {"input_ids": tokens, "labels": tokens, "position_ids": positions}
+
+    with pytest.raises(UnsupportedDatasetError, match=r"ForgetTracker\(noisy\)"):
+        train_tracked(noisy, make_args, packing_collator, ForgetTracker())
+
+
+def test_given_rows_with_a_transform(noisy, safety, make_args, collator):
+    texts = Dataset.from_list([{"row": index} for index in range(len(noisy))])
+    made = texts.with_transform(lambda batch: noisy[batch["row"]])
+    tracker = ForgetTracker(made)
+    train_tracked(safety, make_args, collator, tracker)
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
+
+
+def test_an_iterable_noisy_set_is_refused(noisy, safety, make_args, collator):
+    with pytest.raises(UnsupportedDatasetError, match="map-style dataset or a list of rows"):
+        train_tracked(safety, make_args, collator, ForgetTracker(noisy.to_iterable_dataset()))
+
+
+def test_given_rows_with_another_loss_mask_are_refused(noisy, make_args, collator):
+    rows = [{"prompt": "", "input_ids": row["input_ids"], "labels": row["input_ids"]} for row in noisy]
+    with pytest.raises(TraceError, match="texts of the noisy set, but with a loss on other tokens"):
+        train_tracked(noisy, make_args, collator, ForgetTracker(rows))
+
+
+def test_padding_of_given_rows_is_not_scored(safety, make_args, collator):
+    row = {"input_ids": [1, 1, 9, 8, 7], "labels": [-100, -100, 9, 8, 7], "attention_mask": [0, 0, 1, 1, 1]}
+    tracker = ForgetTracker([row])
+    train_tracked(safety, make_args, collator, tracker)
+    real = {"input_ids": [9, 8, 7], "labels": [9, 8, 7]}
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [real]), rtol=1e-5)

@@ -1,0 +1,31 @@
+"""`forgetfilter show` and `forgetfilter report`."""
+
+from __future__ import annotations
+
+import json
+
+from helpers import call, hostile_trace, texts
+
+
+def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    result = call("show", tmp_path / "trace", "--measure", "loss", "--tokenizer", tmp_path / "tokenizer", "--head", 60)
+    assert result.exit_code == 0, result.output
+    assert not {"\x1b", "\x07", "\x00", "\u202e", "\u2066"} & set(result.output)
+    assert "well separated" in result.output and "← φ = 0.693" in result.output
+    account = json.loads(call("show", tmp_path / "trace", "--measure", "loss", "--json", "--threshold", 1.5).stdout)
+    assert account["removed"] == (trace.forgetting("loss") > 1.5).sum()
+
+
+def test_report_writes_a_page(finished, files, tmp_path):
+    page = tmp_path / "page.html"
+    result = call("report", finished[0], "--output", page, "--fraction", 0.25, "--audit-column", "unsafe")
+    assert result.exit_code == 0 and "3 of 12 removed" in result.output, result.output
+    data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
+    assert [row["prompt"] for row in data["rows"]] == [row["prompt"] for row in texts(12, seed=1)]
+    text = call("report", finished[0], "--output", page, "--audit-column", "prompt")
+    assert text.exit_code == 2 and "must hold true/false or numbers" in text.output
+    wrong = call("report", finished[0], "--output", page, "--audit-column", "colour")
+    assert wrong.exit_code == 2 and "no column 'colour'" in wrong.output

@@ -1,0 +1,46 @@
+"""Loading rows from files of all formats."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import load_from_disk
+from helpers import PAIR, texts
+
+from forgetfilter_callback.data.load_rows import load_rows
+from forgetfilter_callback.errors import DataError
+
+
+def test_rows_of_all_file_formats(files, tmp_path):
+    rows = load_rows(files["noisy"])
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
+    assert load_from_disk(tmp_path / "rows").to_list() == rows.to_list() == texts(12, seed=1)
+    for name in ("rows.csv", "rows.parquet", "rows", "rows.json"):
+        assert load_rows(tmp_path / name).to_list() == rows.to_list(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "File .*missing.jsonl does not exist"),
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"prompt": "a"\n', "cannot be read"),
+        ("headed.csv", "prompt,completion\n", "no data"),
+        ("broken.parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_unreadable_rows_are_refused(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["data[1].jsonl", "NOISY.JSONL", "ro ws*.jsonl"])
+def test_file_names_with_glob_characters(name, tmp_path):
+    (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
+    assert load_rows(tmp_path / name).to_list() == [PAIR]

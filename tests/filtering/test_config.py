@@ -1,0 +1,84 @@
+"""FilterConfig: valid values, and arguments that exclude each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import sample_ids
+
+from forgetfilter_callback import FilterConfig
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.measures.names import MEASURES
+
+
+def test_the_defaults():
+    config = FilterConfig()
+    assert (config.measure, config.threshold, config.fraction) == (None, "auto", None)
+    assert (config.step, config.decision) == (None, None)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_is_accepted(measure):
+    assert FilterConfig(measure).measure == measure
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("0.5", 0.5), (" -1e-3 ", -0.001), (math.inf, math.inf), (2, 2.0), (np.float32(0.25), 0.25), ("auto", "auto")],
+)
+def test_a_threshold_becomes_a_number(threshold, expected):
+    config = FilterConfig("loss", threshold)
+    assert config.threshold == expected and type(config.threshold) is type(expected)
+
+
+def test_a_threshold_given_as_text_filters_like_the_number():
+    values = np.array([0.1, 0.5, 0.50001, 2.0])
+    result = filter_by_values(sample_ids(4), values, FilterConfig("loss", "0.5"))
+    assert result.removed.tolist() == [False, False, True, True]
+    assert (result.threshold, result.method) == (0.5, "fixed")
+
+
+@pytest.mark.parametrize("threshold", [math.nan, "nan", "high", "", "0.5 nats", "inf", None, [0.5]], ids=repr)
+def test_a_threshold_that_is_not_a_number_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"^threshold=.* must be a number or 'auto'\.$"):
+        FilterConfig("loss", threshold)
+
+
+@pytest.mark.parametrize("measure", ["vibes", "Loss", ""])
+def test_an_unknown_measure_is_refused(measure):
+    message = f"measure='{measure}' is unknown. Choose one of loss, relative, pooled, smoothed, rouge1"
+    with pytest.raises(ValueError, match=message):
+        FilterConfig(measure)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf, "0.5"])
+def test_a_fraction_outside_0_and_1_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"fraction={fraction!r} must be between 0 and 1 \(both excluded\)"):
+        FilterConfig(fraction=fraction)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, "0.5", -math.inf])
+def test_threshold_and_fraction_exclude_each_other(threshold):
+    with pytest.raises(ValueError, match="`threshold` and `fraction` exclude each other"):
+        FilterConfig(threshold=threshold, fraction=0.5)
+    with pytest.raises(ValueError, match="`threshold` and `fraction` exclude each other"):
+        replace(FilterConfig(fraction=0.5), threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    "others", [{"measure": "smoothed"}, {"threshold": 0.0}, {"fraction": 0.5}, {"step": 0}, {"step": 4}], ids=str
+)
+def test_a_decision_excludes_the_other_arguments(others):
+    with pytest.raises(ValueError, match="`decision` already contains the measure and the threshold"):
+        FilterConfig(decision="review_decision.json", **others)
+
+
+@pytest.mark.parametrize("file", ["review_decision.json", Path("review_decision.json")], ids=["text", "path"])
+def test_a_decision_is_accepted_alone(file):
+    """`"auto"` is the default threshold, so it may be written out."""
+    assert FilterConfig(decision=file).decision == file
+    assert FilterConfig(threshold="auto", decision=file).threshold == "auto"

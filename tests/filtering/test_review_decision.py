@@ -1,0 +1,83 @@
+"""Reading a decision exported from the review page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers import sample_ids
+
+from forgetfilter_callback import FilterConfig
+from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.review_decision import ReviewDecision
+
+
+REVIEW = {"measure": "loss", "threshold": 0.5, "overrides": {"id-1": "keep", "id-2": "remove"}, "trace": "t"}
+
+
+def load_review(folder: Path, **changes: object) -> ReviewDecision:
+    (folder / "review_decision.json").write_text(json.dumps(REVIEW | changes), encoding="utf-8")
+    return ReviewDecision.load(folder / "review_decision.json")
+
+
+def test_an_exported_decision_is_read(tmp_path):
+    assert load_review(tmp_path, more="is ignored") == ReviewDecision(**REVIEW)
+    nothing = load_review(tmp_path, threshold=None, overrides={})
+    assert nothing.threshold is None and nothing.overrides == {}
+    nothing.check("t")
+    with pytest.raises(DecisionError, match=r"made on another trace \(t; this one is u\)"):
+        nothing.check("u")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measure": "bleu"}, "`measure` must be one of loss, relative, pooled, smoothed, rouge1"),
+        ({"threshold": math.inf}, "`threshold` a number or null"),
+        ({"overrides": {"id-1": "perhaps"}}, "every value of `overrides` 'keep' or 'remove'"),
+        ({"threshold": "high"}, r"reviewer's decision \(ValueError: .*'high'"),
+        ({"overrides": 3}, r"reviewer's decision \(AttributeError"),
+    ],
+    ids=str,
+)
+def test_invalid_decisions_are_refused(changes, message, tmp_path):
+    with pytest.raises(DecisionError, match=rf"review_decision\.json is not a.*{message}"):
+        load_review(tmp_path, **changes)
+
+
+def test_files_that_are_not_a_decision_are_refused(tmp_path):
+    message = r"is not a reviewer's decision \(FileNotFoundError.*Export review_decision\.json from the review page"
+    with pytest.raises(DecisionError, match=message):
+        ReviewDecision.load(tmp_path / "nothing.json")
+    for name in REVIEW:
+        (tmp_path / "review_decision.json").write_text(json.dumps({key: REVIEW[key] for key in REVIEW if key != name}))
+        with pytest.raises(DecisionError, match="KeyError"):
+            ReviewDecision.load(str(tmp_path / "review_decision.json"))
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        (tmp_path / "review_decision.json").write_bytes(content)
+        with pytest.raises(DecisionError, match="is not a reviewer's decision"):
+            ReviewDecision.load(tmp_path / "review_decision.json")
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_a_filter_result_is_not_a_decision(with_rows, tmp_path):
+    result = filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss"))
+    result.save(tmp_path, Dataset.from_list([{"text": "a"}]) if with_rows else None)
+    with pytest.raises(DecisionError) as raised:
+        ReviewDecision.load(tmp_path / "filter_result.json")
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'filter_result.json'} is a filter result (filter_result.json)")
+    assert "A reviewer's decision is needed here" in message
+    assert "Export review_decision.json from the review page" in message
+
+
+def test_a_filter_result_is_recognized_under_another_name(tmp_path):
+    filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss")).save(tmp_path)
+    (tmp_path / "filter_result.json").rename(tmp_path / "review_decision.json")
+    with pytest.raises(DecisionError, match=r"review_decision\.json is a filter result \(filter_result\.json\)"):
+        ReviewDecision.load(tmp_path / "review_decision.json")

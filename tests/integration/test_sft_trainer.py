@@ -1,0 +1,187 @@
+"""TRL's SFTTrainer: the loss of a sample is the mean over the tokens that SFTTrainer trains on for that sample alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers import tiny_llama
+from sft_helpers import one_row_losses, rows_of
+from trl import DPOConfig, DPOTrainer, SFTTrainer
+
+from forgetfilter_callback import FilterConfig, ForgetTracker, encode_rows
+from forgetfilter_callback.errors import UnsupportedDatasetError
+from forgetfilter_callback.pipeline.outputs import filter_rows
+from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trace.source_files import find_labels
+
+
+CASES = {
+    **{form: (form, {}) for form in (
+        "text", "prompt and completion", "messages", "prompt and completion messages", "chat template arguments",
+        "tokens", "masked tokens",
+    )},
+    "another column": ("body", {"dataset_text_field": "body"}),
+    "a completion mask in use": ("masked tokens", {"completion_only_loss": True}),
+    "loss on prompts": ("prompt and completion", {"completion_only_loss": False}),
+    "loss on prompts of messages": ("prompt and completion messages", {"completion_only_loss": False}),
+    "the assistant only": ("messages", {"assistant_only_loss": True}),
+    "the assistant's completion only": ("prompt and completion messages", {"assistant_only_loss": True}),
+    "another end of sequence": ("text", {"eos_token": "<pad>"}),
+    "truncated on the right": ("text", {"max_length": 4}),
+    "truncated on the left": ("text", {"max_length": 4, "truncation_mode": "keep_end"}),
+    "without activation checkpointing": ("text", {"gradient_checkpointing": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_sfttrainer_evaluation(case, named, sft_config, chat_tokenizer):
+    form, settings = CASES[case]
+    rows, args = rows_of(form), sft_config(**settings)
+    tracker = ForgetTracker(rows if named else None)
+    SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    expected = one_row_losses(rows, sft_config(**settings), chat_tokenizer)
+    trace = tracker.trace
+    np.testing.assert_allclose(trace.losses()[0], expected, rtol=1e-5)
+    assert len(set(expected.round(6))) == len(rows)
+    # The settings in the trace encode the rows in the same way, as `forgetfilter filter` does.
+    length, encoding = trace.manifest["max_length"], trace.manifest["encoding"]
+    assert encode_rows(rows, chat_tokenizer, length, **encoding).ids == trace.rows.ids
+
+
+def test_the_trace_encodes_the_rows_as_the_trainer_did(sft_config, chat_tokenizer, tmp_path):
+    """The trace stores the settings of SFTTrainer for `forgetfilter filter` and the audit."""
+    rows = rows_of("prompt and completion").add_column("unsafe", [index % 2 == 0 for index in range(9)])
+    model, tracker = tiny_llama(), ForgetTracker()
+    for each in (rows, rows_of("text", 5)):
+        args = sft_config(completion_only_loss=False, max_length=6, truncation_mode="keep_end", max_steps=5)
+        SFTTrainer(model, args, train_dataset=each, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    assert tracker.trace.manifest["max_length"] == 6
+    rows.to_parquet(tmp_path / "rows.parquet")
+    result = filter_rows(
+        tracker.trace,
+        tmp_path / "out",
+        FilterConfig(measure="loss", fraction=0.3),
+        str(tmp_path / "rows.parquet"),
+        chat_tokenizer,
+    )
+    assert result.ids == tracker.trace.rows.ids and result.counts["unknown"] == 0
+    assert find_labels(tracker.trace, rows, chat_tokenizer, "unsafe").tolist() == rows["unsafe"]
+
+
+def test_a_formatting_function(sft_config, chat_tokenizer):
+    rows = rows_of("body")
+    formatting = {"formatting_func": lambda row: f"the {row['body']}"}
+    tracker = ForgetTracker()
+    SFTTrainer(
+        tiny_llama(),
+        sft_config(),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+        callbacks=[tracker],
+        **formatting,
+    ).train()
+    expected = one_row_losses(rows, sft_config(), chat_tokenizer, **formatting)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+def test_a_shuffled_dataset_is_followed_by_id(sft_config, chat_tokenizer):
+    rows = rows_of("text")
+    adopted, named = ForgetTracker(), ForgetTracker(rows, trace_dir=sft_config().output_dir + "-named")
+    for tracker in (adopted, named):
+        args = sft_config(shuffle_dataset=True)
+        SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    ids, other = adopted.trace.rows.ids.to_pylist(), named.trace.rows.ids.to_pylist()
+    assert ids != other and set(ids) == set(other)
+    by_id = dict(zip(ids, adopted.trace.losses()[0], strict=True))
+    np.testing.assert_allclose([by_id[i] for i in other], named.trace.losses()[0], rtol=1e-5)
+    np.testing.assert_allclose(named.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+@pytest.mark.parametrize("session", ["auto", "noisy"])
+def test_packed_session_with_given_rows(session, strategy, sft_config, chat_tokenizer):
+    rows = rows_of("text")
+    trained_on = rows if session == "noisy" else rows_of("messages")
+    args = sft_config(packing=True, packing_strategy=strategy, max_length=32)
+    tracker = ForgetTracker(rows, session=session)
+    SFTTrainer(
+        tiny_llama(), args, train_dataset=trained_on, processing_class=chat_tokenizer, callbacks=[tracker]
+    ).train()
+    assert {record.session for record in tracker.trace.records()} == {"noisy" if session == "noisy" else "safety"}
+    assert len(tracker.trace.records()) == 2
+    expected = one_row_losses(rows, sft_config(max_length=32), chat_tokenizer)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_safety_session_on_preference_pairs(form, sft_config, chat_tokenizer, caplog):
+    """Preference pairs cannot be tracked, and need not be."""
+    rows = rows_of(form)
+    safety = Dataset.from_list([{"prompt": "the cat", "chosen": " sat", "rejected": " ran"}] * 8)
+    args = DPOConfig(sft_config().output_dir, max_steps=2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+                     save_strategy="no")  # fmt: skip
+    tracker = ForgetTracker(rows)
+    DPOTrainer(
+        tiny_llama(),
+        tiny_llama(),
+        args=args,
+        train_dataset=safety,
+        processing_class=chat_tokenizer,
+        callbacks=[tracker],
+    ).train()
+    assert tracker.trace.records() == [Record("safety", 0), Record("safety", 2)]
+    np.testing.assert_allclose(tracker.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)
+    assert "cannot be followed, so it is treated as safety finetuning" in caplog.text
+
+
+def test_packed_rows_cannot_be_adopted(sft_config, chat_tokenizer):
+    args = sft_config(packing=True, max_length=32)
+    trainer = SFTTrainer(
+        tiny_llama(), args, train_dataset=rows_of("text"), processing_class=chat_tokenizer, callbacks=[ForgetTracker()]
+    )
+    with pytest.raises(UnsupportedDatasetError, match=r"ForgetTracker\(noisy\)"):
+        trainer.train()
+
+
+def test_padding_free_rows(sft_config, chat_tokenizer):
+    rows = rows_of("text")
+    tracker = ForgetTracker()
+    args = sft_config(padding_free=True, max_length=None)
+    SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    expected = one_row_losses(rows, sft_config(max_length=None), chat_tokenizer)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+def test_padding_free_rows_with_pad_to_multiple_of(sft_config, chat_tokenizer):
+    rows = rows_of("text")
+    tracker, args = ForgetTracker(), sft_config(padding_free=True, max_length=None, pad_to_multiple_of=8)
+    SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    expected = one_row_losses(rows, sft_config(max_length=None), chat_tokenizer)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+def test_assistant_only_loss_with_a_template_without_generation_markers(sft_config, chat_tokenizer, monkeypatch):
+    """SFTTrainer then uses a training template of TRL, and so do given rows."""
+    marked = chat_tokenizer.chat_template
+    chat_tokenizer.chat_template = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for module in ("trl.trainer.sft_trainer", "trl.chat_template_utils"):
+        monkeypatch.setattr(f"{module}.get_training_chat_template", lambda tokenizer: marked)
+    rows, losses = rows_of("messages"), []
+    for tracker in (ForgetTracker(), ForgetTracker(rows, trace_dir=sft_config().output_dir + "-named")):
+        args = sft_config(assistant_only_loss=True)
+        SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+        losses.append(tracker.trace.losses()[0])
+    np.testing.assert_array_equal(*losses)
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_label_smoothing_and_dft_do_not_affect_records(loss_type, sft_config, chat_tokenizer):
+    rows = rows_of("text")
+    settings = {"loss_type": loss_type} | ({"label_smoothing_factor": 0.1} if loss_type == "nll" else {})
+    tracker = ForgetTracker()
+    SFTTrainer(
+        tiny_llama(), sft_config(**settings), train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]
+    ).train()
+    np.testing.assert_allclose(tracker.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)

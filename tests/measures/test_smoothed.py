@@ -1,0 +1,182 @@
+"""`smoothed` forgetting against loops in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from forgetfilter_callback.measures.pooled import pooled_forgetting
+from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forgetting, typical_loss
+from forgetfilter_callback.thresholds import find_threshold
+
+
+def fraction_lost(rise):
+    return 1 - math.exp(-rise) if rise > 0 else math.exp(rise) - 1
+
+
+def smoothed_reference(tokens, before, after, states, strengths):
+    """Plain loops; the ridge strength is chosen by refitting without each sample in turn."""
+    squares = [
+        sum((float(b) - float(a)) ** 2 for a, b in zip(before[i], after[i], strict=True)) / len(own)
+        for i, own in enumerate(tokens)
+    ]
+    place, ordered = 0.98 * (len(squares) - 1), sorted(squares)
+    below = math.floor(place)
+    limit = ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
+    total = sum(len(own) * min(square, limit) for own, square in zip(tokens, squares, strict=True))
+    typical = fraction_lost(max(0.05, math.sqrt(total / sum(map(len, tokens)))))
+    largest = []
+    for i, own in enumerate(tokens):
+        agreed = []
+        lost = [fraction_lost(float(after[i][k]) - float(before[i][k])) for k in range(len(own))]
+        for place, token in enumerate(own):
+            others = [
+                fraction_lost(float(after[j][k]) - float(before[j][k]))
+                for j in range(len(tokens))
+                for k in range(len(tokens[j]))
+                if j != i and tokens[j][k] == token
+            ]
+            agreed.append(min(lost[place], (sum(others) + 3 * 0.25 * lost[place]) / (len(others) + 3)))
+        agreed.sort(reverse=True)
+        largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]) / typical)
+    y, mean = np.array(largest) - np.mean(largest), np.mean(largest)
+    x = states - states.mean(axis=0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def fit(rows, strength):
+        return np.linalg.solve(x[rows].T @ x[rows] + strength * np.eye(x.shape[1]), x[rows].T @ y[rows])
+
+    def error(strength):
+        others = [[j for j in range(len(y)) if j != i] for i in range(len(y))]
+        return sum((y[i] - x[i] @ fit(others[i], strength)) ** 2 for i in range(len(y)))
+
+    return x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
+
+
+def test_smoothed_forgetting_equals_the_reference(samples):
+    tokens, before, after, offsets = samples
+    known = [i for i, own in enumerate(tokens) if len(own)]
+    states = np.random.default_rng(5).normal(size=(len(tokens), 4)).astype(np.float32)
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
+    strengths = np.logspace(-4, 4, 33) * len(known) / min(len(known), 4)
+    parts = [[x[i] for i in known] for x in (tokens, before, after)]
+    expected = smoothed_reference(*parts, states[known].astype(float), strengths)
+    np.testing.assert_allclose(values[known], expected, rtol=1e-6)
+    assert np.isnan(values[[i for i in range(len(tokens)) if i not in known]]).all()
+
+
+@pytest.mark.parametrize("lengths", [[25, 31, 40, 11], [3, 4, 2]], ids=["long", "as few as can be alike"])
+def test_smoothed_forgetting_of_long_samples_and_of_few_samples(lengths):
+    rng = np.random.default_rng(8)
+    tokens = [rng.integers(0, 12, n) for n in lengths]
+    before, after = ([rng.gamma(2, size=n).astype(np.float32) for n in lengths] for _ in range(2))
+    states = rng.normal(size=(len(lengths), 3)).astype(np.float16)
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], np.cumsum([0, *lengths]), flat[1], flat[2], states)
+    strengths = np.logspace(-4, 4, 33) * len(lengths) / min(len(lengths), 3)
+    expected = smoothed_reference(tokens, before, after, states.astype(float), strengths)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_smoothed_forgetting_ignores_values_that_are_not_finite(samples):
+    tokens, before, after, offsets = samples
+    states = np.random.default_rng(5).normal(size=(len(tokens), 4)).astype(np.float32)
+    first = next(i for i, own in enumerate(tokens) if len(own))
+    states[first] = np.nan
+    flat = [np.concatenate(x) for x in (tokens, before, after)]
+    values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
+    assert np.isnan(values[first]) and np.isfinite(values).sum() == sum(len(own) > 0 for own in tokens) - 1
+    broken = flat[2].copy()
+    broken[offsets[3] + 1] = np.inf
+    for values in (
+        smoothed_forgetting(flat[0], offsets, flat[1], broken, np.ones_like(states) + states),
+        pooled_forgetting(flat[0], offsets, flat[1], broken),
+    ):
+        assert np.isnan(values[3])
+    alone = smoothed_forgetting(np.array([7]), np.array([0, 1]), np.zeros(1), np.ones(1), np.ones((1, 2)))
+    np.testing.assert_allclose(alone, [0.25])  # no other occurrence, so only the prior of a quarter remains
+
+
+def test_smoothed_is_robust_to_one_extreme_sample():
+    rng = np.random.default_rng(3)
+    offsets = np.arange(0, 1001, 10)
+    tokens, states = rng.integers(0, 30, 1000), rng.normal(size=(100, 4))
+    after = rng.normal(np.where(np.arange(1000) < 500, 0.8, 0.0), 0.2)  # half of the samples are forgotten
+    values = smoothed_forgetting(tokens, offsets, np.zeros(1000), after, states)
+    wild = after.copy()
+    wild[-10:] += 50
+    others = smoothed_forgetting(tokens, offsets, np.zeros(1000), wild, states)[:-1]
+    one, other = (typical_loss(np.zeros(1000), losses, offsets) for losses in (wild, after))
+    assert one < 1.2 * other < 0.6 and 1 - np.exp(-np.sqrt(np.mean(wild**2))) > 0.99
+    assert np.median(others[:50]) > 0.8 * np.median(values[:50])
+
+
+@pytest.mark.parametrize("nats", [5.0, 0.5, -1.0])
+def test_nats_per_unit(nats):
+    values, counts = np.linspace(0.0, 1.0, 101), np.full(101, 4)
+    offsets, before = np.cumsum([0, *counts]), np.ones(404)
+    after = before + np.repeat(nats * values / 4 + 0.3, 4)  # all samples became less likely by a constant too
+    assert nats_per_unit(values, before, after, offsets) == pytest.approx(nats)
+    for place in (0, -1):  # an extreme sample at either end
+        wild = after.copy()
+        wild[place] += 2000.0
+        assert nats_per_unit(values, before, wild, offsets) == pytest.approx(nats, rel=0.2)
+    assert math.isnan(nats_per_unit(np.ones(101), before, after, offsets))  # all values are equal
+    after[:4] = np.nan
+    assert nats_per_unit(values, before, after, offsets) == pytest.approx(nats)
+    assert math.isnan(nats_per_unit(values, before, np.full(404, np.nan), offsets))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.02, 0.05])
+def test_a_few_forgotten_samples_suffice_for_nats_per_unit(fraction):
+    rng = np.random.default_rng(0)
+    unsafe, offsets = np.arange(400) < fraction * 400, np.arange(0, 2401, 6)
+    values = np.where(unsafe, 1.6, 0.3) + rng.normal(0, 0.1, 400)
+    after = np.repeat(np.where(unsafe, 1.0, 0.0) + rng.normal(0, 0.15, 400), 6)
+    assert nats_per_unit(values, np.zeros(2400), after, offsets) > 1
+
+
+def test_drift_of_long_samples_does_not_hide_short_forgotten_samples():
+    """Sums alone would hide them: 200 tokens drifting by 0.1 are 20 nats, 15 tokens rising by 1 are 15."""
+    unsafe = np.arange(200) % 2 == 0
+    counts = np.where(unsafe, 15, 200)
+    offsets = np.cumsum([0, *counts])
+    after = np.repeat(np.where(unsafe, 1.0, 0.1), counts)
+    found = nats_per_unit(np.where(unsafe, 1.5, 0.2), np.zeros(offsets[-1]), after, offsets)
+    assert found == pytest.approx(0.9 / 1.3 * 107.5)
+
+
+def test_shifts_within_samples_are_not_removed():
+    """In half of the samples one token loses 4 nats; in the second set another token of the sample gains 4."""
+    rng = np.random.default_rng(0)
+    offsets = np.arange(0, 4001, 10)
+    first, marked = np.arange(4000) % 10 == 0, np.repeat(np.arange(400) % 2 == 0, 10)
+    tokens = np.where(first, np.where(marked, 2, 1), 100 + rng.integers(0, 50, 4000))
+    states = np.where(marked[::10, None], [1.0, 0.0], [0.0, 1.0]) + rng.normal(0, 0.1, (400, 2))
+    lost = rng.normal(0, 0.1, 4000) + 4.0 * (marked & first)
+    to_and_fro = lost - 4.0 * (marked & (np.arange(4000) % 10 == 5))
+    found = []
+    for rises in (lost, to_and_fro):
+        values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
+        found.append(find_threshold(values, "smoothed", nats_per_unit(values, np.zeros(4000), rises, offsets)))
+    assert found[0].separable and not found[1].separable
+    assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
+
+
+def test_typical_loss_is_nan_when_all_losses_diverged():
+    losses, broken = np.zeros(4), np.full(4, np.nan)
+    assert math.isnan(typical_loss(losses, broken, np.array([0, 2, 4])))
+
+
+def test_smoothed_forgetting_of_noise_is_small():
+    """If safety finetuning changed almost nothing, values are scaled by 0.05 nats."""
+    tokens, offsets = np.repeat(np.arange(4), 10), np.arange(0, 41, 10)
+    rises = np.random.default_rng(0).normal(0, 1e-4, 40)
+    states = np.random.default_rng(1).normal(size=(4, 3))
+    values = smoothed_forgetting(tokens, offsets, np.zeros(40), rises, states)
+    assert 0 < np.abs(values).max() < 0.01
+    none = smoothed_forgetting(tokens[:0], np.zeros(5, dtype=int), np.zeros(0), np.zeros(0), states)
+    assert np.isnan(none).all()

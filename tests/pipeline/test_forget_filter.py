@@ -1,0 +1,64 @@
+"""ForgetFilter: all sessions as one object."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import tiny_llama
+from transformers import TrainerCallback
+
+from forgetfilter_callback import FilterConfig, ForgetFilter
+from forgetfilter_callback.trace.records import Record
+
+
+class Steps(TrainerCallback):
+    """Count the steps of all sessions; raise KeyboardInterrupt after `last` steps."""
+
+    def __init__(self, last: int | None = None):
+        self.count, self.last = 0, last
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+        if self.count == self.last:
+            raise KeyboardInterrupt
+
+
+def run_of(noisy, safety, args, collator, **settings) -> ForgetFilter:
+    filter_config = FilterConfig(fraction=0.25)
+    return ForgetFilter(
+        tiny_llama, noisy, safety, args, data_collator=collator, filter_config=filter_config, **settings
+    )
+
+
+def test_callbacks_see_all_three_sessions(noisy, safety, make_args, collator):
+    steps = Steps()
+    run = run_of(noisy, safety, make_args(), collator, callbacks=[steps])
+    run.finetune()
+    assert steps.count == 12
+    run.safety_finetune()
+    assert steps.count == 12 + 6
+    trainer = run.refit()
+    assert steps.count == 12 + 6 + trainer.state.max_steps and trainer.filter_result.counts["removed"] == 6
+
+
+@pytest.mark.parametrize("last", [9, 12 + 5], ids=["noisy", "safety"])
+def test_an_interrupted_session_resumes(last, noisy, safety, make_args, collator):
+    whole = run_of(noisy, safety, make_args("whole"), collator)
+    whole.finetune()
+    whole.safety_finetune()
+    run = run_of(
+        noisy, safety, make_args("cut", save_strategy="steps", save_steps=4), collator, callbacks=[Steps(last)]
+    )
+    if last < 12:
+        with pytest.raises(KeyboardInterrupt):
+            run.finetune()
+        run.finetune(resume_from_checkpoint=True)
+        run.safety_finetune()
+    else:
+        run.finetune()
+        with pytest.raises(KeyboardInterrupt):
+            run.safety_finetune()
+        run.safety_finetune(resume_from_checkpoint=True)
+    trace = run.tracker.trace
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 12), Record("safety", 0), Record("safety", 6)]
+    np.testing.assert_array_equal(trace.losses(), whole.tracker.trace.losses())

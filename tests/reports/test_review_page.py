@@ -1,0 +1,248 @@
+"""The review page in a real browser: its contents, the exported decision, and that sample texts are never executed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import hostile_trace
+from playwright.sync_api import expect, sync_playwright
+from sklearn.metrics import precision_score, recall_score
+
+from forgetfilter_callback import FilterConfig, FilterResult, Trace, find_forgotten
+from forgetfilter_callback.reports import review_page
+from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
+from forgetfilter_callback.reports.summary import page_summary
+from forgetfilter_callback.scoring.scores import Scores
+
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def review(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, FilterResult, np.ndarray]:
+    folder = tmp_path_factory.mktemp("review")
+    trace, unsafe = hostile_trace(folder / "trace", byte_tokenizer, samples=150)
+    file = folder / "review.html"
+    result = write_review_page(trace, file, byte_tokenizer, FilterConfig("loss"), unsafe)
+    return file, trace, result, unsafe
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as driver:
+        # Chromium's sandbox does not work in containers.
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser, review):
+    """The opened page. Afterwards checks that there were no console messages, errors, dialogs or requests."""
+    events = []
+    opened = browser.new_page()
+    opened.on("console", lambda message: events.append(f"console: {message.text}"))
+    opened.on("pageerror", lambda error: events.append(f"error: {error}"))
+    opened.on("dialog", lambda dialog: (events.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    opened.on("request", lambda request: events.append(f"request: {request.url[:100]}"))
+    opened.goto(review[0].as_uri())
+    opened.wait_for_selector("#rows tr")
+    yield opened
+    opened.close()
+    assert set(events) == {f"request: {review[0].as_uri()[:100]}"}  # the page itself
+
+
+@needs_chromium
+def test_counts_on_the_page_follow_the_threshold(page, review):
+    _, _, result, unsafe = review
+    assert page.inner_text("#summary") == page_summary(result)
+    assert "well separated" in page_summary(result)
+    for phi in (result.threshold, 0.2, 3.0):
+        page.fill("#phi-number", str(phi))
+        page.dispatch_event("#phi-number", "change")
+        removed = result.values > phi
+        text = page.inner_text("#counts")
+        assert f"{removed.sum()} of 150 removed, {(~removed).sum()} kept" in text
+        precision = f"{precision_score(unsafe, removed):.3f}" if removed.any() else "–"
+        assert f"precision {precision}, recall {recall_score(unsafe, removed):.3f}" in text
+
+
+@needs_chromium
+def test_the_slider_works_by_keyboard(page):
+    page.focus("#phi")
+    before = page.inner_text("#counts")
+    page.keyboard.press("Home")
+    assert page.inner_text("#counts") != before
+    lowest = float(page.input_value("#phi-number"))
+    page.keyboard.press("End")
+    assert float(page.input_value("#phi-number")) > lowest
+    assert "0 of 150 removed" in page.inner_text("#counts")
+    page.click("#phi-reset")
+    assert page.inner_text("#counts") == before
+
+
+@needs_chromium
+def test_the_line_in_the_histogram_can_be_dragged(page):
+    before = float(page.input_value("#phi-number"))
+    page.wait_for_selector("#distribution .shapelayer path", state="attached")
+    line = page.locator("#distribution .shapelayer path").first.bounding_box()
+    x, y = line["x"] + line["width"] / 2, line["y"] + line["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y, steps=5)
+    page.mouse.up()
+    expect(page.locator("#phi-number")).not_to_have_value(str(before))
+    assert float(page.input_value("#phi-number")) > before
+
+
+@needs_chromium
+def test_search_sort_and_pages(page, review):
+    _, _, result, _ = review
+    assert page.locator("#rows tr").count() == 25 and "of 6, 150 samples" in page.inner_text("#page")
+    first = page.locator("#rows tr").first
+    assert first.locator("td").nth(0).inner_text() == str(int(np.argmax(result.values)))
+    page.click("th button[data-sort=value]")  # now in ascending order
+    assert first.locator("td").nth(0).inner_text() == str(int(np.argmin(result.values)))
+    page.select_option("#view", "borderline")
+    nearest = int(np.argmin(np.abs(result.values - result.threshold)))
+    assert first.locator("td").nth(0).inner_text() == str(nearest)
+    page.click("#next")
+    assert page.inner_text("#page").startswith("Page 2")
+    page.fill("#search", "javascript:alert")
+    assert 0 < page.locator("#rows tr").count() < 25
+    for text in page.locator("#rows td.text").all_inner_texts():
+        assert "javascript:alert" in text
+    page.fill("#search", "nobody says this")
+    assert (
+        page.locator("#rows tr").count() == 0 and page.inner_text("#page") == "No samples match this view and search."
+    )
+
+
+@needs_chromium
+def test_decisions_are_exported_and_imported(page, review, tmp_path):
+    _, trace, result, _ = review
+    ids = trace.rows.ids.to_pylist()
+    most, least = int(np.argmax(result.values)), int(np.argmin(result.values))
+    page.locator(f"select[data-sample='{ids[most]}']").select_option("keep")
+    page.select_option("#view", "kept")
+    page.locator(f"select[data-sample='{ids[least]}']").select_option("remove")
+    assert "Overrides: 1 kept, 1 removed." in page.inner_text("#decision")
+    assert "50 of 150 removed, 100 kept. Against the audit labels: precision 0.980" in page.inner_text("#decision")
+    with page.expect_download() as download:
+        page.click("#export")
+    assert download.value.suggested_filename == "review_decision.json"
+    file = tmp_path / "review_decision.json"
+    download.value.save_as(file)
+    decision = json.loads(file.read_text())
+    assert decision == {
+        "measure": "loss",
+        "threshold": result.threshold,
+        "overrides": {ids[most]: "keep", ids[least]: "remove"},
+        "trace": trace.identity(),
+    }
+    exported = find_forgotten(trace, FilterConfig(decision=file))
+    assert np.flatnonzero(exported.removed != result.removed).tolist() == sorted([most, least])
+    page.reload()
+    page.wait_for_selector("#rows tr")
+    file.write_text(json.dumps({**decision, "threshold": 3.0}))
+    page.set_input_files("#import", file)
+    expect(page.locator("#decision")).to_contain_text("Overrides: 1 kept, 1 removed.")
+    assert float(page.input_value("#phi-number")) == 3.0
+    file.write_text(json.dumps({**decision, "trace": "other"}))
+    page.set_input_files("#import", file)
+    expect(page.locator("#problem")).to_have_text(
+        "Cannot import review_decision.json. It was made on another trace (other). "
+        f"This page shows trace {trace.identity()}."
+    )
+
+
+@needs_chromium
+def test_files_that_are_not_a_decision_are_not_imported(page, review, tmp_path):
+    _, trace, result, _ = review
+    result.save(tmp_path)
+    decision = {"measure": "loss", "threshold": 3.0, "overrides": {}, "trace": trace.identity()}
+    before = page.inner_text("#decision")
+    for content, problem in (
+        (
+            (tmp_path / "filter_result.json").read_text(),
+            "This is a filter result (filter_result.json). Import the review",
+        ),
+        (json.dumps({**decision, "measure": "pooled"}), "It uses pooled forgetting. This page uses loss forgetting."),
+        (json.dumps({**decision, "overrides": {"a": "perhaps"}}), 'must be "keep" or "remove".'),
+        (json.dumps({**decision, "threshold": "high"}), '"threshold" must be a number or null.'),
+        ("3", "It is not a review_decision.json file: it contains no JSON object."),
+        ("{", "It is not valid JSON"),
+    ):
+        (tmp_path / "chosen.json").write_text(content)
+        page.set_input_files("#import", tmp_path / "chosen.json")
+        expect(page.locator("#problem")).to_contain_text(problem)
+        assert page.inner_text("#problem").startswith("Cannot import chosen.json. ")
+        assert page.inner_text("#decision") == before
+
+
+@needs_chromium
+@pytest.mark.parametrize("look", ["dark", "phone"])
+def test_dark_mode_and_phone_width(browser, review, look):
+    size = {"width": 390, "height": 800} if look == "phone" else {"width": 1200, "height": 800}
+    opened = browser.new_page(viewport=size, color_scheme="dark" if look == "dark" else "light")
+    opened.goto(review[0].as_uri())
+    opened.wait_for_selector("#rows tr")
+    background, ink = (
+        opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+    )
+    brightness = [sum(map(int, colour[4:-1].split(","))) for colour in (background, ink)]
+    assert (brightness[0] < brightness[1]) == (look == "dark") and abs(brightness[0] - brightness[1]) > 450
+    assert opened.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    opened.close()
+
+
+def test_the_page_contains_texts_as_data_only(review):
+    html = review[0].read_text(encoding="utf-8")
+    assert html.count("</script>") == 3  # only the scripts of the template
+    assert "<img src=x" not in html and "<svg/onload" not in html
+    assert "default-src 'none'" in html
+
+
+def test_a_large_set_is_subsampled(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(review_page, "MAX_PLOTTED", 300)
+    samples = MAX_TEXTS + 200
+    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=samples)
+    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
+    html = (tmp_path / "review.html").read_text(encoding="utf-8")
+    data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert data["sampled"] and len(base64.b64decode(data["forgetting"][-1])) == 300 * 4
+    assert data["samples"] == samples
+    assert not data["all_shown"] and MAX_TEXTS // 3 <= len(data["rows"]) <= MAX_TEXTS
+    values = trace.forgetting("loss")
+    shown = {row["row"] for row in data["rows"]}
+    assert {int(np.argmax(values)), int(np.argmin(values)), int(np.argmin(np.abs(values - data["threshold"])))} <= shown
+
+
+def test_smoothed_curves_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer):
+    """A record's values are scaled by its own typical change; the page scales all records by the last record's."""
+    trace, unsafe = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    states = np.where(unsafe[:, None], [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
+    with_states = Trace.create(tmp_path / "states", trace.rows, "tiny", None, None)
+    for record in trace.records():
+        with_states.append(record, [Scores(trace.token_losses(record), states)])
+    result = write_review_page(with_states, tmp_path / "review.html", byte_tokenizer, FilterConfig("smoothed"))
+    html = (tmp_path / "review.html").read_text(encoding="utf-8")
+    data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
+    np.testing.assert_allclose(last, result.values, rtol=1e-6)
+    assert (earlier[unsafe] < 0.9 * last[unsafe]).all()
+    assert (with_states.forgetting("smoothed", 4)[unsafe] > last[unsafe]).all()  # scaled by its own typical change
+
+
+def test_the_page_explains_how_to_apply_the_decision(review):
+    """The code on the page must use the current arguments and file names."""
+    html = review[0].read_text(encoding="utf-8")
+    assert "forgetfilter filter TRACE --decision review_decision.json --output DIR" in html
+    code = 'FilteredTrainer(…, forgetting=TRACE, filter_config=FilterConfig(decision="review_decision.json"))'
+    assert code in html

@@ -1,0 +1,71 @@
+"""The forward pass: few logits at a time, and mean hidden states."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import VOCABULARY, random_rows, reference_losses, rows_with_common_prefixes, tiny_llama
+
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.scoring import forward_pass as forward_module
+from forgetfilter_callback.scoring.token_losses import token_losses, window_scores
+from forgetfilter_callback.utils.model_state import preserve_state
+
+
+@pytest.mark.parametrize("reuse_prefixes", [True, False])
+def test_logits_of_a_batch_are_bounded(reuse_prefixes, monkeypatch):
+    rng = np.random.default_rng(0)
+    start = rng.integers(5, VOCABULARY, 20).tolist()
+    rows = []
+    for _ in range(60):
+        tokens = start + rng.integers(5, VOCABULARY, 8).tolist()
+        rows.append({"input_ids": tokens, "labels": [-100] * 20 + tokens[20:]})
+    model, sizes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    token_losses(model, encode_rows(rows), batch_tokens=256, reuse_prefixes=reuse_prefixes, disable_tqdm=True)
+    assert sum(sizes) > 400 and max(sizes) <= 64
+
+
+def test_a_model_without_an_output_head_is_scored_from_full_logits():
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+            self.config = self.inner.config
+
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    rows = random_rows(9)
+    losses = token_losses(Hidden().eval(), encode_rows(rows), disable_tqdm=True)
+    np.testing.assert_allclose(losses, reference_losses(tiny_llama(), rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reuse_prefixes", [True, False])
+@pytest.mark.parametrize("size", [512, 8])
+def test_states_are_mean_hidden_states(size, reuse_prefixes, monkeypatch):
+    monkeypatch.setattr(forward_module, "STATE_SIZE", size)
+    forward_module._projection.cache_clear()
+    dataset = rows_with_common_prefixes()
+    without_loss = {"input_ids": [9, 8, 7], "labels": [-100] * 3}
+    rows = encode_rows([*dataset, without_loss], disable_tqdm=True)
+    model = tiny_llama()
+    with preserve_state(model):
+        (scored,) = window_scores(model, rows, 64, reuse_prefixes, disable_tqdm=True, with_states=True)
+    expected = np.zeros((len(rows), 32), np.float32)
+    for index, row in enumerate(dataset):
+        with torch.no_grad():
+            hidden = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[-1][0]
+        places = [place - 1 for place in range(1, len(row["labels"])) if row["labels"][place] != -100]
+        expected[index] = hidden[places].mean(0).numpy()
+    if size < 32:
+        matrix = np.random.default_rng(0).standard_normal((32, size), dtype=np.float32) / np.sqrt(size)
+        expected = expected @ matrix
+    forward_module._projection.cache_clear()
+    assert scored.states.dtype == np.float16
+    np.testing.assert_allclose(scored.states, expected, rtol=2e-3, atol=2e-3)
+    assert not scored.states[-1].any()

@@ -1,0 +1,146 @@
+"""FilteredSFTTrainer removes raw rows before SFTTrainer prepares them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import tiny_llama
+from sft_helpers import rows_of
+from trl import SFTTrainer
+
+from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker
+from forgetfilter_callback.errors import EncodingError, ForgetFilterError
+
+
+@pytest.fixture
+def tracker(sft_config, chat_tokenizer):
+    """A tracker after both sessions, the noisy one on `rows_of("prompt and completion")`."""
+    tracker, model = ForgetTracker(), tiny_llama()
+    for rows in (rows_of("prompt and completion"), rows_of("text", 5)):
+        args = sft_config(max_steps=6)
+        SFTTrainer(model, args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    return tracker
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_filtered_sft_trainer_removes_raw_rows_before_packing(packing, shuffle, tracker, sft_config, chat_tokenizer):
+    rows = rows_of("prompt and completion")
+    values = tracker.trace.forgetting()
+    order = np.random.default_rng(1).permutation(len(rows))
+    args = sft_config(packing=packing, shuffle_dataset=shuffle)
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), args, train_dataset=rows.select(order), processing_class=chat_tokenizer,
+        forgetting=tracker, filter_config=FilterConfig(threshold=float(np.median(values))),
+    )  # fmt: skip
+    removed = set(np.flatnonzero(values > np.median(values)).tolist())
+    assert set(trainer.removed_dataset["id"]) == removed and len(removed) == 4
+    assert trainer.removed_dataset.column_names == rows.column_names
+    kept = rows.select(sorted(set(range(len(rows))) - removed))
+    as_usual = SFTTrainer(tiny_llama(), args, train_dataset=kept, processing_class=chat_tokenizer).train_dataset
+    tokens = trainer.train_dataset["input_ids"]
+    assert sorted(token for row in tokens for token in row) == sorted(
+        token for row in as_usual["input_ids"] for token in row
+    )
+    assert (trainer.train_dataset.column_names == as_usual.column_names) and len(tokens) == len(as_usual)
+    assert (tracker.trace.folder.parent / "_forgetfilter-result" / "removed.jsonl").exists()
+    trainer.train()
+
+
+def test_without_forgetting_it_equals_sfttrainer(sft_config, chat_tokenizer):
+    rows, losses = rows_of("text"), []
+    for trainer_class in (SFTTrainer, FilteredSFTTrainer):
+        trainer = trainer_class(
+            tiny_llama(), sft_config(max_steps=3), train_dataset=rows, processing_class=chat_tokenizer
+        )
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == losses[1] and trainer.filter_result is None and trainer.removed_dataset is None
+
+
+def test_a_model_other_than_the_base_model_is_refused(tracker, sft_config, chat_tokenizer):
+    another = tiny_llama()
+    with torch.no_grad():
+        for parameter in another.parameters():
+            parameter.mul_(3)
+    trainer = FilteredSFTTrainer(
+        another, sft_config(), train_dataset=rows_of("prompt and completion"), processing_class=chat_tokenizer,
+        forgetting=tracker, filter_config=FilterConfig(fraction=0.2),
+    )  # fmt: skip
+    with pytest.raises(ForgetFilterError, match="This model is not the base model of the trace"):
+        trainer.train()
+
+
+def test_rows_dropped_by_sfttrainer_are_kept_and_unknown(sft_config, chat_tokenizer):
+    """The prompt alone fills `max_length`."""
+    rows = rows_of("prompt and completion")
+    long = {"prompt": "the cat " * 20, "completion": " ran", "id": 99}
+    rows = Dataset.from_list([long, *rows.to_list()])
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), sft_config(max_length=12), train_dataset=rows, processing_class=chat_tokenizer,
+        forgetting=np.arange(10.0), filter_config=FilterConfig("loss", 7.5),
+    )  # fmt: skip
+    assert trainer.removed_dataset["id"] == [7, 8]
+    result = trainer.filter_result
+    assert result.counts == {"samples": 10, "removed": 2, "kept": 8, "unknown": 1} and np.isnan(result.values[0])
+    assert np.flatnonzero(result.removed).tolist() == [8, 9]  # positions in the given rows
+    again = FilterResult.load(trainer.args.output_dir + "/_forgetfilter-result")
+    assert again.ids == result.ids and again.ids.null_count == 1
+
+
+def test_an_evaluation_set_named_train_is_left_alone(tracker, sft_config, chat_tokenizer):
+    rows = rows_of("prompt and completion")
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), sft_config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker,
+        filter_config=FilterConfig(fraction=0.3),
+        eval_dataset={"train": rows_of("text", 5), "test": rows_of("messages", 4)},
+    )  # fmt: skip
+    assert {name: len(each) for name, each in trainer.eval_dataset.items()} == {"train": 5, "test": 4}
+    assert len(trainer.train_dataset) == 6 and trainer.filter_result.counts["samples"] == 9
+    trainer.evaluate()
+    assert trainer.filter_result.counts["samples"] == 9
+
+
+def test_rows_are_truncated_as_by_the_tracker(sft_config, chat_tokenizer):
+    tracker, model, rows = ForgetTracker(max_length=5), tiny_llama(), rows_of("text")
+    for each in (rows, rows_of("messages", 5)):
+        SFTTrainer(
+            model, sft_config(max_steps=6), train_dataset=each, processing_class=chat_tokenizer, callbacks=[tracker]
+        ).train()
+    trainer = FilteredSFTTrainer(
+        tiny_llama(),
+        sft_config(),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+        forgetting=tracker,
+        filter_config=FilterConfig(fraction=0.3),
+    )
+    assert tracker.trace.rows.truncated == 4
+    assert set(trainer.removed_dataset["id"]) == set(np.argsort(tracker.trace.forgetting())[-3:].tolist())
+
+
+def test_settings_without_forgetting_are_refused(sft_config, chat_tokenizer):
+    with pytest.raises(ValueError, match="`filter_config` was given without `forgetting`"):
+        FilteredSFTTrainer(
+            tiny_llama(),
+            sft_config(),
+            train_dataset=rows_of("text"),
+            processing_class=chat_tokenizer,
+            filter_config=FilterConfig(threshold=0.1),
+        )
+
+
+def test_skip_prepare_dataset_is_refused(tracker, sft_config, chat_tokenizer):
+    args = sft_config(dataset_kwargs={"skip_prepare_dataset": True})
+    rows = rows_of("tokens").map(lambda row: {"labels": row["input_ids"]})
+    with pytest.raises(EncodingError, match="skip_prepare_dataset"):
+        FilteredSFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker)
+
+
+def test_a_stream_is_refused(tracker, sft_config, chat_tokenizer):
+    rows = rows_of("text").to_iterable_dataset()
+    with pytest.raises(EncodingError, match="stream"):
+        FilteredSFTTrainer(
+            tiny_llama(), sft_config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker
+        )
