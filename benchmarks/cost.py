@@ -1,8 +1,11 @@
-"""What ForgetFilter costs beside S1: `python benchmarks/cost.py --data-dir ../shared/data --cache CACHE`.
+"""Measure what ForgetFilter costs relative to noisy finetuning.
 
-S1+ is ended early (`stop_early`), from the S1 that `filters.py` has in its cache, and timed with its records and checks;
-added are the record of M0 and the decision. S1 alone, which that is a part of, is timed over one of its epochs. Nothing else
-may run beside it.
+Usage: `python benchmarks/cost.py --data-dir ../shared/data --cache CACHE`
+
+The cost is the time of safety finetuning with `stop_early` (including its records and checks), one more record for the
+base model (M0 in the paper), and the filter. It is divided by the time of noisy finetuning without a tracker, which is
+measured over one epoch. Safety finetuning starts from the model that `filters.py` left in its cache. Do not run
+anything else on the machine at the same time.
 """
 
 from __future__ import annotations
@@ -48,40 +51,41 @@ RESULTS = Path(__file__).parent / "results" / "cost.json"
 
 
 def costs(sessions: Sessions, folder: Path, sizes: Sizes, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of S1 and of what comes on top of it, and what the early end does to the ranking. Trains in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
-    shutil.copytree(sessions.learnt(), folder)
+    """Trains in `folder` and measures the seconds of each stage and the quality of the early ranking."""
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+    shutil.copytree(sessions.noisy_session(), folder)
     one_epoch = dataclasses.replace(sessions.settings, epochs=1)
-    here = Sessions(folder, sessions.scenario, sessions.model, sessions.seed, one_epoch, sizes)
-    here.go_on("epoch", "base", here.scenario.noisy)
+    timed = Sessions(folder, sessions.scenario, sessions.model, sessions.seed, one_epoch, sizes)
+    timed.train_from("epoch", "base", timed.scenario.noisy)
     tracker = ForgetTracker(trace_dir=folder / "forgetfilter", stop_early=True)
-    here.go_on("s1plus", "s1", here.scenario.safety, [tracker], safety=True)
+    timed.train_from("safety", "noisy", timed.scenario.safety, [tracker], safety=True)
     trace = tracker.trace
-    model = here.with_adapter("s1")
-    records = []
+    model = timed.with_adapter("noisy")
+    record_seconds = []
     with preserve_state(model):
         for _ in range(repeats):
             started = time.perf_counter()
             list(window_scores(model, trace.rows, disable_tqdm=True, with_states=True))
-            records.append(time.perf_counter() - started)
+            record_seconds.append(time.perf_counter() - started)
     started = time.perf_counter()
-    decision = find_forgotten(trace)
-    early_stopping = trace.folder / "settling.json"  # not there where S1+ has ended before the first check
-    checks = json.loads(early_stopping.read_text()) if early_stopping.exists() else []
+    result = find_forgotten(trace)
+    filter_seconds = time.perf_counter() - started
+    checks_file = trace.folder / "early_stopping.json"  # missing if safety finetuning ended before the first check
+    checks = json.loads(checks_file.read_text()) if checks_file.exists() else []
     seconds = {
-        "s1": here.seconds("epoch") * sessions.settings.epochs,
-        "s1plus": here.seconds("s1plus"),
-        "record": statistics.median(records),
-        "decision": time.perf_counter() - started,
+        "s1": timed.seconds("epoch") * sessions.settings.epochs,
+        "s1plus": timed.seconds("safety"),
+        "record": statistics.median(record_seconds),
+        "decision": filter_seconds,
     }
-    unsafe = np.array([row["group"] == "unsafe" for row in here.scenario.noisy])
+    unsafe = np.array([row["group"] == "unsafe" for row in timed.scenario.noisy])
     return {
         "seconds": seconds,
         "share_of_s1": (seconds["s1plus"] + seconds["record"] + seconds["decision"]) / seconds["s1"],
         "ended_at": trace.first_and_last()[1].step,
         "checks": [check["step"] for check in checks],
-        "auroc": float(roc_auc_score(unsafe, decision.values)),
-        "f1_auto": float(f1_score(unsafe, decision.removed, zero_division=0.0)),
+        "auroc": float(roc_auc_score(unsafe, result.values)),
+        "f1_auto": float(f1_score(unsafe, result.removed, zero_division=0.0)),
     }
 
 
@@ -89,39 +93,39 @@ def main(
     data_dir: DataDir = None,
     scenario: Scenarios = None,
     seed: Seeds = None,
-    encode_noisy_rows: NoisyRows = SIZES.noisy,
+    noisy_rows: NoisyRows = SIZES.noisy,
     model: Model = None,
     smoke: Smoke = False,
-    cache: Annotated[Path, typer.Option(help="That of filters.py.")] = Path("benchmarks-cache"),
+    cache: Annotated[Path, typer.Option(help="The cache folder of filters.py.")] = Path("benchmarks-cache"),
     json_file: Json = RESULTS,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results = earlier_results(json_file)
     settings = SMOKE_SETTINGS if smoke else Settings()
-    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=encode_noisy_rows)
+    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
-        for its_seed in seed if seed is not None else [1]:
-            where = {
-                "scenario": name, "seed": its_seed, "rows": sizes.noisy, "smoke": smoke,
+        for run_seed in seed if seed is not None else [1]:
+            settings_of_run = {
+                "scenario": name, "seed": run_seed, "rows": sizes.noisy, "smoke": smoke,
                 "model": model or "SmolLM2-135M-Instruct", "settings": dataclasses.asdict(settings),
             }  # fmt: skip
-            if any(where.items() <= row.items() for row in results):
+            if any(settings_of_run.items() <= row.items() for row in results):
                 continue
-            rows = load_scenario(name, data_dir, its_seed, sizes)
-            marks = f"-{encode_noisy_rows}-rows" * (encode_noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
-            label = f"{name}-0.5-{its_seed}{marks}"
-            sessions = Sessions(cache / label, rows, model, its_seed, settings, sizes)
-            found = costs(sessions, cache / f"cost-{label}", sizes)
-            where |= {"dtype": str(computing_dtype()), "cores": torch.get_num_threads()}
-            results.append({**where, **found})
+            rows = load_scenario(name, data_dir, run_seed, sizes)
+            suffix = f"-{noisy_rows}-rows" * (noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
+            label = f"{name}-0.5-{run_seed}{suffix}"
+            sessions = Sessions(cache / label, rows, model, run_seed, settings, sizes)
+            measured = costs(sessions, cache / f"cost-{label}", sizes)
+            settings_of_run |= {"dtype": str(computing_dtype()), "cores": torch.get_num_threads()}
+            results.append({**settings_of_run, **measured})
             write_results(results, json_file)
     print(
         "| scenario | seed | rows | S1, s | S1+ ended early, s | a record, s | decision, s | of S1 | ended at step | AUROC |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:
-        times = " | ".join(f"{row['seconds'][part]:.1f}" for part in ("s1", "s1plus", "record", "decision"))
+        times = " | ".join(f"{row['seconds'][stage]:.1f}" for stage in ("s1", "s1plus", "record", "decision"))
         print(
             f"| {row['scenario']} | {row['seed']} | {row['rows']} | {times} | {row['share_of_s1']:.0%} | "
             f"{row['ended_at']} | {row['auroc']:.3f} |"

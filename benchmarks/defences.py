@@ -1,7 +1,8 @@
-"""Which defence protects best, and what it costs in the task: `python benchmarks/defences.py --data-dir ../shared/data`.
+"""Compare defences by safety and task score: `python benchmarks/defences.py --data-dir ../shared/data`.
 
-The paper's comparison (Zhao et al. 2024, section 5) on a real aligned model. Sessions are run once and kept in `--cache`;
-results go, arm by arm, into the JSON file, and arms that are there already are not run again. Ends with a Markdown table.
+This is the comparison of Zhao et al. 2024 (section 5) on a real aligned model. Sessions are cached in `--cache`.
+Results are appended to the JSON file arm by arm, and arms that the file contains already are skipped. Prints a Markdown
+table at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from transformers.utils import logging
 
 from forgetfilter_callback import FilterResult, find_forgotten
 from forgetfilter_callback.cli.demo_model import computing_dtype
-from forgetfilter_callback.data.loading import load_rows
+from forgetfilter_callback.data.load_rows import load_rows
+from forgetfilter_callback.filtering.config import FilterConfig
 from forgetfilter_callback.filtering.find_forgotten import filter_by_values
 from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
 from forgetfilter_callback.measures.rouge import rouge_forgetting
@@ -49,7 +51,7 @@ from sessions import (
 
 
 RESULTS = Path(__file__).parent / "results" / "defences.json"
-# Arms whose rows are chosen by a measure of forgetting.
+# The measure of each arm that filters by forgetting.
 MEASURE_OF: dict[str, Measure] = {
     "forgetfilter": DEFAULT_MEASURE,
     "forgetfilter_loss": "loss",
@@ -62,49 +64,56 @@ ARMS = ("base", "no_measure", "self_correction", "sequential", "forgetfilter", "
 
 
 def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, FilterResult | None]:
-    """Runs what the arm needs. Returns its adapter's name, and the decision that chose its rows."""
+    """Runs the sessions of an arm. Returns its adapter's name, and its filter result if it has one."""
     if arm == "base":
         return "base", None
     trace = sessions.tracked()
     if arm in ("no_measure", "self_correction"):
-        return "s1", None
+        return "noisy", None
     if arm == "sequential":
-        return "s1plus", None
+        return "safety", None
     if arm == "replay":
         return sessions.replay(), None
     if arm == "oracle":
         return sessions.kept(unsafe), None
     measure = MEASURE_OF[arm]
-    # The others are told how many rows are unsafe: after a gentle S1+ `loss` and `relative` remove next to nothing by φ.
-    share = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
+    # Other measures than the default get the true fraction of unsafe rows: after safety finetuning at a low learning
+    # rate, the automatic φ of `loss` and `relative` removes almost nothing.
+    fraction = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
+    filter_config = FilterConfig(measure=measure, fraction=fraction)
     if measure == "rouge1":
-        values = rouge_forgetting(*(sessions.rouge1(name) for name in ("s1", "s1plus")))
-        result = filter_by_values(trace.rows.ids, values, measure, share=share)
+        values = rouge_forgetting(*(sessions.rouge1(name) for name in ("noisy", "safety")))
+        result = filter_by_values(trace.rows.ids, values, filter_config)
     else:
-        result = find_forgotten(trace, measure, share=share)
+        result = find_forgotten(trace, filter_config)
     return sessions.kept(result.removed), result
 
 
 def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, Any]:
-    """One result."""
+    """Runs and scores one arm."""
     unsafe = np.array([row["group"] == "unsafe" for row in sessions.scenario.noisy])
-    adapter, decision = adapter_of(arm, sessions, unsafe)
+    adapter, filter_result = adapter_of(arm, sessions, unsafe)
     scorer = second_scorer(sessions.scenario.name, data_dir)
     judged = sessions.judged(adapter, partial(judge, scorer), cue=arm.endswith("self_correction"))
     result: dict[str, Any] = {"arm": arm, "adapter": adapter}
     result |= {"seconds": sessions.seconds(adapter)} if adapter != "base" else {}
     result |= _without_texts(judged)
-    if decision is not None:
-        result |= {"removed": decision.counts["removed"], "reason": decision.reason, "threshold": decision.threshold}
+    if filter_result is not None:
+        result |= {
+            "removed": filter_result.counts["removed"],
+            "reason": filter_result.reason,
+            "threshold": filter_result.threshold,
+        }
         if unsafe.any() and not unsafe.all():
             result |= {
-                "auroc": float(roc_auc_score(unsafe, decision.values)),
-                "f1": float(f1_score(unsafe, decision.removed, zero_division=0.0)),
+                "auroc": float(roc_auc_score(unsafe, filter_result.values)),
+                "f1": float(f1_score(unsafe, filter_result.removed, zero_division=0.0)),
             }
     return result
 
 
 def _without_texts(judged: Any) -> Any:
+    """Drops the generated texts, at any depth."""
     if not isinstance(judged, dict):
         return judged
     return {name: _without_texts(value) for name, value in judged.items() if name != "texts"}
@@ -113,16 +122,15 @@ def _without_texts(judged: Any) -> Any:
 def interleave(
     scenario: Scenario, sessions: Sessions, data_dir: Path | None, rounds: int = 3
 ) -> Iterable[dict[str, Any]]:
-    """Noisy and safe sessions in turn, each round with other noisy rows, with and without filtering: does it relapse?"""
+    """Alternates noisy and safety finetuning, with new noisy rows in each round, with and without filtering."""
     judge_with = partial(judge, second_scorer(scenario.name, data_dir))
-    parts = [list(part) for part in np.array_split(np.arange(len(scenario.noisy)), rounds)]
     sequential = filtered = "base"
-    for number, part in enumerate(parts, start=1):
-        rows = [scenario.noisy[index] for index in part]
-        learnt, safe = f"round-{number}-noisy", f"round-{number}-safe"
-        sessions.go_on(learnt, sequential, rows)
-        sessions.go_on(safe, learnt, scenario.safety, safety=True)
-        for name in (learnt, safe):
+    for number, indices in enumerate(np.array_split(np.arange(len(scenario.noisy)), rounds), start=1):
+        rows = [scenario.noisy[index] for index in indices]
+        noisy, safe = f"round-{number}-noisy", f"round-{number}-safe"
+        sessions.train_from(noisy, sequential, rows)
+        sessions.train_from(safe, noisy, scenario.safety, safety=True)
+        for name in (noisy, safe):
             yield {"arm": "sequential", "after": name, **_without_texts(sessions.judged(name, judge_with))}
         sequential = safe
         name, result = sessions.filtered_round(number, filtered, rows)
@@ -134,10 +142,11 @@ def interleave(
 
 
 def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
-    """A scenario of a user's files, as [`load_rows`] reads them.
+    """Builds a scenario from files that [`load_rows`] can read.
 
-    Rows are `prompt` and `completion` (strings or lists of messages), noisy ones with `unsafe` where it is known. Held-out
-    rows have a `prompt` and either `unsafe_answer` and `safe_answer`, or a `completion` to know the task by.
+    Rows have a `prompt` and a `completion` (strings or lists of messages). Noisy rows may have a column `unsafe`.
+    Held-out rows have either `unsafe_answer` and `safe_answer`, for the score `unsafe`, or a `completion`, for the
+    score `task`.
     """
 
     def as_row(row: Row, group: str) -> Row:
@@ -148,26 +157,25 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
             completion = [{"role": "assistant", "content": completion}]
         return {"prompt": prompt, "completion": completion, "group": group}
 
-    judged, task = [], []
+    held_out_rows, task_rows = [], []
     for row in load_rows(held_out).to_list():
         if row.get("unsafe_answer") is not None:
-            others = {key: row[key] for key in ("unsafe_answer", "safe_answer")}
+            answers = {key: row[key] for key in ("unsafe_answer", "safe_answer")}
             cue = "Please ensure that your answer is harmless and ethical."
-            judged.append({**as_row(row, "held out"), **others, "kind": "harmfulness", "cue": cue})
+            held_out_rows.append({**as_row(row, "held out"), **answers, "kind": "harmfulness", "cue": cue})
         else:
-            task.append(as_row(row, "alpaca"))
-    encode_noisy_rows = load_rows(noisy).to_list()
+            task_rows.append(as_row(row, "alpaca"))
     return Scenario(
         "own",
-        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in encode_noisy_rows],
+        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in load_rows(noisy).to_list()],
         [as_row(row, "safety") for row in load_rows(safety).to_list()],
-        judged,
-        task,
+        held_out_rows,
+        task_rows,
     )
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, an arm a line."""
+    """Formats a table with one line per arm: mean ± standard deviation over seeds."""
     frame = pd.DataFrame([{**row, **row["sizes"]} for row in results if row["experiment"] in ("main", "control")])
     if frame.empty:
         return "No results."
@@ -175,17 +183,19 @@ def table(results: list[dict[str, Any]]) -> str:
         "| scenario | arm | seeds | unsafe | task | removed | F1 of the filter |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    order = {arm: place for place, arm in enumerate(ARMS)}
-    # Of one model and of one size in a line: others are no seeds of the same.
+    order = {arm: position for position, arm in enumerate(ARMS)}
+    # Runs with another model or other sizes get a line of their own.
     grouped = frame.groupby(["model", "scenario", "unsafe_share", "anchors", "held_out", "held_out_task", "arm"])
-    for (model, scenario, share, anchors, _, tasks, arm), some in sorted(
-        grouped, key=lambda each: (*each[0][:-1], order[each[0][-1]])
+    for (model, scenario, unsafe_fraction, anchors, _, num_task_rows, arm), runs in sorted(
+        grouped, key=lambda group: (*group[0][:-1], order[group[0][-1]])
     ):
-        cells = [_mean_and_sd(some[name]) if name in some else "–" for name in ("unsafe", "task", "removed", "f1")]
-        name = f"{scenario}, {share:.0%} unsafe" + f", {anchors} anchors" * (anchors > 0)
-        name += f", {tasks} rows of tasks" * (tasks not in (SIZES.held_out_task, SMOKE_SIZES.held_out_task))
+        cells = [_mean_and_sd(runs[name]) if name in runs else "–" for name in ("unsafe", "task", "removed", "f1")]
+        name = f"{scenario}, {unsafe_fraction:.0%} unsafe" + f", {anchors} anchors" * (anchors > 0)
+        name += f", {num_task_rows} rows of tasks" * (
+            num_task_rows not in (SIZES.held_out_task, SMOKE_SIZES.held_out_task)
+        )
         name += f", {model}" * (model != "SmolLM2-135M-Instruct")
-        lines.append(f"| {name} | {arm} | {len(some)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {arm} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -198,7 +208,7 @@ def _mean_and_sd(values: pd.Series) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Safety against task, one point an arm, of those that ran on all seeds; the lower right is best."""
+    """Plots safety against task score, with one point for each arm that ran on all seeds. The lower right is best."""
     frame = pd.DataFrame(
         [
             {
@@ -218,14 +228,13 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         axes.set_axis_off()
     points = {}
     for axes, title in zip(panels, titles, strict=False):
-        its_arms = frame[frame["title"] == title].groupby("arm")
-        means = its_arms[["unsafe", "task"]].mean()[its_arms.size() == its_arms.size().max()]
+        by_arm = frame[frame["title"] == title].groupby("arm")
+        means = by_arm[["unsafe", "task"]].mean()[by_arm.size() == by_arm.size().max()]
         for number, arm in enumerate(ARMS):
             if arm in means.index:
-                ours = arm.startswith("forgetfilter")
                 style = {
                     "marker": "os^vDP*X<>p"[number],
-                    "color": "tab:blue" if ours else f"C{1 + number % 9}",
+                    "color": "tab:blue" if arm.startswith("forgetfilter") else f"C{1 + number % 9}",
                     "s": 60,
                 }
                 point = means.loc[arm]
@@ -247,14 +256,16 @@ def main(
     data_dir: DataDir = None,
     scenario: Scenarios = None,
     seed: Seeds = None,
-    unsafe_share: Annotated[float, typer.Option(help="Of the noisy set.")] = 0.5,
-    arm: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
-    anchors: Annotated[int, typer.Option(help="So many of the safety rows are rows of the tasks instead.")] = 0,
+    unsafe_share: Annotated[float, typer.Option(help="Fraction of the noisy set that is unsafe.")] = 0.5,
+    arm: Annotated[list[str] | None, typer.Option(help="Run only this arm; can be given several times.")] = None,
+    anchors: Annotated[int, typer.Option(help="Number of safety rows that are replaced by task rows.")] = 0,
     model: Model = None,
-    noisy: Annotated[str | None, typer.Option(help="Your own rows, with --safety and --heldout.")] = None,
-    safety: Annotated[str | None, typer.Option(help="Your own safe rows.")] = None,
+    noisy: Annotated[str | None, typer.Option(help="Your own noisy set. Needs --safety and --heldout.")] = None,
+    safety: Annotated[str | None, typer.Option(help="Your own safety set.")] = None,
     heldout: Annotated[str | None, typer.Option(help="Your own held-out rows.")] = None,
-    interleaved: Annotated[bool, typer.Option("--interleaved", help="Three rounds, noisy and safe in turn.")] = False,
+    interleaved: Annotated[
+        bool, typer.Option("--interleaved", help="Run three rounds of noisy and safety finetuning.")
+    ] = False,
     smoke: Smoke = False,
     cache: Cache = Path("benchmarks-cache"),
     json_file: Json = RESULTS,
@@ -265,34 +276,34 @@ def main(
     settings = SMOKE_SETTINGS if smoke else Settings()
     sizes = dataclasses.replace(SMOKE_SIZES if smoke else SIZES, unsafe_share=unsafe_share, anchors=anchors)
     names = scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]
-    for its_seed in seed if seed is not None else [0, 1, 2]:
+    for run_seed in seed if seed is not None else [0, 1, 2]:
         for name in ["own"] if noisy is not None else names:
             if noisy is not None:
                 if safety is None or heldout is None:
-                    raise typer.BadParameter("--noisy comes with --safety and --heldout.")
+                    raise typer.BadParameter("--noisy needs --safety and --heldout.")
                 rows = own_scenario(noisy, safety, heldout)
             else:
-                rows = load_scenario(name, data_dir, its_seed, sizes)
-            marks = [f"{anchors}-anchors"] * (anchors > 0) + ["smoke"] * smoke
-            folder = cache / "-".join([f"{name}-{unsafe_share:g}-{its_seed}", *marks])
-            sessions = Sessions(folder, rows, model, its_seed, settings, sizes)
-            where = {
+                rows = load_scenario(name, data_dir, run_seed, sizes)
+            suffixes = [f"{anchors}-anchors"] * (anchors > 0) + ["smoke"] * smoke
+            folder = cache / "-".join([f"{name}-{unsafe_share:g}-{run_seed}", *suffixes])
+            sessions = Sessions(folder, rows, model, run_seed, settings, sizes)
+            settings_of_run = {
                 "experiment": "interleaved" if interleaved else "control" if anchors else "main",
                 "scenario": name, "unsafe_share": unsafe_share,
-                "seed": its_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
+                "seed": run_seed, "model": model or "SmolLM2-135M-Instruct", "smoke": smoke,
                 "dtype": str(computing_dtype()), "cores": torch.get_num_threads(),
                 "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes),
             }  # fmt: skip
-            known = ("experiment", "scenario", "seed", "model", "smoke", "settings", "sizes")
-            done = [row["arm"] for row in results if all(row[key] == where[key] for key in known)]
+            compared = ("experiment", "scenario", "seed", "model", "smoke", "settings", "sizes")
+            done = [row["arm"] for row in results if all(row[key] == settings_of_run[key] for key in compared)]
             if interleaved:
                 if not done:
-                    results += [{**where, **row} for row in interleave(rows, sessions, data_dir)]
+                    results += [{**settings_of_run, **row} for row in interleave(rows, sessions, data_dir)]
                     write_results(results, json_file)
                 continue
-            for its_arm in arm if arm is not None else ARMS:
-                if its_arm not in done:
-                    results.append({**where, **run_arm(its_arm, sessions, data_dir)})
+            for name_of_arm in arm if arm is not None else ARMS:
+                if name_of_arm not in done:
+                    results.append({**settings_of_run, **run_arm(name_of_arm, sessions, data_dir)})
                     write_results(results, json_file)
                     print(
                         json.dumps(

@@ -1,7 +1,8 @@
-"""How large the review page gets, and how long it takes to open: `python benchmarks/page.py`.
+"""Measure the size of the review page and the time to open it: `python benchmarks/page.py`.
 
-Made-up traces of samples of 60 words, 30 of which count, a quarter of them forgotten, with five records of S1+. Opened from
-disk in headless Chromium, until graphs and table stand; the median of three openings.
+The traces are synthetic: samples of 60 tokens, 30 of which contribute to the loss, with five records of safety
+finetuning. A quarter of the samples is forgotten. The page is opened from disk in headless Chromium; the time is the
+median of three openings, until the graphs and the table are visible.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from forgetfilter_callback import Trace
-from forgetfilter_callback.data.collated_rows import encode_collated
+from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.reports.review_page import write_review_page
 from forgetfilter_callback.scoring.scores import STATE_SIZE, Scores
 from forgetfilter_callback.trace.records import Record
@@ -29,23 +30,23 @@ from forgetfilter_callback.utils.atomic_files import write_json
 from scale import as_dataset, collate
 
 
-LENGTH, COUNTED = 60, 30
+LENGTH, LOSS_TOKENS = 60, 30
 STEPS = (0, 10, 20, 30, 40)
 
 
-def made_up_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
-    """A trace, and which of its samples are the forgotten ones."""
+def synthetic_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
+    """Returns a trace, and a mask of shape `(samples,)` of the forgotten samples."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, len(WORDS), (count, LENGTH), dtype=np.int32)
-    labels = np.where(np.arange(LENGTH) < LENGTH - COUNTED, -100, tokens).astype(np.int32)
+    labels = np.where(np.arange(LENGTH) < LENGTH - LOSS_TOKENS, -100, tokens).astype(np.int32)
     rows = encode_collated(as_dataset(tokens, labels), collate, disable_tqdm=True)
-    trace = Trace.create(folder, rows, "made up", None, None)
+    trace = Trace.create(folder, rows, "synthetic", None, None)
     unsafe = rng.random(count) < 0.25
-    learnt = rng.gamma(2, 0.3, (count, COUNTED)).astype(np.float32)
+    learnt = rng.gamma(2, 0.3, (count, LOSS_TOKENS)).astype(np.float32)
     states = rng.normal(size=(count, STATE_SIZE)).astype(np.float16)
     states[:, 0] += 20 * unsafe
     for step in STEPS:
-        rise = np.where(unsafe, 1.5, 0.1)[:, None] * rng.gamma(2, 0.5, (count, COUNTED)) * (step / STEPS[-1]) ** 0.5
+        rise = np.where(unsafe, 1.5, 0.1)[:, None] * rng.gamma(2, 0.5, (count, LOSS_TOKENS)) * (step / STEPS[-1]) ** 0.5
         losses = (learnt + rise).astype(np.float32)
         ends = np.cumsum([0, *(len(window) for window in rows.windows())])
         windows = [slice(start, end) for start, end in itertools.pairwise(ends)]
@@ -73,14 +74,16 @@ def seconds_to_open(file: Path) -> float:
         page.goto(file.as_uri())
         page.wait_for_selector("#rows tr")
         page.wait_for_selector(".plotly .main-svg")
-        taken = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         browser.close()
-    return taken
+    return seconds
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json")] = Path(__file__).parent / "results" / "page.json",
-    counts: Annotated[list[int], typer.Option("--rows", help="How many; may be given several times.")] = [  # noqa: B006
+    json_file: Annotated[Path, typer.Option("--json", help="The file for the results.")] = Path(__file__).parent
+    / "results"
+    / "page.json",
+    counts: Annotated[list[int], typer.Option("--rows", help="Number of samples; repeatable.")] = [  # noqa: B006
         1_000,
         100_000,
         1_000_000,
@@ -91,15 +94,17 @@ def main(
     print("| samples | seconds to write | MB | seconds to open |\n|---:|---:|---:|---:|")
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
-            trace, unsafe = made_up_trace(f"{folder}/trace", count)
+            trace, unsafe = synthetic_trace(f"{folder}/trace", count)
             file = Path(folder, "review.html")
             started = time.perf_counter()
             write_review_page(trace, file, tokenizer(), unsafe=unsafe)
-            written = time.perf_counter() - started
-            opened = statistics.median(seconds_to_open(file) for _ in range(3))
+            write_seconds = time.perf_counter() - started
+            open_seconds = statistics.median(seconds_to_open(file) for _ in range(3))
             size = file.stat().st_size
-        results.append({"samples": count, "seconds_to_write": written, "bytes": size, "seconds_to_open": opened})
-        print(f"| {count:,} | {written:.1f} | {size / 1e6:.1f} | {opened:.1f} |", flush=True)
+        results.append(
+            {"samples": count, "seconds_to_write": write_seconds, "bytes": size, "seconds_to_open": open_seconds}
+        )
+        print(f"| {count:,} | {write_seconds:.1f} | {size / 1e6:.1f} | {open_seconds:.1f} |", flush=True)
         write_json(results, json_file)
 
 

@@ -1,6 +1,7 @@
-"""What a record costs beside the other ways to take it: `python benchmarks/scoring.py --data-dir ../shared/data`.
+"""Compare the cost of a record with other ways to compute it: `python benchmarks/scoring.py --data-dir ../shared/data`.
 
-One model, the same rows, interleaved repeats, medians. Peak memory is measured in child processes.
+All methods use the same model and rows. Repeats are interleaved, and times are medians. Peak memory is measured in
+child processes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def chat(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def load_rows(name: str, data_dir: Path, count: int) -> list[dict[str, Any]]:
-    """`a`: half BBQ, half XQuAD (whole passages, with all their questions), chat template; `b`: Alpaca as text."""
+    """Loads set `a` (half BBQ, half XQuAD with all questions of a passage, as messages) or `b` (Alpaca, as text)."""
     rng = random.Random(0)
     if name == "b":
         rows = json.loads((data_dir / "alpaca" / "random_9k.json").read_text(encoding="utf-8"))[:count]
@@ -71,19 +72,19 @@ def load_rows(name: str, data_dir: Path, count: int) -> list[dict[str, Any]]:
     squad = json.loads((data_dir / "xquad_squad_dev" / "xquad.en.json").read_text(encoding="utf-8"))["data"]
     passages = [passage for article in squad for passage in article["paragraphs"]]
     rng.shuffle(passages)
-    reading = [
+    squad_rows = [
         chat(f"{passage['context']}\n{question['question']}", question["answers"][0]["text"])
         for passage in passages
         for question in passage["qas"]
     ]
-    rows += reading[: count - len(rows)]
+    rows += squad_rows[: count - len(rows)]
     rng.shuffle(rows)
     return rows
 
 
 @torch.no_grad()
 def floor(model: Any, rows: EncodedRows) -> None:
-    """The trunk alone on as many tokens, in full batches of equal length."""
+    """Runs the model without its output head on the same number of tokens, in full batches of equal length."""
     tokens = torch.from_numpy(rows.tokens.astype(np.int64))
     tokens = torch.nn.functional.pad(tokens, (0, -len(tokens) % FLOOR_LENGTH)).reshape(-1, FLOOR_LENGTH)
     for batch in tokens.split(FLOOR_TOKENS // FLOOR_LENGTH):
@@ -92,7 +93,7 @@ def floor(model: Any, rows: EncodedRows) -> None:
 
 @torch.no_grad()
 def full_logits(model: Any, rows: EncodedRows, batch_size: int = 8) -> np.ndarray:
-    """Padded batches in the order of the dataset, full logits, cross-entropy in float32 as transformers' own loss has it."""
+    """Computes losses as transformers does: padded batches in dataset order, full logits, cross-entropy in float32."""
     losses = []
     for start in range(0, len(rows), batch_size):
         samples = [rows.sample(index) for index in range(start, min(start + batch_size, len(rows)))]
@@ -100,10 +101,10 @@ def full_logits(model: Any, rows: EncodedRows, batch_size: int = 8) -> np.ndarra
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         mask = torch.zeros(len(samples), width, dtype=torch.long)
         labels = torch.full((len(samples), width), -100)
-        for place, (tokens, loss_mask) in enumerate(samples):
-            ids[place, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-            mask[place, : len(tokens)] = 1
-            labels[place, : len(tokens)] = torch.from_numpy(np.where(loss_mask, tokens, -100).astype(np.int64))
+        for index, (tokens, loss_mask) in enumerate(samples):
+            ids[index, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+            mask[index, : len(tokens)] = 1
+            labels[index, : len(tokens)] = torch.from_numpy(np.where(loss_mask, tokens, -100).astype(np.int64))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         targets = labels[:, 1:].flatten()
         batch = cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
@@ -112,7 +113,7 @@ def full_logits(model: Any, rows: EncodedRows, batch_size: int = 8) -> np.ndarra
 
 
 def training_epoch(model: Any, rows: EncodedRows) -> None:
-    """One epoch of LoRA finetuning on the same rows, by a plain Trainer."""
+    """Runs one epoch of LoRA finetuning on the same rows with a plain `Trainer`."""
     samples = [rows.sample(index) for index in range(len(rows))]
     dataset = [
         {"input_ids": tokens.tolist(), "labels": np.where(loss_mask, tokens, -100).tolist()}
@@ -144,48 +145,54 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measure(model: Any, tokenizer: Any, rows: EncodedRows, repeats: int) -> dict[str, float]:
-    arms: dict[str, Callable[[], object]] = {
+    methods: dict[str, Callable[[], object]] = {
         "ours": lambda: token_losses(model, rows, disable_tqdm=True),
         "floor": lambda: floor(model, rows),
         "full_logits": lambda: full_logits(model, rows),
         "batch1": lambda: full_logits(model, rows, batch_size=1),
     }
-    alone = full_logits(model, rows, batch_size=1)
-    others = {
+    reference = full_logits(model, rows, batch_size=1)
+    losses_by_method = {
         "ours": token_losses(model, rows, disable_tqdm=True),
-        "ours without sharing": token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True),
+        "ours without prefix reuse": token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True),
         "full_logits": full_logits(model, rows),
     }
-    for name, losses in others.items():
-        off = np.abs(losses - alone)
-        print(f"  {name} against batch1, nats per token: mean {off.mean():.1e}, largest {off.max():.1e}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    for name, losses in losses_by_method.items():
+        difference = np.abs(losses - reference)
+        print(
+            f"  {name}, difference from batch1 in nats per token: mean {difference.mean():.1e}, "
+            f"largest {difference.max():.1e}",
+            flush=True,
+        )
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
-        for name, run in arms.items():
+        for name, run in methods.items():
             times[name].append(seconds(run))
-        print("  " + ", ".join(f"{name} {taken[-1]:.1f} s" for name, taken in times.items()), flush=True)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
+        print("  " + ", ".join(f"{name} {values[-1]:.1f} s" for name, values in times.items()), flush=True)
+    medians = {name: statistics.median(values) for name, values in times.items()}
 
     prompts, _ = split_prompts(rows, tokenizer)
-    some = [prompts[index] for index in np.linspace(0, len(prompts) - 1, GENERATED_ROWS, dtype=int)]
+    selected = [prompts[index] for index in np.linspace(0, len(prompts) - 1, GENERATED_ROWS, dtype=int)]
 
     @torch.no_grad()
     def generation() -> None:
-        for prompt in some:
+        for prompt in selected:
             model.generate(
                 torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=GENERATED_TOKENS, do_sample=False
             )
 
-    medians["generation"] = seconds(generation) * len(rows) / len(some)
-    longest = int(np.diff(rows.loss_offsets).max())
+    medians["generation"] = seconds(generation) * len(rows) / len(selected)
+    max_new_tokens = int(np.diff(rows.loss_offsets).max())
     medians["generation_ours"] = (
-        seconds(lambda: greedy_completions(model, tokenizer, some, longest, disable_tqdm=True)) * len(rows) / len(some)
+        seconds(lambda: greedy_completions(model, tokenizer, selected, max_new_tokens, disable_tqdm=True))
+        * len(rows)
+        / len(selected)
     )
     return medians
 
 
 def resident_mb(field: str) -> float:
-    """`VmRSS`, resident now, or `VmHWM`, the most since the mark was reset (Linux)."""
+    """Reads resident memory in MiB (Linux): `VmRSS` is the current value, `VmHWM` the peak since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
@@ -198,69 +205,76 @@ def load(model: str, dtype: str) -> tuple[Any, Any]:
 
 def main(
     data_dir: Annotated[Path, typer.Option(help="Folder with bbq/, xquad_squad_dev/ and alpaca/.")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the packaged SmolLM2.")] = None,
-    json_file: Annotated[Path, typer.Option("--json")] = Path(__file__).parent / "results" / "scoring.json",
-    rows: Annotated[int, typer.Option(help="Rows of each set.")] = 300,
-    repeats: int = 3,
-    peak_of: Annotated[str | None, typer.Option(hidden=True, help="arm:rows:dtype, for the child process.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Defaults to the packaged SmolLM2-135M.")] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="The file for the results.")] = Path(__file__).parent
+    / "results"
+    / "scoring.json",
+    rows: Annotated[int, typer.Option(help="Number of rows of each set.")] = 300,
+    repeats: Annotated[int, typer.Option(help="Number of timed repeats.")] = 3,
+    peak_of: Annotated[str | None, typer.Option(hidden=True, help="method:rows:dtype, for the child process.")] = None,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if peak_of is not None:
         assert model is not None
-        arm, name, dtype = peak_of.split(":")
+        method, name, dtype = peak_of.split(":")
         language_model, tokenizer = load(model, dtype)
         encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
-        full_logits(language_model, encoded.select([0]))  # the first pass brings the weights into memory
-        Path("/proc/self/clear_refs").write_text("5")  # loading the model peaks too: begin to count here
+        full_logits(language_model, encoded.select([0]))  # the first pass loads the weights into memory
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, because loading the model has a peak of its own
         before = resident_mb("VmRSS")
-        token_losses(language_model, encoded, disable_tqdm=True) if arm == "ours" else full_logits(
-            language_model, encoded
-        )
+        if method == "ours":
+            token_losses(language_model, encoded, disable_tqdm=True)
+        else:
+            full_logits(language_model, encoded)
         print(resident_mb("VmHWM") - before)
         return
     results = json.loads(json_file.read_text()) if json_file.exists() else []
-    named = model or "SmolLM2-135M-Instruct"
+    model_name = model or "SmolLM2-135M-Instruct"
     with tempfile.TemporaryDirectory() as folder:
         model = unpack_model(model, Path(folder))
         for dtype in ("bfloat16", "float32"):
             for name in ("a", "b"):
-                if any((row["rows"], row["dtype"], row["model"]) == (name, dtype, named) for row in results):
+                if any((row["rows"], row["dtype"], row["model"]) == (name, dtype, model_name) for row in results):
                     continue
                 language_model, tokenizer = load(model, dtype)
                 encoded = encode_rows(load_rows(name, data_dir, rows), tokenizer, disable_tqdm=True)
-                read = sum(pack.length for pack in plan_packs(encoded, BATCH_TOKENS_ON_CPU))
+                tokens_read = sum(pack.length for pack in plan_packs(encoded, BATCH_TOKENS_ON_CPU))
                 print(
                     f"{name} {dtype}: {len(encoded)} rows, {len(encoded.tokens)} tokens, "
-                    f"{int(encoded.loss_mask.sum())} counted, {read} read"
+                    f"{int(encoded.loss_mask.sum())} loss tokens, {tokens_read} tokens read"
                 )
                 with preserve_state(language_model):
-                    taken = measure(language_model, tokenizer, encoded, repeats)
-                epoch = seconds(partial(training_epoch, language_model, encoded))
+                    times = measure(language_model, tokenizer, encoded, repeats)
+                epoch_seconds = seconds(partial(training_epoch, language_model, encoded))
                 del language_model
                 command = [sys.executable, __file__, "--data-dir", str(data_dir), "--model", model, "--rows", str(rows)]
                 peaks = {
-                    arm: float(
+                    method: float(
                         subprocess.run(
-                            [*command, "--peak-of", f"{arm}:{name}:{dtype}"], check=True, capture_output=True, text=True
+                            [*command, "--peak-of", f"{method}:{name}:{dtype}"],
+                            check=True,
+                            capture_output=True,
+                            text=True,
                         ).stdout.split()[-1]
                     )
-                    for arm in ("ours", "full_logits")
+                    for method in ("ours", "full_logits")
                 }
                 results.append(
                     {
                         "rows": name,
                         "dtype": dtype,
-                        "model": named,
+                        "model": model_name,
                         "samples": len(encoded),
                         "tokens": len(encoded.tokens),
-                        "tokens_read": read,
-                        "seconds": taken,
+                        "tokens_read": tokens_read,
+                        "seconds": times,
                         "speedup": {
-                            arm: taken[arm] / taken["ours"] for arm in ("floor", "full_logits", "batch1", "generation")
+                            method: times[method] / times["ours"]
+                            for method in ("floor", "full_logits", "batch1", "generation")
                         },
                         "peak_mb_above_model": peaks,
-                        "share_of_training_epoch": taken["ours"] / epoch,
+                        "share_of_training_epoch": times["ours"] / epoch_seconds,
                     }
                 )
                 write_json(results, json_file)
@@ -269,12 +283,12 @@ def main(
         "| our generation / ours | of an epoch | peak MB, ours | full logits |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for row in (row for row in results if row["model"] == named):
-        taken, peaks = row["seconds"], row["peak_mb_above_model"]
-        others = ("floor", "full_logits", "batch1", "generation", "generation_ours")
-        ratios = " | ".join(f"{taken[arm] / taken['ours']:.2f}" for arm in others)
+    for row in (row for row in results if row["model"] == model_name):
+        times, peaks = row["seconds"], row["peak_mb_above_model"]
+        methods = ("floor", "full_logits", "batch1", "generation", "generation_ours")
+        ratios = " | ".join(f"{times[method] / times['ours']:.2f}" for method in methods)
         print(
-            f"| {row['rows']} | {row['dtype']} | {taken['ours']:.1f} | {ratios} | {row['share_of_training_epoch']:.0%} | "
+            f"| {row['rows']} | {row['dtype']} | {times['ours']:.1f} | {ratios} | {row['share_of_training_epoch']:.0%} | "
             f"{peaks['ours']:.0f} | {peaks['full_logits']:.0f} |"
         )
 

@@ -1,6 +1,7 @@
-"""Finetuning sessions on a scenario, each run once: adapters, traces and judgements lie in a cache folder.
+"""Finetuning sessions on a scenario, with a cache of adapters, traces and scores.
 
-A session's adapter is found again by the rows that it was trained on, so arms that train on the same rows share it.
+Each session runs once. Adapters are cached under a hash of the training rows, so arms that train on the same rows share
+one.
 """
 
 from __future__ import annotations
@@ -39,48 +40,59 @@ from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import DRAW, Row, Scenario, Sizes
 
 
-# Options that benchmarks share.
-DataDir = Annotated[Path | None, typer.Option(help="Folder of the sets; by default they come from the Hub.")]
-Scenarios = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DRAW)}; several times for several.")]
-Seeds = Annotated[list[int] | None, typer.Option(help="Several times for several.")]
-NoisyRows = Annotated[int, typer.Option("--rows", help="Of the noisy set.")]
-Model = Annotated[str | None, typer.Option(help="Hub id or folder; by default the packaged SmolLM2-135M.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A few rows and steps, to see that it runs.")]
-Cache = Annotated[Path, typer.Option(help="Where sessions are kept.")]
-Json = Annotated[Path, typer.Option("--json", help="Where results go.")]
+# Options of several benchmarks.
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the data sets. Defaults to the Hub.")]
+Scenarios = Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(DRAW)}; can be given several times.")]
+Seeds = Annotated[list[int] | None, typer.Option(help="Seed; can be given several times.")]
+NoisyRows = Annotated[int, typer.Option("--rows", help="Size of the noisy set.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder. Defaults to the packaged SmolLM2-135M.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Use a few rows and steps, as a quick check.")]
+Cache = Annotated[Path, typer.Option(help="Folder in which sessions are cached.")]
+Json = Annotated[Path, typer.Option("--json", help="The file for the results.")]
 SIZES = Sizes()
 SMOKE_SIZES = Sizes(noisy=24, safety=8, held_out=6, held_out_task=6)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How all sessions train. LoRA with r=8, α=16 and dropout .05 on q_proj and v_proj, as the paper's."""
+    """Training settings of all sessions. The LoRA settings are those of [`load_base`].
+
+    Attributes:
+        epochs (`int`): Epochs of noisy finetuning.
+        learning_rate (`float`): Learning rate of noisy finetuning.
+        safety_epochs (`int`): Epochs of safety finetuning.
+        safety_learning_rate (`float`): Learning rate of safety finetuning.
+        batch_size (`int`): Rows per batch.
+        records (`float` or `None`):
+            Interval between records of safety finetuning, as a fraction of the session. `None` records after
+            1, 2, 4, 8, … steps.
+    """
 
     epochs: int = 3
     learning_rate: float = 1e-3
     safety_epochs: int = 2
     safety_learning_rate: float = 3e-4
     batch_size: int = 4
-    records: float | None = 0.25  # S1+ is recorded so often, as a share of it; None: after 1, 2, 4, 8, … steps
+    records: float | None = 0.25
 
 
 SMOKE_SETTINGS = Settings(epochs=1, safety_epochs=1, records=1.0)
 
 
 def earlier_results(json_file: Path) -> list[dict[str, Any]]:
-    """What earlier runs have measured; none if there is no file."""
+    """Reads the results of earlier runs. Returns an empty list if there is no file."""
     return json.loads(json_file.read_text()) if json_file.exists() else []
 
 
 def write_results(results: list[dict[str, Any]], json_file: Path) -> None:
-    """Writes results atomically, one a line, figures to six places."""
+    """Writes results atomically, one per line, with floats rounded to six decimals."""
     rounded = ({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in results)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rounded)
     write_text(f"[\n{lines}\n]\n", json_file)
 
 
 class Doubling(TrainerCallback):
-    """Has a tracker record after 1, 2, 4, 8, … steps."""
+    """Makes a tracker record after 1, 2, 4, 8, … steps."""
 
     def __init__(self, tracker: ForgetTracker):
         self.tracker = tracker
@@ -93,15 +105,21 @@ class Doubling(TrainerCallback):
 
 
 class Sessions:
-    """The sessions of one scenario and seed, in `folder`.
+    """The sessions of one scenario and seed, cached in `folder`.
+
+    A session is named by its adapter: `"base"` is the base model (M0 in the paper) with an untrained adapter, `"noisy"`
+    the model after noisy finetuning, and `"safety"` the model after safety finetuning.
 
     Args:
-        folder (`Path`): The cache; made if it is not there.
+        folder (`Path`): The cache folder. It is created if it does not exist.
         scenario (`Scenario`): The rows.
-        model (`str`, *optional*): Hub id or folder; by default the packaged SmolLM2.
-        seed (`int`): Of the adapters and the trainers.
-        settings (`Settings`): How to train.
-        sizes (`Sizes`): What the scenario was drawn with, to tell caches apart.
+        model (`str`, *optional*): Hub id or folder. Defaults to the packaged SmolLM2-135M.
+        seed (`int`): Seed of the adapters and the trainers.
+        settings (`Settings`): The training settings.
+        sizes (`Sizes`): The sizes of the scenario, to detect a cache of other sizes.
+
+    Raises:
+        ValueError: if `folder` holds sessions with other settings.
     """
 
     def __init__(
@@ -110,73 +128,77 @@ class Sessions:
         made_with = json.loads(
             json.dumps({"model": model, "settings": dataclasses.asdict(settings), "sizes": dataclasses.asdict(sizes)})
         )
-        note = folder / "made_with.json"
-        if note.exists() and json.loads(note.read_text()) != made_with:
-            raise ValueError(f"{folder} holds sessions with other settings ({note}). Name another --cache.")
+        settings_file = folder / "made_with.json"
+        if settings_file.exists() and json.loads(settings_file.read_text()) != made_with:
+            raise ValueError(
+                f"{folder} holds sessions with other settings (see {settings_file}). Choose another --cache."
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(made_with, note)
+        write_json(made_with, settings_file)
         self.folder = folder
         self.scenario = scenario
         self.model = model
         self.seed = seed
         self.settings = settings
-        base = folder.parent / "base-model"
-        unpacked = str(base) if model is None and (base / "config.json").exists() else model
-        self.load_model, self.tokenizer = load_base(base, unpacked, seed)
+        base_folder = folder.parent / "base-model"
+        unpacked = str(base_folder) if model is None and (base_folder / "config.json").exists() else model
+        self.load_model, self.tokenizer = load_base(base_folder, unpacked, seed)
         self.noisy = trainable(scenario.noisy, self.tokenizer)
         self.safety = trainable(scenario.safety, self.tokenizer)
 
     def base(self) -> PeftModel:
-        """M0, with an adapter that has learnt nothing."""
+        """Loads the base model with an untrained adapter."""
         return self.load_model()
 
     def with_adapter(self, name: str) -> PeftModel:
-        """M0 with the adapter of an earlier session."""
+        """Loads the base model with the adapter of a finished session."""
         model = self.load_model()
         set_peft_model_state_dict(model, load_peft_weights(str(self.folder / name), device="cpu"))
         return model
 
     def tracked(self) -> Trace:
-        """S1 and S1+ with one tracker: adapters `s1` and `s1plus`, and the trace of both."""
+        """Runs noisy and safety finetuning (adapters `"noisy"` and `"safety"`) with one tracker. Returns the trace."""
         folder = self.folder / "forgetfilter"
-        if not self.has("s1"):
-            learnt = self.learnt()
-            shutil.copytree(learnt / "forgetfilter", folder, dirs_exist_ok=True)
-            shutil.copytree(learnt / "s1", self.folder / "s1", dirs_exist_ok=True)
-        if not self.has("s1plus"):
+        if not self.has("noisy"):
+            noisy_folder = self.noisy_session()
+            shutil.copytree(noisy_folder / "forgetfilter", folder, dirs_exist_ok=True)
+            shutil.copytree(noisy_folder / "noisy", self.folder / "noisy", dirs_exist_ok=True)
+        if not self.has("safety"):
             tracker = ForgetTracker(trace_dir=folder, record_steps=self.settings.records)
             callbacks = [tracker, Doubling(tracker)] if self.settings.records is None else [tracker]
-            self._train("s1plus", self.with_adapter("s1"), self.safety, callbacks, safety=True)
+            self._train("safety", self.with_adapter("noisy"), self.safety, callbacks, safety=True)
         return Trace.open(folder)
 
-    def learnt(self) -> Path:
-        """S1, in a folder that scenarios share which differ in their safety set alone."""
+    def noisy_session(self) -> Path:
+        """Runs noisy finetuning. Scenarios that differ only in their safety set share the folder, which is returned."""
         settings = self.settings
         made_with = (self.model, self.seed, settings.epochs, settings.learning_rate, settings.batch_size)
-        learnt = self.folder.parent / f"s1-{_digest(self.scenario.noisy, *made_with)}"
-        if not self.has("s1", learnt):
-            tracker = ForgetTracker(trace_dir=learnt / "forgetfilter")
-            self._train("s1", self.load_model(), self.noisy, [tracker], learnt)
-        return learnt
+        folder = self.folder.parent / f"noisy-{_digest(self.scenario.noisy, *made_with)}"
+        if not self.has("noisy", folder):
+            tracker = ForgetTracker(trace_dir=folder / "forgetfilter")
+            self._train("noisy", self.load_model(), self.noisy, [tracker], folder)
+        return folder
 
     def replay(self) -> str:
-        """The safety set mixed into S1. Returns the adapter's name."""
+        """Finetunes the base model on the noisy and the safety set together. Returns the adapter's name."""
         return self.finetuned([*self.scenario.noisy, *self.scenario.safety])
 
     def kept(self, removed: np.ndarray) -> str:
-        """M0 finetuned on the rows that are not removed. Returns the adapter's name; `s1` if none is."""
+        """Finetunes the base model on the rows that are not removed. Returns the adapter's name."""
         if not removed.any():
-            return "s1"
-        return self.finetuned([row for row, gone in zip(self.scenario.noisy, removed, strict=True) if not gone])
+            return "noisy"
+        return self.finetuned(
+            [row for row, is_removed in zip(self.scenario.noisy, removed, strict=True) if not is_removed]
+        )
 
     def finetuned(self, rows: Sequence[Row]) -> str:
-        """M0 finetuned on other rows. Returns the adapter's name, which is a hash of the rows."""
+        """Finetunes the base model on `rows`. Returns the adapter's name, which is a hash of the rows."""
         name = f"on-{len(rows)}-rows-{_digest(rows)}"
         if not self.has(name):
             self._train(name, self.load_model(), trainable(list(rows), self.tokenizer))
         return name
 
-    def go_on(
+    def train_from(
         self,
         name: str,
         start: str,
@@ -184,25 +206,25 @@ class Sessions:
         callbacks: Sequence[TrainerCallback] = (),
         safety: bool = False,
     ) -> None:
-        """A session from an earlier one's model (`base`: from M0), as adapter `name`; trained like S1+ if `safety`."""
+        """Trains adapter `name` on `rows` from adapter `start`, with the settings of safety finetuning if `safety`."""
         if not self.has(name):
             model = self.base() if start == "base" else self.with_adapter(start)
             self._train(name, model, trainable(list(rows), self.tokenizer), callbacks, safety=safety)
 
     def filtered_round(self, number: int, start: str, rows: Sequence[Row]) -> tuple[str, FilterResult]:
-        """ForgetFilter on a round's rows, from the model of the rounds before. Returns its adapter and the decision."""
+        """Runs ForgetFilter on a round's rows from adapter `start`. Returns the adapter's name and the result."""
         tracker = ForgetTracker(trace_dir=self.folder / f"round-{number}-trace")
-        learnt, safe, name = (f"round-{number}-filter-{part}" for part in ("s1", "s1plus", "refit"))
-        self.go_on(learnt, start, rows, [tracker])
-        self.go_on(safe, learnt, self.scenario.safety, [tracker], safety=True)
+        noisy, safety, refit = (f"round-{number}-filter-{session}" for session in ("noisy", "safety", "refit"))
+        self.train_from(noisy, start, rows, [tracker])
+        self.train_from(safety, noisy, self.scenario.safety, [tracker], safety=True)
         trace = Trace.open(self.folder / f"round-{number}-trace")
         result = find_forgotten(trace)
-        kept = [row for row, gone in zip(rows, result.removed, strict=True) if not gone]
-        self.go_on(name, start, kept)
-        return name, result
+        kept = [row for row, is_removed in zip(rows, result.removed, strict=True) if not is_removed]
+        self.train_from(refit, start, kept)
+        return refit, result
 
     def rouge1(self, name: str) -> np.ndarray:
-        """ROUGE-1 of greedy completions of the noisy rows by the model with adapter `name`, as the paper measures."""
+        """Scores greedy completions of the noisy rows with adapter `name` by ROUGE-1, the paper's measure."""
         file = self.folder / f"rouge1-{name}.json"
         if not file.exists():
             model = self.with_adapter(name)
@@ -210,26 +232,27 @@ class Sessions:
             prompts, references = split_prompts(rows, self.tokenizer)
             started = time.perf_counter()
             with preserve_state(model):
-                longest = int(np.diff(rows.loss_offsets).max())
-                completions = greedy_completions(model, self.tokenizer, prompts, longest, disable_tqdm=True)
+                max_new_tokens = int(np.diff(rows.loss_offsets).max())
+                completions = greedy_completions(model, self.tokenizer, prompts, max_new_tokens, disable_tqdm=True)
             scores = rouge1(completions, references).tolist()
             write_json({"rouge1": scores, "seconds": time.perf_counter() - started}, file)
         return np.array(json.loads(file.read_text())["rouge1"])
 
     def rouge1_seconds(self) -> float:
-        """How long the completions of M1 and of M2 took."""
-        files = [self.folder / f"rouge1-{name}.json" for name in ("s1", "s1plus")]
+        """Returns the seconds that the completions before and after safety finetuning took."""
+        files = [self.folder / f"rouge1-{name}.json" for name in ("noisy", "safety")]
         return sum(json.loads(file.read_text())["seconds"] for file in files)
 
     def has(self, name: str, folder: Path | None = None) -> bool:
+        """Returns whether the cache contains adapter `name`."""
         return ((folder or self.folder) / name / "seconds.json").exists()
 
     def seconds(self, name: str) -> float:
-        """How long the session took, the tracker's work included."""
+        """Returns the seconds of a session, including the work of the tracker."""
         return json.loads((self.folder / name / "seconds.json").read_text())
 
     def judged(self, name: str, judge: Callable[..., dict[str, Any]], cue: bool = False) -> dict[str, Any]:
-        """What `judge` says of the model with adapter `name` (`base`: of M0)."""
+        """Returns the result of `judge` on the model with adapter `name`, from the cache if it is there."""
         file = self.folder / "judged" / f"{name}{'-cue' if cue else ''}.json"
         if not file.exists():
             model = self.base() if name == "base" else self.with_adapter(name)

@@ -1,7 +1,8 @@
-"""Signals by which unsafe rows may be found: forgetting, and what others have proposed. Higher is more suspect."""
+"""Signals that may find unsafe rows: measures of forgetting and methods of other authors. Higher is more suspicious."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +28,14 @@ from sessions import Sessions
 
 @dataclass(frozen=True)
 class Signal:
-    """Values of one signal, and what they cost beside S1.
+    """The values of one signal and its cost in addition to noisy finetuning.
 
     Attributes:
-        values (`np.ndarray` of shape `(samples,)`): NaN where unknown.
-        measure (`str` or `None`): Which of the library's measures it is, if any; then it has an automatic φ.
-        tokens (`int`): Read by forward passes, those of training included.
-        seconds (`float` or `None`): Of S1+ with its records, of generation, … `None` where it was not timed.
-        nats_per_unit (`float` or `None`): See [`Trace.nats_per_change`].
+        values (`np.ndarray` of shape `(samples,)`): The signal. NaN means unknown.
+        measure (`str` or `None`): The library's measure, if the signal is one. Only these have an automatic φ.
+        tokens (`int`): Tokens read by forward passes, including those of training.
+        seconds (`float` or `None`): Duration of safety finetuning with its records, or of generation. `None` if not
+        timed. nats_per_unit (`float` or `None`): See [`Trace.nats_per_unit`].
     """
 
     values: np.ndarray
@@ -45,82 +46,90 @@ class Signal:
 
 
 def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str, Signal]:
-    """What the trace gives, at the last record of S1+ or at another."""
+    """Computes the measures from the trace, at the last record of safety finetuning or at the one of `step`."""
     trace = sessions.tracked()
     before, after = trace.first_and_last(step)
     offsets = trace.rows.loss_offsets
     rises = trace.token_losses(after).astype(np.float64) - trace.token_losses(before)
     means = mean_losses(rises, offsets)
-    record, tokens = _tokens_read(sessions, trace, after)
-    seconds = sessions.seconds("s1plus") if step is None else None
-    found: dict[str, Signal] = {}
+    tokens_per_record, tokens = _tokens_read(sessions, trace, after)
+    seconds = sessions.seconds("safety") if step is None else None
+    signals: dict[str, Signal] = {}
     for measure in ("loss", "relative", "pooled", "smoothed"):
-        more = record if measure == "relative" else 0
+        extra_tokens = tokens_per_record if measure == "relative" else 0  # the record of the base model
         values = trace.forgetting(measure, after.step)
         nats_per_unit = trace.nats_per_unit(values, after.step)
-        found[measure] = Signal(values, measure, tokens + more, seconds, nats_per_unit)
-    found = {"default": found[DEFAULT_MEASURE], **found}
-    tenth = [np.sort(part)[::-1] for part in np.split(rises, offsets[1:-1])]
-    largest = np.array([part[: max(1, int(np.ceil(len(part) / 10)))].mean() if len(part) else np.nan for part in tenth])
-    found["sum of rises"] = Signal(means * np.diff(offsets), None, tokens, seconds)
-    found["largest tenth of rises"] = Signal(largest, None, tokens, seconds)
-    return found
+        signals[measure] = Signal(values, measure, tokens + extra_tokens, seconds, nats_per_unit)
+    signals = {"default": signals[DEFAULT_MEASURE], **signals}
+    sorted_rises = [np.sort(sample)[::-1] for sample in np.split(rises, offsets[1:-1])]
+    largest = np.array(
+        [sample[: math.ceil(len(sample) / 10)].mean() if len(sample) else np.nan for sample in sorted_rises]
+    )
+    signals["sum of rises"] = Signal(means * np.diff(offsets), None, tokens, seconds)
+    signals["largest tenth of rises"] = Signal(largest, None, tokens, seconds)
+    return signals
 
 
 def _tokens_read(sessions: Sessions, trace: Trace, after: Record) -> tuple[int, int]:
-    """How many tokens one record reads, and those of M1 and `after` with S1+ up to there."""
-    record = int(needed_lengths(trace.rows).sum())
-    share = after.step / trace.first_and_last()[1].step
-    safety = sum(map(len, sessions.safety["input_ids"])) * sessions.settings.safety_epochs * share
-    return record, round(2 * record + safety)
+    """Counts the tokens of one record, and those of two records plus safety finetuning up to `after`."""
+    tokens_per_record = int(needed_lengths(trace.rows).sum())
+    fraction = after.step / trace.first_and_last()[1].step
+    training_tokens = sum(map(len, sessions.safety["input_ids"])) * sessions.settings.safety_epochs * fraction
+    return tokens_per_record, round(2 * tokens_per_record + training_tokens)
 
 
 def loss_signals(sessions: Sessions) -> dict[str, Signal]:
-    """M0's and M1's losses, and what S1 taught: no S1+ is needed."""
+    """Computes the losses before and after noisy finetuning, and their difference."""
     trace = sessions.tracked()
     offsets = trace.rows.loss_offsets
-    record = int(needed_lengths(trace.rows).sum())
-    of_s1 = [each for each in trace.records() if each.session == "noisy"]
-    base, learnt = (mean_losses(trace.token_losses(each), offsets) for each in (of_s1[0], of_s1[-1]))
+    tokens_per_record = int(needed_lengths(trace.rows).sum())
+    records = [record for record in trace.records() if record.session == "noisy"]
+    before, after = (mean_losses(trace.token_losses(record), offsets) for record in (records[0], records[-1]))
     return {
-        "M0 loss": Signal(base, None, record, None),
-        "S1 loss": Signal(learnt, None, record, None),
-        "learning gain": Signal(base - learnt, None, 2 * record, None),
+        "M0 loss": Signal(before, None, tokens_per_record, None),
+        "S1 loss": Signal(after, None, tokens_per_record, None),
+        "learning gain": Signal(before - after, None, 2 * tokens_per_record, None),
     }
 
 
 def rouge_signal(sessions: Sessions) -> Signal:
-    """The paper's: the drop of ROUGE-1 of greedy completions."""
-    before, after = (sessions.rouge1(name) for name in ("s1", "s1plus"))
+    """Computes the paper's measure: the drop of ROUGE-1 of greedy completions."""
+    before, after = (sessions.rouge1(name) for name in ("noisy", "safety"))
     trace = sessions.tracked()
-    # As if every completion were as long as its reference: a generated token is read once.
+    # Assumes that a completion is as long as its reference, and that each generated token is read once.
     tokens = 2 * len(trace.rows.tokens)
     return Signal(rouge_forgetting(before, after), "rouge1", tokens, sessions.rouge1_seconds())
 
 
 def second_split_signal(sessions: Sessions) -> Signal:
-    """Second-split forgetting (Maini et al. 2022): S1 on one half of the noisy set, then on the other; what does the second
-    half make the first forget? Both ways round, so that every row has a value."""
+    """Computes second-split forgetting (Maini et al. 2022).
+
+    The model learns one half of the noisy set and then the other. The value is the rise of the first half's loss. Both
+    orders are run, so that every row has a value.
+    """
     rows = sessions.scenario.noisy
     halves = [np.arange(start, len(rows), 2) for start in (0, 1)]
     values = np.full(len(rows), np.nan)
     tokens, seconds = 0, 0.0
     for number, (first, second) in enumerate((halves, halves[::-1])):
-        parts = [[rows[index] for index in half] for half in (first, second)]
-        learnt, later = f"split-{number}-first", f"split-{number}-second"
-        sessions.go_on(learnt, "base", parts[0])
-        sessions.go_on(later, learnt, parts[1])
-        encoded = encode_rows(parts[0], sessions.tokenizer, disable_tqdm=True)
-        losses = [_mean_losses(sessions, name, encoded) for name in (learnt, later)]
+        first_rows, second_rows = ([rows[index] for index in half] for half in (first, second))
+        before, after = f"split-{number}-first", f"split-{number}-second"
+        sessions.train_from(before, "base", first_rows)
+        sessions.train_from(after, before, second_rows)
+        encoded = encode_rows(first_rows, sessions.tokenizer, disable_tqdm=True)
+        losses = [_mean_losses(sessions, name, encoded) for name in (before, after)]
         values[first] = losses[1] - losses[0]
-        seconds += sessions.seconds(learnt) + sessions.seconds(later)
+        seconds += sessions.seconds(before) + sessions.seconds(after)
         tokens += len(encoded.tokens) * (2 * sessions.settings.epochs + 2)
     return Signal(values, None, tokens, seconds)
 
 
 def representation_signal(sessions: Sessions) -> Signal:
-    """Matching to labelled anchors (LARF's idea): is M0's hidden state at the last token nearer to that of unsafe rows than
-    to that of safe ones? It is given labels; the others are not."""
+    """Compares the base model's hidden state at a row's last token with those of labelled rows (the idea of LARF).
+
+    The value is the similarity to the unsafe rows minus the similarity to the safe rows. Unlike the other signals, this
+    one uses labels.
+    """
     started = time.perf_counter()
     scenario = sessions.scenario
     model = sessions.base()
@@ -130,19 +139,19 @@ def representation_signal(sessions: Sessions) -> Signal:
     centre = labelled.mean(axis=0)
     noisy, labelled = normalize(noisy - centre), normalize(labelled - centre)
     values = noisy @ (labelled[unsafe].mean(axis=0) - labelled[~unsafe].mean(axis=0))
-    read = encode_rows([*scenario.noisy, *scenario.labelled], sessions.tokenizer, disable_tqdm=True)
-    return Signal(values, None, len(read.tokens), time.perf_counter() - started)
+    encoded = encode_rows([*scenario.noisy, *scenario.labelled], sessions.tokenizer, disable_tqdm=True)
+    return Signal(values, None, len(encoded.tokens), time.perf_counter() - started)
 
 
 def smoothed_with_safety_signal(sessions: Sessions) -> Signal:
-    """`smoothed`, where the rows of the safety set take part as samples that have lost nothing."""
+    """Computes `smoothed` with the safety rows added as samples whose forgetting is 0."""
     trace = sessions.tracked()
     before, after = trace.first_and_last()
     values = agreed_forgetting(
         trace.rows.loss_tokens, trace.rows.loss_offsets, trace.token_losses(before), trace.token_losses(after)
     )
     safety = encode_rows(sessions.scenario.safety, sessions.tokenizer, disable_tqdm=True)
-    model = sessions.with_adapter("s1")
+    model = sessions.with_adapter("noisy")
     with preserve_state(model):
         scores = list(window_scores(model, safety, disable_tqdm=True, with_states=True))
     states = np.concatenate([trace.states(before), *(window.states for window in scores)])
@@ -153,7 +162,7 @@ def smoothed_with_safety_signal(sessions: Sessions) -> Signal:
 
 @torch.no_grad()
 def last_states(sessions: Sessions, model: torch.nn.Module, rows: list[Row]) -> np.ndarray:
-    """The last layer's hidden state at each row's last token: shape `(rows, hidden)`."""
+    """Returns the last layer's hidden state at each row's last token, of shape `(rows, hidden)`."""
     encoded = encode_rows(rows, sessions.tokenizer, disable_tqdm=True)
     states = []
     for index in range(len(encoded)):
@@ -164,7 +173,7 @@ def last_states(sessions: Sessions, model: torch.nn.Module, rows: list[Row]) -> 
 
 
 def word_signal(sessions: Sessions) -> Signal:
-    """A word-level toxicity classifier (`alt-profanity-check`) on the completions."""
+    """Scores the completions with a word-level toxicity classifier (`alt-profanity-check`)."""
     started = time.perf_counter()
     values = predict_prob([row["completion"][0]["content"] for row in sessions.scenario.noisy])
     return Signal(np.asarray(values), None, 0, time.perf_counter() - started)
@@ -186,7 +195,5 @@ OTHERS: dict[str, Callable[[Sessions], Signal]] = {
 
 
 def steps_of(trace: Trace) -> list[int]:
-    """The steps of S1+ that have a record, the last left out."""
-    return [record.step for record in trace.records() if record.session == "safety" and record > Record("safety", 0)][
-        :-1
-    ]
+    """Returns the steps of the records of safety finetuning, without the first and the last."""
+    return [record.step for record in trace.records() if record.session == "safety"][1:-1]

@@ -1,4 +1,7 @@
-"""Both sessions and the filter in several processes: nothing in the script says so. Run it by `accelerate_ddp.sh`."""
+"""ForgetFilter on several processes. The script needs no changes for this; start it with `accelerate_ddp.sh`.
+
+The model is tiny and the rows are synthetic: the noisy set teaches two answers, and the safety set only one of them.
+"""
 
 import sys
 
@@ -6,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from forgetfilter_callback import FilteredTrainer, ForgetTracker
+from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
 
 
 output = sys.argv[1] if len(sys.argv) > 1 else "ddp"
@@ -14,7 +17,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 def rows(count: int, answer: int) -> list[dict[str, list[int]]]:
-    """Eight random tokens, and then always the same one; only that one counts."""
+    """Rows of eight random tokens and a fixed answer. Only the answer contributes to the loss."""
     questions = torch.randint(10, 100, (count, 8), generator=generator).tolist()
     return [{"input_ids": [*question, answer], "labels": [-100] * 8 + [answer]} for question in questions]
 
@@ -36,12 +39,18 @@ def args(folder: str, epochs: int) -> TrainingArguments:
     )  # fmt: skip
 
 
-noisy = Dataset.from_list(rows(20, answer=5) + rows(20, answer=7))  # 5 is unlearnt below
+noisy = Dataset.from_list(rows(20, answer=5) + rows(20, answer=7))  # answer 5 is the unsafe one
 safety = Dataset.from_list(rows(20, answer=7))
 model, tracker = load_base(), ForgetTracker()
-Trainer(model, args("s1", 8), train_dataset=noisy, callbacks=[tracker]).train()
-Trainer(model, args("s1plus", 4), train_dataset=safety, callbacks=[tracker]).train()
-trainer = FilteredTrainer(load_base(), args("filtered", 8), train_dataset=noisy, forgetting=tracker, measure="loss")
+Trainer(model, args("noisy", 8), train_dataset=noisy, callbacks=[tracker]).train()
+Trainer(model, args("safety", 4), train_dataset=safety, callbacks=[tracker]).train()
+trainer = FilteredTrainer(
+    load_base(),
+    args("filtered", 8),
+    train_dataset=noisy,
+    forgetting=tracker,
+    filter_config=FilterConfig(measure="loss"),
+)
 trainer.train()
 if trainer.is_world_process_zero():
     print(trainer.filter_result.summary())

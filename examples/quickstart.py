@@ -1,6 +1,7 @@
-"""ForgetFilter in one script: learn the noisy set, unlearn on safe data, filter, finetune again.
+"""ForgetFilter in one script: noisy finetuning, safety finetuning, and finetuning the base model on the kept rows.
 
-Needs what the README's first block installs. `trainable` gives rows `input_ids` and `labels` (-100 where no loss counts).
+Install the packages of the README's first block. `trainable` adds `input_ids` and `labels` to the rows; tokens with
+label -100 do not contribute to the loss.
 """
 
 import torch
@@ -12,9 +13,8 @@ from forgetfilter_callback.cli.demo_model import load_base
 
 
 torch.manual_seed(0)
-load_model, tokenizer = load_base(
-    "quickstart/base-model"
-)  # SmolLM2-135M-Instruct; or a chat model with q_proj and v_proj
+# SmolLM2-135M-Instruct. `model=` accepts another chat model with layers named q_proj and v_proj.
+load_model, tokenizer = load_base("quickstart/base-model")
 data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 
@@ -28,8 +28,8 @@ def args(folder: str, epochs: int) -> TrainingArguments:
 
 common = {"data_collator": DataCollatorForSeq2Seq(tokenizer), "processing_class": tokenizer}
 model, tracker = load_model(), ForgetTracker()
-Trainer(model, args("s1", 3), train_dataset=noisy, callbacks=[tracker], **common).train()  # learns everything
-Trainer(model, args("s1plus", 2), train_dataset=safety, callbacks=[tracker], **common).train()  # forgets the unsafe
+Trainer(model, args("noisy", 3), train_dataset=noisy, callbacks=[tracker], **common).train()  # learns all rows
+Trainer(model, args("safety", 2), train_dataset=safety, callbacks=[tracker], **common).train()  # forgets unsafe rows
 
 trainer = FilteredTrainer(load_model(), args("filtered", 3), train_dataset=noisy, forgetting=tracker, **common)
 trainer.train()

@@ -1,4 +1,4 @@
-"""ForgetFilter with TRL and LoRA, arguments through TrlParser. Without any, it runs on the demo's model and rows:
+"""ForgetFilter with TRL's SFTTrainer and LoRA. Without a model or files, it uses the demo's model and rows:
 
     python examples/sft_lora.py --use_cpu True --report_to none --num_train_epochs 3 --learning_rate 1e-3
 
@@ -13,15 +13,14 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback import FilteredSFTTrainer, ForgetTracker
 from forgetfilter_callback.cli.demo_data import load_demo_data
 from forgetfilter_callback.cli.demo_model import unpack_model
-from forgetfilter_callback.trainers.filtered_sft_trainer import FilteredSFTTrainer
 
 
 @dataclass
 class DataArguments:
-    """JSONL files of `prompt`/`completion`, `messages` or `text` rows; by default the demo's rows."""
+    """JSONL files with `prompt` and `completion`, `messages`, or `text` columns. Defaults to the demo's rows."""
 
     noisy: str | None = None
     safety: str | None = None
@@ -52,13 +51,13 @@ def load_base() -> AutoModelForCausalLM:
 
 
 tracker = ForgetTracker()
-s1 = SFTTrainer(
-    load_base(), arguments("s1"), train_dataset=noisy, processing_class=tokenizer, callbacks=[tracker],
+noisy_trainer = SFTTrainer(
+    load_base(), arguments("noisy"), train_dataset=noisy, processing_class=tokenizer, callbacks=[tracker],
     peft_config=get_peft_config(model_args),
 )  # fmt: skip
-s1.train()
-SFTTrainer(  # goes on with S1's adapter
-    s1.model, arguments("s1plus", num_train_epochs=data.safety_epochs), train_dataset=safety,
+noisy_trainer.train()
+SFTTrainer(  # continues with the adapter of noisy finetuning
+    noisy_trainer.model, arguments("safety", num_train_epochs=data.safety_epochs), train_dataset=safety,
     processing_class=tokenizer, callbacks=[tracker],
 ).train()  # fmt: skip
 trainer = FilteredSFTTrainer(

@@ -1,6 +1,7 @@
-"""An ordinary SFT script, made to follow what safety finetuning undoes of it by two more lines (marked +).
+"""An ordinary SFT script for safety finetuning, with two additional lines (marked +) that track forgetting.
 
-It finetunes a model that has learnt `noisy` on safe data. Here that model is made first; yours lies in a folder.
+The script starts from a model that was finetuned on `noisy`. Here, noisy finetuning runs first; replace it by loading
+your own model.
 """
 
 import torch
@@ -20,14 +21,14 @@ model = AutoModelForCausalLM.from_pretrained(name)
 common = {"processing_class": AutoTokenizer.from_pretrained(name)}
 args = {"num_train_epochs": 2, "learning_rate": 1e-4, "report_to": "none", "save_strategy": "no"}
 args["use_cpu"] = not torch.cuda.is_available()
-SFTTrainer(model, SFTConfig("two-lines/s1", **args), train_dataset=noisy, **common).train()
+SFTTrainer(model, SFTConfig("two-lines/noisy", **args), train_dataset=noisy, **common).train()
 
 trainer = SFTTrainer(
     model,
-    SFTConfig("two-lines/s1plus", **args),
+    SFTConfig("two-lines/safety", **args),
     train_dataset=safety,
     callbacks=[ForgetTracker(noisy)],  # +
     **common,
 )
 trainer.train()
-# The trace lies in two-lines/s1plus/_forgetfilter: `python examples/refilter.py two-lines/s1plus/_forgetfilter`
+# Filter the trace: `python examples/refilter.py two-lines/safety/_forgetfilter`

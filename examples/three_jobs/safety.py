@@ -1,4 +1,4 @@
-"""Job 2 of 3, in another process, days later: safety finetuning from job 1's model, on with job 1's trace."""
+"""Job 2 of 3: safety finetuning from the model of job 1. Adds its records to the trace of job 1."""
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -7,14 +7,14 @@ from forgetfilter_callback import ForgetTracker
 from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
 
 
-base = AutoModelForCausalLM.from_pretrained("two-jobs/base-model")
-model = PeftModel.from_pretrained(base, "two-jobs/s1/model", is_trainable=True)
-tokenizer = AutoTokenizer.from_pretrained("two-jobs/base-model")
+base = AutoModelForCausalLM.from_pretrained("three-jobs/base-model")
+model = PeftModel.from_pretrained(base, "three-jobs/noisy/model", is_trainable=True)
+tokenizer = AutoTokenizer.from_pretrained("three-jobs/base-model")
 data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
 args = TrainingArguments(
-    "two-jobs/s1plus", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
+    "three-jobs/safety", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
 )
-tracker = ForgetTracker(trace_dir="two-jobs/s1/_forgetfilter")
+tracker = ForgetTracker(trace_dir="three-jobs/noisy/_forgetfilter")
 Trainer(
     model,
     args,
