@@ -1,4 +1,4 @@
-"""Builds the API reference from the docstrings, with pdoc: `python docs/build_api.py site`."""
+"""Build the API reference from the docstrings with pdoc: `python docs/build_api.py site`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,37 @@ import pdoc
 import forgetfilter_callback
 
 
-# What is not in the package's own list: TRL's subclass (TRL is optional), and the functions behind the commands and pages.
-MODULES = ("", ".sft", ".run", ".forgetting", ".show", ".report")
+# The package itself, and modules whose functions are useful on their own.
+MODULES = (
+    "forgetfilter_callback",
+    "forgetfilter_callback.data.load_rows",
+    "forgetfilter_callback.errors",
+    "forgetfilter_callback.measures.loss",
+    "forgetfilter_callback.measures.pooled",
+    "forgetfilter_callback.measures.relative",
+    "forgetfilter_callback.measures.rouge",
+    "forgetfilter_callback.measures.smoothed",
+    "forgetfilter_callback.pipeline.outputs",
+    "forgetfilter_callback.thresholds",
+    "forgetfilter_callback.filtering.find_forgotten",
+    "forgetfilter_callback.filtering.review_decision",
+    "forgetfilter_callback.trace.records",
+    "forgetfilter_callback.reports.plot",
+    "forgetfilter_callback.reports.review_page",
+    "forgetfilter_callback.reports.terminal",
+)
 
 
 def build(folder: Path) -> None:
-    # The package imports its names when they are first used; pdoc shows those that are there.
+    """Write the HTML pages into `folder`."""
+    # The package imports its public names on first use, but pdoc documents only names that exist already.
     for name in forgetfilter_callback.__all__:
         setattr(forgetfilter_callback, name, getattr(forgetfilter_callback, name))
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc(*(f"forgetfilter_callback{module}" for module in MODULES), output_directory=folder)
+    pdoc.pdoc(*MODULES, output_directory=folder)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("Usage: python docs/build_api.py FOLDER")
     build(Path(sys.argv[1]))
