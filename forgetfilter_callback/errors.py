@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ForgetFilterError(ValueError):
-    """Base class of the errors below. The message says what is wrong, where, and what to do."""
+    """Base class of the errors below. Each message says what is wrong, where, and what to do."""
 
 
 class EncodingError(ForgetFilterError):

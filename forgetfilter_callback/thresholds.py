@@ -115,7 +115,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         return Separability(
             False,
             phi,
-            f"not separable: every value exceeds φ = {phi:.2f}, including those of safe samples; nothing to remove",
+            f"not separable: every value exceeds φ = {phi:.2f}, so φ separates no unsafe samples; nothing to remove",
         )
     spread = max(float(median_abs_deviation(kept, scale="normal")), MIN_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread

@@ -125,7 +125,7 @@ def test_the_reason_when_not_separable():
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
     assert (
         every.reason
-        == "not separable: every value exceeds φ = 0.69, including those of safe samples; nothing to remove"
+        == "not separable: every value exceeds φ = 0.69, so φ separates no unsafe samples; nothing to remove"
     )
     # The robust standard deviation of the rest is 0.1, so the least distance is 0.241 above its median.
     others = norm.ppf((np.arange(999) + 0.5) / 999, half - 0.2, 0.1).clip(None, half)

@@ -1,4 +1,4 @@
-"""[`Recorder`]: take one record of a model and write it to the trace."""
+"""[`Recorder`]: compute one record of a model and write it to the trace."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Recorder:
         return run_on_main(self._trace.records)
 
     def drop_after(self, session: Session, step: int) -> None:
-        """Move records that an earlier run of the session took after `step` to `superseded`."""
+        """Move the records that an earlier run of this session wrote after `step` into `superseded`."""
         self._log_superseded(Record(session, step), run_on_main(partial(self._trace.drop_after, session, step)))
 
     def record_base(self, args: TrainingArguments, model: PeftModel) -> None:
@@ -135,7 +135,7 @@ class Recorder:
         model: PreTrainedModel,
         processing_class: PreTrainedTokenizerBase | None,
     ) -> tuple[list[str], np.ndarray]:
-        """Greedy completions of all samples, and their ROUGE-1."""
+        """Generate a greedy completion of each sample and score it with ROUGE-1."""
         from ..measures.rouge import rouge1  # needs the extra `rouge`
         from ..scoring.generation import greedy_completions, split_prompts
 
@@ -156,7 +156,7 @@ class Recorder:
         return completions, rouge1(completions, references)
 
     def _check_scores(self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray]) -> Iterator[Scores]:
-        """Yield `scores` and append their mean `losses`. After the last one, warn about a model that diverged.
+        """Yield each item of `scores` and append its mean losses to `losses`. Then warn if the model has diverged.
 
         An error here prevents the record from being written.
         """
@@ -197,8 +197,8 @@ class Recorder:
             )
         elif not before - now > 0.25 * (before - learned):
             raise TraceError(
-                f"The safety session does not start from the model after noisy finetuning ({figures}). What was not learned "
-                "cannot be forgotten. Start from that model: the same object, or its last checkpoint."
+                f"The safety session must start from the model after noisy finetuning, but does not ({figures}). What was "
+                "not learned cannot be forgotten. Pass the same model object, or load the last checkpoint of the noisy session."
             )
 
     def _log_superseded(self, start: Record, superseded: list[Record]) -> None:

@@ -136,7 +136,7 @@ def check_session(
 
 
 def warn_if_noisy_session_is_unfinished(trace: Trace, records: Sequence[Record]) -> None:
-    """Warn if a safety session begins although the noisy session has no record after its first one."""
+    """Warn if a safety session begins when the noisy session has only its first record."""
     if not any(record.session == "noisy" and record.step > 0 for record in records):
         logger.warning(
             f"This run is treated as safety finetuning, but the trace in {trace.folder} has only the first record of the "

@@ -160,7 +160,7 @@ def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: di
 
 
 def _from_yaml(name: str, value: Any) -> Any:
-    """A value as on the command line. YAML reads `1e-3` as text and `save_strategy: no` as false."""
+    """Convert a YAML value to that of a command line option. YAML reads `1e-3` as text, and `save_strategy: no` as false."""
     if isinstance(value, str):
         return parse_value(value)
     return "no" if value is False and name.endswith("_strategy") else value

@@ -114,7 +114,7 @@ def read_yaml(file: Path, config_class: type[Any]) -> dict[str, Any]:
     unknown = sorted(map(str, set(settings) - set(names)))
     if unknown:
         raise typer.BadParameter(
-            f"{file} contains unknown settings: {', '.join(unknown)}. Known are {', '.join(names)}."
+            f"{file} contains unknown settings: {', '.join(unknown)}. Known settings: {', '.join(names)}."
         )
     return settings
 

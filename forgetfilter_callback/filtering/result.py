@@ -116,13 +116,13 @@ class FilterResult:
         """Read the result that [`save`] wrote to `folder`.
 
         Raises:
-            DecisionError: if `folder` contains no filter result, or one of another version of the library.
+            DecisionError: if `folder` contains no filter result, or one that another version of the library wrote.
         """
         try:
             content = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
             if content.pop("schema_version") != SCHEMA_VERSION:
                 raise DecisionError(
-                    f"Another version of forgetfilter-callback wrote the filter result in {folder}. Filter again."
+                    f"The filter result in {folder} was written by another version of forgetfilter-callback. Filter again."
                 )
             del content["counts"]
             content["separability"] = Separability(**content["separability"])

@@ -41,7 +41,7 @@ class ReviewDecision:
         """Read `review_decision.json`.
 
         Raises:
-            DecisionError: if `file` is something else.
+            DecisionError: if `file` is not a valid reviewer's decision.
         """
         advice = "Export review_decision.json from the review page that `forgetfilter report` writes."
         try:

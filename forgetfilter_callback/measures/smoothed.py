@@ -1,4 +1,4 @@
-"""Smoothed forgetting: lost token probability, pooled over samples and smoothed over similar samples."""
+"""Smoothed forgetting: the probability that tokens lose, pooled over samples and smoothed over similar samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RIDGE_MAX_SAMPLES = 10_000
 def smoothed_forgetting(
     tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
 ) -> np.ndarray:
-    """Computes the forgetting that tokens and similar samples have in common.
+    """Computes the forgetting that occurrences of a token, and similar samples, have in common.
 
     Formula, for a token whose loss rises by `r` nats:
 
@@ -37,11 +37,12 @@ def smoothed_forgetting(
     2. Agreement with other samples: `agreed = min(lost, pooled)`, where `pooled` averages `lost` over the token's
        occurrences in other samples (see [`pool_over_samples`], with the prior `0.25 * lost`).
     3. Sample value: the mean of the largest tenth of `agreed`, divided by the typical change (see [`typical_loss`]).
-    4. Smoothing: a ridge regression of the sample values on the directions of the samples' hidden states. It shrinks
-       each value towards samples with similar hidden states. Leave-one-out cross-validation chooses its strength.
+    4. Smoothing: a ridge regression of the sample values on the centered, L2-normalized hidden states of the samples. It
+       shrinks each value towards samples with similar hidden states. Leave-one-out cross-validation chooses the
+       regularization strength.
 
-    The typical change depends on how long and how hard safety finetuning trains. Therefore values are comparable within
-    one record, but not between records.
+    The typical change depends on how long safety finetuning runs and how strongly it changes the model. Therefore values
+    are comparable within one record, but not between records.
 
     The default measure. It has little noise, because it keeps only what is systematic over tokens and samples. Useful
     for short texts, where the loss of a single sample is noisy. It needs hidden states.

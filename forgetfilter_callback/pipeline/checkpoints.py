@@ -77,10 +77,14 @@ def score_checkpoints(
         trace = Trace.open(folder)
         if trace.rows.fingerprint != rows.fingerprint:
             raise TraceError(
-                f"The trace in {folder} has other rows, or was encoded with another tokenizer. Choose another folder."
+                f"The trace in {folder} contains other rows, or its rows were encoded with another tokenizer. "
+                "Choose another folder."
             )
         if trace.manifest["sessions"]:
-            raise TraceError(f"The trace in {folder} was recorded during training. Choose another folder.")
+            raise TraceError(
+                f"The trace in {folder} was recorded during training, not from checkpoints, so it cannot be "
+                "continued here. Choose another folder."
+            )
         has_no_base = all(gather_from_all(trace.base_record is None))
         start_model = checkpoints.get("base", checkpoints.get("before") if has_no_base else None)
         if start_model is not None:

@@ -79,7 +79,7 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
 
 
 def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
-    """Write `kept.jsonl` and `removed.jsonl`. The files get their names when `files` closes without an error."""
+    """Write `kept.jsonl` and `removed.jsonl`, and rename them from temporary names when `files` closes without an error."""
     lines = [*lines]
     for name, selected in (("kept", ~removed), ("removed", removed)):
         write_lines(itertools.compress(lines, selected), files.enter_context(atomic_write(output / f"{name}.jsonl")))

@@ -279,7 +279,7 @@ class Trace:
             os.replace(self._file(record), folder / record.file_name)
 
     def identity(self) -> str:
-        """Hash of the rows and of both safety records. It ties a reviewer's decision to its trace."""
+        """Hash of the rows and of the first and last safety records. It ties a reviewer's decision to its trace."""
         digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
         for record in self.first_and_last():
             digest.update(self.token_losses(record).tobytes())

@@ -1,4 +1,4 @@
-"""[`BaseModelCheck`]: check that the filtered run starts from the base model."""
+"""[`BaseModelCheck`]: check that finetuning on the kept rows starts from the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[`FilteredSFTTrainer`]: TRL's `SFTTrainer` that removes the most forgotten samples."""
+"""[`FilteredSFTTrainer`]: a TRL `SFTTrainer` that removes the most forgotten samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split work between the processes of a `torch.distributed` run, and raise errors on all of them together."""
+"""Split work between the processes of a `torch.distributed` run, and raise an error of one process on all of them."""
 
 from __future__ import annotations
 

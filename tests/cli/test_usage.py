@@ -44,7 +44,7 @@ def test_bad_usage_exits_with_2_and_no_traceback(arguments, said, tmp_path, monk
 def test_invalid_configuration_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for content, said in (
-        ("colour: red", "contains unknown settings: colour. Known are model, noisy"),
+        ("colour: red", "contains unknown settings: colour. Known settings: model, noisy"),
         ("- 1", "contains no settings"),
         ("a: [", "cannot be read"),
         ("training: 5", "`training` must map names to values"),

@@ -46,7 +46,7 @@ def test_invalid_results_are_not_loaded(tmp_path):
     filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss")).save(tmp_path)
     account = json.loads((tmp_path / "filter_result.json").read_text())
     assert account["schema_version"] == 2
-    another_version = "Another version of forgetfilter-callback wrote the filter result"
+    another_version = "was written by another version of forgetfilter-callback"
     for content, message in (
         (json.dumps(account | {"schema_version": 3}), another_version),
         (json.dumps(account | {"schema_version": 1}), another_version),
