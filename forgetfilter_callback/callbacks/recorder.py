@@ -198,7 +198,7 @@ class Recorder:
         elif not before - now > 0.25 * (before - learned):
             raise TraceError(
                 f"The safety session must start from the model after noisy finetuning, but does not ({figures}). What was "
-                "not learned cannot be forgotten. Pass the same model object, or load the last checkpoint of the noisy session."
+                "not learned cannot be forgotten. Pass the same model object, or load its last checkpoint."
             )
 
     def _log_superseded(self, start: Record, superseded: list[Record]) -> None:
