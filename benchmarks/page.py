@@ -1,6 +1,6 @@
 """Measure the size of the review page and the time to open it: `python benchmarks/page.py`.
 
-The traces are synthetic: samples of 60 tokens, 30 of which contribute to the loss, with five records of safety
+The traces are synthetic: samples of 60 tokens (30 loss tokens), with five records of safety
 finetuning. A quarter of the samples is forgotten. The page is opened from disk in headless Chromium; the time is the
 median of three openings, until the graphs and the table are visible.
 """

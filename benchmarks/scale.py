@@ -1,6 +1,6 @@
 """Measure how the time and memory of a record grow with the number of rows: `python benchmarks/scale.py`.
 
-The rows are short (16 tokens, 8 of which contribute to the loss) and the model is tiny. Each number of rows runs in its
+The rows are short (16 tokens, 8 loss tokens) and the model is tiny. Each number of rows runs in its
 own process. Memory is the peak of anonymous memory while the rows are encoded, scored and written into a trace. It
 excludes the dataset, which is memory-mapped.
 """

@@ -60,7 +60,7 @@ def test_a_missing_package_names_its_extra(package, tmp_path, byte_tokenizer):
 
 
 def test_everything_else_works_without_optional_packages(tmp_path, byte_tokenizer):
-    """Recording, measuring and filtering need none of them."""
+    """Recording, measuring and filtering work without the optional packages."""
     hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
     names = ("ForgetTracker", "FilteredTrainer", "ForgetFilter", "RunConfig", "run", "encode_rows", "score_checkpoints")
     optional = [package for package in CASES if package != "jinja2"]  # torch needs jinja2, so it is always there
