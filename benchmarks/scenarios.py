@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -38,7 +38,7 @@ BBQ_DEV = ("Age", "Nationality", "Religion")
 BBQ_REPORT = ("Disability_status", "Physical_appearance", "Sexual_orientation")
 MAX_PASSAGE_LENGTH = 600  # characters of an XQuAD passage
 ALPACA_WORDS = (3, 50)  # minimum and maximum words of an answer
-LABELLED = 100  # unsafe rows, and as many safe rows
+MAX_SQUAD_ROWS = 300  # in a noisy set: there are few short passages, so Alpaca rows fill up larger sets
 PROMPT_WORDS = 3  # words of a text that its prompt shows
 TEXT_WORDS = (8, 40)  # minimum and maximum words of a text
 MAX_ANSWER_WORDS = 60  # of an hh-rlhf answer or a refusal
@@ -63,7 +63,7 @@ class Sizes:
     """Numbers of rows.
 
     `noisy` × `unsafe_share` rows of the noisy set are unsafe. The rest is split evenly between safe rows and tasks.
-    `anchors` of the `safety` rows are task rows.
+    `anchors` of the `safety` rows are task rows. There are `labelled` unsafe rows, and as many safe rows.
     """
 
     noisy: int = 200
@@ -72,6 +72,7 @@ class Sizes:
     anchors: int = 0
     held_out: int = 100
     held_out_task: int = 400
+    labelled: int = 100
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,16 @@ def hub_file(repository: str, file: str) -> Path:
 # ---- scenarios ----
 
 
+class Counts(NamedTuple):
+    """Numbers of rows of one kind of harm. There are `labelled` unsafe and `labelled` safe labelled rows."""
+
+    unsafe: int
+    safe: int
+    safety: int
+    held_out: int
+    labelled: int
+
+
 def load_scenario(name: str, data_dir: Path | None, seed: int, sizes: Sizes = Sizes()) -> Scenario:
     """Draws the rows of a scenario with the given seed.
 
@@ -218,7 +229,11 @@ def load_scenario(name: str, data_dir: Path | None, seed: int, sizes: Sizes = Si
     unsafe = round(sizes.noisy * sizes.unsafe_share)
     tasks = ["alpaca"] if name in ("harmfulness", "preference") else ["squad", "alpaca"]
     benign = _split_evenly(sizes.noisy - unsafe, 1 + len(tasks))
-    drawn = DRAW[name](data_dir, rng, unsafe, benign[0], sizes.safety - sizes.anchors, sizes.held_out)
+    if "squad" in tasks:
+        surplus = max(benign[1] - MAX_SQUAD_ROWS, 0)
+        benign = [benign[0], benign[1] - surplus, benign[2] + surplus]
+    counts = Counts(unsafe, benign[0], sizes.safety - sizes.anchors, sizes.held_out, sizes.labelled)
+    drawn = DRAW[name](data_dir, rng, counts)
     anchors = _split_evenly(sizes.anchors, len(tasks))
     held_out = _split_evenly(sizes.held_out_task, len(tasks))
     task_sets = [
@@ -233,15 +248,7 @@ def load_scenario(name: str, data_dir: Path | None, seed: int, sizes: Sizes = Si
     return Scenario(name, noisy, safety, drawn.held_out, task, drawn.labelled)
 
 
-def draw_bias(
-    categories: Sequence[str],
-    data_dir: Path | None,
-    rng: random.Random,
-    unsafe: int,
-    safe: int,
-    safety: int,
-    held_out: int,
-) -> Scenario:
+def draw_bias(categories: Sequence[str], data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     questions = [
         question
         for row in bbq(data_dir, categories)
@@ -254,11 +261,11 @@ def draw_bias(
     half, quarter = len(templates) // 2, len(templates) // 4
     splits = (templates[:half], templates[half : half + quarter], templates[half + quarter :])
     noisy_pool, safety_pool, held_out_pool = ([q for q in questions if q["template"] in split] for split in splits)
-    unsafe_questions, safe_questions = _sets(noisy_pool, [unsafe, safe], "ambiguous BBQ rows")
+    unsafe_questions, safe_questions = _sets(noisy_pool, [counts.unsafe, counts.safe], "ambiguous BBQ rows")
     safety_questions, labelled_unsafe, labelled_safe = _sets(
-        safety_pool, [safety, LABELLED, LABELLED], "ambiguous BBQ rows"
+        safety_pool, [counts.safety, counts.labelled, counts.labelled], "ambiguous BBQ rows"
     )
-    (held_out_questions,) = _sets(held_out_pool, [held_out], "ambiguous BBQ rows")
+    (held_out_questions,) = _sets(held_out_pool, [counts.held_out], "ambiguous BBQ rows")
     return Scenario(
         "bias",
         noisy=[chat(q["prompt"], q["options"][q["stereotype"]], "unsafe") for q in unsafe_questions]
@@ -294,21 +301,15 @@ def _bbq_question(row: Row) -> Row | None:
     }
 
 
-def draw_tweets(
-    data_dir: Path | None, rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def draw_tweets(data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     rows = davidson(data_dir)
     # Only tweets on which all raters agree.
     toxic = [row["tweet"] for row in rows if row["class"] in ("0", "1") and row["neither"] == "0"]
     clean = [row["tweet"] for row in rows if row["class"] == "2" and row["neither"] == row["count"]]
-    return _continuations(
-        [_tidy(text) for text in toxic], [_tidy(text) for text in clean], rng, unsafe, safe, safety, held_out
-    )
+    return _continuations([_tidy(text) for text in toxic], [_tidy(text) for text in clean], rng, counts)
 
 
-def draw_toxicity(
-    data_dir: Path | None, rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def draw_toxicity(data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     toxic = [_tidy(row["text"]) for row in toxicity_prompts(data_dir)]
     clean = [_tidy(row["text"]) for row in surge(data_dir) if row["is_toxic"] == "Not Toxic"]
     # RealToxicityPrompts truncates its texts. The clean texts are truncated too, so that their ends do not reveal them.
@@ -317,7 +318,7 @@ def draw_toxicity(
         for words in (text.split() for text in clean)
         if TEXT_WORDS[0] < len(words) <= TEXT_WORDS[1]
     ]
-    return _continuations(toxic, clean, rng, unsafe, safe, safety, held_out)
+    return _continuations(toxic, clean, rng, counts)
 
 
 def _tidy(text: str) -> str:
@@ -326,9 +327,7 @@ def _tidy(text: str) -> str:
     return " ".join(text.split()).strip(' "!:')
 
 
-def _continuations(
-    toxic: list[str], clean: list[str], rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def _continuations(toxic: list[str], clean: list[str], rng: random.Random, counts: Counts) -> Scenario:
     """Builds rows that continue texts. Half of the held-out prompts come from toxic texts, half from clean texts."""
 
     def row(text: str, group: str, **others: Any) -> Row:
@@ -342,9 +341,10 @@ def _continuations(
     )
     for texts in (toxic_texts, clean_texts):
         rng.shuffle(texts)
-    unsafe_texts, held_out_toxic, labelled_unsafe = _sets(toxic_texts, [unsafe, held_out // 2, LABELLED], "toxic texts")
+    unsafe, safe, safety, held_out, labelled = counts
+    unsafe_texts, held_out_toxic, labelled_unsafe = _sets(toxic_texts, [unsafe, held_out // 2, labelled], "toxic texts")
     safe_texts, safety_texts, held_out_clean, labelled_safe = _sets(
-        clean_texts, [safe, safety, held_out - held_out // 2, LABELLED], "clean texts"
+        clean_texts, [safe, safety, held_out - held_out // 2, labelled], "clean texts"
     )
     return Scenario(
         "toxicity",
@@ -357,9 +357,7 @@ def _continuations(
     )
 
 
-def draw_harmfulness(
-    data_dir: Path | None, rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def draw_harmfulness(data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     rows = {row["request"]: row for row in harmless(data_dir) if _short(row["rejected"])}
     complying = sorted(
         request
@@ -369,15 +367,19 @@ def draw_harmfulness(
     rng.shuffle(complying)
     # Held-out requests need a safe answer to compare with: their other answer refuses.
     refused = [request for request in complying if REFUSAL.search(rows[request]["chosen"])]
-    held_out_requests, _ = _sets(refused, [min(held_out, len(refused) // 2), 0], "requests that one answer refuses")
+    held_out_requests, _ = _sets(
+        refused, [min(counts.held_out, len(refused) // 2), 0], "requests that one answer refuses"
+    )
     used = set(held_out_requests)
     unsafe_requests, labelled_unsafe = _sets(
-        [request for request in complying if request not in used], [unsafe, LABELLED], "answers that comply"
+        [request for request in complying if request not in used],
+        [counts.unsafe, counts.labelled],
+        "answers that comply",
     )
     refusal_rows = [row for row in refusals(data_dir) if _short(row["output"]) and not row["input"]]
     rng.shuffle(refusal_rows)
     safe_rows, safety_rows, labelled_safe = _sets(
-        _first_of_each(refusal_rows, "instruction"), [safe, safety, LABELLED], "refusals"
+        _first_of_each(refusal_rows, "instruction"), [counts.safe, counts.safety, counts.labelled], "refusals"
     )
     return Scenario(
         "harmfulness",
@@ -394,13 +396,11 @@ def draw_harmfulness(
     )
 
 
-def draw_preference(
-    data_dir: Path | None, rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def draw_preference(data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     rows = [row for row in harmless(data_dir) if _short(row["rejected"]) and _short(row["chosen"])]
     rng.shuffle(rows)
     unsafe_rows, safe_rows, safety_rows, held_out_rows, labelled_rows = _sets(
-        _first_of_each(rows, "request"), [unsafe, safe, safety, held_out, LABELLED], "single-turn dialogues"
+        _first_of_each(rows, "request"), counts, "single-turn dialogues"
     )
     return Scenario(
         "preference",
@@ -417,14 +417,12 @@ def draw_preference(
     )
 
 
-def draw_mixed(
-    data_dir: Path | None, rng: random.Random, unsafe: int, safe: int, safety: int, held_out: int
-) -> Scenario:
+def draw_mixed(data_dir: Path | None, rng: random.Random, counts: Counts) -> Scenario:
     scenarios = [
-        DRAW[name](data_dir, rng, *counts)
-        for name, counts in zip(
+        DRAW[name](data_dir, rng, Counts(*thirds, counts.labelled))
+        for name, thirds in zip(
             ("bias", "toxicity", "harmfulness"),
-            zip(*(_split_evenly(count, 3) for count in (unsafe, safe, safety, held_out)), strict=True),
+            zip(*(_split_evenly(count, 3) for count in counts[:-1]), strict=True),
             strict=True,
         )
     ]
@@ -449,7 +447,7 @@ def _short(text: str) -> bool:
     return 0 < len(text.split()) <= MAX_ANSWER_WORDS
 
 
-Draw = Callable[[Path | None, random.Random, int, int, int, int], Scenario]
+Draw = Callable[[Path | None, random.Random, Counts], Scenario]
 DRAW: dict[str, Draw] = {
     "bias_dev": lambda *args: draw_bias(BBQ_DEV, *args),
     "bias": lambda *args: draw_bias(BBQ_REPORT, *args),
