@@ -15,10 +15,14 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -108,6 +112,25 @@ def longrope():
             "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, "factor": 4.0, **factors
         }
     )  # fmt: skip
+
+
+def scaled_logits():
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=0.05,
+    )  # fmt: skip
+    return GraniteForCausalLM(config).eval()
+
+
+def unusual_trunk():
+    """It calls a submodule of its `base_model`, not the module itself."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
 
 
 def activated_lora():

@@ -1,13 +1,24 @@
-"""One forward pass over a batch of packs: losses of the loss tokens, and states of the samples."""
+"""One forward pass over a batch of packs: losses of the loss tokens, and states of the samples.
+
+Logits are the largest tensors of a forward pass, so a batch's predictions go through the output head in slices of a
+bounded size. The trunk (the model without its output head) runs once. For each further slice, the model's own `forward`
+runs again on the trunk's stored output, so that scaling and soft-capping of the logits stay the model's own.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
+from peft import PeftModel
+from scipy.sparse import csc_array
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..data.encoded_rows import EncodedRows
 from .model_capabilities import is_padding_free
@@ -15,45 +26,70 @@ from .packing import Layout, Pack, lay_out
 from .scores import STATE_SIZE, Scores
 
 
-# Logits are the largest tensors of a forward pass, so they are converted to float32 this many at a time.
-_FLOAT32_LOGITS = 64
+# Maximum number of logits in one pass through the output head: 192 predictions with a vocabulary of 128k tokens. A model
+# that soft-caps its logits in float32 holds two tensors of this size, 200 MB.
+_LOGITS_PER_PASS = 3 * 2**23
+# Maximum number of logits that are converted to float32 at once.
+_FLOAT32_LOGITS = 2**21
 
 
-def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_states: bool) -> Scores:
-    """Score the rows of `batch`, in its order. States are `None` if the model's output head cannot be reached."""
-    layout = lay_out(rows, batch)
-    device = next(model.parameters()).device
-    logits, hidden = _predicting_logits(model, layout, device)
-    targets = torch.from_numpy(layout.target).to(logits.device)
-    losses = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(logits_slice.float(), targets_slice, reduction="none")
-            for logits_slice, targets_slice in zip(
-                logits.split(_FLOAT32_LOGITS), targets.split(_FLOAT32_LOGITS), strict=True
-            )
-        ]
-    )
-    states = None
-    if with_states and hidden is not None:
-        counts = np.diff(rows.loss_offsets)[np.concatenate([pack.rows for pack in batch])]
-        states = _mean_states(hidden.float().cpu().numpy()[layout.prediction_index], counts)
-    return Scores(losses.cpu().numpy()[layout.prediction_index], states)
-
-
-def _mean_states(hidden: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Average consecutive groups of hidden states, and project the means if they are large.
+def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_states: bool, passes: int = 1) -> Scores:
+    """Score the rows of `batch`, in its order.
 
     Args:
-        hidden (`np.ndarray` of shape `(counts.sum(), hidden_size)`, float32):
-            Hidden states, row after row.
-        counts (`np.ndarray` of shape `(rows,)`, int64):
-            Number of hidden states of each row, at least one.
+        model, rows:
+            See [`~token_losses.token_losses`].
+        batch (`list[Pack]`):
+            The packs to run as one batch.
+        with_states (`bool`):
+            Whether to return states. They are `None` if the model's output head cannot be reached.
+        passes (`int`, defaults to 1):
+            Minimum number of passes through the output head. Processes that share sharded weights need equal numbers.
 
     Returns:
-        `np.ndarray` of shape `(rows, min(hidden_size, STATE_SIZE))`, float16.
+        [`Scores`]: the scores of the rows.
     """
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    means = np.add.reduceat(hidden, starts) / counts[:, None]
+    layout = lay_out(rows, batch)
+    forward = _ForwardPass(model, layout)
+    losses = np.empty(len(layout.target), np.float32)
+    averaging = _averaging_matrix(rows, batch, layout) if with_states else None
+    means: torch.Tensor | None = None
+    slices = _prediction_slices(len(layout.target), forward.predictions_per_pass)
+    for selected in slices:
+        losses[selected], hidden = forward.run(selected)
+        if averaging is not None and hidden is not None:
+            weights = torch.from_numpy(averaging[:, selected].toarray()).to(hidden.device)
+            part = weights @ hidden.float()
+            means = part if means is None else means + part
+    for _ in range(passes - len(slices)):
+        forward.run(slices[-1])
+    return Scores(losses[layout.prediction_index], _states(means.cpu().numpy()) if means is not None else None)
+
+
+def count_passes(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> int:
+    """Return the maximum number of passes through the output head that [`score_batch`] needs for `batch`."""
+    predictions = int(np.diff(rows.loss_offsets)[np.concatenate([pack.rows for pack in batch])].sum())
+    return len(_prediction_slices(predictions, _predictions_per_pass(model)))
+
+
+def _predictions_per_pass(model: nn.Module) -> int:
+    return max(1, _LOGITS_PER_PASS // cast(PreTrainedConfig, model.config).get_text_config().vocab_size)
+
+
+def _prediction_slices(predictions: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, predictions)) for start in range(0, predictions, size)]
+
+
+def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> csc_array:
+    """Return a matrix of shape `(rows of the batch, predictions)` that averages the predictions of each row."""
+    counts = np.diff(rows.loss_offsets)[np.concatenate([pack.rows for pack in batch])]
+    row_indices = np.repeat(np.arange(len(counts)), counts)
+    values = (1 / counts).astype(np.float32)[row_indices]
+    return csc_array((values, (row_indices, layout.prediction_index)), shape=(len(counts), len(layout.target)))
+
+
+def _states(means: np.ndarray) -> np.ndarray:
+    """Project mean hidden states, of shape `(rows, hidden_size)`, to at most `STATE_SIZE` dimensions in float16."""
     if means.shape[1] > STATE_SIZE:
         means = means @ _projection(means.shape[1])
     return means.astype(np.float16)
@@ -66,15 +102,91 @@ def _projection(size: int) -> np.ndarray:
     return normal / np.float32(math.sqrt(STATE_SIZE))
 
 
-def _predicting_logits(
-    model: nn.Module, layout: Layout, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the model, and return the logits of each prediction in `layout`.
+class _ForwardPass:
+    """A batch's way through a model: once through the trunk, and in slices of its predictions through the output head.
 
-    Returns:
-        The logits, of shape `(predictions, vocabulary)`, and the hidden states that the output head receives, of shape
-        `(predictions, hidden_size)`. The latter are `None` if the output head cannot be reached.
+    Attributes:
+        predictions_per_pass (`int`):
+            Maximum number of predictions per slice. It is the number of all predictions if the output head cannot be
+            reached: the model then returns all logits at once.
     """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._model = model
+        self._targets = layout.target
+        self._inputs, pack_index, column = _model_inputs(model, layout)
+        self._pack_index, self._column = torch.from_numpy(pack_index), torch.from_numpy(column)
+        self._head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
+        self._trunk = _trunk(model, self._head) if self._head is not None else None
+        self._trunk_output: object = None
+        self.predictions_per_pass = _predictions_per_pass(model) if self._head is not None else len(layout.target)
+
+    def run(self, selected: slice) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Run the model for a slice of the predictions.
+
+        Returns:
+            The losses, of shape `(predictions,)` and dtype float32, and the hidden states that the output head receives,
+            of shape `(predictions, hidden_size)`. The latter are `None` if the output head cannot be reached.
+        """
+        hidden: torch.Tensor | None = None
+
+        def select_states(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            nonlocal hidden
+            hidden = self._select(args[0], selected)
+            return hidden.unsqueeze(0), *args[1:]
+
+        with ExitStack() as stack:
+            if self._head is not None:
+                stack.callback(self._head.register_forward_pre_hook(select_states).remove)
+            if self._trunk is not None and self._trunk_output is None:
+                stack.callback(self._trunk.register_forward_hook(self._store_trunk_output).remove)
+            elif self._trunk is not None:
+                stack.enter_context(_returning(self._trunk, self._trunk_output))
+            logits = self._model(**self._inputs, use_cache=False).logits
+        logits = logits[0] if hidden is not None else self._select(logits, selected)
+        targets = torch.from_numpy(self._targets[selected]).to(logits.device)
+        size = max(1, _FLOAT32_LOGITS // logits.shape[1])
+        losses = [
+            nn.functional.cross_entropy(logits_slice.float(), targets_slice, reduction="none")
+            for logits_slice, targets_slice in zip(logits.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(losses).cpu().numpy(), hidden
+
+    def _select(self, output: torch.Tensor, selected: slice) -> torch.Tensor:
+        # Prompt-learning adapters insert virtual tokens before the row, so columns are aligned to the end of the
+        # sequence. Under `device_map`, the output may be on another device than the input.
+        pack_index, column = self._pack_index[selected].to(output.device), self._column[selected].to(output.device)
+        return output[pack_index, column + output.shape[1] - self._inputs["input_ids"].shape[1]]
+
+    def _store_trunk_output(self, module: nn.Module, args: object, output: object) -> None:
+        self._trunk_output = output
+
+
+def _trunk(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """Return the part of `model` that runs before `head`, or `None` if there is no such module.
+
+    Without it, or if `model` does not call it, the whole model runs again for each slice of predictions.
+    """
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    trunk = cast(nn.Module, whole.base_model)
+    return trunk if head not in trunk.modules() else None
+
+
+@contextmanager
+def _returning(module: nn.Module, output: object) -> Iterator[None]:
+    """Let `module` return `output` without running."""
+    attributes = vars(module)
+    replaced = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(replaced)
+
+
+def _model_inputs(model: nn.Module, layout: Layout) -> tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]:
+    """Return the arguments of the model's `forward`, and the row and the column of each prediction in its output."""
     pack_index, column = layout.pack_index, layout.column
     inputs = {"input_ids": layout.input_ids}
     if is_padding_free(model):
@@ -87,6 +199,7 @@ def _predicting_logits(
     else:
         inputs["attention_mask"] = layout.tree_mask[:, None]
         inputs["position_ids"] = layout.position_ids
+    device = next(model.parameters()).device
     tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     if layout.tree_mask is not None and model.config._attn_implementation == "eager":  # type: ignore[union-attr]
         # Eager attention adds the mask to the attention scores, so it needs a float mask instead of a bool one.
@@ -95,26 +208,4 @@ def _predicting_logits(
         tensors["attention_mask"] = torch.zeros(not_attended.shape, dtype=dtype, device=device).masked_fill(
             not_attended, torch.finfo(dtype).min
         )
-    pack_indices, columns = torch.from_numpy(pack_index), torch.from_numpy(column)
-    width = tensors["input_ids"].shape[1]
-
-    def select_predicting(output: torch.Tensor) -> torch.Tensor:
-        # Prompt-learning adapters insert virtual tokens before the row, so columns are aligned to the end of the
-        # sequence. Under `device_map`, the output may be on another device than the input.
-        return output[pack_indices.to(output.device), columns.to(output.device) + output.shape[1] - width]
-
-    hidden: torch.Tensor | None = None
-
-    def keep_predicting_states(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        nonlocal hidden
-        hidden = select_predicting(args[0])
-        return hidden.unsqueeze(0), *args[1:]
-
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
-    hook = head.register_forward_pre_hook(keep_predicting_states) if head is not None else None
-    try:
-        logits = model(**tensors, use_cache=False).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    return (logits[0], hidden) if hidden is not None else (select_predicting(logits), None)
+    return tensors, pack_index, column

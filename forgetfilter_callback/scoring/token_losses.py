@@ -21,7 +21,7 @@ from ..data.encoded_rows import EncodedRows
 from ..errors import ScoringError
 from ..utils.distributed import gather_from_all, run_on_all, shard_indices
 from ..utils.model_state import is_sharded
-from .forward_pass import score_batch
+from .forward_pass import count_passes, score_batch
 from .model_capabilities import can_reuse_prefixes, check_rows, longrope_context
 from .packing import Pack, max_predictions, plan_packs, split_pack
 from .scores import Scores
@@ -152,13 +152,13 @@ def _score_shard(
     offsets = rows.loss_offsets
     batches = _build_batches(packs, rows, batch_tokens, longrope_context(model))
     failure: Exception | None = None
-    while _any_process_has_batches(batches, failure) if sharded else batches:
+    while passes := (_passes_of_next_batch(model, rows, batches, failure) if sharded else len(batches[:1])):
         if not batches:
-            score_batch(model, filler, plan_packs(filler, None), with_states=False)
+            score_batch(model, filler, plan_packs(filler, None), with_states=False, passes=passes)
             continue
         batch = batches.pop()
         try:
-            scored = score_batch(model, rows, batch, with_states)
+            scored = score_batch(model, rows, batch, with_states, passes)
         except torch.OutOfMemoryError:
             if len(batch) == len(batch[0].rows) == 1:
                 # Not torch's own error, because `auto_find_batch_size` would halve the training batch in response.
@@ -170,7 +170,7 @@ def _score_shard(
         except Exception as error:
             if not sharded:
                 raise
-            failure = error  # the next `_any_process_has_batches` raises it on all processes
+            failure = error  # the next `_passes_of_next_batch` raises it on all processes
             continue
         if scored is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
             torch.cuda.empty_cache()
@@ -188,17 +188,20 @@ def _score_shard(
     return losses, states
 
 
-def _any_process_has_batches(batches: list[list[Pack]], failure: Exception | None) -> bool:
-    """Return whether any process has batches left. If one has failed, raise its error on all of them.
+def _passes_of_next_batch(
+    model: nn.Module, rows: EncodedRows, batches: list[list[Pack]], failure: Exception | None
+) -> int:
+    """Return how often all processes must run the output head for their next batches; 0 if no process has batches left.
 
-    A process that fails in the middle of a forward pass cannot report it: the others wait for its shard of the weights
-    until torch's timeout ends them.
+    Each pass may gather weights, so processes that share sharded weights make equal numbers of passes. If a process has
+    failed, its error is raised on all of them: a process that fails in the middle of a forward pass cannot report it,
+    and the others wait for its shard of the weights until torch's timeout ends them.
     """
-    reports = gather_from_all((bool(batches), failure))
+    reports = gather_from_all((count_passes(model, rows, batches[-1]) if batches else 0, failure))
     for _, error in reports:
         if error is not None:
             raise error
-    return any(has_batches for has_batches, _ in reports)
+    return max(passes for passes, _ in reports)
 
 
 def _build_batches(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers import VOCABULARY, random_rows, reference_losses, rows_with_common_prefixes, tiny_llama
+from tiny_models import NOT_REUSING_MODELS, REUSING_MODELS, scaled_logits, unusual_trunk
 
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.scoring import forward_pass as forward_module
@@ -25,6 +30,63 @@ def test_logits_of_a_batch_are_bounded(reuse_prefixes, monkeypatch):
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
     token_losses(model, encode_rows(rows), batch_tokens=256, reuse_prefixes=reuse_prefixes, disable_tqdm=True)
     assert sum(sizes) > 400 and max(sizes) <= 64
+
+
+MODELS = [*REUSING_MODELS, *NOT_REUSING_MODELS, scaled_logits, unusual_trunk]
+
+
+@pytest.mark.parametrize("make_model", MODELS, ids=lambda f: f.__name__)
+def test_predictions_of_one_row_are_sliced(make_model, monkeypatch):
+    monkeypatch.setattr(forward_module, "_LOGITS_PER_PASS", 3 * VOCABULARY)
+    monkeypatch.setattr(forward_module, "_FLOAT32_LOGITS", 2 * VOCABULARY)
+    model, rows = make_model().eval(), random_rows(5)
+    sizes, attributes = [], {name: set(vars(module)) for name, module in model.named_modules()}
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    losses = token_losses(model, encode_rows(rows), disable_tqdm=True)
+    assert max(sizes) == 3
+    np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+    for name, module in model.named_modules():
+        assert set(vars(module)) == attributes[name]
+        assert not module._forward_hooks or module is model.get_output_embeddings()
+
+
+def test_the_trunk_runs_once_per_batch(monkeypatch):
+    monkeypatch.setattr(forward_module, "_LOGITS_PER_PASS", 3 * VOCABULARY)
+    model, trunk_runs, head_runs = tiny_llama(), [], []
+    model.model.layers[0].register_forward_hook(lambda *args: trunk_runs.append(1))
+    model.lm_head.register_forward_hook(lambda *args: head_runs.append(1))
+    tokens = list(range(5, 45))
+    token_losses(model, encode_rows([{"input_ids": tokens, "labels": tokens}]), disable_tqdm=True)
+    assert (len(trunk_runs), len(head_runs)) == (1, 13)
+
+
+PEAK_MEMORY = """
+from pathlib import Path
+from helpers import tiny_llama
+from forgetfilter_callback import encode_rows
+from forgetfilter_callback.scoring.token_losses import token_losses
+
+def resident_mb(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+model = tiny_llama(vocab_size=131_072, hidden_size=64, num_hidden_layers=1, max_position_embeddings=2048)
+rows = lambda length: encode_rows([{"input_ids": list(range(5, 5 + length))}], disable_tqdm=True)
+token_losses(model, rows(8), disable_tqdm=True)  # the first pass loads libraries
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+before = resident_mb("VmRSS")
+token_losses(model, rows(2048), disable_tqdm=True)
+print(resident_mb("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_long_row_with_a_large_vocabulary():
+    """Full logits in float32 would take 1,024 MB. `benchmarks/gpu.py` measures a row of 32,768 tokens."""
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert float(process.stdout.split()[-1]) < 256
 
 
 def test_a_model_without_an_output_head_is_scored_from_full_logits():
