@@ -258,3 +258,30 @@ def test_cost(tiny, data_dir, tmp_path):
     assert result["share_of_s1"] == pytest.approx(extra / taken["s1"]) and min(taken.values()) > 0
     assert result["ended_at"] == 2 and result["checks"] == []
     assert "| toxicity | 0 |" in output
+
+
+def test_gpu(tmp_path):
+    """The script for a GPU runs to its end on a CPU, with tiny shapes and without a network."""
+    command = ["sh", str(BENCHMARKS / "gpu.sh"), str(tmp_path), "--smoke", "--repeats", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["failed"] == [] and results["environment"]["device"].startswith("CPU")
+    for case in results["training untouched"].values():
+        assert case["records"] == 4
+        assert all(case["two runs without tracker agree"].values()) and all(case["a run with tracker agrees"].values())
+    for model in ("SmolLM2-135M", "Llama-1B", "Llama-8B"):
+        for kind in ("instructions", "passages"):
+            assert min(results[f"speed, {model}"][kind]["seconds, median"].values()) > 0
+    for name, case in results["exactness"].items():
+        assert case["record"]["token, relative, max"] < (1e-5 if "float32" in name else 0.05), name
+
+
+def test_gpu_skips_what_does_not_fit_into_the_budget(tmp_path):
+    command = ["sh", str(BENCHMARKS / "gpu.sh"), str(tmp_path), "--smoke", "--budget-seconds", "5"]
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, capture_output=True, check=True, env=environment)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["environment"]["packages"]["torch"] != "not installed"
+    assert results["speed, Llama-8B"] == "skipped: it may take 70 s, and the budget is 5 s"
