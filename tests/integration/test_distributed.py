@@ -29,10 +29,12 @@ sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from helpers import random_rows, tiny_llama
 from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
+from forgetfilter_callback.scoring import forward_pass
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 output, tracked, rows = Path(sys.argv[1]), sys.argv[2] != "untracked", int(sys.argv[3])
+forward_pass._LOGITS_PER_PASS = 5 * 128  # processes need different numbers of passes through the output head
 if "fsdp2" in sys.argv:
     # accelerate has FSDP on accelerators only; torch has it on the CPU too.
     from accelerate import FullyShardedDataParallelPlugin
