@@ -13,8 +13,8 @@ from datasets import Dataset
 
 
 IGNORE_INDEX = -100
-# Rows are processed in windows of this many, to bound the memory of intermediate results.
-WINDOW = 16_384
+# Rows are processed in windows of at most this many rows and tokens, to bound the memory of intermediate results.
+WINDOW, WINDOW_TOKENS = 16_384, 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +59,18 @@ class EncodedRows:
         return EncodedRows(self.ids.take(pa.array(indices)), self.tokens[positions], self.loss_mask[positions], offsets)
 
     def windows(self) -> Iterator[EncodedRows]:
-        """Iterate over the samples in order, in windows of up to 16,384 samples. Tokens are not copied."""
-        for start in range(0, len(self), WINDOW):
-            offsets = self.offsets[start : start + WINDOW + 1]
+        """Iterate over the samples in order, in windows of up to 16,384 samples and 4,194,304 tokens.
+
+        A longer sample is a window of its own. Tokens are not copied.
+        """
+        start = 0
+        while start < len(self):
+            within = int(np.searchsorted(self.offsets, self.offsets[start] + WINDOW_TOKENS, side="right")) - 1
+            stop = min(max(within, start + 1), start + WINDOW, len(self))
+            offsets = self.offsets[start : stop + 1]
             span = slice(offsets[0], offsets[-1])
-            yield EncodedRows(
-                self.ids[start : start + WINDOW], self.tokens[span], self.loss_mask[span], offsets - offsets[0]
-            )
+            yield EncodedRows(self.ids[start:stop], self.tokens[span], self.loss_mask[span], offsets - offsets[0])
+            start = stop
 
     def as_dataset(self) -> Dataset:
         """Return a dataset to train on, with the columns `input_ids` and `labels`.

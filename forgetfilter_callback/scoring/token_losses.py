@@ -83,10 +83,10 @@ def window_scores(
     description: str = "Scoring",
     with_states: bool = False,
 ) -> Iterator[Scores]:
-    """Score `rows` in windows of up to 16,384 rows (`rows.windows()`), to bound memory.
+    """Score `rows` in windows (`rows.windows()`), to bound memory.
 
-    In a run of several processes, each process scores a shard of every window, and all processes get all scores. They
-    must iterate together and have the same weights.
+    In a run of several processes, each process scores a shard of every window, and all processes get all scores of the
+    window. They must iterate together and have the same weights.
 
     Args:
         model, rows, batch_tokens, reuse_prefixes, disable_tqdm, description:

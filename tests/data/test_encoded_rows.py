@@ -20,3 +20,18 @@ def test_windows_give_the_same_losses(monkeypatch):
     assert len(list(windows.windows())) == 7
     assert windows.ids == whole.ids and windows.fingerprint == fingerprint
     np.testing.assert_allclose(token_losses(model, windows, disable_tqdm=True), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_are_bounded_by_tokens(monkeypatch):
+    model, lengths = tiny_llama(), [5, 4, 12, 3, 1, 6, 10, 2]
+    rng = np.random.default_rng(0)
+    rows = encode_rows([{"input_ids": rng.integers(5, 100, length).tolist()} for length in lengths], disable_tqdm=True)
+    expected = token_losses(model, rows, disable_tqdm=True)
+    monkeypatch.setattr(encoded_rows, "WINDOW_TOKENS", 10)
+    windows = list(rows.windows())
+    assert [np.diff(window.offsets).tolist() for window in windows] == [[5, 4], [12], [3, 1, 6], [10], [2]]
+    assert [sample for window in windows for sample in window.ids.to_pylist()] == rows.ids.to_pylist()
+    np.testing.assert_array_equal(np.concatenate([window.tokens for window in windows]), rows.tokens)
+    np.testing.assert_allclose(token_losses(model, rows, disable_tqdm=True), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(encoded_rows, "WINDOW", 2)
+    assert [len(window) for window in rows.windows()] == [2, 1, 2, 1, 1, 1]
