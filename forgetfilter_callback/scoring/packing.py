@@ -21,6 +21,9 @@ from ..data.encoded_rows import EncodedRows, common_prefix_length
 # number is higher for larger models. It decides when a pack of its own is cheaper for a row than a place in an existing
 # pack.
 _ATTENDED_TOKENS_PER_TOKEN_COST = 1024
+# Maximum number of entries in the attention mask of several rows: packs times width times width. Attention may convert it
+# to float32, 134 MB.
+_MAX_MASK_ENTRIES = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +136,7 @@ def _build_shared_packs(rows: EncodedRows, needed: np.ndarray, order: np.ndarray
         prefix = common_prefix_length(previous, tokens)
         new = len(tokens) - prefix
         fits = used + new <= longest and predictions + loss_token_counts[row] <= max_predictions(longest)
-        if prefix and fits and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
+        if prefix and fits and mask_fits(used + new, 1) and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
             used += new
         else:
             finish()
@@ -153,6 +156,11 @@ def max_predictions(batch_tokens: int) -> int:
     It bounds memory, because their logits are the largest tensors of a forward pass.
     """
     return batch_tokens // 4
+
+
+def mask_fits(width: int, packs: int) -> bool:
+    """Return whether the attention mask of a batch fits into the memory bound."""
+    return packs * width * width <= _MAX_MASK_ENTRIES
 
 
 def _cost(length: int) -> float:

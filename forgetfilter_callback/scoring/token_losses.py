@@ -23,7 +23,7 @@ from ..utils.distributed import gather_from_all, run_on_all, shard_indices
 from ..utils.model_state import is_sharded
 from .forward_pass import count_passes, score_batch
 from .model_capabilities import can_reuse_prefixes, check_rows, longrope_context
-from .packing import Pack, max_predictions, plan_packs, split_pack
+from .packing import Pack, mask_fits, max_predictions, plan_packs, split_pack
 from .scores import Scores
 
 
@@ -209,9 +209,10 @@ def _build_batches(
 ) -> list[list[Pack]]:
     """Group packs of similar length into batches, with the longest batch last.
 
-    A batch has at most `batch_tokens` padded tokens and [`max_predictions`] loss tokens, except that a single pack may
-    exceed both. Once a batch is a quarter full, it accepts no pack that would be padded by more than an eighth of its
-    width. No batch has packs on both sides of `scaling_length`, the [`longrope_context`] of the model.
+    A batch has at most `batch_tokens` padded tokens, [`max_predictions`] loss tokens and an attention mask of bounded
+    size, except that a single pack may exceed all three. Once a batch is a quarter full, it accepts no pack that would
+    be padded by more than an eighth of its width. No batch has packs on both sides of `scaling_length`, the
+    [`longrope_context`] of the model.
 
     Args:
         packs (`list[Pack]`):
@@ -225,6 +226,7 @@ def _build_batches(
         if (
             not batches
             or width * (len(batches[-1]) + 1) > batch_tokens
+            or not mask_fits(width, len(batches[-1]) + 1)
             or predictions + pack_predictions > max_predictions(batch_tokens)
             or (width * len(batches[-1]) > batch_tokens // 4 and pack.length < 7 / 8 * width)
             or pack.length <= scaling_length < width

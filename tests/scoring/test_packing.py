@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import reference_losses, rows_with_common_prefixes, tiny_llama
+from helpers import random_rows, reference_losses, rows_with_common_prefixes, tiny_llama
 from tiny_models import REUSING_MODELS, reuses_prefixes
 
 from forgetfilter_callback import encode_rows
+from forgetfilter_callback.scoring import packing
 from forgetfilter_callback.scoring.packing import plan_packs
 from forgetfilter_callback.scoring.token_losses import token_losses
 
@@ -36,6 +37,23 @@ def test_packs_are_bounded():
     packs = plan_packs(rows, longest=50)
     assert max(pack.length for pack in packs) <= 50 < plan_packs(rows, longest=1000)[0].length
     assert sorted(row for pack in packs for row in pack.rows) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("make_rows", [random_rows, rows_with_common_prefixes], ids=lambda f: f.__name__)
+def test_attention_masks_are_bounded(make_rows, monkeypatch):
+    monkeypatch.setattr(packing, "_MAX_MASK_ENTRIES", 40 * 40)
+    model, rows = tiny_llama(), make_rows(40)
+    forward, masks = model.forward, []
+
+    def recording_forward(*args, **kwargs):
+        packs, width = kwargs["input_ids"].shape
+        masks.append(packs * width * width)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", recording_forward)
+    losses = token_losses(model, encode_rows(rows), disable_tqdm=True)
+    assert 40 * 40 / 2 < max(masks) <= 40 * 40
+    np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
 
 
 def test_out_of_memory_splits_a_pack(monkeypatch):
