@@ -8,9 +8,11 @@ scaling, FSDP and adapters. A model whose head cannot be hooked is scored from i
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,13 +21,15 @@ from tqdm.auto import tqdm
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import ScoringError
-from ..utils.distributed import gather_from_all, run_on_all, shard_indices
+from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_all, shard_indices
 from ..utils.model_state import is_sharded
 from .forward_pass import count_passes, score_batch
 from .model_capabilities import can_reuse_prefixes, check_rows, longrope_context
 from .packing import Pack, mask_fits, max_predictions, plan_packs, split_pack
 from .scores import Scores
 
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS_ON_CPU, BATCH_TOKENS_ON_ACCELERATORS = 2048, 16384
 
@@ -49,8 +53,8 @@ def token_losses(
         rows ([`EncodedRows`]):
             The rows to score.
         batch_tokens (`int`, *optional*):
-            Maximum number of padded tokens per batch. Defaults to 2048 on a CPU and 16384 on other devices. A batch
-            that does not fit into the device's memory is halved.
+            Maximum number of padded tokens per batch. Defaults to 2048 on a CPU and 16384 on other devices. If a batch
+            does not fit into the device's memory, the number is halved for all following batches, with a warning.
         reuse_prefixes (`bool`, defaults to `True`):
             Whether to run rows that share a prefix as one sequence that contains the prefix once. It has no effect on
             models that do not support this (see [`can_reuse_prefixes`]).
@@ -110,7 +114,15 @@ def window_scores(
             shard = window.select(shard_indices(len(window)))
             filler = window.select(np.flatnonzero(np.diff(window.loss_offsets))[:1])
             score_shard = partial(_score_shard, model, shard, filler, batch_tokens, reuse_prefixes, bar, with_states)
-            shard_losses, shard_states = zip(*run_on_all(score_shard), strict=True)
+            shard_losses, shard_states, shard_batch_tokens = zip(*run_on_all(score_shard), strict=True)
+            if min(shard_batch_tokens) < batch_tokens:
+                if rank_and_world_size()[0] == 0:
+                    logger.warning(
+                        f"Scoring {batch_tokens} tokens at a time does not fit into the device's memory. From here on, "
+                        f"batches have at most {min(shard_batch_tokens)} tokens. Pass "
+                        f"`batch_tokens={min(shard_batch_tokens)}` to avoid failed attempts."
+                    )
+                batch_tokens = min(shard_batch_tokens)
             yield Scores(np.concatenate(shard_losses), _concatenate_states(shard_states) if with_states else None)
 
 
@@ -132,7 +144,7 @@ def _score_shard(
     reuse_prefixes: bool,
     bar: tqdm,
     with_states: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Score this process's shard of a window.
 
     Args:
@@ -143,7 +155,8 @@ def _score_shard(
             batches.
 
     Returns:
-        The losses and the states of `rows`, as in [`Scores`]. The states have 0 columns if none were computed.
+        The losses and the states of `rows`, as in [`Scores`], and the number of tokens per batch that fits into the
+        device's memory. The states have 0 columns if none were computed.
     """
     sharded = is_sharded(model)
     states = np.zeros((len(rows), 0), np.float16)
@@ -174,7 +187,10 @@ def _score_shard(
             continue
         if scored is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
             torch.cuda.empty_cache()
-            batches += _halve(rows, batch)
+            batch_tokens = max(1, batch_tokens // 2)
+            failed = split_pack(rows, batch[0]) if len(batch) == 1 else batch
+            remaining = sorted([*chain(*batches), *failed], key=lambda pack: pack.length, reverse=True)
+            batches = _build_batches(remaining, rows, batch_tokens, longrope_context(model))
             continue
         positions = np.concatenate(
             [np.arange(offsets[row], offsets[row + 1]) for pack in batch for row in pack.rows.tolist()]
@@ -185,7 +201,7 @@ def _score_shard(
                 states = np.zeros((len(rows), scored.states.shape[1]), np.float16)
             states[np.concatenate([pack.rows for pack in batch])] = scored.states
         bar.update(sum(len(pack.rows) for pack in batch))
-    return losses, states
+    return losses, states, batch_tokens
 
 
 def _passes_of_next_batch(
@@ -236,10 +252,3 @@ def _build_batches(
         batches[-1].append(pack)
         predictions += pack_predictions
     return batches[::-1]
-
-
-def _halve(rows: EncodedRows, batch: list[Pack]) -> list[list[Pack]]:
-    """Split a batch into two. A batch of one pack is split by rows."""
-    if len(batch) == 1:
-        return [[half] for half in split_pack(rows, batch[0])]
-    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]

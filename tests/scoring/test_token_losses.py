@@ -10,6 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny_models import NOT_REUSING_MODELS, REUSING_MODELS, gpt2, longrope, qwen, reuses_prefixes, sliding_window
 
 from forgetfilter_callback import encode_rows
+from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.errors import EncodingError
 from forgetfilter_callback.scoring import forward_pass as forward_module
 from forgetfilter_callback.scoring import model_capabilities as model_support
@@ -107,21 +108,24 @@ def test_bfloat16_losses_are_close_to_one_row_losses():
     assert 0 < np.abs(difference).max() < 0.02
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch):
-    model, rows = tiny_llama(), encode_rows(random_rows(17))
+def test_out_of_memory_halves_all_following_batches(monkeypatch, caplog):
+    model, rows = tiny_llama(), encode_rows(random_rows(40))
     expected = token_losses(model, rows, disable_tqdm=True)
     forward, sizes = model.forward, []
 
-    def forward_that_fits_three(*args, **kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        if sizes[-1] > 3:
+    def forward_that_fits_fifty_tokens(*args, **kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 50:
             raise torch.OutOfMemoryError("no memory")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", forward_that_fits_three)
-    losses = token_losses(model, rows, reuse_prefixes=False, disable_tqdm=True)
+    monkeypatch.setattr(encoded_rows, "WINDOW", 20)
+    monkeypatch.setattr(model, "forward", forward_that_fits_fifty_tokens)
+    losses = token_losses(model, rows, batch_tokens=320, reuse_prefixes=False, disable_tqdm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
-    assert max(sizes) == 17
+    assert sizes[0] > sizes[1] > 50 >= max(sizes[2:]), sizes
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "Scoring 320 tokens at a time does not fit" in warning and "`batch_tokens=80`" in warning
 
 
 def test_tokens_beyond_the_vocabulary_are_refused():
