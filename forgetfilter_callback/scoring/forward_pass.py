@@ -16,7 +16,6 @@ from typing import cast
 import numpy as np
 import torch
 from peft import PeftModel
-from scipy.sparse import csc_array
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -29,8 +28,8 @@ from .scores import STATE_SIZE, Scores
 # Maximum number of logits in one pass through the output head: 192 predictions with a vocabulary of 128k tokens. A model
 # that soft-caps its logits in float32 holds two tensors of this size, 200 MB.
 _LOGITS_PER_PASS = 3 * 2**23
-# Maximum number of logits that are converted to float32 at once.
-_FLOAT32_LOGITS = 2**21
+# Maximum number of logits that are converted to float32 at once: 34 MB, and as much for their log-probabilities.
+_FLOAT32_LOGITS = 2**23
 
 
 def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_states: bool, passes: int = 1) -> Scores:
@@ -51,19 +50,21 @@ def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_sta
     """
     layout = lay_out(rows, batch)
     forward = _ForwardPass(model, layout)
-    losses = np.empty(len(layout.target), np.float32)
-    averaging = _averaging_matrix(rows, batch, layout) if with_states else None
-    means: torch.Tensor | None = None
     slices = _prediction_slices(len(layout.target), forward.predictions_per_pass)
+    averaging = torch.from_numpy(_averaging_matrix(rows, batch, layout)) if with_states else None
+    losses: list[torch.Tensor] = []  # they stay on the device, because a copy would wait for each slice
+    means: torch.Tensor | None = None
     for selected in slices:
-        losses[selected], hidden = forward.run(selected)
+        slice_losses, hidden = forward.run(selected)
+        losses.append(slice_losses)
         if averaging is not None and hidden is not None:
-            weights = torch.from_numpy(averaging[:, selected].toarray()).to(hidden.device)
-            part = weights @ hidden.float()
+            averaging = averaging.to(hidden.device)
+            part = averaging[:, selected] @ hidden.float()
             means = part if means is None else means + part
     for _ in range(passes - len(slices)):
         forward.run(slices[-1])
-    return Scores(losses[layout.prediction_index], _states(means.cpu().numpy()) if means is not None else None)
+    states = _states(means.cpu().numpy()) if means is not None else None
+    return Scores(torch.cat(losses).cpu().numpy()[layout.prediction_index], states)
 
 
 def count_passes(model: nn.Module, rows: EncodedRows, batch: list[Pack]) -> int:
@@ -80,12 +81,13 @@ def _prediction_slices(predictions: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, predictions)) for start in range(0, predictions, size)]
 
 
-def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> csc_array:
-    """Return a matrix of shape `(rows of the batch, predictions)` that averages the predictions of each row."""
+def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> np.ndarray:
+    """Return a float32 matrix of shape `(rows of the batch, predictions)` that averages the predictions of each row."""
     counts = np.diff(rows.loss_offsets)[np.concatenate([pack.rows for pack in batch])]
+    averaging = np.zeros((len(counts), len(layout.target)), np.float32)
     row_indices = np.repeat(np.arange(len(counts)), counts)
-    values = (1 / counts).astype(np.float32)[row_indices]
-    return csc_array((values, (row_indices, layout.prediction_index)), shape=(len(counts), len(layout.target)))
+    averaging[row_indices, layout.prediction_index] = (1 / counts)[row_indices]
+    return averaging
 
 
 def _states(means: np.ndarray) -> np.ndarray:
@@ -113,15 +115,17 @@ class _ForwardPass:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
-        self._targets = layout.target
         self._inputs, pack_index, column = _model_inputs(model, layout)
-        self._pack_index, self._column = torch.from_numpy(pack_index), torch.from_numpy(column)
+        device = self._inputs["input_ids"].device
+        self._pack_index, self._column, self._targets = (
+            torch.from_numpy(array).to(device) for array in (pack_index, column, layout.target)
+        )
         self._head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
         self._trunk = _trunk(model, self._head) if self._head is not None else None
         self._trunk_output: object = None
         self.predictions_per_pass = _predictions_per_pass(model) if self._head is not None else len(layout.target)
 
-    def run(self, selected: slice) -> tuple[np.ndarray, torch.Tensor | None]:
+    def run(self, selected: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model for a slice of the predictions.
 
         Returns:
@@ -144,13 +148,13 @@ class _ForwardPass:
                 stack.enter_context(_returning(self._trunk, self._trunk_output))
             logits = self._model(**self._inputs, use_cache=False).logits
         logits = logits[0] if hidden is not None else self._select(logits, selected)
-        targets = torch.from_numpy(self._targets[selected]).to(logits.device)
+        targets = self._targets[selected].to(logits.device)
         size = max(1, _FLOAT32_LOGITS // logits.shape[1])
         losses = [
             nn.functional.cross_entropy(logits_slice.float(), targets_slice, reduction="none")
             for logits_slice, targets_slice in zip(logits.split(size), targets.split(size), strict=True)
         ]
-        return torch.cat(losses).cpu().numpy(), hidden
+        return torch.cat(losses), hidden
 
     def _select(self, output: torch.Tensor, selected: slice) -> torch.Tensor:
         # Prompt-learning adapters insert virtual tokens before the row, so columns are aligned to the end of the
