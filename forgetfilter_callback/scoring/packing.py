@@ -210,13 +210,12 @@ def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
             pack_indices.append(np.full(len(loss_positions), index))
             columns.append(path[loss_positions - 1])
             targets.append(tokens[loss_positions])
-    # Rows of a pack may share a loss token; its prediction is computed once.
-    predictions, prediction_index = np.unique(
-        np.stack([np.concatenate(pack_indices), np.concatenate(columns), np.concatenate(targets)]),
-        axis=1,
-        return_inverse=True,
-    )
-    pack_index, column, target = predictions
-    return Layout(
-        input_ids, position_ids, token_mask, tree_mask, pack_index, column, target, prediction_index.reshape(-1)
-    )
+    # Rows of a pack may share a loss token; its prediction is computed once. One number per prediction sorts faster than
+    # a column of three.
+    target = np.concatenate(targets)
+    base = int(target.max()) + 1
+    numbers = (np.concatenate(pack_indices) * width + np.concatenate(columns)) * base + target
+    numbers, prediction_index = np.unique(numbers, return_inverse=True)
+    place, target = np.divmod(numbers, base)
+    pack_index, column = np.divmod(place, width)
+    return Layout(input_ids, position_ids, token_mask, tree_mask, pack_index, column, target, prediction_index)
