@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import median_abs_deviation, norm
-from sklearn.mixture import GaussianMixture
 
 from .measures.names import Measure
 
@@ -49,6 +48,12 @@ MIN_TAIL_RATIO = 1.3
 MIN_NATS_PER_UNIT = 1.0
 # Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
+# The fit of two populations ends when an iteration changes the mean log-likelihood by less than this, or after this many
+# iterations. `RAISE_FRACTION` was chosen with these settings, which are the defaults of scikit-learn's `GaussianMixture`.
+EM_TOLERANCE = 1e-3
+EM_MAX_ITERATIONS = 100
+# Added to variances, so that a population of equal values has a density.
+MIN_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             phi,
             f"not separable: every value exceeds φ = {phi:.2f}, so φ separates no unsafe samples; nothing to remove",
         )
-    spread = max(float(median_abs_deviation(kept, scale="normal")), MIN_SPREAD)
+    deviation = float(np.median(np.abs(kept - np.median(kept)))) / NormalDist().inv_cdf(0.75)
+    spread = max(deviation, MIN_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     if measure == "smoothed" and nats_per_unit is not None and nats_per_unit < MIN_NATS_PER_UNIT:
         return Separability(
@@ -128,7 +134,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             "samples, or has changed little so far; nothing to remove",
             distance,
         )
-    tail = float(norm.isf(len(forgotten) / len(values) / 2))
+    tail = -NormalDist().inv_cdf(len(forgotten) / len(values) / 2)
     min_distance = 0.0 if measure == "smoothed" else MIN_DISTANCE
     if distance < max(min_distance, MIN_TAIL_RATIO * tail):
         return Separability(
@@ -165,10 +171,65 @@ def mixture_boundary(values: np.ndarray) -> float:
     """
     if len(np.unique(values)) < 3:
         return -math.inf
-    column = values[:, None]
-    one, two = (GaussianMixture(number, n_init=3, random_state=0).fit(column) for number in (1, 2))
-    between = np.linspace(two.means_.min(), two.means_.max(), 256)
-    is_upper = two.predict(between[:, None]) == two.means_.argmax()
-    if one.bic(column) <= two.bic(column) or not is_upper.any():
+    one = _NormalMixture.of_members(values, np.ones((1, len(values))))
+    two = _fit_two_populations(values)
+    between = np.linspace(two.means.min(), two.means.max(), 256)
+    is_upper = two.log_densities(between).argmax(axis=0) == two.means.argmax()
+    if one.information_criterion(values) <= two.information_criterion(values) or not is_upper.any():
         return -math.inf
     return float(between[is_upper.argmax()])
+
+
+@dataclass(frozen=True, eq=False)
+class _NormalMixture:
+    """A mixture of normal distributions: weights, means and variances of its components, each of shape `(components,)`."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
+
+    @classmethod
+    def of_members(cls, values: np.ndarray, memberships: np.ndarray) -> _NormalMixture:
+        """Fit each component to its members. `memberships` has the shape `(components, samples)`; its columns sum to 1."""
+        sizes = memberships.sum(axis=1) + 10 * np.finfo(np.float64).eps  # not 0, also for a component without members
+        means = memberships @ values / sizes
+        variances = (memberships * (values - means[:, None]) ** 2).sum(axis=1) / sizes
+        return cls(sizes / len(values), means, variances + MIN_VARIANCE)
+
+    def log_densities(self, values: np.ndarray) -> np.ndarray:
+        """Log-densities of the components, times their weights: shape `(components, samples)`."""
+        log_scales = np.log(self.weights) - 0.5 * np.log(2 * math.pi * self.variances)
+        return log_scales[:, None] - 0.5 * (values - self.means[:, None]) ** 2 / self.variances[:, None]
+
+    def information_criterion(self, values: np.ndarray) -> float:
+        """The Bayesian information criterion; lower is better."""
+        parameters = 3 * len(self.means) - 1
+        log_likelihood = float(np.logaddexp.reduce(self.log_densities(values)).sum())
+        return parameters * math.log(len(values)) - 2 * log_likelihood
+
+
+def _fit_two_populations(values: np.ndarray) -> _NormalMixture:
+    """Fits a mixture of two normal distributions by expectation maximization, from the best split of the sorted values.
+
+    This equals scikit-learn's `GaussianMixture`, which takes more than a second to import, from this start.
+    """
+    is_upper = values > _best_split(values)
+    memberships, previous = np.stack([~is_upper, is_upper]).astype(np.float64), -math.inf
+    for _ in range(EM_MAX_ITERATIONS):
+        mixture = _NormalMixture.of_members(values, memberships)
+        log_densities = mixture.log_densities(values)
+        totals = np.logaddexp.reduce(log_densities)
+        memberships = np.exp(log_densities - totals)
+        if abs(totals.mean() - previous) < EM_TOLERANCE:
+            break
+        previous = totals.mean()
+    return _NormalMixture.of_members(values, memberships)
+
+
+def _best_split(values: np.ndarray) -> float:
+    """Finds the largest value of the lower group when the values are split in two with the least variance in the groups."""
+    ordered = np.sort(values - values.mean())
+    below = np.arange(1, len(values))
+    sums = ordered.cumsum()[:-1]  # of the lower group; the upper group has the same sum with the other sign
+    between_groups = sums**2 / below + sums**2 / (len(values) - below)
+    return float(np.sort(values)[between_groups.argmax()])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers import sample_ids, smoothed_populations, two_populations
 from scipy.stats import norm
+from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
 
 from forgetfilter_callback import FilterConfig
 from forgetfilter_callback.filtering.find_forgotten import filter_by_values
@@ -183,3 +185,23 @@ def test_a_raised_threshold_is_explained():
     lower = find_threshold(smoothed_populations(0.5)[0] - 0.4, "smoothed")  # the boundary is below the anchor
     assert lower.threshold == 0.55 and lower.reason.endswith("standard deviations above the median of the rest")
     assert mixture_boundary(np.array([0.1, 0.9, 0.9])) == -math.inf
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 0.3, 0.9])
+def test_the_boundary_equals_that_of_scikit_learn(fraction, seed):
+    """From the best split, which scikit-learn finds with many random starts of k-means."""
+    values, _ = smoothed_populations(fraction, unsafe_mean=0.8, seed=seed)
+    column = values[:, None]
+    labels = KMeans(2, n_init=50, tol=0, random_state=seed).fit(column).labels_
+    groups = [values[labels == label] for label in (0, 1)]
+    two = GaussianMixture(
+        2,
+        weights_init=[len(group) / len(values) for group in groups],
+        means_init=[[group.mean()] for group in groups],
+        precisions_init=[[[1 / (group.var() + 1e-6)]] for group in groups],
+    ).fit(column)
+    between = np.linspace(two.means_.min(), two.means_.max(), 256)
+    upper = between[two.predict(between[:, None]) == two.means_.argmax()]
+    separate = two.bic(column) < GaussianMixture(1).fit(column).bic(column) and len(upper)
+    assert mixture_boundary(values) == pytest.approx(upper[0] if separate else -math.inf, rel=1e-9)

@@ -6,9 +6,16 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.linear_model import RidgeCV
 
 from forgetfilter_callback.measures.pooled import pooled_forgetting
-from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forgetting, typical_loss
+from forgetfilter_callback.measures.smoothed import (
+    RIDGE_STRENGTHS,
+    nats_per_unit,
+    ridge_coefficients,
+    smoothed_forgetting,
+    typical_loss,
+)
 from forgetfilter_callback.thresholds import find_threshold
 
 
@@ -180,3 +187,14 @@ def test_smoothed_forgetting_of_noise_is_small():
     assert 0 < np.abs(values).max() < 0.01
     none = smoothed_forgetting(tokens[:0], np.zeros(5, dtype=int), np.zeros(0), np.zeros(0), states)
     assert np.isnan(none).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300), (50, 50), (3, 512)])
+@pytest.mark.parametrize("noise", [0.01, 1.0, 100.0])
+def test_the_ridge_equals_that_of_scikit_learn(shape, noise):
+    rng = np.random.default_rng(shape)
+    features = rng.normal(size=shape)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    targets = features @ rng.normal(size=shape[1]) + noise * rng.normal(size=shape[0])
+    ridge = RidgeCV(RIDGE_STRENGTHS * shape[0] / min(shape), fit_intercept=False, gcv_mode="svd").fit(features, targets)
+    np.testing.assert_allclose(ridge_coefficients(features, targets), ridge.coef_, rtol=1e-7, atol=1e-9)
