@@ -26,8 +26,10 @@ from .options import merge, options_from, parse_value, read_yaml
 
 
 if TYPE_CHECKING:  # torch and transformers are imported in the commands, so that `--help` is fast
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.decode import Decoder
     from ..filtering.result import FilterResult
     from ..trace.trace import Trace
 
@@ -193,6 +195,7 @@ def score(
         import numpy as np
 
         from ..data.load_rows import encode_source, load_rows
+        from ..data.output_lines import file_digest
         from ..data.tokenizers import load_tokenizer, model_context_length
         from ..pipeline.checkpoints import RECORD_OF, score_checkpoints
         from ..utils.distributed import rank_and_world_size
@@ -202,11 +205,12 @@ def score(
         first = next(iter(checkpoints.values()))
         loaded_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else first)
         max_length = max_length if max_length is not None else model_context_length(first)
+        digest = file_digest(noisy)
         rows = encode_source(noisy, load_rows(noisy), loaded_tokenizer, max_length)
         trace = score_checkpoints(output, rows, loaded_tokenizer, checkpoints, max_length, batch_tokens)
         if rank_and_world_size()[0] > 0:
             return
-        trace.set_source(absolute_path_or_hub_id(noisy), rows.truncated)
+        trace.set_source(absolute_path_or_hub_id(noisy), digest, rows.truncated)
         means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
         if as_json:
             typer.echo(json.dumps({"trace": str(output), "samples": len(rows), "mean_loss": means}))
@@ -236,9 +240,13 @@ def filter_command(
         filter_config = FilterConfig(**filter_settings)
         opened = _open_trace(trace)
         from ..pipeline.outputs import filter_rows
+        from ..trace.source_files import find_source, is_unchanged
 
-        silence_libraries()
-        result = filter_rows(opened, output, filter_config, noisy, _load_tokenizer(opened, tokenizer))
+        source = noisy if noisy is not None else find_source(opened)
+        loaded_tokenizer = None
+        if not is_unchanged(opened, source):  # otherwise no row is encoded again
+            loaded_tokenizer = _load_tokenizer(opened, tokenizer)
+        result = filter_rows(opened, output, filter_config, source, loaded_tokenizer)
         _print_result(result, output, as_json)
 
 
@@ -257,18 +265,11 @@ def report(
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
         opened = _open_trace(trace)
-        from ..data.load_rows import load_rows
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
-        from ..trace.source_files import find_labels, find_source
 
-        silence_libraries()
-        loaded_tokenizer = _load_tokenizer(opened, tokenizer)
-        unsafe = None
-        if audit_column is not None:
-            rows = load_rows(noisy if noisy is not None else find_source(opened))
-            unsafe = find_labels(opened, rows, loaded_tokenizer, audit_column)
-        result = write_review_page(opened, output, loaded_tokenizer, filter_config, unsafe)
+        unsafe = None if audit_column is None else _labels(opened, noisy, tokenizer, audit_column)
+        result = write_review_page(opened, output, _load_decoder(opened, tokenizer), filter_config, unsafe)
         typer.echo(f"{page_summary(result)} Open {output} in a browser.")
 
 
@@ -296,10 +297,9 @@ def show(
         if as_json:
             typer.echo(json.dumps(_as_dict(result)))
             return
-        silence_libraries()
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
-        loaded_tokenizer = _load_tokenizer(opened, tokenizer) if has_tokenizer else None
-        show_trace(opened, result, Console(), loaded_tokenizer, head)
+        decoder = _load_decoder(opened, tokenizer) if has_tokenizer else None
+        show_trace(opened, result, Console(), decoder, head)
 
 
 @app.command()
@@ -328,10 +328,30 @@ def _open_trace(path: Path) -> Trace:
 
 
 def _load_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, to encode rows again."""
     from ..data.tokenizers import load_tokenizer
     from ..trace.source_files import load_trace_tokenizer
 
+    silence_libraries()
     return load_tokenizer(name) if name is not None else load_trace_tokenizer(trace)
+
+
+def _load_decoder(trace: Trace, tokenizer: str | None) -> Decoder:
+    from ..data.decode import load_decoder
+    from ..trace.source_files import find_tokenizer
+
+    return load_decoder(tokenizer if tokenizer is not None else find_tokenizer(trace))
+
+
+def _labels(trace: Trace, noisy: str | None, tokenizer: str | None, audit_column: str) -> np.ndarray:
+    """Audit labels of the samples, from a column of the rows."""
+    from ..trace.source_files import find_labels, find_source
+
+    source = noisy if noisy is not None else find_source(trace)
+    loaded_tokenizer = _load_tokenizer(trace, tokenizer)
+    from ..data.load_rows import load_rows
+
+    return find_labels(trace, load_rows(source), loaded_tokenizer, audit_column)
 
 
 def _as_dict(result: FilterResult) -> dict[str, Any]:

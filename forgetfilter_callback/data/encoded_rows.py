@@ -6,10 +6,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+
+
+if TYPE_CHECKING:  # reading a trace does not need `datasets`, which takes a second to import
+    from datasets import Dataset
 
 
 IGNORE_INDEX = -100
@@ -77,6 +81,8 @@ class EncodedRows:
 
         Labels are -100 for tokens that do not contribute to the loss.
         """
+        from datasets import Dataset
+
         samples = (self.sample(index) for index in range(len(self)))
         return Dataset.from_list(
             [

@@ -7,10 +7,11 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ def source_lines(source: str, rows: Dataset, digest: str | None) -> Iterable[str
             f"{source} has changed since it was loaded. Writing the rows as they were loaded, serialized again."
         )
         return to_json_lines(rows)
-    with Path(source).open(encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n") for line in file if line.strip()]
+    lines = file_lines(source)
     return lines if len(lines) == len(rows) else to_json_lines(rows)
+
+
+def file_lines(source: str) -> list[str]:
+    """Return the lines of a JSON Lines file that are not blank, as they are."""
+    with Path(source).open(encoding="utf-8-sig", newline="\n") as file:
+        return [line.rstrip("\r\n") for line in file if line.strip()]

@@ -7,12 +7,11 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
 from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
@@ -21,6 +20,9 @@ from ..thresholds import Separability
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
 from .review_decision import Override
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RESULT_FILE = "filter_result.json"
 SCHEMA_VERSION = 2
@@ -89,8 +91,8 @@ class FilterResult:
         unknown = f"; kept {counts['unknown']} samples without a forgetting value" if counts["unknown"] else ""
         return f"removed {counts['removed']} of {counts['samples']} samples{phi}: {self.reason}{unknown}"
 
-    def save(self, folder: str | os.PathLike[str], removed_rows: Any = None) -> None:
-        """Write `filter_result.json`, `values.parquet` and, if `removed_rows` is a `Dataset`, `removed.jsonl` to `folder`.
+    def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
+        """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.
 
         Either all files are written or none. `values.parquet` has the columns `id`, `forgetting` and `removed`.
         """
@@ -104,11 +106,11 @@ class FilterResult:
             write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
             table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
             write_parquet([table], files.enter_context(atomic_write(folder / "values.parquet")))
-            if isinstance(removed_rows, Dataset):
+            if removed_rows is not None:
                 removed_file = files.enter_context(atomic_write(folder / "removed.jsonl"))
                 # Without a format: tensors would be written as their shortened text.
                 write_lines(to_json_lines(removed_rows.with_format(None)), removed_file)
-        if not isinstance(removed_rows, Dataset):
+        if removed_rows is None:
             (folder / "removed.jsonl").unlink(missing_ok=True)  # written by an earlier result
 
     @classmethod
@@ -126,7 +128,8 @@ class FilterResult:
                 )
             del content["counts"]
             content["separability"] = Separability(**content["separability"])
-            table = pq.read_table(Path(folder) / "values.parquet")
+            with pq.ParquetFile(Path(folder) / "values.parquet") as parquet:
+                table = parquet.read()
             return cls(
                 ids=table["id"].combine_chunks(),
                 values=table["forgetting"].to_numpy(),

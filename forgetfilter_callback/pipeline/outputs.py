@@ -6,20 +6,24 @@ import itertools
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import pyarrow as pa
 
-from ..data.load_rows import encode_source, load_rows
-from ..data.output_lines import file_digest, source_lines
+from ..data.output_lines import file_digest, file_lines, source_lines
 from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..reports.dataset_card import dataset_card
-from ..trace.source_files import find_source, load_trace_tokenizer
+from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write, write_lines, write_text
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def filter_rows(
@@ -41,7 +45,7 @@ def filter_rows(
         source (`str`, *optional*):
             The noisy set, as [`load_rows`] takes it. Defaults to the file that the trace names.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Defaults to the tokenizer that the trace names.
+            Defaults to the tokenizer that the trace names. It is needed if the file has changed since it was recorded.
 
     Raises:
         DataError: if the rows cannot be found or loaded.
@@ -49,13 +53,27 @@ def filter_rows(
     """
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
+    ids, lines = _ids_and_lines(trace, source, tokenizer)
+    result = find_forgotten(trace, filter_config, ids)
+    write_filter_outputs(Path(output), lines, result, trace)
+    return result
+
+
+def _ids_and_lines(
+    trace: Trace, source: str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[pa.StringArray | None, Iterable[str]]:
+    """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows as JSON lines."""
+    if is_unchanged(trace, source):
+        lines = file_lines(source)
+        if len(lines) == len(trace.rows):
+            return None, lines
+    from ..data.load_rows import encode_source, load_rows  # imports torch
+
     digest = file_digest(source)
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else load_trace_tokenizer(trace)
     encoded = encode_source(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
-    result = find_forgotten(trace, filter_config, encoded.ids)
-    write_filter_outputs(Path(output), source_lines(source, rows, digest), result, trace)
-    return result
+    return encoded.ids, source_lines(source, rows, digest)
 
 
 def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:

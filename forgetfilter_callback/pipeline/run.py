@@ -184,7 +184,7 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     )
     pipeline.finetune(_checkpoint(config, "noisy"))
     pipeline.safety_finetune(_checkpoint(config, "safety"))
-    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.noisy.truncated)
+    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.digest, inputs.noisy.truncated)
     result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
     lines = source_lines(config.noisy, inputs.rows, inputs.digest)
     write_filter_outputs(output, lines, result, tracker.trace)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from ..data.decode import Decoder
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
@@ -40,7 +40,7 @@ MAX_TEXTS = 900
 def write_review_page(
     trace: Trace,
     file: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Decoder,
     filter_config: FilterConfig | None = None,
     unsafe: Sequence[bool] | np.ndarray | None = None,
 ) -> FilterResult:
@@ -51,7 +51,7 @@ def write_review_page(
             A trace with records of the safety session.
         file (`str` or `Path`):
             The HTML file to write. Missing parent folders are created.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+        tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
             Decodes the token ids of the trace.
         filter_config ([`FilterConfig`], *optional*):
             Which samples are removed when the page opens. The page always shows the last record.
@@ -96,9 +96,7 @@ def _csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _page_data(
-    trace: Trace, result: FilterResult, tokenizer: PreTrainedTokenizerBase, unsafe: np.ndarray | None
-) -> dict[str, Any]:
+def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: np.ndarray | None) -> dict[str, Any]:
     samples = len(trace.rows)
     plotted = np.arange(samples)
     if samples > MAX_PLOTTED:
@@ -161,7 +159,7 @@ def _shown_samples(result: FilterResult) -> np.ndarray:
 def _text_rows(
     trace: Trace,
     result: FilterResult,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Decoder,
     shown: np.ndarray,
     initial_losses: np.ndarray,
     unsafe: np.ndarray | None,

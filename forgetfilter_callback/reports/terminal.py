@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
+from ..data.decode import Decoder, decode
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
 from ..trace.trace import Trace
@@ -26,7 +24,7 @@ def show(
     trace: Trace,
     result: FilterResult,
     console: Console,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Decoder | None,
     head: int,
 ) -> None:
     """Prints a filter result.
@@ -38,7 +36,7 @@ def show(
             The filter result.
         console ([`rich.console.Console`]):
             The console to print to.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`):
+        tokenizer ([`tokenizers.Tokenizer`], [`~transformers.PreTrainedTokenizerBase`] or `None`):
             Decodes the completions. If `None`, the completions are left empty.
         head (`int`):
             How many of the most forgotten samples to list.
@@ -64,7 +62,7 @@ def show(
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)
-        text = "" if tokenizer is None else cast(str, tokenizer.decode(tokens[loss_mask], skip_special_tokens=True))
+        text = "" if tokenizer is None else decode(tokenizer, tokens[loss_mask].tolist(), skip_special_tokens=True)
         decision = "removed" if result.removed[index] else "kept"
         table.add_row(
             str(index),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+
+from ..data.decode import Decoder, decode
 
 
 MAX_TEXT_LENGTH = 2_000  # characters; bounds the size of the review page
@@ -13,7 +14,7 @@ _MAX_PIECE_TOKENS = 8
 
 
 def split_text(
-    tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, loss_mask: np.ndarray, rises: np.ndarray
+    tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray, rises: np.ndarray
 ) -> tuple[str, list[tuple[str, float | None]]]:
     """Splits a sample into its prompt and the pieces of its completion.
 
@@ -21,7 +22,7 @@ def split_text(
     single character together.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+        tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
             Decodes the tokens.
         tokens (`np.ndarray` of shape `(tokens,)`, integer):
             Token ids of the sample.
@@ -36,29 +37,27 @@ def split_text(
         with " […]".
     """
     start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
-    token_rises = np.full(len(tokens), np.nan)
-    token_rises[loss_mask] = rises
-    prompt = _decode(tokenizer, tokens[:start])
+    all_rises = np.full(len(tokens), np.nan)
+    all_rises[loss_mask] = rises
+    token_rises = all_rises.tolist()
+    token_ids = tokens.tolist()
+    prompt = decode(tokenizer, token_ids[:start])
     pieces: list[tuple[str, float | None]] = []
     piece_start = start
     characters = 0
     for end in range(start + 1, len(tokens) + 1):
         # Decode after the previous token, because some tokenizers drop the space at the start of a text.
-        text = _decode(tokenizer, tokens[max(piece_start - 1, 0) : end]).removeprefix(
-            _decode(tokenizer, tokens[max(piece_start - 1, 0) : piece_start])
+        previous = max(piece_start - 1, 0)
+        text = decode(tokenizer, token_ids[previous:end]).removeprefix(
+            decode(tokenizer, token_ids[previous:piece_start])
         )
         if text.endswith("\ufffd") and end < len(tokens) and end - piece_start < _MAX_PIECE_TOKENS:
             continue  # the character is incomplete: it continues in the next token
-        piece_rises = token_rises[piece_start:end]
-        known = piece_rises[np.isfinite(piece_rises)]
-        pieces.append((text, round(float(known.mean()), 3) if len(known) else None))
+        known = [rise for rise in token_rises[piece_start:end] if math.isfinite(rise)]
+        pieces.append((text, round(sum(known) / len(known), 3) if known else None))
         piece_start = end
         characters += len(text)
         if characters > MAX_TEXT_LENGTH:
             pieces.append((" […]", None))
             break
     return prompt, pieces
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
-    return cast(str, tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
+from ..utils.arrow_arrays import to_numpy
 
 
 SCHEMA_VERSION = 2
@@ -92,7 +93,8 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
         TraceError: if it cannot be read, if its columns are wrong, or if it does not match the manifest.
     """
     try:
-        table = pq.read_table(folder / "rows.parquet")
+        with pq.ParquetFile(folder / "rows.parquet") as parquet:  # `read_table` would import pandas
+            table = parquet.read()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     types = {name: table.schema.field(name).type for name in table.column_names}
@@ -104,9 +106,9 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     input_ids, loss_mask = (table[name].combine_chunks() for name in ("input_ids", "loss_mask"))
     rows = EncodedRows(
         ids=table["id"].combine_chunks(),
-        tokens=input_ids.values.to_numpy(),
-        loss_mask=loss_mask.values.to_numpy(zero_copy_only=False),
-        offsets=input_ids.offsets.to_numpy(),
+        tokens=to_numpy(input_ids.values),
+        loss_mask=to_numpy(loss_mask.values),
+        offsets=to_numpy(input_ids.offsets),
         truncated=manifest["truncated"],
     )
     found = {"fingerprint": rows.fingerprint, "samples": len(rows), "loss_tokens": int(rows.loss_mask.sum())}
@@ -134,9 +136,10 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
         TraceError: if the file cannot be read, if the column is missing, or if it does not match the rows.
     """
     try:
-        if column not in pq.read_schema(file).names:
-            raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
-        table = pq.read_table(file, columns=[column])
+        with pq.ParquetFile(file) as parquet:
+            if column not in parquet.schema_arrow.names:
+                raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
+            table = parquet.read([column])
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
     if len(table) != len(rows):
@@ -144,7 +147,7 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
     values = table[column].combine_chunks()
     if not _IS_RECORD_TYPE[column](values.type) or _has_nulls(values):
         raise TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")
-    if column == "loss" and not np.array_equal(values.offsets.to_numpy(), rows.loss_offsets):
+    if column == "loss" and not np.array_equal(to_numpy(values.offsets), rows.loss_offsets):
         raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
     return values
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
 
+from ..data.output_lines import file_digest
 from ..errors import DataError
 from .trace import TRACE_FOLDER, Trace
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -39,6 +40,15 @@ def find_source(trace: Trace) -> str:
             f"The rows of the trace were in {source}, which does not exist. Pass their file with `--noisy`."
         )
     return source
+
+
+def is_unchanged(trace: Trace, source: str) -> bool:
+    """Whether `source` is the file that a trace was created from, so that its rows are those of the trace in their order.
+
+    Returns `False` where it is not known: for folders and Hub ids, and for traces that do not hold the hash of their file.
+    """
+    digest = trace.manifest.get("source_digest")
+    return digest is not None and file_digest(source) == digest
 
 
 def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
@@ -79,6 +89,18 @@ def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
     return labels.astype(bool)[indices.to_numpy()]
 
 
+def find_tokenizer(trace: Trace) -> str:
+    """The folder or Hub id of the tokenizer that the rows of a trace were encoded with.
+
+    Raises:
+        DataError: if the trace does not name it.
+    """
+    name: str | None = trace.manifest["tokenizer"]
+    if name is None:
+        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass it with `--tokenizer`.")
+    return name
+
+
 def load_trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the rows of a trace were encoded with.
 
@@ -87,7 +109,4 @@ def load_trace_tokenizer(trace: Trace) -> PreTrainedTokenizerBase:
     """
     from ..data.tokenizers import load_tokenizer  # imports transformers
 
-    name = trace.manifest["tokenizer"]
-    if name is None:
-        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass it with `--tokenizer`.")
-    return load_tokenizer(name)
+    return load_tokenizer(find_tokenizer(trace))

@@ -32,6 +32,7 @@ from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..measures.common import mean_losses
 from ..measures.names import DEFAULT_MEASURE, Measure
+from ..utils.arrow_arrays import to_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
@@ -62,7 +63,7 @@ class Trace:
             `schema_version`, `fingerprint`, `samples`, `loss_tokens`, `truncated`, `model` (the base model, if the trace
             starts with it), `tokenizer`, `max_length`, `encoding` (further arguments of [`encode_rows`]), `versions`,
             `sessions` (a list of `session`, `output_dir`, `max_steps`) and, if the command line created the trace,
-            `source`: the file, folder or Hub id of the rows.
+            `source` and `source_digest`: the file, folder or Hub id of the rows, and the hash of the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -186,9 +187,9 @@ class Trace:
             self.manifest |= changes
             self._write_manifest()
 
-    def set_source(self, source: str, truncated: int) -> None:
-        """Write the source of the rows (as [`load_rows`] takes it) and the number of truncated rows to the manifest."""
-        self.manifest |= {"source": source, "truncated": truncated}
+    def set_source(self, source: str, digest: str | None, truncated: int) -> None:
+        """Write the source of the rows (as [`load_rows`] takes it), its [`file_digest`] and the number of truncated rows."""
+        self.manifest |= {"source": source, "source_digest": digest, "truncated": truncated}
         self._write_manifest()
 
     def append(
@@ -296,16 +297,16 @@ class Trace:
 
     def token_losses(self, record: Record) -> np.ndarray:
         """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`."""
-        return self._read(record, "loss").values.to_numpy()
+        return to_numpy(self._read(record, "loss").values)
 
     def states(self, record: Record) -> np.ndarray:
         """Hidden states of the samples in a record (see [`Scores`]): shape `(samples, size)`, float16."""
         column = self._read(record, "state")
-        return column.values.to_numpy().reshape(len(column), -1)
+        return to_numpy(column.values).reshape(len(column), -1)
 
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of a record: shape `(samples,)`, float64, between 0 and 1."""
-        return self._read(record, "rouge1").to_numpy(zero_copy_only=False)
+        return to_numpy(self._read(record, "rouge1"))
 
     def mean_losses(self, record: Record) -> np.ndarray:
         """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN without loss tokens."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.encoded_rows import IGNORE_INDEX
+from ..data.encode_each import encode_each
 from ..errors import TraceError
 from .records import SESSIONS, Record
 from .trace import Trace
@@ -55,23 +55,27 @@ def validate_trace(folder: str | Path) -> Findings:
 
 
 def _check_rows(trace: Trace) -> list[str]:
-    from ..data.encode_text import encode_rows  # imports torch
-
     if len(pc.unique(trace.rows.ids)) < len(trace.rows):
         return ["rows.parquet contains a sample id twice. Record the trace again into another folder."]
     # An id is a hash of its row.
-    samples = map(trace.rows.sample, range(len(trace.rows)))
-    rows = [{"input_ids": tokens, "labels": np.where(mask, tokens, IGNORE_INDEX)} for tokens, mask in samples]
-    changed = pc.not_equal(encode_rows(rows, disable_tqdm=True).ids, trace.rows.ids).true_count
+    count = len(trace.rows)
+
+    def sample(index: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, loss_mask = trace.rows.sample(index)
+        return tokens, loss_mask.copy()  # encoding changes it in place
+
+    encoded = encode_each(range(count), sample, count, max_length=None, disable_tqdm=True)
+    changed = pc.not_equal(encoded.ids, trace.rows.ids).true_count
     if not changed:
         return []
-    return [f"rows.parquet: {changed} of {len(rows)} rows do not match their ids. Restore the file, or record again."]
+    return [f"rows.parquet: {changed} of {count} rows do not match their ids. Restore the file, or record again."]
 
 
 def _check_record(trace: Trace, record: Record) -> Findings:
     file = trace.folder / "records" / record.file_name
     try:
-        columns = pq.read_table(file, page_checksum_verification=True).column_names
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            columns = parquet.read().column_names
         losses = trace.token_losses(record)
         for column, read in (("state", trace.states), ("rouge1", trace.rouge1)):
             if column in columns:

@@ -67,7 +67,8 @@ class FilterMixin:
     def _save_result(self, args: TrainingArguments) -> None:
         assert self.filter_result is not None
         if args.should_save:
-            self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, self.removed_dataset)
+            removed = self.removed_dataset if isinstance(self.removed_dataset, Dataset) else None
+            self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed)
 
 
 def get_trace(forgetting: Forgetting) -> Trace | None:

@@ -62,7 +62,7 @@ def test_the_manifest_describes_the_trace(trace, rows):
     trace.begin_session("noisy", "out", 6)
     trace.begin_session("safety", "/safe", 8)
     trace.begin_session("noisy", "again", 7)
-    trace.set_source("rows.jsonl", 3)
+    trace.set_source("rows.jsonl", "abc", 3)
     sessions = [
         {"session": "safety", "output_dir": "/safe", "max_steps": 8},
         {"session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7},

@@ -1,0 +1,68 @@
+"""Commands that only read a trace do not import torch and its companions, and neither do errors about files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import HOSTILE, hostile_trace
+
+from forgetfilter_callback.data.output_lines import file_digest
+
+
+HEAVY = ["datasets", "scipy", "sklearn", "torch", "transformers"]
+CODE = f"""
+import json, sys
+from forgetfilter_callback.cli.main import main
+try:
+    main()
+except SystemExit as stop:
+    print(json.dumps([stop.code or 0, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, byte_tokenizer) -> Path:
+    """A trace in `trace` with its tokenizer and its rows as JSON Lines."""
+    folder = tmp_path_factory.mktemp("stored")
+    trace, _ = hostile_trace(folder / "trace", byte_tokenizer, samples=60)
+    rows = [{"prompt": f"row {index} ", "completion": HOSTILE[index % len(HOSTILE)]} for index in range(60)]
+    noisy = folder / "noisy.jsonl"
+    noisy.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    trace.set_source(str(noisy), file_digest(str(noisy)), 0)
+    byte_tokenizer.save_pretrained(folder / "tokenizer")
+    trace.set_model("tiny", str(folder / "tokenizer"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code"),
+    [
+        ("show trace --measure loss", 0),
+        ("show trace --measure loss --json", 0),
+        ("show trace --tokenizer tokenizer --measure pooled", 0),
+        ("report trace --measure loss", 0),
+        ("doctor trace", 0),
+        ("filter trace --measure loss --threshold 0.5 --output filtered", 0),
+        ("filter trace --measure loss --fraction 0.2 --output filtered", 0),
+        ("show nowhere", 2),
+        ("report nowhere", 2),
+        ("filter nowhere --output filtered", 2),
+        ("filter trace --measure loss --noisy nowhere.jsonl --output filtered", 2),
+        ("filter trace --decision nowhere.json --output filtered", 2),
+        ("report trace --measure loss --audit-column unsafe --noisy nowhere.jsonl", 2),
+        ("run --model m --noisy nowhere.jsonl --safety noisy.jsonl --output out", 2),
+        ("run --model m --noisy noisy.jsonl --safety nowhere.csv --output out", 2),
+        ("run --config nowhere.yaml", 2),
+        ("score --noisy nowhere.parquet --before m --output out", 2),
+    ],
+)
+def test_commands_without_heavy_imports(command, exit_code, folder):
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, *command.split()], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert json.loads(result.stdout.splitlines()[-1]) == [exit_code, []], result.stderr
+    assert (exit_code == 0) or "nowhere" in result.stderr
