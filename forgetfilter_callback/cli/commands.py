@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..data.source_paths import check_model, check_source
 from ..filtering.config import FilterConfig
 from ..pipeline.run_config import RunConfig
 from ..utils.optional_packages import requires_extra
@@ -129,6 +130,9 @@ def run(
     """
     with exit_codes():
         run_config = _run_config(config, settings, filter_settings)
+        check_model(run_config.model)
+        for source in (run_config.noisy, run_config.safety):
+            check_source(source)
         from ..pipeline.cost_estimate import plan
         from ..pipeline.run import run as run_pipeline
 
@@ -192,6 +196,10 @@ def score(
     if not checkpoints:
         raise typer.BadParameter("Pass at least one model: --before, --after or --base.")
     with exit_codes():
+        check_source(noisy)
+        for model in (*checkpoints.values(), tokenizer):
+            if model is not None:
+                check_model(model)
         import numpy as np
 
         from ..data.load_rows import encode_source, load_rows
@@ -243,6 +251,7 @@ def filter_command(
         from ..trace.source_files import find_source, is_unchanged
 
         source = noisy if noisy is not None else find_source(opened)
+        check_source(source)
         loaded_tokenizer = None
         if not is_unchanged(opened, source):  # otherwise no row is encoded again
             loaded_tokenizer = _load_tokenizer(opened, tokenizer)
@@ -348,6 +357,7 @@ def _labels(trace: Trace, noisy: str | None, tokenizer: str | None, audit_column
     from ..trace.source_files import find_labels, find_source
 
     source = noisy if noisy is not None else find_source(trace)
+    check_source(source)
     loaded_tokenizer = _load_tokenizer(trace, tokenizer)
     from ..data.load_rows import load_rows
 

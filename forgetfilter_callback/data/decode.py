@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from tokenizers import Tokenizer
 
-from ..errors import DataError
+from .source_paths import check_model
 
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def load_decoder(name: str) -> Decoder:
     Raises:
         DataError: if it cannot be loaded.
     """
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise DataError(f"The tokenizer {name!r} cannot be loaded: the folder does not exist.")
+    check_model(name)
     file = _tokenizer_file(name)
     if file is not None:
         return Tokenizer.from_file(file)

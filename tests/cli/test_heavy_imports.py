@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import HOSTILE, hostile_trace
 
 from forgetfilter_callback.data.output_lines import file_digest
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 HEAVY = ["datasets", "scipy", "sklearn", "torch", "transformers"]
@@ -29,6 +32,9 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
     """A trace in `trace` with its tokenizer and its rows as JSON Lines."""
     folder = tmp_path_factory.mktemp("stored")
     trace, _ = hostile_trace(folder / "trace", byte_tokenizer, samples=60)
+    first = Record("safety", 0)
+    states = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float16)
+    trace.append(first, [Scores(trace.token_losses(first), states)])
     rows = [{"prompt": f"row {index} ", "completion": HOSTILE[index % len(HOSTILE)]} for index in range(60)]
     noisy = folder / "noisy.jsonl"
     noisy.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -41,10 +47,10 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
 @pytest.mark.parametrize(
     ("command", "exit_code"),
     [
-        ("show trace --measure loss", 0),
+        ("show trace", 0),
         ("show trace --measure loss --json", 0),
         ("show trace --tokenizer tokenizer --measure pooled", 0),
-        ("report trace --measure loss", 0),
+        ("report trace", 0),
         ("doctor trace", 0),
         ("filter trace --measure loss --threshold 0.5 --output filtered", 0),
         ("filter trace --measure loss --fraction 0.2 --output filtered", 0),
@@ -56,8 +62,11 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
         ("report trace --measure loss --audit-column unsafe --noisy nowhere.jsonl", 2),
         ("run --model m --noisy nowhere.jsonl --safety noisy.jsonl --output out", 2),
         ("run --model m --noisy noisy.jsonl --safety nowhere.csv --output out", 2),
+        ("run --model ./nowhere --noisy noisy.jsonl --safety noisy.jsonl --output out", 2),
         ("run --config nowhere.yaml", 2),
         ("score --noisy nowhere.parquet --before m --output out", 2),
+        ("score --noisy noisy.jsonl --before m --after /nowhere/m --output out", 2),
+        ("show trace --tokenizer /nowhere/tokenizer", 2),
     ],
 )
 def test_commands_without_heavy_imports(command, exit_code, folder):

@@ -68,7 +68,12 @@ def test_the_manifest_describes_the_trace(trace, rows):
         {"session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7},
     ]
     again = Trace.open(trace.folder)
-    assert again.manifest == expected | {"sessions": sessions, "source": "rows.jsonl", "truncated": 3}
+    assert again.manifest == expected | {
+        "sessions": sessions,
+        "source": "rows.jsonl",
+        "source_digest": "abc",
+        "truncated": 3,
+    }
     assert again.rows.truncated == 3
 
 

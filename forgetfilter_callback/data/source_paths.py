@@ -1,0 +1,38 @@
+"""Check that files exist before anything is imported that could read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import DataError
+
+
+FILE_EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def check_source(source: str) -> None:
+    """Check that `source`, as [`load_rows`] takes it, exists and is not empty. Hub ids are not looked up.
+
+    Raises:
+        DataError: if it names a file or folder that does not exist, or an empty file.
+    """
+    path = Path(source)
+    if not path.exists() and (path.suffix.lower() in FILE_EXTENSIONS or is_path(source)):
+        raise DataError(f"File {source} does not exist.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{source} is empty.")
+
+
+def check_model(name: str) -> None:
+    """Check that the folder `name` of a model or tokenizer exists. Hub ids are not looked up.
+
+    Raises:
+        DataError: if it names a folder that does not exist.
+    """
+    if is_path(name) and not Path(name).exists():
+        raise DataError(f"Folder {name} does not exist.")
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` can only be a path, not the Hub id `owner/name`."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or len(Path(name).parts) > 2
