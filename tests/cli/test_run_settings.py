@@ -23,8 +23,11 @@ REQUIRED = ("--model", "m", "--noisy", "n.jsonl", "--safety", "s.jsonl", "--outp
 
 
 @pytest.fixture
-def parsed(monkeypatch):
+def parsed(monkeypatch, tmp_path):
     """A function that returns the settings of a command line. Nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("n.jsonl", "s.jsonl"):
+        Path(name).write_text("{}\n")
     configs: list[RunConfig] = []
 
     def remember(config: RunConfig) -> Plan:
