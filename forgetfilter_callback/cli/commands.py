@@ -197,9 +197,10 @@ def score(
         raise typer.BadParameter("Pass at least one model: --before, --after or --base.")
     with exit_codes():
         check_source(noisy)
-        for model in (*checkpoints.values(), tokenizer):
-            if model is not None:
-                check_model(model)
+        for model in checkpoints.values():
+            check_model(model)
+        if tokenizer is not None:
+            check_model(tokenizer, "tokenizer")
         import numpy as np
 
         from ..data.load_rows import encode_source, load_rows

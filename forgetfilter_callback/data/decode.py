@@ -26,7 +26,7 @@ def load_decoder(name: str) -> Decoder:
     Raises:
         DataError: if it cannot be loaded.
     """
-    check_model(name)
+    check_model(name, "tokenizer")
     file = _tokenizer_file(name)
     if file is not None:
         return Tokenizer.from_file(file)

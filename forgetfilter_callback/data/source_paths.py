@@ -23,14 +23,14 @@ def check_source(source: str) -> None:
         raise DataError(f"{source} is empty.")
 
 
-def check_model(name: str) -> None:
-    """Check that the folder `name` of a model or tokenizer exists. Hub ids are not looked up.
+def check_model(name: str, kind: str = "model") -> None:
+    """Check that the folder of a model or tokenizer exists. Hub ids are not looked up.
 
     Raises:
         DataError: if it names a folder that does not exist.
     """
     if is_path(name) and not Path(name).exists():
-        raise DataError(f"Folder {name} does not exist.")
+        raise DataError(f"The {kind} {name!r} cannot be loaded: the folder does not exist.")
 
 
 def is_path(name: str) -> bool:

@@ -64,6 +64,7 @@ def test_score_loads_one_model_at_a_time_and_releases_its_lock(files, tmp_path, 
         tmp_path / "trace",
         "--after",
     )
+    (tmp_path / "nothing").mkdir()
     result = call(*arguments, tmp_path / "nothing")
     assert result.exit_code == 2 and "cannot be loaded" in result.output
     lock = Trace.lock(tmp_path / "trace")
