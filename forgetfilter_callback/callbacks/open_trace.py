@@ -63,10 +63,12 @@ def open_trace(
         )
     scored_length = scoring_max_length(model, args, max_length)
     rows = encode_noisy_rows(noisy, args, processing_class, train_dataloader, scored_length)
+    encoding = sft_encoding_options(args, processing_class)
     if rows.truncated:
+        side = "left" if encoding.get("keep_end", False) else "right"
         logger.warning(
             f"{rows.truncated} of {len(rows)} samples have more than {scored_length} tokens and were truncated on the "
-            "right. The truncated tokens are not scored."
+            f"{side}. The truncated tokens are not scored."
         )
     without_loss = int((np.diff(rows.loss_offsets) == 0).sum())
     if without_loss:
@@ -75,7 +77,6 @@ def open_trace(
             "and they are kept. Check their labels and max_length."
         )
     names = model_and_tokenizer_names(model, processing_class)
-    encoding = sft_encoding_options(args, processing_class)
 
     def create_manifest() -> dict[str, Any] | None:
         if Trace.exists(folder):

@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, EncodingError
+from .blank_completions import describe_blank_completions
 from .encode_text import encode_rows
 from .encoded_rows import EncodedRows
 
@@ -70,7 +71,8 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
 def encode_source(
     source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
 ) -> EncodedRows:
-    """Encode rows with [`encode_rows`]. Errors name `source`, and a warning says how many rows were truncated.
+    """Encode rows with [`encode_rows`]. Errors name `source`, and warnings say how many rows were truncated and how
+    many have an empty completion.
 
     Args:
         source (`str`):
@@ -92,8 +94,12 @@ def encode_source(
     except EncodingError as error:
         raise EncodingError(f"{source}: {error}") from error
     if encoded.truncated:
+        side = "left" if encoding.get("keep_end", False) else "right"
         logger.warning(
             f"{source}: {encoded.truncated} of {len(encoded)} rows were longer than {max_length} tokens and were "
-            "truncated on the right. The removed tokens are neither trained on nor scored."
+            f"truncated on the {side}. The removed tokens are neither trained on nor scored."
         )
+    blank_completions = describe_blank_completions(encoded, tokenizer)
+    if blank_completions is not None:
+        logger.warning(f"{source}: {blank_completions}")
     return encoded

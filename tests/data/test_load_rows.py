@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from datasets import load_from_disk
 from helpers import PAIR, texts
 
-from forgetfilter_callback.data.load_rows import load_rows
+from forgetfilter_callback.data.load_rows import encode_source, load_rows
 from forgetfilter_callback.errors import DataError
 
 
@@ -44,3 +45,11 @@ def test_unreadable_rows_are_refused(name, content, message, tmp_path):
 def test_file_names_with_glob_characters(name, tmp_path):
     (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
     assert load_rows(tmp_path / name).to_list() == [PAIR]
+
+
+@pytest.mark.parametrize(("keep_end", "side"), [(False, "right"), (True, "left")])
+def test_the_warning_says_where_rows_are_truncated(keep_end, side, byte_tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = encode_source("noisy.jsonl", [{"text": "the cat sat"}], byte_tokenizer, 3, keep_end=keep_end)
+    assert (rows.sample(0)[0][-1] == byte_tokenizer.eos_token_id) == keep_end
+    assert f"1 of 1 rows were longer than 3 tokens and were truncated on the {side}" in caplog.text

@@ -36,7 +36,7 @@ CASES = {
 
 @pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_equal_sfttrainer_evaluation(case, named, sft_config, chat_tokenizer):
+def test_losses_equal_sfttrainer_evaluation(case, named, sft_config, chat_tokenizer, caplog):
     form, settings = CASES[case]
     rows, args = rows_of(form), sft_config(**settings)
     tracker = ForgetTracker(rows if named else None)
@@ -45,6 +45,9 @@ def test_losses_equal_sfttrainer_evaluation(case, named, sft_config, chat_tokeni
     trace = tracker.trace
     np.testing.assert_allclose(trace.losses()[0], expected, rtol=1e-5)
     assert len(set(expected.round(6))) == len(rows)
+    if named:  # SFTTrainer has truncated adopted rows itself
+        for side in ("left", "right"):
+            assert (f"truncated on the {side}" in caplog.text) == case.endswith(side)
     # The settings in the trace encode the rows in the same way, as `forgetfilter filter` does.
     length, encoding = trace.manifest["max_length"], trace.manifest["encoding"]
     assert encode_rows(rows, chat_tokenizer, length, **encoding).ids == trace.rows.ids

@@ -1,0 +1,55 @@
+"""Count samples whose completion is empty or only white space: they train nothing but the end token."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .encoded_rows import EncodedRows
+
+
+# What a tokenizer decodes for a part of a character.
+_REPLACEMENT_CHARACTER = "\ufffd"
+
+
+def count_blank_completions(rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the samples whose loss tokens are only special tokens and white space.
+
+    Samples without loss tokens are not counted: they have no loss at all.
+
+    Args:
+        rows ([`EncodedRows`]):
+            The encoded rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer that they were encoded with.
+    """
+    unknown, vocabulary_size = tokenizer.unk_token_id, len(tokenizer)
+
+    def visible_text(tokens: np.ndarray) -> str:
+        if unknown in tokens or tokens.max() >= vocabulary_size:  # `decode` skips both
+            return "?"
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
+
+    blank = 0
+    for window in rows.windows():
+        loss_tokens, offsets = window.loss_tokens, window.loss_offsets
+        with_loss = np.flatnonzero(np.diff(offsets))
+        # Most samples are ruled out by their first token, which is decoded once for all of them.
+        first_tokens, inverse = np.unique(loss_tokens[offsets[with_loss]], return_inverse=True)
+        may_be_blank = np.array(
+            [not visible_text(first_tokens[[i]]).strip(_REPLACEMENT_CHARACTER) for i in range(len(first_tokens))], bool
+        )
+        for sample in with_loss[may_be_blank[inverse]]:
+            blank += not visible_text(loss_tokens[offsets[sample] : offsets[sample + 1]])
+    return blank
+
+
+def describe_blank_completions(rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence for a warning that says how many completions are blank, or `None` if there are none."""
+    blank = count_blank_completions(rows, tokenizer)
+    if not blank:
+        return None
+    return (
+        f"{blank} of {len(rows)} samples have a completion that is empty or only white space, so only its end token and "
+        "white space are trained and scored. Remove these rows if that is not intended."
+    )
