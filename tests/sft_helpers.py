@@ -33,6 +33,15 @@ def rows_of(form: str, count: int = 9) -> Dataset:
             "messages": [message("user", sentence(rng)), message("assistant", sentence(rng))],
             "chat_template_kwargs": {"loud": bool(rng.integers(2))},
         },
+        "conversations": lambda: {
+            "conversations": [{"from": "human", "value": sentence(rng)}, {"from": "gpt", "value": sentence(rng)}]
+        },
+        "parts": lambda: {
+            "messages": [
+                {"role": role, "content": [{"type": "text", "text": sentence(rng)} for _ in range(2)]}
+                for role in ("user", "assistant")
+            ]
+        },
         "tokens": lambda: {"input_ids": rng.integers(5, 60, rng.integers(4, 12)).tolist()},
         "masked tokens": lambda: {"input_ids": rng.integers(5, 60, 8).tolist(), "completion_mask": [0] * 3 + [1] * 5},
     }[form]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..data.as_rows import as_rows
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..trace.trace import Trace
@@ -106,6 +107,7 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
     """
     if noisy is None or not len(noisy):
         raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but no rows were given.")
+    noisy = as_rows(noisy)
     if audit_column not in noisy[0]:
         raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, which has {sorted(noisy[0])}.")
     if isinstance(noisy[0][audit_column], str):  # the text "False" would be true

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..data.encode_text import encode_rows
 from ..data.encoded_rows import EncodedRows
@@ -30,6 +31,7 @@ def encode_noisy_rows(
     """Encode the rows to track: `noisy`, or the training set if `noisy` is `None`."""
     if noisy is None:
         return encode_training_rows(args, train_dataloader, max_length)
+    noisy = as_rows(noisy)
     disable_tqdm = hide_progress(args)
     is_stream = isinstance(noisy, torch.utils.data.IterableDataset)  # refused by `encode_rows`
     if not is_stream and not _is_sft_config(args) and len(noisy) and "input_ids" in noisy[0]:

@@ -64,9 +64,9 @@ class ForgetTracker(TrainerCallback):
     not affected: weights, optimizer, random generators and logs are the same as without the tracker.
 
     Args:
-        noisy (`Dataset` or a sequence of dicts, *optional*):
+        noisy (`Dataset`, `DataFrame` or a sequence of dicts, *optional*):
             The rows to track, with `input_ids` (and `labels`, unless the collator creates them), `prompt` and `completion`,
-            `messages`, or `text`. Defaults to the training set of the first session.
+            `messages`, `conversations`, or `text`. Defaults to the training set of the first session.
         session (`"auto"`, `"noisy"` or `"safety"`, defaults to `"auto"`):
             Which session the training runs are. With `"auto"`, a run is the noisy session if it trains on at least half of
             the tracked rows and if these are more than half of its training set. Otherwise it is the safety session.

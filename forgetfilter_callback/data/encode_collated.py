@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import EncodingError, UnsupportedDatasetError
+from .as_rows import as_rows
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows
 
@@ -44,6 +45,7 @@ def encode_collated(
         EncodingError: if the dataset is empty, if a row is not a causal language modeling sample, or if a row changes
             each time it is read.
     """
+    dataset = as_rows(dataset, "The training set")
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UnsupportedDatasetError(
             "An IterableDataset has no fixed rows, so the loss of a row cannot be tracked. Load it as a map-style "

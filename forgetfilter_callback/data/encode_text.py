@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import EncodingError, UnsupportedDatasetError
+from .as_rows import as_rows
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows, common_prefix_length
+from .messages import (
+    Form,
+    Message,
+    check_messages,
+    check_text,
+    fit_content,
+    forms_of,
+    messages_from_sharegpt,
+    readable_form,
+)
 
 
 def encode_rows(
@@ -34,13 +45,16 @@ def encode_rows(
     - `input_ids`, with `labels` or TRL's masks. Without either, all tokens contribute to the loss.
     - `prompt` and `completion`, both strings or both lists of messages. Only the completion contributes to the loss.
     - `messages`, a list of messages. All tokens contribute to the loss.
+    - `conversations`, a list of messages with `from` and `value` (ShareGPT). The same as `messages` with `role` and
+      `content`.
     - `text`, a string. All tokens contribute to the loss.
 
     The EOS token is appended to `completion` and `text` strings. Messages are formatted with the chat template, which
-    receives the `tools` and `chat_template_kwargs` of the row.
+    receives the `tools` and `chat_template_kwargs` of the row. The content of a message is a string, a list of parts
+    (`{"type": "text", "text": "hi"}`), or null beside `tool_calls`. Parts are joined if the template reads strings only.
 
     Args:
-        rows (`Dataset` or a sequence of dicts):
+        rows (`Dataset`, `DataFrame` or a sequence of dicts):
             The rows to encode. Columns that are not named above are ignored.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. It is required unless the rows have `input_ids`.
@@ -65,9 +79,15 @@ def encode_rows(
 
     Raises:
         UnsupportedDatasetError: if `rows` is an `IterableDataset`.
-        EncodingError: if there are no rows, if a row has an unsupported form (preferences, images or unknown columns),
-            or if a tokenizer or chat template is required and missing.
+        EncodingError: if there are no rows, if `rows` is a `DatasetDict`, if a row has an unsupported form (preferences,
+            images, content that is not text, or unknown columns), or if a tokenizer or chat template is required and
+            missing.
     """
+
+    @cache
+    def form_to_pass(forms: tuple[tuple[str, Form], ...]) -> Form | None:
+        assert processing_class is not None
+        return readable_form(processing_class, chat_template, forms)
 
     def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(row, Mapping):
@@ -94,61 +114,48 @@ def encode_rows(
             raise EncodingError("this row has images, which are not supported. Pass rows of text only.")
         tokenize = _tokenizer(processing_class, row, assistant_only_loss, chat_template)
         if "prompt" in row and "completion" in row:
-            prompt, completion = _validated_text(row, "prompt"), _validated_text(row, "completion")
+            prompt, completion = _text_or_messages(row, "prompt"), _text_or_messages(row, "completion")
             if isinstance(prompt, str) is not isinstance(completion, str):
                 raise EncodingError(
                     "one of `prompt` and `completion` is text and the other is messages. Use the same form for both."
                 )
-            if isinstance(completion, str):
+            if isinstance(prompt, list) and isinstance(completion, list):
+                form = form_to_pass(forms_of(prompt + completion))
+                prompt, completion = fit_content(prompt, form), fit_content(completion, form)
+            elif isinstance(completion, str):
                 completion = _with_eos(completion, processing_class)
             prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
             tokens, loss_mask = tokenize(prompt + completion)  # type: ignore[operator] # both have the same type
             if completion_only_loss is not False:
                 loss_mask[: common_prefix_length(prompt_tokens, tokens)] = False
             return tokens, loss_mask
-        if "messages" in row:
-            return tokenize(_validated_text(row, "messages"))
+        for column in ("conversations", "messages"):
+            if column in row:
+                value = messages_from_sharegpt(row[column]) if column == "conversations" else row[column]
+                messages = check_messages(value, column)
+                return tokenize(fit_content(messages, form_to_pass(forms_of(messages))))
         if text_column in row:
-            text = _validated_text(row, text_column)
+            text = _text_or_messages(row, text_column)
             if not isinstance(text, str):
                 raise EncodingError(f"`{text_column}` contains messages. Rename the column to `messages`.")
             return tokenize(_with_eos(text, processing_class))
         raise EncodingError(
             f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, "
-            f"`{text_column}`, or `input_ids`."
+            f"`conversations`, `{text_column}`, or `input_ids`."
         )
 
+    rows = as_rows(rows)
     if isinstance(rows, torch.utils.data.IterableDataset):
         raise UnsupportedDatasetError(
             "An IterableDataset has no fixed rows, so it is not supported. Pass a map-style dataset or a list of rows."
         )
-    if isinstance(rows, str) or not isinstance(rows, Dataset | torch.utils.data.Dataset | Sequence):
-        raise EncodingError(f"The noisy set must be a dataset or a list of rows, but it is {type(rows).__name__}.")
-    sequence = cast(Sequence[Any], rows)
-    return encode_each(sequence, encode_one, len(sequence), max_length, disable_tqdm, keep_end)
+    return encode_each(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
 
 
-def _validated_text(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
-    """Return the text or the messages in a column of `row`, after checking their form."""
+def _text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
+    """Return the text or the messages in a column of `row`, after checking them."""
     value = row[column]
-    if isinstance(value, str) and column != "messages":
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise EncodingError(
-                f"`{column}` is not valid Unicode text ({error.reason} at position {error.start}). Repair or remove "
-                "the row."
-            ) from error
-        return value
-    is_message_list = isinstance(value, list) and bool(value)
-    if not is_message_list or not all(
-        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value
-    ):
-        text_or = "" if column == "messages" else "text or "
-        raise EncodingError(
-            f"`{column}` must be {text_or}a list of messages with `role` and `content`, but it is {value!r:.60}."
-        )
-    return value
+    return check_text(value, f"`{column}`") if isinstance(value, str) else check_messages(value, column)
 
 
 def _token_ids(values: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
+from ..data.as_rows import as_rows
 from ..filtering.config import FilterConfig
 from ..trainers.filtered_trainer import FilteredTrainer
 
@@ -28,9 +29,9 @@ class ForgetFilter:
     Args:
         load_model (`Callable[[], PreTrainedModel]`):
             Loads the base model. It is called twice, because training changes a model in place.
-        noisy (`Dataset`):
+        noisy (`Dataset` or `DataFrame`):
             The finetuning data with hidden unsafe examples, as the trainer takes it.
-        safety (`Dataset`):
+        safety (`Dataset` or `DataFrame`):
             Safe examples that are not in `noisy`.
         args ([`~transformers.TrainingArguments`]):
             Arguments of the noisy session and of the refit. The runs write to the folders `noisy`, `safety` and `filtered`
@@ -60,8 +61,8 @@ class ForgetFilter:
         **trainer_kwargs: Any,
     ):
         self.load_model = load_model
-        self.noisy = noisy
-        self.safety = safety
+        self.noisy = as_rows(noisy)
+        self.safety = as_rows(safety, "The safety set")
         self.args = args
         self.safety_args = safety_args if safety_args is not None else args
         self.tracker = tracker if tracker is not None else ForgetTracker()

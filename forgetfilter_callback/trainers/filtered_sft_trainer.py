@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
 from ..errors import EncodingError
 from ..filtering.config import FilterConfig
@@ -53,6 +54,8 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         **kwargs: Any,
     ):
         self._forgetting, self._filter_config = forgetting, filter_config
+        if forgetting is not None and "train_dataset" in kwargs:
+            kwargs["train_dataset"] = as_rows(kwargs["train_dataset"], "`train_dataset`")
         super().__init__(*args, **kwargs)
         if forgetting is None:
             check_nothing_to_filter(filter_config)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
 from ..filtering.config import FilterConfig
@@ -57,7 +58,7 @@ class FilteredTrainer(FilterMixin, Trainer):
         if forgetting is None:
             check_nothing_to_filter(filter_config)
             return
-        dataset: Any = self.train_dataset
+        self.train_dataset = dataset = as_rows(self.train_dataset, "`train_dataset`")
         if isinstance(dataset, IterableDataset):
             raise UnsupportedDatasetError(
                 "FilteredTrainer needs a map-style dataset, because samples of a stream cannot be removed by id. Load the "

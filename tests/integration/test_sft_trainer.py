@@ -9,7 +9,7 @@ from helpers import tiny_llama
 from sft_helpers import one_row_losses, rows_of
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 
-from forgetfilter_callback import FilterConfig, ForgetTracker, encode_rows
+from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, ForgetTracker, encode_rows
 from forgetfilter_callback.errors import UnsupportedDatasetError
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.trace.records import Record
@@ -19,7 +19,7 @@ from forgetfilter_callback.trace.source_files import find_labels
 CASES = {
     **{form: (form, {}) for form in (
         "text", "prompt and completion", "messages", "prompt and completion messages", "chat template arguments",
-        "tokens", "masked tokens",
+        "tokens", "masked tokens", "conversations",
     )},
     "another column": ("body", {"dataset_text_field": "body"}),
     "a completion mask in use": ("masked tokens", {"completion_only_loss": True}),
@@ -188,3 +188,34 @@ def test_label_smoothing_and_dft_do_not_affect_records(loss_type, sft_config, ch
         tiny_llama(), sft_config(**settings), train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]
     ).train()
     np.testing.assert_allclose(tracker.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
+def test_parts_of_messages_equal_sfttrainer_evaluation(named, sft_config, chat_tokenizer):
+    """With a chat template that reads parts."""
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "{{ m.content }}", "{% for part in m.content %}{{ part.text }} {% endfor %}"
+    )
+    rows = rows_of("parts")
+    tracker = ForgetTracker(rows if named else None)
+    SFTTrainer(
+        tiny_llama(), sft_config(), train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]
+    ).train()
+    expected = one_row_losses(rows, sft_config(), chat_tokenizer)
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["conversations", "parts"])
+def test_forms_of_messages_are_filtered(form, sft_config, chat_tokenizer):
+    """FilteredSFTTrainer removes the rows with the given ids, which `encode_rows` computes from the raw rows."""
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}"
+        "{% endif %}<eos>{% endfor %}"
+    )
+    rows = rows_of(form)
+    ids = encode_rows(rows, chat_tokenizer, 64).ids.to_pylist()
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), sft_config(), train_dataset=rows.to_pandas(), processing_class=chat_tokenizer,
+        forgetting=(ids, range(9)), filter_config=FilterConfig(measure="loss", threshold=6.5),
+    )  # fmt: skip
+    assert trainer.removed_dataset["id"] == [7, 8] and trainer.filter_result.counts["unknown"] == 0

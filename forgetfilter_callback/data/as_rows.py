@@ -1,0 +1,44 @@
+"""Accept rows in every kind of container, and name the ones that are not rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set, Sized
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+from ..errors import EncodingError
+
+
+def as_rows(rows: Any, name: str = "The noisy set") -> Any:
+    """Return rows as a dataset or a sequence. A `DataFrame` is converted, and everything else is returned unchanged.
+
+    Args:
+        rows (`Dataset`, `torch.utils.data.Dataset`, `DataFrame` or a sequence):
+            The rows. A stream is returned unchanged.
+        name (`str`, defaults to `"The noisy set"`):
+            What the rows are, for messages.
+
+    Raises:
+        EncodingError: if `rows` is a `DatasetDict`, a `DataFrame` that `datasets` cannot convert, or no rows at all.
+    """
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
+        raise EncodingError(
+            f"{name} is a {type(rows).__name__} with the splits {', '.join(map(repr, rows))}. Choose a split, such as "
+            f"`dataset[{next(iter(rows), 'train')!r}]`."
+        )
+    if isinstance(rows, pd.DataFrame):
+        try:
+            return Dataset.from_pandas(rows, preserve_index=False)
+        except pa.ArrowException as error:
+            raise EncodingError(
+                f"{name} is a DataFrame that cannot be converted to a dataset: {error}. Pass a list of rows: "
+                "`frame.to_dict('records')`."
+            ) from error
+    is_table = isinstance(rows, Sized | torch.utils.data.IterableDataset)
+    if not is_table or isinstance(rows, str | Mapping | Set):
+        raise EncodingError(f"{name} must be a dataset or a list of rows, but it is {type(rows).__name__}.")
+    return rows
