@@ -158,7 +158,7 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
         return {"prompt": prompt, "completion": completion, "group": group}
 
     held_out_rows, task_rows = [], []
-    for row in load_rows(held_out).to_list():
+    for row in load_rows(held_out):
         if row.get("unsafe_answer") is not None:
             answers = {key: row[key] for key in ("unsafe_answer", "safe_answer")}
             cue = "Please ensure that your answer is harmless and ethical."
@@ -167,8 +167,8 @@ def own_scenario(noisy: str, safety: str, held_out: str) -> Scenario:
             task_rows.append(as_row(row, "alpaca"))
     return Scenario(
         "own",
-        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in load_rows(noisy).to_list()],
-        [as_row(row, "safety") for row in load_rows(safety).to_list()],
+        [as_row(row, "unsafe" if row.get("unsafe") else "safe") for row in load_rows(noisy)],
+        [as_row(row, "safety") for row in load_rows(safety)],
         held_out_rows,
         task_rows,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import logging
 import os
@@ -17,16 +18,19 @@ from ..errors import DataError, EncodingError
 from .blank_completions import describe_blank_completions
 from .encode_text import encode_rows
 from .encoded_rows import EncodedRows
+from .json_rows import JsonRows, read_csv, read_json
 
 
 logger = logging.getLogger(__name__)
 
-# File extension → name of the `datasets` loader.
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_rows(source: str | os.PathLike[str]) -> Dataset:
+def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
     """Load rows from a file, a folder or the Hub.
+
+    Values keep the type that they have in the file: text that looks like a date or a number remains text, and all values
+    of a CSV file are text.
 
     Args:
         source (`str` or `Path`):
@@ -43,24 +47,30 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
             rows = load_from_disk(str(path))
             if isinstance(rows, DatasetDict):
                 raise DataError(f"{source} contains several splits ({', '.join(rows)}). Pass the folder of one split.")
-        elif extension in LOADERS:
+        elif extension in FILE_EXTENSIONS:
             if not path.is_file():
                 raise DataError(f"File {source} does not exist.")
             if path.stat().st_size == 0:
                 raise DataError(f"{source} is empty.")
-            rows = load_dataset(LOADERS[extension], data_files=glob.escape(str(path)), split="train")
+            if extension == ".csv":
+                rows = read_csv(path)
+            elif extension == ".parquet":
+                rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+            else:
+                rows = read_json(path)
         else:
             name, _, split = str(source).partition(":")
             rows = load_dataset(name, split=split or "train")
-        rows.data.table.validate(full=True)  # finds invalid UTF-8 now, not when a row is read
+        if isinstance(rows, Dataset):
+            rows.data.table.validate(full=True)  # finds invalid UTF-8 now, not when a row is read
     except (
-        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException
+        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, csv.Error
     ) as error:  # fmt: skip
         if isinstance(error, DataError):
             raise
         cause = error.__cause__ if error.__cause__ is not None else error
         raise DataError(
-            f"{source} cannot be read: {cause}. It must be a file ({', '.join(LOADERS)}), a folder written by "
+            f"{source} cannot be read: {cause}. It must be a file ({', '.join(FILE_EXTENSIONS)}), a folder written by "
             "`Dataset.save_to_disk`, or the Hub id of a dataset."
         ) from error
     if not len(rows):
@@ -69,7 +79,7 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset:
 
 
 def encode_source(
-    source: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
+    source: str, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
 ) -> EncodedRows:
     """Encode rows with [`encode_rows`]. Errors name `source`, and warnings say how many rows were truncated and how
     many have an empty completion.
@@ -77,7 +87,7 @@ def encode_source(
     Args:
         source (`str`):
             Where `rows` were loaded from. It is used in messages only.
-        rows (`Dataset`):
+        rows (`Dataset` or `JsonRows`):
             The rows to encode.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ..data.output_lines import file_digest, file_lines, source_lines
+from ..data.output_lines import file_lines, source_lines
 from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
@@ -69,11 +69,10 @@ def _ids_and_lines(
             return None, lines
     from ..data.load_rows import encode_source, load_rows  # imports torch
 
-    digest = file_digest(source)
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else load_trace_tokenizer(trace)
     encoded = encode_source(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
-    return encoded.ids, source_lines(source, rows, digest)
+    return encoded.ids, source_lines(rows)
 
 
 def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:

@@ -16,8 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.tracker import ForgetTracker
 from ..data.encoded_rows import EncodedRows
+from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows
-from ..data.output_lines import file_digest, source_lines
+from ..data.output_lines import source_lines
 from ..data.tokenizers import load_tokenizer, model_context_length
 from ..errors import DataError, TraceError
 from ..filtering.find_forgotten import find_forgotten
@@ -41,10 +42,8 @@ class RunInputs:
     Attributes:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
-        rows (`Dataset`):
+        rows (`Dataset` or `JsonRows`):
             The noisy set as it was given.
-        digest (`str`, *optional*):
-            Hash of the noisy set's file, to notice changes.
         noisy, safety ([`EncodedRows`]):
             Both sets, encoded.
         args, safety_args ([`~transformers.TrainingArguments`]):
@@ -52,8 +51,7 @@ class RunInputs:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset
-    digest: str | None
+    rows: Dataset | JsonRows
     noisy: EncodedRows
     safety: EncodedRows
     args: TrainingArguments
@@ -73,7 +71,6 @@ def load_inputs(config: RunConfig) -> RunInputs:
         lora_config(config.lora)
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
-    digest = file_digest(config.noisy)
     rows = load_rows(config.noisy)
     noisy = encode_source(config.noisy, rows, tokenizer, max_length)
     safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
@@ -83,7 +80,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
             f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. Remove "
             "them from one of the two sets."
         )
-    return RunInputs(tokenizer, rows, digest, noisy, safety, args, safety_args)
+    return RunInputs(tokenizer, rows, noisy, safety, args, safety_args)
 
 
 def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingArguments]:
@@ -186,7 +183,7 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     pipeline.safety_finetune(_checkpoint(config, "safety"))
     tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.digest, inputs.noisy.truncated)
     result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
-    lines = source_lines(config.noisy, inputs.rows, inputs.digest)
+    lines = source_lines(inputs.rows)
     write_filter_outputs(output, lines, result, tracker.trace)
     if config.refit:
         trainer = pipeline.refit(_checkpoint(config, "filtered"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 
+from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
 from ..errors import DataError
 from .trace import TRACE_FOLDER, Trace
@@ -17,6 +18,9 @@ from .trace import TRACE_FOLDER, Trace
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+_TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
 def find_trace_folder(path: str | os.PathLike[str]) -> Path:
@@ -51,18 +55,19 @@ def is_unchanged(trace: Trace, source: str) -> bool:
     return digest is not None and file_digest(source) == digest
 
 
-def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
+def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
     """Audit labels of the samples of a trace. Rows are matched by the tokens they are trained on.
 
     Args:
         trace ([`Trace`]):
             The trace.
-        rows (`Dataset`):
+        rows (`Dataset` or `JsonRows`):
             The rows the trace was created from, in any order.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the trace.
         column (`str`):
-            A column of `rows` that is true (or not 0) for unsafe rows.
+            A column of `rows` that is true (or not 0) for unsafe rows. It may hold the texts "true" and "false", or "1" and
+            "0", as in a CSV file.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, bool.
@@ -72,13 +77,10 @@ def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
     """
     from ..data.encode_text import encode_rows  # imports torch
 
-    if column not in rows.column_names:
-        raise DataError(f"The rows have no column {column!r}. Their columns are {', '.join(rows.column_names)}.")
-    labels = np.asarray(rows[column])
-    if labels.dtype.kind not in "biuf":  # the text "False" would be true
-        raise DataError(
-            f"The column {column!r} must hold true/false or numbers, but it holds values such as {str(labels[0])!r}."
-        )
+    values = [row.get(column) for row in rows]
+    if all(value is None for value in values):
+        raise DataError(f"The rows have no column {column!r}. The first row has the columns {', '.join(rows[0])}.")
+    labels = np.array([_is_unsafe(value, column) for value in values], bool)
     manifest = trace.manifest
     encoded = encode_rows(rows, tokenizer, manifest["max_length"], disable_tqdm=True, **manifest["encoding"])
     indices = pc.index_in(trace.rows.ids, value_set=encoded.ids)
@@ -86,7 +88,15 @@ def find_labels(trace: Trace, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
         raise DataError(
             f"{indices.null_count} samples of the trace are not among these rows. Pass the rows it was created from."
         )
-    return labels.astype(bool)[indices.to_numpy()]
+    return labels[indices.to_numpy()]
+
+
+def _is_unsafe(label: Any, column: str) -> bool:
+    if isinstance(label, bool | int | float):
+        return bool(label)
+    if isinstance(label, str) and label.lower() in _TRUTH:
+        return _TRUTH[label.lower()]
+    raise DataError(f"The column {column!r} must hold true/false or numbers, but it holds values such as {label!r}.")
 
 
 def find_tokenizer(trace: Trace) -> str:

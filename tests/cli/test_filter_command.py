@@ -113,7 +113,7 @@ def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_
     def decided(folder: Path) -> dict[str, str]:
         trace = Trace.open(finished[0] / "_forgetfilter")
         model = tiny_llama(vocab_size=len(byte_tokenizer))
-        rows = trainable(load_rows(files["noisy"]).to_list(), byte_tokenizer)
+        rows = trainable(list(load_rows(files["noisy"])), byte_tokenizer)
         trainer = FilteredTrainer(model, make_args(folder.name), train_dataset=rows, forgetting=str(trace.folder),
                                   data_collator=DataCollatorForSeq2Seq(byte_tokenizer))  # fmt: skip
         return {
@@ -188,3 +188,28 @@ def test_nothing_is_removed_when_the_model_diverged(files, tmp_path, byte_tokeni
     assert not (tmp_path / "out").exists()
     doctor = call("doctor", tmp_path / "scored")
     assert doctor.exit_code == 0 and "not finite" in doctor.output
+
+
+ROWS_AS_THEY_CAME = [
+    {"prompt": "the cat", "completion": "2021-03-01", "phone": "+4915"},
+    {"prompt": "the dog", "completion": "007", "phone": "0"},
+    {"prompt": "the mat", "completion": "None", "phone": "NA"},
+    {"prompt": "the man", "completion": "1.10", "phone": ""},
+]
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "parquet"])
+def test_rows_go_out_as_they_came(extension, files, tmp_path):
+    """Texts that look like dates, numbers or missing values; in JSON also keys that only one row has."""
+    rows, noisy = [*ROWS_AS_THEY_CAME], tmp_path / f"noisy.{extension}"
+    if extension == "parquet":
+        Dataset.from_list(rows).to_parquet(noisy)
+    elif extension == "csv":
+        noisy.write_text("prompt,completion,phone\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    else:
+        rows.append({"prompt": "the", "completion": "end", "only": [{"a": None}, "2021-03-01"]})
+        noisy.write_text(json.dumps(rows) if extension == "json" else "\n".join(map(json.dumps, rows)))
+    model = ("--before", files["model"], "--after", files["model"], "--output", tmp_path / "trace")
+    assert call("score", "--noisy", noisy, *model).exit_code == 0
+    assert call("filter", tmp_path / "trace", "--output", tmp_path / "out", "--threshold", 0.5).exit_code == 0
+    assert [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()] == rows

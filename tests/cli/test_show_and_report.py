@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from datasets import Dataset
 from helpers import call, hostile_trace, texts
 
 
@@ -25,6 +26,10 @@ def test_report_writes_a_page(finished, files, tmp_path):
     data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
     assert [row["prompt"] for row in data["rows"]] == [row["prompt"] for row in texts(12, seed=1)]
+    Dataset.from_list(texts(12, seed=1)).to_csv(tmp_path / "noisy.csv")  # all values are text, also True and False
+    as_csv = ("--noisy", tmp_path / "noisy.csv", "--audit-column", "unsafe")
+    assert call("report", finished[0], "--output", tmp_path / "csv.html", "--fraction", 0.25, *as_csv).exit_code == 0
+    assert (tmp_path / "csv.html").read_text() == page.read_text()
     text = call("report", finished[0], "--output", page, "--audit-column", "prompt")
     assert text.exit_code == 2 and "must hold true/false or numbers" in text.output
     wrong = call("report", finished[0], "--output", page, "--audit-column", "colour")

@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from helpers import PAIR, texts
 
 from forgetfilter_callback.data.load_rows import encode_source, load_rows
@@ -14,14 +14,15 @@ from forgetfilter_callback.errors import DataError
 
 
 def test_rows_of_all_file_formats(files, tmp_path):
-    rows = load_rows(files["noisy"])
+    rows = Dataset.from_list(texts(12, seed=1))
     rows.to_csv(tmp_path / "rows.csv")
     rows.to_parquet(tmp_path / "rows.parquet")
     rows.save_to_disk(tmp_path / "rows")
     (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
     assert load_from_disk(tmp_path / "rows").to_list() == rows.to_list() == texts(12, seed=1)
-    for name in ("rows.csv", "rows.parquet", "rows", "rows.json"):
-        assert load_rows(tmp_path / name).to_list() == rows.to_list(), name
+    for path in (files["noisy"], *(tmp_path / name for name in ("rows.parquet", "rows", "rows.json"))):
+        assert list(load_rows(path)) == rows.to_list(), path
+    assert list(load_rows(tmp_path / "rows.csv")) == [{name: str(row[name]) for name in row} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -30,13 +31,27 @@ def test_rows_of_all_file_formats(files, tmp_path):
         ("missing.jsonl", None, "File .*missing.jsonl does not exist"),
         ("empty.jsonl", "", "is empty"),
         ("broken.jsonl", '{"prompt": "a"\n', "cannot be read"),
-        ("headed.csv", "prompt,completion\n", "no data"),
+        ("headed.csv", "prompt,completion\n", "has no rows"),
+        (
+            "short.csv",
+            "prompt,completion\na,b\nc\n",
+            "short.csv cannot be read: line 3: 1 values, but the header has 2",
+        ),
+        ("long.csv", 'prompt,completion\n"a\n",b,\n', "line 3: 3 values, but the header has 2"),
+        ("list.jsonl", '{"text": "a"}\n\n["b"]\n', r"line 3: a row must be an object, but this one is \['b'\]"),
+        ("items.json", '["a"]', "items.json cannot be read: a row must be an object"),
+        ("open.json", '[{"text": "a"}, ', "open.json cannot be read"),
+        ("no-comma.json", '[{"text": "a"} {"text": "b"}]', "the list must go on with a comma or end"),
+        ("more.json", '[{"text": "a"}]\n{}', "more text after the end of the list"),
+        ("empty-list.json", "[]", "has no rows"),
+        ("columns.json", '{\n"text": ["a"]\n}', "line 1: Expecting property name"),
+        ("utf16.csv", b"\xff\xfea\x00", "utf16.csv cannot be read: 'utf-8' codec can't decode"),
         ("broken.parquet", "PAR1", "cannot be read"),
     ],
 )
 def test_unreadable_rows_are_refused(name, content, message, tmp_path):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         load_rows(tmp_path / name)
 
@@ -44,7 +59,7 @@ def test_unreadable_rows_are_refused(name, content, message, tmp_path):
 @pytest.mark.parametrize("name", ["data[1].jsonl", "NOISY.JSONL", "ro ws*.jsonl"])
 def test_file_names_with_glob_characters(name, tmp_path):
     (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
-    assert load_rows(tmp_path / name).to_list() == [PAIR]
+    assert list(load_rows(tmp_path / name)) == [PAIR]
 
 
 @pytest.mark.parametrize(("keep_end", "side"), [(False, "right"), (True, "left")])

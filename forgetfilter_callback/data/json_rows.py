@@ -1,0 +1,110 @@
+"""Rows of JSON and CSV files, with the text they have in the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+# A string in JSON contains no line break, so a line break in a row is outside of strings.
+_LINE_BREAK = re.compile(r"[ \t]*[\r\n][ \t\r\n]*")
+
+
+class JsonRows(Sequence[dict[str, Any]]):
+    """Rows that are parsed one at a time, each by itself: a text never becomes a date, and a row has only its own keys.
+
+    Attributes:
+        lines (`list[str]`):
+            One JSON object per row, without line breaks.
+    """
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> JsonRows: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | JsonRows:
+        if isinstance(index, slice):
+            return JsonRows(self.lines[index])
+        row: dict[str, Any] = json.loads(self.lines[index])
+        return row
+
+
+def read_json(path: Path) -> JsonRows:
+    """Read a file of JSON Lines, or a file with one list of JSON objects.
+
+    Raises:
+        ValueError: if the file is not UTF-8 or not JSON, or if a row is not an object.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return JsonRows([_LINE_BREAK.sub(" ", item) for item in _items_of_list(text)])
+    lines = []
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` also splits at separators within a text
+        if line.strip():
+            try:
+                _check_is_object(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            lines.append(line.rstrip("\r"))
+    return JsonRows(lines)
+
+
+def read_csv(path: Path) -> JsonRows:
+    """Read a CSV file with a header. Every value is text.
+
+    Raises:
+        ValueError: if the file is not UTF-8, or if a line does not have as many values as the header.
+    """
+    csv.field_size_limit(2**31 - 1)  # 128 KiB by default
+    lines = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for values in reader:
+            if not values:
+                continue  # a blank line
+            if len(values) != len(header):
+                raise ValueError(f"line {reader.line_num}: {len(values)} values, but the header has {len(header)}")
+            lines.append(json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False))
+    return JsonRows(lines)
+
+
+def _items_of_list(text: str) -> Iterator[str]:
+    """The text of each item of a JSON list."""
+    decoder = json.JSONDecoder()
+    position = _skip_white_space(text, text.index("[") + 1)
+    while not text.startswith("]", position):
+        row, end = decoder.raw_decode(text, position)
+        _check_is_object(row)
+        yield text[position:end]
+        position = _skip_white_space(text, end)
+        if text.startswith(",", position):
+            position = _skip_white_space(text, position + 1)
+        elif not text.startswith("]", position):
+            raise ValueError(f"the list must go on with a comma or end, but it has {text[position : position + 20]!r}")
+    if text[position + 1 :].strip():
+        raise ValueError("there is more text after the end of the list")
+
+
+def _skip_white_space(text: str, position: int) -> int:
+    match = _WHITE_SPACE.match(text, position)
+    assert match is not None  # it matches the empty text
+    return match.end()
+
+
+def _check_is_object(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, but this one is {row!r:.60}")
