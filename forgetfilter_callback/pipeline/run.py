@@ -18,7 +18,7 @@ from ..callbacks.tracker import ForgetTracker
 from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows
-from ..data.output_lines import source_lines
+from ..data.output_lines import file_digest, source_lines
 from ..data.tokenizers import load_tokenizer, model_context_length
 from ..errors import DataError, TraceError
 from ..filtering.find_forgotten import find_forgotten
@@ -44,6 +44,8 @@ class RunInputs:
             The tokenizer of the model.
         rows (`Dataset` or `JsonRows`):
             The noisy set as it was given.
+        digest (`str`, *optional*):
+            The [`file_digest`] of its file.
         noisy, safety ([`EncodedRows`]):
             Both sets, encoded.
         args, safety_args ([`~transformers.TrainingArguments`]):
@@ -52,6 +54,7 @@ class RunInputs:
 
     tokenizer: PreTrainedTokenizerBase
     rows: Dataset | JsonRows
+    digest: str | None
     noisy: EncodedRows
     safety: EncodedRows
     args: TrainingArguments
@@ -71,6 +74,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
         lora_config(config.lora)
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
+    digest = file_digest(config.noisy)
     rows = load_rows(config.noisy)
     noisy = encode_source(config.noisy, rows, tokenizer, max_length)
     safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
@@ -80,7 +84,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
             f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. Remove "
             "them from one of the two sets."
         )
-    return RunInputs(tokenizer, rows, noisy, safety, args, safety_args)
+    return RunInputs(tokenizer, rows, digest, noisy, safety, args, safety_args)
 
 
 def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingArguments]:
