@@ -17,6 +17,7 @@ from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
 from ..measures.names import Measure
 from ..thresholds import Separability
+from ..utils.arrow_arrays import from_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
 from .review_decision import Override
 
@@ -104,7 +105,8 @@ class FilterResult:
         with ExitStack() as files:  # renames the files in reverse order: filter_result.json last
             result_file = files.enter_context(atomic_write(folder / RESULT_FILE))
             write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
-            table = pa.table({"id": self.ids, "forgetting": self.values, "removed": self.removed})
+            columns = {"id": self.ids, "forgetting": from_numpy(self.values), "removed": from_numpy(self.removed)}
+            table = pa.table(columns)
             write_parquet([table], files.enter_context(atomic_write(folder / "values.parquet")))
             if removed_rows is not None:
                 removed_file = files.enter_context(atomic_write(folder / "removed.jsonl"))

@@ -112,16 +112,19 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     center = states[known].mean(axis=0, dtype=np.float64)
 
     def directions(samples: np.ndarray) -> np.ndarray:
-        centered = states[samples].astype(np.float64) - center
-        lengths = np.linalg.norm(centered, axis=1, keepdims=True)
-        return centered / np.where(lengths > 0, lengths, 1.0)
+        centered = states[samples].astype(np.float64)  # changed in place below: each copy takes 8 bytes per state
+        centered -= center
+        lengths = np.sqrt(np.einsum("ij,ij->i", centered, centered))
+        centered /= np.where(lengths > 0, lengths, 1.0)[:, None]
+        return centered
 
     indices = np.flatnonzero(known)
     stride = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
     fit_directions, fit_values = directions(indices[::stride]), values[indices[::stride]]
     coefficients = ridge_coefficients(fit_directions, fit_values - fit_values.mean())
     for chunk in np.array_split(indices, stride):  # bounds the memory for directions
-        smoothed[chunk] = directions(chunk) @ coefficients + fit_values.mean()
+        chunk_directions = fit_directions if stride == 1 else directions(chunk)
+        smoothed[chunk] = chunk_directions @ coefficients + fit_values.mean()
     return smoothed
 
 
@@ -150,7 +153,7 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     shrinkage = 1 / (eigenvalues[:, None] + strengths)  # (size, strengths)
     coefficients = (targets @ projected)[:, None] * shrinkage
     residuals = targets[:, None] - projected @ coefficients
-    errors = residuals / (1 - projected**2 @ shrinkage)
+    errors = residuals / (1 - np.square(projected, out=projected) @ shrinkage)
     return basis @ coefficients[:, (errors**2).mean(axis=0).argmin()]
 
 

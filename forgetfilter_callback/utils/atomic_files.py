@@ -53,7 +53,10 @@ def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callabl
     first = next(remaining)
     with (
         atomic_write(file, before_commit) as temporary,
-        parquet.ParquetWriter(temporary, first.schema, compression="zstd", write_page_checksum=True) as writer,
+        # Without dictionaries: losses and states hardly repeat, and decoding a dictionary of float16 is ten times slower.
+        parquet.ParquetWriter(
+            temporary, first.schema, use_dictionary=False, compression="zstd", write_page_checksum=True
+        ) as writer,
     ):
         writer.write_table(first)
         for table in remaining:

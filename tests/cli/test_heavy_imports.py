@@ -16,7 +16,7 @@ from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
 
-HEAVY = ["datasets", "scipy", "sklearn", "torch", "transformers"]
+HEAVY = ["datasets", "pandas", "scipy", "sklearn", "torch", "transformers"]
 CODE = f"""
 import json, sys
 from forgetfilter_callback.cli.main import main
