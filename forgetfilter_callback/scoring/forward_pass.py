@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 from peft import PeftModel
+from scipy.sparse import csc_array
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -28,8 +29,9 @@ from .scores import STATE_SIZE, Scores
 # Maximum number of logits in one pass through the output head: 192 predictions with a vocabulary of 128k tokens. A model
 # that soft-caps its logits in float32 holds two tensors of this size, 200 MB.
 _LOGITS_PER_PASS = 3 * 2**23
-# Maximum number of logits that are converted to float32 at once: 34 MB, and as much for their log-probabilities.
-_FLOAT32_LOGITS = 2**23
+# Maximum number of logits that are converted to float32 at once. On a CPU they stay in its cache. On an accelerator, few
+# calls matter more; the logits take 34 MB there, and their log-probabilities as much.
+_FLOAT32_LOGITS_ON_CPU, _FLOAT32_LOGITS_ON_ACCELERATORS = 2**19, 2**23
 
 
 def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_states: bool, passes: int = 1) -> Scores:
@@ -51,15 +53,15 @@ def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_sta
     layout = lay_out(rows, batch)
     forward = _ForwardPass(model, layout)
     slices = _prediction_slices(len(layout.target), forward.predictions_per_pass)
-    averaging = torch.from_numpy(_averaging_matrix(rows, batch, layout)) if with_states else None
+    averaging = _averaging_matrix(rows, batch, layout) if with_states else None
     losses: list[torch.Tensor] = []  # they stay on the device, because a copy would wait for each slice
     means: torch.Tensor | None = None
     for selected in slices:
         slice_losses, hidden = forward.run(selected)
         losses.append(slice_losses)
         if averaging is not None and hidden is not None:
-            averaging = averaging.to(hidden.device)
-            part = averaging[:, selected] @ hidden.float()
+            weights = torch.from_numpy(averaging[:, selected].toarray()).to(hidden.device)
+            part = weights @ hidden.float()
             means = part if means is None else means + part
     for _ in range(passes - len(slices)):
         forward.run(slices[-1])
@@ -81,13 +83,12 @@ def _prediction_slices(predictions: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, predictions)) for start in range(0, predictions, size)]
 
 
-def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> np.ndarray:
+def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> csc_array:
     """Return a float32 matrix of shape `(rows of the batch, predictions)` that averages the predictions of each row."""
     counts = np.diff(rows.loss_offsets)[np.concatenate([pack.rows for pack in batch])]
-    averaging = np.zeros((len(counts), len(layout.target)), np.float32)
     row_indices = np.repeat(np.arange(len(counts)), counts)
-    averaging[row_indices, layout.prediction_index] = (1 / counts)[row_indices]
-    return averaging
+    values = (1 / counts).astype(np.float32)[row_indices]
+    return csc_array((values, (row_indices, layout.prediction_index)), shape=(len(counts), len(layout.target)))
 
 
 def _states(means: np.ndarray) -> np.ndarray:
@@ -149,7 +150,8 @@ class _ForwardPass:
             logits = self._model(**self._inputs, use_cache=False).logits
         logits = logits[0] if hidden is not None else self._select(logits, selected)
         targets = self._targets[selected].to(logits.device)
-        size = max(1, _FLOAT32_LOGITS // logits.shape[1])
+        converted = _FLOAT32_LOGITS_ON_CPU if logits.device.type == "cpu" else _FLOAT32_LOGITS_ON_ACCELERATORS
+        size = max(1, converted // logits.shape[1])
         losses = [
             nn.functional.cross_entropy(logits_slice.float(), targets_slice, reduction="none")
             for logits_slice, targets_slice in zip(logits.split(size), targets.split(size), strict=True)

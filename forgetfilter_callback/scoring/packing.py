@@ -92,7 +92,8 @@ def plan_packs(rows: EncodedRows, longest: int | None) -> list[Pack]:
         rows ([`EncodedRows`]):
             The rows to score.
         longest (`int`, *optional*):
-            Maximum length of a pack of several rows, in tokens. Rows that share a prefix are put into one pack if that
+            Maximum length of a pack of several rows, in tokens, and maximum number of their loss tokens, which is larger
+            if rows share loss tokens. Rows that share a prefix are put into one pack if that
             is cheaper than separate packs. If `None`, every row is a pack of its own.
     """
     needed = needed_lengths(rows)
@@ -124,7 +125,7 @@ def _build_shared_packs(rows: EncodedRows, needed: np.ndarray, order: np.ndarray
     members: list[int] = []
     prefixes: list[int] = []
     loss_token_counts = np.diff(rows.loss_offsets)
-    used = predictions = 0
+    used = loss_tokens = 0
 
     def finish() -> None:
         if members:
@@ -135,27 +136,19 @@ def _build_shared_packs(rows: EncodedRows, needed: np.ndarray, order: np.ndarray
         tokens = rows.tokens[rows.offsets[row] : rows.offsets[row] + needed[row]]
         prefix = common_prefix_length(previous, tokens)
         new = len(tokens) - prefix
-        fits = used + new <= longest and predictions + loss_token_counts[row] <= max_predictions(longest)
+        fits = used + new <= longest and loss_tokens + loss_token_counts[row] <= longest
         if prefix and fits and mask_fits(used + new, 1) and _cost(used + new) - _cost(used) <= _cost(len(tokens)):
             used += new
         else:
             finish()
             members, prefixes, used, prefix = [], [], len(tokens), 0
-            predictions = 0
-        predictions += loss_token_counts[row]
+            loss_tokens = 0
+        loss_tokens += loss_token_counts[row]
         members.append(row)
         prefixes.append(prefix)
         previous = tokens
     finish()
     return packs
-
-
-def max_predictions(batch_tokens: int) -> int:
-    """Return the maximum number of loss tokens in a batch of `batch_tokens` tokens.
-
-    It bounds memory, because their logits are the largest tensors of a forward pass.
-    """
-    return batch_tokens // 4
 
 
 def mask_fits(width: int, packs: int) -> bool:

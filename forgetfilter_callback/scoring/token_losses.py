@@ -25,7 +25,7 @@ from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_all
 from ..utils.model_state import is_sharded
 from .forward_pass import count_passes, score_batch
 from .model_capabilities import can_reuse_prefixes, check_rows, longrope_context
-from .packing import Pack, mask_fits, max_predictions, plan_packs, split_pack
+from .packing import Pack, mask_fits, plan_packs, split_pack
 from .scores import Scores
 
 
@@ -225,8 +225,8 @@ def _build_batches(
 ) -> list[list[Pack]]:
     """Group packs of similar length into batches, with the longest batch last.
 
-    A batch has at most `batch_tokens` padded tokens, [`max_predictions`] loss tokens and an attention mask of bounded
-    size, except that a single pack may exceed all three. Once a batch is a quarter full, it accepts no pack that would
+    A batch has at most `batch_tokens` padded tokens, as many loss tokens, and an attention mask of bounded size, except
+    that a single pack may exceed all three. Once a batch is a quarter full, it accepts no pack that would
     be padded by more than an eighth of its width. No batch has packs on both sides of `scaling_length`, the
     [`longrope_context`] of the model.
 
@@ -236,19 +236,19 @@ def _build_batches(
     """
     loss_token_counts = np.diff(rows.loss_offsets)
     batches: list[list[Pack]] = []
-    width = predictions = 0
+    width = loss_tokens = 0
     for pack in packs:
-        pack_predictions = int(loss_token_counts[pack.rows].sum())
+        pack_loss_tokens = int(loss_token_counts[pack.rows].sum())
         if (
             not batches
             or width * (len(batches[-1]) + 1) > batch_tokens
             or not mask_fits(width, len(batches[-1]) + 1)
-            or predictions + pack_predictions > max_predictions(batch_tokens)
+            or loss_tokens + pack_loss_tokens > batch_tokens
             or (width * len(batches[-1]) > batch_tokens // 4 and pack.length < 7 / 8 * width)
             or pack.length <= scaling_length < width
         ):
             batches.append([])
-            width, predictions = pack.length, 0
+            width, loss_tokens = pack.length, 0
         batches[-1].append(pack)
-        predictions += pack_predictions
+        loss_tokens += pack_loss_tokens
     return batches[::-1]

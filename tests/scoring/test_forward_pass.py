@@ -26,6 +26,7 @@ def test_logits_of_a_batch_are_bounded(reuse_prefixes, monkeypatch):
     for _ in range(60):
         tokens = start + rng.integers(5, VOCABULARY, 8).tolist()
         rows.append({"input_ids": tokens, "labels": [-100] * 20 + tokens[20:]})
+    monkeypatch.setattr(forward_module, "_LOGITS_PER_PASS", 64 * VOCABULARY)
     model, sizes = tiny_llama(), []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
     token_losses(model, encode_rows(rows), batch_tokens=256, reuse_prefixes=reuse_prefixes, disable_tqdm=True)
@@ -38,7 +39,7 @@ MODELS = [*REUSING_MODELS, *NOT_REUSING_MODELS, scaled_logits, unusual_trunk]
 @pytest.mark.parametrize("make_model", MODELS, ids=lambda f: f.__name__)
 def test_predictions_of_one_row_are_sliced(make_model, monkeypatch):
     monkeypatch.setattr(forward_module, "_LOGITS_PER_PASS", 3 * VOCABULARY)
-    monkeypatch.setattr(forward_module, "_FLOAT32_LOGITS", 2 * VOCABULARY)
+    monkeypatch.setattr(forward_module, "_FLOAT32_LOGITS_ON_CPU", 2 * VOCABULARY)
     model, rows = make_model().eval(), random_rows(5)
     sizes, attributes = [], {name: set(vars(module)) for name, module in model.named_modules()}
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
