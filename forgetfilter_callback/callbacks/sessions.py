@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..data.encoded_rows import EncodedRows
+from ..data.encoded_rows import WINDOW, EncodedRows
 from ..errors import TraceError
 from ..trace.records import Record, Session
 from ..trace.trace import Trace
@@ -24,6 +26,32 @@ SessionArgument = Literal["auto", "noisy", "safety"]
 # A run is the noisy session if it trains on at least this fraction of the noisy set, and if these rows are more than this
 # fraction of its training set. (A safety set may contain some rows of the noisy set.)
 MIN_OVERLAP = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class RunningSession:
+    """The session that a tracker is recording.
+
+    Attributes:
+        session (`"noisy"` or `"safety"`):
+            The session.
+        control ([`~transformers.TrainerControl`]):
+            Of its trainer. It identifies the trainer.
+        batch_size (`int`):
+            The training batch size of its current attempt.
+    """
+
+    session: Session
+    control: TrainerControl
+    batch_size: int
+
+    def is_retried(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+        """Whether a training run that begins is the same run again, with the smaller batch of `auto_find_batch_size`.
+
+        Otherwise the earlier run has ended with an error or an interrupt, and its trainer may have been changed since.
+        """
+        batch_size = cast(int, state.train_batch_size)
+        return control is self.control and args.auto_find_batch_size and batch_size < self.batch_size
 
 
 @dataclass(frozen=True)
@@ -108,31 +136,49 @@ def check_session(
             Whether the run resumes from a checkpoint.
 
     Raises:
-        TraceError: if the session was recorded already, or if records would be replaced because of a guess.
+        TraceError: if the tracker has recorded the session already, or if records would be replaced because of a guess.
     """
     session = detected.session
     if already_recorded:
         raise TraceError(
-            f"This tracker has already recorded a {session} session (in {trace.folder}). A tracker records at most "
-            "one noisy and one safety session. Create a new ForgetTracker with another `trace_dir` or `output_dir`. If this "
-            f"run is the other session of the same trace, use `ForgetTracker(trace_dir={str(trace.folder)!r}, session=...)`."
+            f"This tracker has already recorded a {session} session (in {trace.folder}). A tracker records at most one "
+            "noisy and one safety session. To train without recording, call `trainer.remove_callback(tracker)`. To "
+            "record this run, create a new ForgetTracker with another `trace_dir` or `output_dir`. If this run is the "
+            f"other session of the same trace, use `ForgetTracker(trace_dir={str(trace.folder)!r}, session=...)`."
         )
-    # Repeating a session supersedes its records, which must not happen because of a guess. A run that resumes its own
-    # session, or repeats a safety session in the same output folder, is no guess.
-    output_dirs = {entry["session"]: entry["output_dir"] for entry in trace.manifest["sessions"]}
-    is_same_run = session == "safety" and output_dirs.get("safety") == os.path.abspath(output_dir)
-    is_guess = not detected.certain and not resumed and not is_same_run
-    if is_guess and any(record.session == session for record in records):
+    # Repeating or resuming a session supersedes records, which must not happen because of a guess.
+    recorded = any(record.session == session for record in records)
+    if recorded and not detected.certain and not _is_same_run(trace, session, training_rows, output_dir, resumed):
+        reason = "its rows could not be encoded"
+        if training_rows is not None:
+            reason = (
+                f"it trains on other rows, with {detected.overlap} of the {len(trace.rows)} tracked rows among them"
+            )
         raise TraceError(
-            f"The trace in {trace.folder} already has records of the {session} session, and it is not certain that this run "
-            f"repeats it: it trains on {detected.overlap} of the {len(trace.rows)} tracked rows. Pass "
-            "`ForgetTracker(session='noisy')` or `ForgetTracker(session='safety')`, or choose another `trace_dir`."
+            f"The trace in {trace.folder} already has records of the {session} session, and it is not certain that this "
+            f"run {'resumes' if resumed else 'repeats'} it: {reason}. Pass `ForgetTracker(session='noisy')` or "
+            "`ForgetTracker(session='safety')`, or choose another `trace_dir`."
         )
     if session == "safety" and training_rows is not None and detected.overlap:
         logger.warning(
             f"{detected.overlap} of the {len(training_rows)} rows of the safety set are in the noisy set too. The model "
             "trains on them again, so it cannot forget them. Remove them from the safety set."
         )
+
+
+def _is_same_run(
+    trace: Trace, session: Session, training_rows: EncodedRows | None, output_dir: str, resumed: bool
+) -> bool:
+    """Whether a run trains on the rows of a recorded session.
+
+    If the rows of both cannot be encoded, only a run that resumes in the same output folder is the same run.
+    """
+    entries = [entry for entry in trace.manifest["sessions"] if entry["session"] == session]
+    recorded_rows = [entry.get("training_rows") for entry in entries]
+    if training_rows is not None:
+        return digest_of_rows(training_rows) in recorded_rows
+    output_dirs = [entry["output_dir"] for entry in entries]
+    return resumed and recorded_rows == [None] and output_dirs == [os.path.abspath(output_dir)]
 
 
 def warn_if_noisy_session_is_unfinished(trace: Trace, records: Sequence[Record]) -> None:
@@ -143,6 +189,15 @@ def warn_if_noisy_session_is_unfinished(trace: Trace, records: Sequence[Record])
             "noisy session: it was interrupted, or it trained on other rows. Finish the noisy session first, or choose "
             "another `trace_dir` or `output_dir`."
         )
+
+
+def digest_of_rows(rows: EncodedRows) -> str:
+    """Hash of the ids of `rows`. It does not depend on their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    ids = rows.ids.sort()
+    for start in range(0, len(ids), WINDOW):
+        digest.update("".join(f"{sample}\n" for sample in ids[start : start + WINDOW].to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def count_overlap(rows: EncodedRows, other_rows: EncodedRows) -> int:

@@ -32,15 +32,16 @@ from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_record_steps
-from ..utils.distributed import gather_from_all, run_on_all, run_on_main
+from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import is_sharded, preserve_state, why_unsupported
+from .begin_session import begin_session
 from .early_stopping import RankingMonitor, is_check_step
 from .integrations import LoggingIntegrations, summarize_record
-from .open_trace import model_and_tokenizer_names, open_trace, read_audit_labels
+from .open_trace import open_trace, read_audit_labels
 from .record_cost import describe_cost
 from .recorder import Recorder
 from .session_rows import encode_training_rows, scoring_max_length
-from .sessions import SessionArgument, check_session, detect_session, warn_if_noisy_session_is_unfinished
+from .sessions import RunningSession, SessionArgument
 
 
 logger = get_logger(__name__)
@@ -146,8 +147,7 @@ class ForgetTracker(TrainerCallback):
         self.raise_on_disk_error = raise_on_disk_error
         self._unsafe = None if audit_column is None else read_audit_labels(noisy, audit_column)
         self._trace: Trace | None = None
-        self._running_session: Session | None = None
-        self._running_control: TrainerControl | None = None  # identifies the trainer of the running session
+        self._running: RunningSession | None = None  # also after an error or an interrupt
         self._finished_sessions: list[Session] = []
         self._ranking_monitor: RankingMonitor | None = None
         self._recorded_step = -1
@@ -189,17 +189,18 @@ class ForgetTracker(TrainerCallback):
             raise NotImplementedError(
                 "rouge1=True generates text, which does not work with FSDP yet. Use rouge1=False."
             )
-        # `auto_find_batch_size` begins training again with the same control. The session and its first record stay valid.
-        session = self._running_session if self._running_control is control else None
-        is_retry = session is not None
-        self._running_session = self._ranking_monitor = None
+        running = self._running
+        self._running = self._ranking_monitor = None
         self._recorded_step = -1
-        if session is None:
+        is_retry = running is not None and running.is_retried(args, state, control)
+        if running is not None and is_retry:  # the session and its first record stay valid
+            session = running.session
+        else:
             self._integrations = LoggingIntegrations(args)
             with preserve_state(model):
                 self._integrations.begin(state, control, model)
                 session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
-        self._running_session, self._running_control = session, control
+        self._running = RunningSession(session, control, cast(int, state.train_batch_size))
         current = Record(session, state.global_step)
         is_new_session = current.step == 0 and not is_retry
         if not is_new_session:
@@ -250,10 +251,10 @@ class ForgetTracker(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._running_session is not None:
-            self._finished_sessions.append(self._running_session)
+        if self._running is not None:
+            self._finished_sessions.append(self._running.session)
             self._integrations.end(state, control)
-        self._running_session = self._ranking_monitor = None
+        self._running = self._ranking_monitor = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -266,7 +267,7 @@ class ForgetTracker(TrainerCallback):
         except OSError as error:
             if self.raise_on_disk_error or error.errno not in _DISK_ERRORS:
                 raise
-            self._running_session = self._ranking_monitor = None
+            self._running = self._ranking_monitor = None
             self._disk_failed = True
             logger.error(
                 f"FORGETTING IS NO LONGER TRACKED: the trace could not be written ({error}). Training continues without it. "
@@ -319,28 +320,17 @@ class ForgetTracker(TrainerCallback):
                     )
         if any(gather_from_all(training_rows is None)):
             training_rows = None
-        # All processes use the result of the first one.
-        detected = run_on_all(partial(detect_session, self.session, training_rows, self._trace.rows))[0]
-        session = detected.session
-        resumed = state.global_step > 0
-        already_recorded = session in self._finished_sessions and not resumed
-        records = self._recorder.records()
-        check_session(
-            detected,
-            training_rows,
+        detected = begin_session(
             self._trace,
-            records,
-            output_dir=cast(str, args.output_dir),
-            already_recorded=already_recorded,
-            resumed=resumed,
+            self.session,
+            training_rows,
+            self._finished_sessions,
+            args=args,
+            state=state,
+            model=model,
+            tokenizer=processing_class,
         )
-        earlier_sessions = run_on_main(
-            partial(self._trace.begin_session, session, cast(str, args.output_dir), state.max_steps)
-        )
-        if session == "safety" and "noisy" in earlier_sessions:
-            warn_if_noisy_session_is_unfinished(self._trace, records)
-        if state.global_step == 0 and (session == "noisy" or "noisy" not in earlier_sessions):
-            run_on_main(partial(self._trace.set_model, *model_and_tokenizer_names(model, processing_class)))
+        session = detected.session
         overlap = ""
         if training_rows is not None:
             overlap = f" Trains on {detected.overlap} of the {len(self._trace.rows)} tracked rows."
@@ -368,10 +358,10 @@ class ForgetTracker(TrainerCallback):
 
     def _record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take a record of the running session at this step and log its statistics."""
-        if self._running_session is None:
+        if self._running is None:
             return
         model = kwargs["model"]
-        record = Record(self._running_session, state.global_step)
+        record = Record(self._running.session, state.global_step)
         is_session_end = record.step in (0, state.max_steps) or control.should_training_stop
         with preserve_state(model):
             losses = self._recorder.record(record, args, model, kwargs["processing_class"], is_session_end)

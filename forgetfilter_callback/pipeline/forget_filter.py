@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..callbacks.tracker import ForgetTracker
 from ..data.as_rows import as_rows
 from ..filtering.config import FilterConfig
+from ..trace.records import Session
 from ..trainers.filtered_trainer import FilteredTrainer
 
 
@@ -39,7 +40,7 @@ class ForgetFilter:
         safety_args ([`~transformers.TrainingArguments`], *optional*):
             Arguments of the safety session. Defaults to `args`.
         tracker ([`ForgetTracker`], *optional*):
-            Defaults to `ForgetTracker()`.
+            Defaults to `ForgetTracker()`. Its `session` is set by [`finetune`] and [`safety_finetune`].
         filter_config ([`FilterConfig`], *optional*):
             Which samples are removed.
         callbacks (`Sequence[TrainerCallback]`, *optional*):
@@ -105,8 +106,9 @@ class ForgetFilter:
         trainer.train(resume_from_checkpoint)
         return trainer
 
-    def _trainer(self, folder: str, args: TrainingArguments, model: PreTrainedModel, rows: Dataset) -> Trainer:
-        args = self._args_in_folder(folder, args)
+    def _trainer(self, session: Session, args: TrainingArguments, model: PreTrainedModel, rows: Dataset) -> Trainer:
+        args = self._args_in_folder(session, args)
+        self.tracker.session = session  # known here, so the tracker does not guess it
         callbacks = [*self.callbacks, self.tracker]
         return Trainer(model, args, train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs)
 

@@ -33,7 +33,13 @@ _MANIFEST_TYPES: dict[str, type | UnionType] = {
     "sessions": list,
 }
 _ENCODING_KEYS = {"text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template"}
-_SESSION_TYPES = {"session": str, "output_dir": str, "max_steps": int}
+# `training_rows` is missing in traces of older versions.
+_SESSION_TYPES: dict[str, type | UnionType] = {
+    "session": str,
+    "output_dir": str,
+    "max_steps": int,
+    "training_rows": str | None,
+}
 _ROW_TYPES = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "loss_mask": pa.large_list(pa.bool_())}
 _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
     "loss": lambda dtype: dtype == pa.large_list(pa.float32()),

@@ -38,6 +38,7 @@ from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
 from .records import SESSIONS, Record, Session
 from .schema import SCHEMA_VERSION, read_column, read_manifest, read_rows
+from .superseded import supersede
 
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Trace:
         manifest (`dict`):
             `schema_version`, `fingerprint`, `samples`, `loss_tokens`, `truncated`, `model` (the base model, if the trace
             starts with it), `tokenizer`, `max_length`, `encoding` (further arguments of [`encode_rows`]), `versions`,
-            `sessions` (a list of `session`, `output_dir`, `max_steps`) and, if the command line created the trace,
-            `source` and `source_digest`: the file, folder or Hub id of the rows, and the hash of the file.
+            `sessions` (a list of `session`, `output_dir`, `max_steps`, `training_rows`) and, if the command line created
+            the trace, `source` and `source_digest`: the file, folder or Hub id of the rows, and the hash of the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -88,10 +89,14 @@ class Trace:
         """Create an empty trace of `rows` in `folder`.
 
         Raises:
-            TraceError: if `folder` already contains a trace.
+            TraceError: if `folder` contains a trace or records, or if no token contributes to the loss.
         """
         if cls.exists(folder):
             raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
+        if any((Path(folder) / "records").glob("*.parquet")):
+            raise TraceError(f"{folder} has records, but no manifest.json. Restore it, or choose another folder.")
+        if not rows.loss_mask.any():
+            raise TraceError("No sample has a token that contributes to the loss. Check the labels and `max_length`.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
         tables = (
             pa.table(
@@ -167,15 +172,23 @@ class Trace:
         manifest = read_manifest(folder)
         return cls(folder, read_rows(folder, manifest), manifest)
 
-    def begin_session(self, session: Session, output_dir: str, max_steps: int) -> list[Session]:
-        """Add a session to the manifest. An earlier entry of the same session is replaced.
+    def begin_session(
+        self, session: Session, output_dir: str, max_steps: int, training_rows: str | None = None
+    ) -> list[Session]:
+        """Add a session to the manifest. An earlier entry of the same session is replaced. `training_rows` is a
+        hash of the rows that the run trains on, if they could be encoded.
 
         Returns:
             `list[str]`: the sessions that had begun before.
         """
         begun = [entry["session"] for entry in self.manifest["sessions"]]
         others = [entry for entry in self.manifest["sessions"] if entry["session"] != session]
-        entry = {"session": session, "output_dir": os.path.abspath(output_dir), "max_steps": max_steps}
+        entry = {
+            "session": session,
+            "output_dir": os.path.abspath(output_dir),
+            "max_steps": max_steps,
+            "training_rows": training_rows,
+        }
         self.manifest["sessions"] = [*others, entry]
         self._write_manifest()
         return begun
@@ -200,7 +213,7 @@ class Trace:
         rouge1: np.ndarray | None = None,
         restart: bool = False,
     ) -> list[Record]:
-        """Write one record. At most one window of rows is held in memory.
+        """Write one record, one window of rows at a time. A record that it replaces is kept in `superseded`.
 
         Args:
             record ([`Record`]):
@@ -220,7 +233,7 @@ class Trace:
         """
         stale = self._stale(record) if restart else []
         tables = self._record_tables(scores, completions, rouge1)
-        write_parquet(tables, self._file(record), before_commit=partial(self._supersede, stale, record, restart))
+        write_parquet(tables, self._file(record), before_commit=partial(self._supersede, stale, record))
         return stale
 
     def _record_tables(
@@ -242,8 +255,7 @@ class Trace:
     def copy_record(self, source: Record, target: Record, restart: bool = False) -> list[Record]:
         """Write the record `source` again as `target`, for a model that has not changed. `restart` as in [`append`]."""
         stale = self._stale(target) if restart else []
-        supersede = partial(self._supersede, stale, target, restart)
-        with atomic_write(self._file(target), before_commit=supersede) as temporary_file:
+        with atomic_write(self._file(target), partial(self._supersede, stale, target)) as temporary_file:
             shutil.copyfile(self._file(source), temporary_file)
         return stale
 
@@ -263,21 +275,11 @@ class Trace:
         sessions = SESSIONS[SESSIONS.index(record.session) :]
         return [other for other in records if other.session in sessions and other != record]
 
-    def _supersede(self, stale: list[Record], replaced: Record | None = None, restart: bool = False) -> None:
+    def _supersede(self, stale: list[Record], replaced: Record | None = None) -> None:
         """Move stale records to a new folder in `superseded`, and copy the record that is about to be replaced there."""
-        replaces = restart and replaced is not None and self._file(replaced).exists()
-        if not stale and not replaces:
-            return
-        superseded = self.folder / "superseded"
-        numbers = [int(earlier.name) for earlier in superseded.glob("*") if earlier.name.isdecimal()]
-        folder = superseded / str(1 + max(numbers, default=0))
-        folder.mkdir(parents=True)
-        if replaced is not None and replaces:
-            with atomic_write(folder / replaced.file_name) as temporary_file:
-                shutil.copyfile(self._file(replaced), temporary_file)
         # Last record first: after a crash here, the remaining records of a session show that later ones are stale too.
-        for record in sorted(stale, reverse=True):
-            os.replace(self._file(record), folder / record.file_name)
+        moved = [self._file(record) for record in sorted(stale, reverse=True)]
+        supersede(self.folder, moved, [] if replaced is None else [self._file(replaced)])
 
     def identity(self) -> str:
         """Hash of the rows and of the first and last safety records. It ties a reviewer's decision to its trace."""

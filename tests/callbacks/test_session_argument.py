@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import random_rows, run_both, tiny_llama
 from trace_helpers import record_files
@@ -79,8 +80,9 @@ def test_a_guess_never_replaces_noisy_records(noisy, train):
     old = all_files(folder)
     mostly_noisy = Dataset.from_list(noisy.select(range(20)).to_list() + random_rows(2, seed=5).to_list())
     message = (
-        r"already has records of the noisy session, and it is not certain that this run repeats it: it trains on 20 of the "
-        r"24 tracked rows\. Pass `ForgetTracker\(session='noisy'\)` or `ForgetTracker\(session='safety'\)`"
+        r"already has records of the noisy session, and it is not certain that this run repeats it: it trains on other "
+        r"rows, with 20 of the 24 tracked rows among them\. Pass `ForgetTracker\(session='noisy'\)` or "
+        r"`ForgetTracker\(session='safety'\)`"
     )
     with pytest.raises(TraceError, match=message):
         train(mostly_noisy, ForgetTracker(trace_dir=folder), model, "again")
@@ -162,3 +164,64 @@ def test_a_guess_never_replaces_safety_records(noisy, safety, train):
     assert sorted((folder / "superseded" / "1").iterdir()) == [
         folder / "superseded" / "1" / name for name in ("safety-00000000.parquet", "safety-00000006.parquet")
     ]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_output_folder_of_a_session_does_not_identify_it(resumed, noisy, safety, make_args, collator, train):
+    folder = make_args("trace").output_dir
+    train(safety, ForgetTracker(noisy, trace_dir=folder, record_steps=1), save_strategy="steps", save_steps=2)
+    old = all_files(Path(folder))
+    unrelated = random_rows(12, seed=7)
+    args = make_args()
+    trainer = Trainer(
+        tiny_llama(), args, train_dataset=unrelated, data_collator=collator,
+        callbacks=[ForgetTracker(noisy, trace_dir=folder)],
+    )  # fmt: skip
+    verb = "resumes" if resumed else "repeats"
+    with pytest.raises(
+        TraceError, match=f"it is not certain that this run {verb} it: it trains on other rows, with 0 of"
+    ):
+        trainer.train(resume_from_checkpoint=args.output_dir + "/checkpoint-2" if resumed else None)
+    assert all_files(Path(folder)) == old
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_same_safety_set_repeats_the_session_in_any_folder(in_order, noisy, safety, make_args, train):
+    folder = make_args("trace").output_dir
+    train(safety, ForgetTracker(noisy, trace_dir=folder))
+    old = record_files(Path(folder) / "records")
+    rows = safety if in_order else safety.shuffle(seed=1)
+    train(rows, ForgetTracker(noisy, trace_dir=folder), folder="elsewhere")
+    assert record_files(Path(folder) / "superseded" / "1") == old
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """A stream, whose rows cannot be encoded."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_streamed_safety_session_is_resumed_but_not_repeated(noisy, safety, make_args, collator):
+    folder = Path(make_args("trace").output_dir)
+
+    def trainer(**overrides):
+        args = make_args(max_steps=4, save_strategy="steps", save_steps=2, **overrides)
+        return Trainer(
+            tiny_llama(), args, train_dataset=Rows(safety.to_list()), data_collator=collator,
+            callbacks=[ForgetTracker(noisy, trace_dir=folder, record_steps=1)],
+        )  # fmt: skip
+
+    trainer().train()
+    old = record_files(folder)
+    for overrides, checkpoint in (({}, None), ({"output_dir": str(folder / "other")}, folder / "../out/checkpoint-2")):
+        with pytest.raises(TraceError, match=r"it is not certain that this run .* it: its rows could not be encoded"):
+            trainer(**overrides).train(checkpoint if checkpoint is None else str(checkpoint))
+        assert record_files(folder) == old
+    trainer().train(str(folder / "../out/checkpoint-2"))
+    assert record_files(folder / "superseded" / "1") == {
+        name.removeprefix("records/"): old[name] for name in old if name.endswith(("3.parquet", "4.parquet"))
+    }

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from forgetfilter_callback import ForgetTracker, Trace, encode_rows
 from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
 
@@ -165,6 +166,17 @@ def test_a_trace_names_the_model_of_the_last_noisy_session(noisy, safety, make_a
         model.config.name_or_path = "org/learned"
         Trainer(model, make_args("safety"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
         assert Trace.open(tracker.trace.folder).manifest["model"] == name
+
+
+def test_a_trace_with_a_scored_base_model_keeps_its_name(noisy, safety, make_args, collator):
+    folder, rows = make_args("trace").output_dir, encode_rows(noisy)
+    trace = Trace.create(folder, rows, "org/base", None, None)
+    trace.append(Record("noisy", 0), [Scores(np.ones(rows.loss_offsets[-1], np.float32))])
+    model, tracker = tiny_llama(), ForgetTracker(trace_dir=folder)
+    model.config.name_or_path = "org/learned"
+    Trainer(model, make_args(), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    assert tracker.trace.records() == [Record("noisy", 0), Record("safety", 0), Record("safety", 6)]
+    assert Trace.open(folder).manifest["model"] == "org/base"
 
 
 def test_resuming_does_not_change_the_model_name_of_a_trace(noisy, make_args, collator, tokenizer):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import tiny_llama
+from datasets import Dataset
+from helpers import random_rows, tiny_llama
 from transformers import TrainerCallback
 
-from forgetfilter_callback import FilterConfig, ForgetFilter
+from forgetfilter_callback import FilterConfig, ForgetFilter, ForgetTracker
 from forgetfilter_callback.trace.records import Record
 
 
@@ -62,3 +63,16 @@ def test_an_interrupted_session_resumes(last, noisy, safety, make_args, collator
     trace = run.tracker.trace
     assert trace.records() == [Record("noisy", 0), Record("noisy", 12), Record("safety", 0), Record("safety", 6)]
     np.testing.assert_array_equal(trace.losses(), whole.tracker.trace.losses())
+
+
+def test_the_sessions_are_not_guessed(noisy, safety, make_args, collator):
+    """By its rows, this safety set would be the noisy session, and the tracked rows are not those of `noisy`."""
+    anchored = Dataset.from_list(safety.to_list() + noisy.to_list())
+    run = run_of(noisy, anchored, make_args(), collator)
+    run.finetune()
+    run.safety_finetune()
+    assert [entry["session"] for entry in run.tracker.trace.manifest["sessions"]] == ["noisy", "safety"]
+    assert [record.session for record in run.tracker.trace.records()] == ["noisy", "noisy", "safety", "safety"]
+    named = run_of(noisy, safety, make_args("named"), collator, tracker=ForgetTracker(random_rows(9, seed=5)))
+    named.finetune()
+    assert named.tracker.trace.records() == [Record("noisy", 0), Record("noisy", 12)]

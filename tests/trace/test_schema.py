@@ -59,10 +59,13 @@ def test_invalid_manifests_are_refused(trace, tmp_path):
         changed(trace, **{name: None})
         with pytest.raises(TraceError, match=f"these keys are missing or have a wrong value: {name}\\."):
             Trace.open(trace.folder)
-    for sessions in ([3], [{"session": "noisy", "output_dir": "out", "max_steps": "6"}]):
+    entry = {"session": "noisy", "output_dir": "out", "max_steps": 6}
+    for sessions in ([3], [entry | {"max_steps": "6"}], [entry | {"training_rows": 6}]):
         changed(trace, sessions=sessions)
         with pytest.raises(TraceError, match=r"missing or have a wrong value: sessions\."):
             Trace.open(trace.folder)
+    changed(trace, sessions=[entry])  # of an older version
+    assert Trace.open(trace.folder).manifest["sessions"] == [entry]
     changed(trace, schema_version=0)
     with pytest.raises(TraceError, match=r"missing or have a wrong value: schema_version\."):
         Trace.open(trace.folder)

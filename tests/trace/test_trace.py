@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from trace_helpers import STEPS, record_files, rouge1_of, scores_of
 
-from forgetfilter_callback import Trace
+from forgetfilter_callback import Trace, encode_rows
 from forgetfilter_callback.data.encoded_rows import WINDOW, EncodedRows
 from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.measures.common import mean_losses
@@ -61,12 +61,14 @@ def test_the_manifest_describes_the_trace(trace, rows):
     assert json.loads((trace.folder / "manifest.json").read_text(encoding="utf-8")) == expected
     trace.begin_session("noisy", "out", 6)
     trace.begin_session("safety", "/safe", 8)
-    trace.begin_session("noisy", "again", 7)
+    trace.begin_session("noisy", "again", 7, "a hash")
     trace.set_source("rows.jsonl", "abc", 3)
     sessions = [
-        {"session": "safety", "output_dir": "/safe", "max_steps": 8},
-        {"session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7},
-    ]
+        {"session": "safety", "output_dir": "/safe", "max_steps": 8, "training_rows": None},
+        {
+            "session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7, "training_rows": "a hash"
+        },
+    ]  # fmt: skip
     again = Trace.open(trace.folder)
     assert again.manifest == expected | {
         "sessions": sessions,
@@ -211,6 +213,33 @@ def test_a_restarted_session_keeps_the_bytes_of_its_old_records(record, left, co
     new = record_files(records)
     assert new.keys() == {kept.file_name for kept in left}
     assert [name for name in new if new[name] != old[name]] == [record.file_name]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["appended", "copied"])
+def test_a_replaced_record_is_kept_without_a_restart(copied, trace, rows):
+    old = record_files(trace.folder / "records")
+    if copied:
+        trace.copy_record(STEPS[1], STEPS[3])
+    else:
+        trace.append(STEPS[3], [scores_of(rows, STEPS[1])])
+    assert record_files(trace.folder / "superseded") == {f"1/{STEPS[3].file_name}": old[STEPS[3].file_name]}
+    new = record_files(trace.folder / "records")
+    assert [name for name in old if new[name] != old[name]] == [STEPS[3].file_name]
+
+
+def test_no_trace_is_created_over_records(trace, rows):
+    (trace.folder / "manifest.json").unlink()
+    old = record_files(trace.folder)
+    with pytest.raises(TraceError, match=r"has records, but no manifest\.json\. Restore it"):
+        Trace.create(trace.folder, rows, "another model", None, None)
+    assert record_files(trace.folder) == old
+
+
+def test_no_trace_is_created_of_rows_without_loss_tokens(tmp_path):
+    rows = encode_rows([{"input_ids": [5, 6, 7], "labels": [5, -100, -100]}])  # nothing predicts the first token
+    with pytest.raises(TraceError, match="No sample has a token that contributes to the loss"):
+        Trace.create(tmp_path / "trace", rows, "a model", None, None)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_every_move_gets_its_own_folder(trace, rows):
