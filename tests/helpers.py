@@ -156,6 +156,22 @@ def reference_means(model, rows) -> np.ndarray:
     return np.array(means)
 
 
+def only_in_one_row(rows, *others) -> tuple[int, int]:
+    """A row of `rows`, and a token that contributes to the loss of no other row of any of the sets."""
+    trained = [set(row["labels"][1:]) - {-100} for dataset in (rows, *others) for row in dataset]
+    return next(
+        (index, token) for index in range(len(rows)) for token in trained[index] if sum(token in row for row in trained) == 1
+    )  # fmt: skip
+
+
+def without_probability(model, token: int):
+    """The model with a probability of 0 for one token, so that the loss of this token is infinite."""
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([token]), -torch.inf)
+    )
+    return model
+
+
 def run_both(model, noisy, safety, make_args, collator, tracker, **overrides):
     for folder, rows in (("noisy", noisy), ("safety", safety)):
         Trainer(

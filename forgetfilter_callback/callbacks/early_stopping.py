@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.stats import spearmanr
 from ..data.encoded_rows import EncodedRows
 from ..measures.common import mean_losses
 from ..trace.records import Record
+from ..trace.superseded import supersede
 from ..trace.trace import Trace
 from ..utils.atomic_files import write_json
 from ..utils.distributed import run_on_main
@@ -52,27 +54,35 @@ class RankingMonitor:
         trace ([`Trace`]):
             A trace with a record at step 0 of the safety session.
         step (`int`):
-            Number of steps since the warm-up. Stored checks after this step are ignored.
+            Number of steps since the warm-up. Stored checks after this step are moved to `superseded`.
 
     Attributes:
         rows ([`EncodedRows`]):
-            The samples to score for [`check`]. They have the smallest ids. Ids are hashes, so the choice is fixed and does
-            not depend on the content of the rows.
+            The samples to score for [`check`]: those with the smallest ids whose loss at step 0 is finite. Ids are hashes,
+            so the choice is fixed and does not depend on the content of the rows.
     """
 
     def __init__(self, trace: Trace, step: int):
-        scorable = np.flatnonzero(np.diff(trace.rows.loss_offsets))
+        losses_before = trace.mean_losses(Record("safety", 0))
+        scorable = np.flatnonzero(np.isfinite(losses_before))
         ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
         samples = np.sort(scorable[np.argsort(ids)[: monitored_samples(len(scorable))]])
         self.rows: EncodedRows = trace.rows.select(samples)
-        self._losses_before = trace.mean_losses(Record("safety", 0))[samples]
+        self._losses_before = losses_before[samples]
         self._file = trace.folder / "early_stopping.json"
-        stored: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() and step else []
+        stored: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else []
         self._checks = [
             check
             for check in stored
             if is_check_step(check["step"]) and check["step"] <= step and len(check["forgetting"]) == len(self.rows)
         ]
+        if len(self._checks) < len(stored):
+            run_on_main(partial(self._supersede_checks, trace.folder))
+
+    def _supersede_checks(self, folder: Path) -> None:
+        """Keep the stored checks that this run does not continue with in `superseded`."""
+        supersede(folder, [], [self._file])
+        write_json(self._checks, self._file)
 
     def check(self, step: int, losses: np.ndarray) -> bool:
         """Add a check and return whether the ranking is stable.
@@ -85,9 +95,11 @@ class RankingMonitor:
         """
         forgetting = mean_losses(losses, self.rows.loss_offsets) - self._losses_before
         correlation = None
-        earlier = [check for check in self._checks if 2 * check["step"] == step]
-        if earlier and len(forgetting) >= MIN_SAMPLES and np.nanstd(forgetting) >= MIN_SPREAD:
-            correlation = float(spearmanr(earlier[0]["forgetting"], forgetting, nan_policy="omit").statistic)
+        earlier = [np.array(check["forgetting"]) for check in self._checks if 2 * check["step"] == step]
+        if earlier:
+            finite = np.isfinite([earlier[0], forgetting]).all(axis=0)
+            if finite.sum() >= MIN_SAMPLES and np.std(forgetting[finite]) >= MIN_SPREAD:
+                correlation = float(spearmanr(earlier[0][finite], forgetting[finite]).statistic)
         self._checks.append({"step": step, "spearman": correlation, "forgetting": forgetting.tolist()})
         run_on_main(partial(write_json, self._checks, self._file))
         latest = [check["spearman"] for check in self._checks[-STABLE_CHECKS:]]

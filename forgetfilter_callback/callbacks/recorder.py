@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -11,15 +12,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..errors import TraceError
-from ..measures.common import mean_losses
-from ..measures.relative import MIN_LEARNED
+from ..measures.common import all_finite, mean_losses
 from ..scoring.scores import Scores
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record, Session
 from ..trace.trace import Trace
 from ..utils.distributed import gather_from_all, run_on_all, run_on_main, shard_indices
 from ..utils.model_state import model_digest
+from ..utils.row_numbers import describe_rows
 from .session_rows import hide_progress
+from .start_checks import check_learned, warn_if_start_differs
 
 
 logger = get_logger(__name__)
@@ -62,17 +64,20 @@ class Recorder:
         Returns:
             `np.ndarray` of shape `(samples,)`, float64: mean losses, in nats per token.
         """
+        earlier = run_on_main(partial(self._earlier_losses, record))
         digest = model_digest(model) if is_session_end and record.has_states else None
         unchanged = digest is not None and digest == self._last_digest
         if all(gather_from_all(unchanged)) and self._last_record in self.records():
             assert self._last_record is not None
             losses = self._last_losses
             if record == Record("safety", 0):
-                self._check_learned(losses)
+                check_learned(self._trace, losses)
             copy_record = partial(self._trace.copy_record, self._last_record, record, restart=record.step == 0)
             self._log_superseded(record, run_on_main(copy_record))
         else:
             losses = self._score_and_write(record, args, model, processing_class)
+        if earlier is not None:
+            warn_if_start_differs(record, earlier, losses)
         self._last_record, self._last_digest, self._last_losses = record, digest, losses
         return losses
 
@@ -99,8 +104,16 @@ class Recorder:
         with model.disable_adapter():
             scores = [*window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))]
         base_losses = mean_losses(np.concatenate([window.losses for window in scores]), self._trace.rows.loss_offsets)
-        if np.nanmean(base_losses - self._last_losses) > MIN_ADAPTED:
+        compared = np.isfinite([base_losses, self._last_losses]).all(axis=0)
+        if compared.any() and (base_losses - self._last_losses)[compared].mean() > MIN_ADAPTED:
             run_on_main(partial(self._trace.append, Record("noisy", 0), scores))
+
+    def _earlier_losses(self, record: Record) -> np.ndarray | None:
+        """The mean losses of the record that a session replaces when it starts again, if there is one."""
+        if record.step == 0 and record in self._trace.records():
+            with suppress(TraceError):  # a damaged record may be replaced
+                return self._trace.mean_losses(record)
+        return None
 
     def _score_and_write(
         self,
@@ -156,50 +169,24 @@ class Recorder:
         return completions, rouge1(completions, references)
 
     def _check_scores(self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray]) -> Iterator[Scores]:
-        """Yield each item of `scores` and append its mean losses to `losses`. Then warn if the model has diverged.
+        """Yield each item of `scores` and append its mean losses to `losses`. Then warn about losses that are not finite.
 
         An error here prevents the record from being written.
         """
-        not_finite = 0
+        finite = []
         for window, window_score in zip(self._trace.rows.windows(), scores, strict=True):
-            not_finite += int((~np.isfinite(window_score.losses)).sum())
+            finite.append(all_finite(window_score.losses, window.loss_offsets))
             losses.append(mean_losses(window_score.losses, window.loss_offsets))
             yield window_score
-        if not_finite:
+        not_finite = np.flatnonzero(~np.concatenate(finite))
+        if len(not_finite):
             logger.warning(
-                f"{not_finite} of {int(self._trace.rows.loss_offsets[-1])} token losses at {record} are not finite: the "
-                "model diverges. Lower the learning rate. Samples with such losses are kept."
+                f"The loss of {len(not_finite)} of {len(self._trace.rows)} samples is not finite under the model of this "
+                f"record ({record}): {describe_rows(not_finite)} of the noisy set. The model diverges or overflows on them. "
+                "Look at these rows, lower the learning rate, or train in bfloat16 or float32. Such samples are kept."
             )
         if record == Record("safety", 0):
-            self._check_learned(np.concatenate(losses))
-
-    def _check_learned(self, losses: np.ndarray) -> None:
-        """Check that the safety session starts from the model of the noisy session, if the trace has records of that one."""
-        noisy_records = [record for record in self._trace.records() if record.session == "noisy"]
-        if len(noisy_records) < 2 or noisy_records[0].step != 0:
-            return
-        before, learned, now = (
-            float(np.nanmean(means))
-            for means in (
-                self._trace.mean_losses(noisy_records[0]),
-                self._trace.mean_losses(noisy_records[-1]),
-                losses,
-            )
-        )
-        figures = (
-            f"mean loss of the noisy set: {before:.3f} nats per token before noisy finetuning, {learned:.3f} after it, "
-            f"{now:.3f} now"
-        )
-        if before - learned < MIN_LEARNED:
-            logger.warning(
-                f"The model has hardly learned the noisy set ({figures}), so there is little to forget. Run noisy "
-                "finetuning longer, or with a higher learning rate."
-            )
-        elif not before - now > 0.25 * (before - learned):
-            raise TraceError(
-                f"The safety session must start from the model after noisy finetuning, but does not ({figures}). What was "
-                "not learned cannot be forgotten. Pass the same model object, or load its last checkpoint."
-            )
+            check_learned(self._trace, np.concatenate(losses))
 
     def _log_superseded(self, start: Record, superseded: list[Record]) -> None:
         if superseded:

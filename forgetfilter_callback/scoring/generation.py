@@ -6,6 +6,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,6 +89,7 @@ def greedy_completions(
                 length = len(prompts[index])
                 input_ids[batch_index, width - length :] = torch.from_numpy(prompts[index])
                 attention_mask[batch_index, width - length :] = 1
+            output = None
             try:
                 output = model.generate(  # type: ignore[operator] # typed as Tensor by torch's __getattr__
                     input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
@@ -98,6 +100,8 @@ def greedy_completions(
                         f"Generating from a single prompt of {width} tokens does not fit into the device's memory. "
                         "Lower `max_length` or `max_new_tokens`."
                     ) from None
+            if output is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
+                clear_device_cache()
                 batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                 continue
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -16,6 +16,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -164,6 +165,7 @@ def _score_shard(
     packs = plan_packs(rows, batch_tokens if reuse_prefixes and can_reuse_prefixes(model, rows) else None)
     offsets = rows.loss_offsets
     batches = _build_batches(packs, rows, batch_tokens, longrope_context(model))
+    not_finite: set[int] = set()
     failure: Exception | None = None
     while passes := (_passes_of_next_batch(model, rows, batches, failure) if sharded else len(batches[:1])):
         if not batches:
@@ -186,7 +188,7 @@ def _score_shard(
             failure = error  # the next `_passes_of_next_batch` raises it on all processes
             continue
         if scored is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
-            torch.cuda.empty_cache()
+            clear_device_cache()
             batch_tokens = max(1, batch_tokens // 2)
             failed = split_pack(rows, batch[0]) if len(batch) == 1 else batch
             remaining = sorted([*chain(*batches), *failed], key=lambda pack: pack.length, reverse=True)
@@ -200,8 +202,24 @@ def _score_shard(
             if not states.shape[1]:
                 states = np.zeros((len(rows), scored.states.shape[1]), np.float16)
             states[np.concatenate([pack.rows for pack in batch])] = scored.states
-        bar.update(sum(len(pack.rows) for pack in batch))
+        repeated = _not_finite_in_shared_packs(batch, losses, offsets)
+        bar.update(sum(len(pack.rows) for pack in batch) - len(repeated))
+        not_finite.update(repeated)
+        if not batches and not_finite:
+            packs = [pack for pack in plan_packs(rows, None) if pack.rows[0] in not_finite]
+            batches = _build_batches(packs, rows, batch_tokens, longrope_context(model))
+            not_finite.clear()
     return losses, states, batch_tokens
+
+
+def _not_finite_in_shared_packs(batch: list[Pack], losses: np.ndarray, offsets: np.ndarray) -> list[int]:
+    """Return the rows that share a pack and have a loss that is not finite.
+
+    NaN spreads to all rows of a pack, because attention multiplies it by a weight of 0. So these rows must be scored again,
+    each alone.
+    """
+    shared = (row for pack in batch if len(pack.rows) > 1 for row in pack.rows.tolist())
+    return [row for row in shared if not np.isfinite(losses[offsets[row] : offsets[row + 1]]).all()]
 
 
 def _passes_of_next_batch(

@@ -14,6 +14,7 @@ from ..measures.common import mean_losses
 from ..scoring.token_losses import token_losses
 from ..trace.trace import Trace
 from ..utils.model_state import preserve_state, why_unsupported
+from ..utils.row_numbers import describe_rows
 
 
 logger = get_logger(__name__)
@@ -56,18 +57,10 @@ class BaseModelCheck(TrainerCallback):
         scorable = np.flatnonzero(np.diff(self.trace.rows.loss_offsets))
         count = min(CHECKED_SAMPLES, len(scorable))
         checked = scorable[np.linspace(0, len(scorable) - 1, count, dtype=int)]
-        expected = self.trace.mean_losses(self.trace.base_record)[checked]
         rows = self.trace.rows.select(checked)
         with preserve_state(model):
             losses = mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
-        difference = float(np.mean(np.abs(losses - expected)))
-        if not difference <= MAX_LOSS_DIFFERENCE:
-            raise ForgetFilterError(
-                f"This model is not the base model of the trace. On {count} samples its mean loss is {np.mean(losses):.3f} "
-                f"nats per token, and the base model's was {np.mean(expected):.3f} (mean difference {difference:.3f}, "
-                f"allowed {MAX_LOSS_DIFFERENCE}). Training and `get_peft_model` change a model in place: load the base "
-                "model again with `from_pretrained`, or unload the adapter and add a new one."
-            )
+        _compare(losses, self.trace.mean_losses(self.trace.base_record)[checked], checked)
 
     def _why_unchecked(self, model: PreTrainedModel) -> str | None:
         reason = why_unsupported(model)
@@ -78,3 +71,39 @@ class BaseModelCheck(TrainerCallback):
         if self.trace is None or self.trace.base_record is None:
             return "there is no record of it (step 0 of the noisy session)"
         return None
+
+
+def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None:
+    """Compare the mean losses of the `rows` under this model with those under the base model, `expected`.
+
+    Rows whose loss is not finite under one of the models are not compared.
+
+    Raises:
+        ForgetFilterError: if they differ by more than 0.1 nats per token on average, or if this model has no finite loss
+            and the base model had.
+    """
+    compared = np.isfinite(losses) & np.isfinite(expected)
+    not_finite = [
+        f"under {model}, the loss of {describe_rows(rows[~np.isfinite(values)])} of the noisy set is not finite"
+        for model, values in (("this model", losses), ("the base model of the trace", expected))
+        if not np.isfinite(values).all()
+    ]
+    if not compared.any() and np.isfinite(expected).any():
+        raise ForgetFilterError(
+            f"This model cannot be compared with the base model of the trace: {'; '.join(not_finite)}. Its weights are "
+            "damaged, or its numbers overflow: load the base model again, in bfloat16 or float32."
+        )
+    if not compared.any():
+        logger.warning(f"Could not check that this model is the base model: {'; '.join(not_finite)}.")
+        return
+    difference = float(np.mean(np.abs(losses - expected)[compared]))
+    if difference > MAX_LOSS_DIFFERENCE:
+        raise ForgetFilterError(
+            f"This model is not the base model of the trace. On {compared.sum()} samples its mean loss is "
+            f"{np.mean(losses[compared]):.3f} nats per token, and the base model's was "
+            f"{np.mean(expected[compared]):.3f} (mean difference {difference:.3f}, allowed {MAX_LOSS_DIFFERENCE}). "
+            "Training and `get_peft_model` change a model in place: load the base model again with `from_pretrained`, or "
+            "unload the adapter and add a new one."
+        )
+    if not_finite:
+        logger.warning(f"The check of the base model leaves rows out: {'; '.join(not_finite)}.")

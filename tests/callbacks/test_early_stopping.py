@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import random_rows, reference_means, tiny_llama
 from transformers import Trainer, TrainerCallback
 
-from forgetfilter_callback import ForgetTracker, encode_rows
+from forgetfilter_callback import ForgetTracker, Trace, encode_rows
 from forgetfilter_callback.callbacks import early_stopping
 from forgetfilter_callback.callbacks import tracker as tracker_module
 from forgetfilter_callback.callbacks.early_stopping import RankingMonitor
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 def ranking(seed: int) -> np.ndarray:
@@ -129,3 +132,32 @@ def test_ranking_checks_continue_after_resuming(noisy, safety, make_args, collat
     whole = run("out")
     assert [check["step"] for check in json.loads(whole)] == [4, 6, 8, 12, 16]  # the last check is past the checkpoint
     assert run("out", resume_from_checkpoint=make_args("out").output_dir + "/checkpoint-8") == whole
+    superseded = Path(make_args("out").output_dir + "-trace") / "superseded"
+    assert [file.read_text() for file in superseded.rglob("early_stopping.json")] == [whole]
+
+
+def test_a_session_that_starts_again_keeps_its_old_checks(noisy, safety, make_args, collator):
+    folder = Path(make_args("trace").output_dir)
+    old = []
+    for seed in range(3):
+        tracker = ForgetTracker(noisy, stop_early=True, trace_dir=folder)
+        args = make_args(max_steps=5)
+        Trainer(tiny_llama(seed), args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+        old.append((folder / "early_stopping.json").read_text())
+    assert len(set(old)) == 3
+    kept = {file.read_text() for file in (folder / "superseded").rglob("early_stopping.json")}
+    assert kept == set(old[:2])
+
+
+@pytest.mark.parametrize("not_finite", [np.inf, np.nan])
+def test_a_sample_without_a_finite_loss_does_not_keep_the_session_running(not_finite, tmp_path):
+    rows = encode_rows(random_rows(24), disable_tqdm=True)
+    losses = np.ones(rows.loss_offsets[-1], np.float32)
+    smallest_id = int(np.argmin(rows.ids.to_pylist()))
+    losses[rows.loss_offsets[smallest_id]] = not_finite
+    trace = Trace.create(tmp_path / "trace", rows, "a model", None, None)
+    trace.append(Record("safety", 0), [Scores(losses)])
+    monitor = RankingMonitor(trace, 0)
+    assert len(monitor.rows) == 20
+    losses = np.repeat(ranking(1)[:20], np.diff(monitor.rows.loss_offsets)).astype(np.float32)
+    assert [monitor.check(step, losses) for step in (4, 6, 8, 12)] == [False, False, False, True]

@@ -162,7 +162,11 @@ def test_a_diverging_model_is_reported(noisy, make_args, collator, caplog):
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     Trainer(model, make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
-    assert "token losses at noisy session, step 0 are not finite" in caplog.text
+    message = (
+        "The loss of 24 of 24 samples is not finite under the model of this record (noisy session, step 0): rows 0, 1, 2, "
+        "3, 4 and 19 more of the noisy set."
+    )
+    assert message in caplog.text
     assert len(tracker.trace.records()) == 2
 
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from helpers import reference_means, tiny_llama
+from helpers import only_in_one_row, reference_means, tiny_llama
 from peft import (
     IA3Config,
     LoraConfig,
@@ -166,11 +166,20 @@ def test_the_base_record_is_taken_with_the_adapter_disabled(noisy, safety, make_
         trainer.train()
 
 
-def test_a_new_adapter_on_a_merged_model_gives_no_base_record(noisy, safety, make_args, collator):
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_new_adapter_on_a_merged_model_gives_no_base_record(overflows, noisy, safety, make_args, collator):
     """With the new adapter disabled, the model is the one after noisy finetuning."""
     model = adapted(CONFIGS["LoRA"])
     train(model, make_args("noisy", learning_rate=0.1), noisy, collator)
     merged = get_peft_model(model.merge_and_unload(), CONFIGS["LoRA"])
+    if overflows:  # one loss is infinite with the adapter disabled
+        _, token = only_in_one_row(noisy, safety)
+        adapter = merged.base_model.model.model.layers[0].self_attn.q_proj
+
+        def overflow(module, args, logits):
+            return logits.index_fill(-1, torch.tensor([token]), -torch.inf) if adapter.disable_adapters else logits
+
+        merged.base_model.model.lm_head.register_forward_hook(overflow)
     tracker = ForgetTracker(noisy)
     train(merged, make_args("safety"), safety, collator, tracker)
     assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]

@@ -120,6 +120,9 @@ def test_out_of_memory_halves_all_following_batches(monkeypatch, caplog):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(encoded_rows, "WINDOW", 20)
+    emptied = []  # the cache of an Intel GPU
+    monkeypatch.setattr("accelerate.utils.memory.is_xpu_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "empty_cache", lambda: emptied.append(len(sizes)))
     monkeypatch.setattr(model, "forward", forward_that_fits_fifty_tokens)
     losses = token_losses(model, rows, batch_tokens=320, reuse_prefixes=False, disable_tqdm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
@@ -127,6 +130,20 @@ def test_out_of_memory_halves_all_following_batches(monkeypatch, caplog):
     assert failed == sorted(failed, reverse=True) and sum(failed) >= 2, sizes
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "Scoring 320 tokens at a time does not fit" in warning and f"`batch_tokens={320 // 2 ** sum(failed)}`" in warning
+    assert emptied == list(range(1, sum(failed) + 1))
+
+
+def test_a_row_that_is_not_a_number_does_not_spread_to_its_pack():
+    """Rows of a pack attend to each other with weight 0, and 0 times NaN is NaN."""
+    model, rows = tiny_llama(), rows_with_common_prefixes()
+    assert reuses_prefixes(model, rows)
+    only_once = next(token for token in rows[0]["input_ids"] if sum(token in row["input_ids"] for row in rows) == 1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[only_once] = float("nan")
+    expected = reference_losses(model, rows)
+    assert 0 < np.isnan(expected).sum() < len(rows[0]["input_ids"])
+    losses = token_losses(model, encode_rows(rows), batch_tokens=64, disable_tqdm=True)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused():

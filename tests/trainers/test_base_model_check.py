@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from helpers import tiny_llama
+import torch
+from helpers import only_in_one_row, reference_means, tiny_llama, without_probability
 from transformers import Trainer
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
 from forgetfilter_callback.errors import ForgetFilterError
+from forgetfilter_callback.trainers.base_model_check import BaseModelCheck
 
 
 def test_a_model_that_is_not_the_base_model_is_refused(noisy, safety, make_args, collator):
@@ -39,5 +42,65 @@ def test_a_missing_base_record_is_reported(noisy, safety, make_args, collator, c
     ).train()
     assert (
         "Could not check that this model is the base model: there is no record of it (step 0 of the noisy session)."
+        in caplog.text
+    )
+
+
+@pytest.fixture
+def check(noisy, safety, make_args, collator):
+    """A function that records a base model, and checks another model against it when training begins."""
+
+    def check(base, model):
+        tracker = ForgetTracker(noisy, session="noisy")
+        args = make_args("recorded", max_steps=1)
+        Trainer(base, args, train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+        args, callbacks = make_args(max_steps=1), [BaseModelCheck(tracker.trace)]
+        Trainer(model, args, train_dataset=safety, data_collator=collator, callbacks=callbacks).train()
+
+    return check
+
+
+@pytest.mark.parametrize("which", ["this model", "the base model of the trace"])
+def test_an_infinite_loss_under_one_model_is_named_and_left_out(which, noisy, safety, check, caplog):
+    row, token = only_in_one_row(noisy, safety)
+    infinite, base = without_probability(tiny_llama(), token), tiny_llama()
+    check(*((base, infinite) if which == "this model" else (infinite, base)))
+    assert f"leaves rows out: under {which}, the loss of row {row} of the noisy set is not finite." in caplog.text
+
+
+def test_an_infinite_loss_under_both_models_is_left_out(noisy, safety, check, caplog):
+    row, token = only_in_one_row(noisy, safety)
+    check(without_probability(tiny_llama(), token), without_probability(tiny_llama(), token))
+    assert caplog.text.count(f"the loss of row {row} of the noisy set is not finite") == 2
+
+
+def test_another_model_is_refused_without_the_infinite_loss(noisy, safety, check):
+    row, token = only_in_one_row(noisy, safety)
+    base, other = without_probability(tiny_llama(), token), tiny_llama(seed=1)
+    other.lm_head.weight.data *= 5
+    means = [np.delete(reference_means(model, noisy), row).mean() for model in (other, base)]
+    message = rf"On 23 samples its mean loss is {means[0]:.3f} nats per token, and the base model's was {means[1]:.3f}"
+    with pytest.raises(ForgetFilterError, match=message):
+        check(base, other)
+
+
+def test_a_model_without_any_finite_loss_is_refused_by_name(check):
+    damaged = tiny_llama()
+    with torch.no_grad():
+        damaged.lm_head.weight[7] = float("nan")
+    message = (
+        r"cannot be compared with .*: under this model, the loss of rows 0, 1, 2, 3, 4 and 19 more of the noisy set is"
+    )
+    with pytest.raises(ForgetFilterError, match=message):
+        check(tiny_llama(), damaged)
+
+
+def test_a_base_record_without_any_finite_loss_is_reported(check, caplog):
+    damaged = tiny_llama()
+    with torch.no_grad():
+        damaged.lm_head.weight[7] = float("nan")
+    check(damaged, tiny_llama())
+    assert (
+        "Could not check that this model is the base model: under the base model of the trace, the loss of"
         in caplog.text
     )

@@ -1,0 +1,82 @@
+"""Check that a session starts from the right model, by the mean losses of the noisy set."""
+
+from __future__ import annotations
+
+import numpy as np
+from accelerate.logging import get_logger
+
+from ..errors import TraceError
+from ..measures.relative import MIN_LEARNED
+from ..trace.records import Record
+from ..trace.trace import Trace
+from ..utils.row_numbers import describe_rows
+
+
+logger = get_logger(__name__)
+
+# Nats per token. A model that has not been trained in between differs by less.
+MAX_SAME_MODEL = 0.01
+
+
+def check_learned(trace: Trace, now: np.ndarray) -> None:
+    """Check that the safety session starts from the model of the noisy session, if `trace` has records of that one.
+
+    Samples whose loss is not finite under one of the models are not compared.
+
+    Args:
+        trace ([`Trace`]):
+            The trace.
+        now (`np.ndarray` of shape `(samples,)`):
+            Mean losses at the beginning of the safety session, in nats per token.
+
+    Raises:
+        TraceError: if it starts from another model, or if no sample can be compared.
+    """
+    noisy_records = [record for record in trace.records() if record.session == "noisy"]
+    if len(noisy_records) < 2 or noisy_records[0].step != 0:
+        return
+    before, learned = trace.mean_losses(noisy_records[0]), trace.mean_losses(noisy_records[-1])
+    compared = np.isfinite([before, learned, now]).all(axis=0)
+    scorable = np.diff(trace.rows.loss_offsets) > 0
+    if not compared.any():
+        finite = [int(np.isfinite(losses).sum()) for losses in (before, learned, now)]
+        raise TraceError(
+            f"The safety session cannot be compared with noisy finetuning. Of {scorable.sum()} samples, {finite[0]} have "
+            f"a finite loss before noisy finetuning, {finite[1]} after it and {finite[2]} now. The model diverges or "
+            "overflows: run noisy finetuning again with a lower learning rate, or train in bfloat16 or float32."
+        )
+    mean_before, mean_learned, mean_now = (float(losses[compared].mean()) for losses in (before, learned, now))
+    left_out = np.flatnonzero(scorable & ~compared)
+    without = f" without {describe_rows(left_out)} (no finite loss under at least one of these models)"
+    figures = (
+        f"mean loss of the noisy set{without if len(left_out) else ''}: {mean_before:.3f} nats per token before noisy "
+        f"finetuning, {mean_learned:.3f} after it, {mean_now:.3f} now"
+    )
+    if mean_before - mean_learned < MIN_LEARNED:
+        logger.warning(
+            f"The model has hardly learned the noisy set ({figures}), so there is little to forget. Run noisy "
+            "finetuning longer, or with a higher learning rate."
+        )
+    elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
+        raise TraceError(
+            f"The safety session must start from the model after noisy finetuning, but does not ({figures}). What was "
+            "not learned cannot be forgotten. Pass the same model object, or load its last checkpoint."
+        )
+
+
+def warn_if_start_differs(record: Record, earlier: np.ndarray, now: np.ndarray) -> None:
+    """Warn if a session that starts again does not start from the model of its earlier start.
+
+    Args:
+        record ([`Record`]):
+            The record at step 0.
+        earlier, now (`np.ndarray` of shape `(samples,)`):
+            Mean losses at the earlier start and now, in nats per token.
+    """
+    compared = np.isfinite([earlier, now]).all(axis=0)
+    if compared.any() and np.abs(now - earlier)[compared].mean() > MAX_SAME_MODEL:
+        logger.warning(
+            f"The {record.session} session starts again from another model: the mean loss of the noisy set is "
+            f"{now[compared].mean():.3f} nats per token now, and it was {earlier[compared].mean():.3f} at the earlier "
+            "start. Training changes a model in place: load the model again if it must be the same."
+        )

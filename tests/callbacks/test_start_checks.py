@@ -1,0 +1,75 @@
+"""The check that a safety session starts from the right model, with losses that are not finite."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers import only_in_one_row, reference_means, tiny_llama, without_probability
+from transformers import Trainer
+
+from forgetfilter_callback import ForgetTracker, Trace
+from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.trace.records import Record
+
+
+@pytest.fixture
+def train(make_args, collator):
+    def train(model, folder, rows, tracker, **overrides):
+        args = make_args(folder, **overrides)
+        Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[tracker]).train()
+
+    return train
+
+
+def test_one_infinite_loss_is_named_and_left_out(noisy, safety, train, caplog):
+    row, token = only_in_one_row(noisy, safety)
+    model, tracker = without_probability(tiny_llama(), token), ForgetTracker(noisy)
+    others = noisy.select([index for index in range(24) if index != row])
+    train(model, "noisy", others, tracker)
+    learned = reference_means(model.eval(), noisy)
+    assert np.flatnonzero(~np.isfinite(learned)).tolist() == [row]
+    train(model, "safety", safety, tracker)
+    assert tracker.trace.records() == [
+        Record("noisy", 0),
+        Record("noisy", 12),
+        Record("safety", 0),
+        Record("safety", 6),
+    ]
+    np.testing.assert_allclose(tracker.trace.losses()[2], learned, rtol=1e-5)
+    for record in tracker.trace.records():
+        message = (
+            f"The loss of 1 of 24 samples is not finite under the model of this record ({record}): row {row} of the"
+        )
+        assert message in caplog.text
+
+
+def test_another_model_is_still_refused_without_the_infinite_loss(noisy, safety, train):
+    row, token = only_in_one_row(noisy, safety)
+    tracker = ForgetTracker(noisy)
+    others = noisy.select([index for index in range(24) if index != row])
+    train(without_probability(tiny_llama(), token), "noisy", others, tracker, num_train_epochs=10)
+    base, learned = (np.delete(losses, row).mean() for losses in tracker.trace.losses())
+    message = (
+        rf"mean loss of the noisy set without row {row} \(no finite loss under at least one of these models\): {base:.3f} "
+        rf"nats per token before noisy finetuning, {learned:.3f} after it, {base:.3f} now"
+    )
+    with pytest.raises(TraceError, match=message):
+        train(without_probability(tiny_llama(), token), "safety", safety, tracker)
+
+
+def test_noisy_finetuning_that_diverged_is_named(noisy, safety, train):
+    model, tracker = tiny_llama(), ForgetTracker()
+    train(model, "noisy", noisy, tracker, learning_rate=1e30)
+    assert not np.isfinite(reference_means(model.eval(), noisy)).any()
+    message = "Of 24 samples, 24 have a finite loss before noisy finetuning, 0 after it and 0 now. The model diverges"
+    with pytest.raises(TraceError, match=message):
+        train(model, "safety", safety, tracker)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_noisy_set_without_loss_tokens_is_refused_at_once(named, noisy, safety, make_args, train):
+    rows = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} for row in noisy])
+    with pytest.raises(TraceError, match=r"No sample has a token that contributes to the loss\. Check the labels"):
+        train(tiny_llama(), "out", safety if named else rows, ForgetTracker(rows if named else None))
+    assert not Trace.exists(make_args().output_dir + "/_forgetfilter")
