@@ -173,23 +173,18 @@ class Trace:
         return cls(folder, read_rows(folder, manifest), manifest)
 
     def begin_session(
-        self, session: Session, output_dir: str, max_steps: int, training_rows: str | None = None
+        self, session: Session, output_dir: str, max_steps: int, rows: str | None = None
     ) -> list[Session]:
-        """Add a session to the manifest. An earlier entry of the same session is replaced. `training_rows` is a
-        hash of the rows that the run trains on, if they could be encoded.
+        """Add a session to the manifest. An earlier entry of the same session is replaced. `rows` is a hash of the rows
+        that the run trains on, if they could be encoded.
 
         Returns:
             `list[str]`: the sessions that had begun before.
         """
         begun = [entry["session"] for entry in self.manifest["sessions"]]
         others = [entry for entry in self.manifest["sessions"] if entry["session"] != session]
-        entry = {
-            "session": session,
-            "output_dir": os.path.abspath(output_dir),
-            "max_steps": max_steps,
-            "training_rows": training_rows,
-        }
-        self.manifest["sessions"] = [*others, entry]
+        entry = {"session": session, "output_dir": os.path.abspath(output_dir), "max_steps": max_steps}
+        self.manifest["sessions"] = [*others, entry | {"training_rows": rows}]
         self._write_manifest()
         return begun
 
