@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,14 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(FAILED) from error
 
 
+def is_single_process() -> bool:
+    """Whether this process was not started with others by `torchrun` or `accelerate launch`.
+
+    Of several processes, only the main one reads the rows, and it may be on another machine than this one.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 def silence_libraries() -> None:
     """Hide the progress bars and log messages that transformers and datasets print while they load."""
     from datasets import disable_progress_bars
@@ -130,23 +139,28 @@ def run(
     """
     with exit_codes():
         run_config = _run_config(config, settings, filter_settings)
-        check_model(run_config.model)
-        for source in (run_config.noisy, run_config.safety):
-            check_source(source)
+        if is_single_process():
+            check_model(run_config.model)
+            for source in (run_config.noisy, run_config.safety):
+                check_source(source)
         from ..pipeline.cost_estimate import plan
         from ..pipeline.run import run as run_pipeline
+        from ..utils.distributed import rank_and_world_size
 
         silence_libraries()
         if dry_run:
             cost = plan(run_config)
-            typer.echo(json.dumps(dataclasses.asdict(cost)) if as_json else str(cost))
+            if rank_and_world_size()[0] == 0:
+                typer.echo(json.dumps(dataclasses.asdict(cost)) if as_json else str(cost))
             return
         if as_json:
             with _stdout_to_stderr():
                 result = run_pipeline(run_config)
         else:
             result = run_pipeline(run_config)
-        _print_result(result, Path(run_config.output), as_json)
+        if rank_and_world_size()[0] == 0:
+            _print_result(result, Path(run_config.output), as_json)
+        _exit_if_not_separable(result)
 
 
 def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: dict[str, Any]) -> RunConfig:
@@ -196,36 +210,27 @@ def score(
     if not checkpoints:
         raise typer.BadParameter("Pass at least one model: --before, --after or --base.")
     with exit_codes():
-        check_source(noisy)
-        for model in checkpoints.values():
-            check_model(model)
-        if tokenizer is not None:
-            check_model(tokenizer, "tokenizer")
+        if is_single_process():
+            check_source(noisy)
+            for model in checkpoints.values():
+                check_model(model)
+            if tokenizer is not None:
+                check_model(tokenizer, "tokenizer")
         import numpy as np
 
-        from ..data.load_rows import encode_source, load_rows
-        from ..data.output_lines import file_digest
-        from ..data.tokenizers import load_tokenizer, model_context_length
-        from ..pipeline.checkpoints import RECORD_OF, score_checkpoints
+        from ..pipeline.checkpoints import RECORD_OF, score_source
         from ..utils.distributed import rank_and_world_size
-        from ..utils.paths import absolute_path_or_hub_id
 
         silence_libraries()
-        first = next(iter(checkpoints.values()))
-        loaded_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else first)
-        max_length = max_length if max_length is not None else model_context_length(first)
-        digest = file_digest(noisy)
-        rows = encode_source(noisy, load_rows(noisy), loaded_tokenizer, max_length)
-        trace = score_checkpoints(output, rows, loaded_tokenizer, checkpoints, max_length, batch_tokens)
+        trace = score_source(output, noisy, checkpoints, tokenizer, max_length, batch_tokens)
         if rank_and_world_size()[0] > 0:
             return
-        trace.set_source(absolute_path_or_hub_id(noisy), digest, rows.truncated)
         means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
         if as_json:
-            typer.echo(json.dumps({"trace": str(output), "samples": len(rows), "mean_loss": means}))
+            typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
             return
         for role, mean in means.items():
-            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(rows):,} rows")
+            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(trace.rows):,} rows")
         is_complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
         next_step = (
             f"forgetfilter report {output}" if is_complete else "`score` with --before and --after into this folder"
@@ -258,6 +263,7 @@ def filter_command(
             loaded_tokenizer = _load_tokenizer(opened, tokenizer)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer)
         _print_result(result, output, as_json)
+        _exit_if_not_separable(result)
 
 
 @app.command()
@@ -385,6 +391,9 @@ def _print_result(result: FilterResult, output: Path, as_json: bool) -> None:
         typer.echo(f"{summary[0].upper()}{summary[1:]}.")
         files = sorted(file.name for file in output.iterdir() if not file.name.startswith("."))
         typer.echo(f"Files in {output}: {', '.join(files)}.")
+
+
+def _exit_if_not_separable(result: FilterResult) -> None:
     if result.method == "auto" and not result.separability.separable:
         raise typer.Exit(NOT_SEPARABLE)
 

@@ -13,6 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoded_rows import EncodedRows
+from ..data.load_rows import encode_source, load_rows
+from ..data.output_lines import file_digest
+from ..data.tokenizers import load_tokenizer, model_context_length
 from ..errors import TraceError
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record
@@ -60,8 +63,7 @@ def score_checkpoints(
     Raises:
         TraceError: if the trace in `folder` belongs to other rows or to a tracked run, or if a model cannot be loaded.
     """
-    # Initializes torch.distributed under torchrun. Without an accelerator, `cpu=True` must be passed.
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    device = _start_processes()
     tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path)
     first_checkpoint = next(iter(checkpoints.values()))
     model: PreTrainedModel | None = _load(first_checkpoint, device)  # fails before anything is written
@@ -99,6 +101,49 @@ def score_checkpoints(
             if lock is not None:
                 lock.release()
     return trace
+
+
+def score_source(
+    folder: str | os.PathLike[str],
+    source: str,
+    checkpoints: dict[str, str],
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+) -> Trace:
+    """Load rows and record their losses with [`score_checkpoints`], as `forgetfilter score` does it.
+
+    Args:
+        source (`str`):
+            The rows, as [`load_rows`] takes them. Under `torchrun`, only the main process reads them.
+        tokenizer (`str`, *optional*):
+            Hub id or folder. Defaults to the tokenizer of the first checkpoint.
+        max_length (`int`, *optional*):
+            Rows with more tokens are truncated on the right. Defaults to the context of the first checkpoint.
+        folder, checkpoints, batch_tokens:
+            As in [`score_checkpoints`].
+
+    Raises:
+        ForgetFilterError: if the rows cannot be loaded or encoded, or as [`score_checkpoints`].
+    """
+    first = next(iter(checkpoints.values()))
+    _start_processes()
+
+    def load_on_main() -> tuple[PreTrainedTokenizerBase, int | None, str | None, EncodedRows]:
+        loaded_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else first)
+        length = max_length if max_length is not None else model_context_length(first)
+        digest = file_digest(source)
+        return loaded_tokenizer, length, digest, encode_source(source, load_rows(source), loaded_tokenizer, length)
+
+    loaded_tokenizer, length, digest, rows = run_on_main(load_on_main)
+    trace = score_checkpoints(folder, rows, loaded_tokenizer, checkpoints, length, batch_tokens)
+    run_on_main(partial(trace.set_source, absolute_path_or_hub_id(source), digest, rows.truncated))
+    return trace
+
+
+def _start_processes() -> torch.device:
+    """Connect the processes of `torchrun`, if any, and return the device of this process."""
+    return PartialState(cpu=not torch.accelerator.is_available()).device  # without an accelerator, it must be told so
 
 
 def _record(trace: Trace, role: str, model: PreTrainedModel, batch_tokens: int | None, disable_tqdm: bool) -> None:

@@ -65,7 +65,8 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _steps_per_epoch(args: TrainingArguments, rows: int) -> int:
-    return math.ceil(math.ceil(rows / args.train_batch_size) / args.gradient_accumulation_steps)
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def _steps(args: TrainingArguments, rows: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,6 +26,7 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_no_text_for_numbers, check_positive
+from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
 from .load_model import load_model, lora_config
@@ -42,8 +44,8 @@ class RunInputs:
     Attributes:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
-        rows (`Dataset` or `JsonRows`):
-            The noisy set as it was given.
+        rows (`Dataset` or `JsonRows`, *optional*):
+            The noisy set as it was given. `None` on all processes but the main one.
         digest (`str`, *optional*):
             The [`file_digest`] of its file.
         noisy, safety ([`EncodedRows`]):
@@ -53,7 +55,7 @@ class RunInputs:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset | JsonRows
+    rows: Dataset | JsonRows | None
     digest: str | None
     noisy: EncodedRows
     safety: EncodedRows
@@ -62,29 +64,35 @@ class RunInputs:
 
 
 def load_inputs(config: RunConfig) -> RunInputs:
-    """Load and check everything a run needs, except the model.
+    """Load and check everything a run needs, except the model. Under `torchrun`, only the main process reads the rows.
 
     Raises:
         DataError: if rows or the tokenizer cannot be loaded, or if rows are in both sets.
         EncodingError: if rows cannot be encoded.
         ValueError: if `config.training` or `config.lora` is not valid.
     """
-    args, safety_args = training_arguments(config)
+    args, safety_args = training_arguments(config)  # starts torch.distributed under torchrun
     if config.use_lora:
         lora_config(config.lora)
-    tokenizer = load_tokenizer(config.model)
-    max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
-    digest = file_digest(config.noisy)
-    rows = load_rows(config.noisy)
-    noisy = encode_source(config.noisy, rows, tokenizer, max_length)
-    safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
-    overlap = pc.is_in(safety.ids, value_set=noisy.ids).true_count
-    if overlap:
-        raise DataError(
-            f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. Remove "
-            "them from one of the two sets."
-        )
-    return RunInputs(tokenizer, rows, digest, noisy, safety, args, safety_args)
+    given: list[Dataset | JsonRows] = []  # the other processes do not need the rows as they were given
+
+    def load_on_main() -> tuple[PreTrainedTokenizerBase, str | None, EncodedRows, EncodedRows]:
+        tokenizer = load_tokenizer(config.model)
+        max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
+        digest = file_digest(config.noisy)
+        given.append(load_rows(config.noisy))
+        noisy = encode_source(config.noisy, given[0], tokenizer, max_length)
+        safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
+        overlap = pc.is_in(safety.ids, value_set=noisy.ids).true_count
+        if overlap:
+            raise DataError(
+                f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. "
+                "Remove them from one of the two sets."
+            )
+        return tokenizer, digest, noisy, safety
+
+    tokenizer, digest, noisy, safety = run_on_main(load_on_main)
+    return RunInputs(tokenizer, given[0] if given else None, digest, noisy, safety, args, safety_args)
 
 
 def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingArguments]:
@@ -103,6 +111,8 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
         "disable_tqdm": False,
         "seed": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without it, accelerate does not connect the processes of `torchrun` on a machine that has CPUs only.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     # The length of a session is its own.
     shared = {name: value for name, value in config.training.items() if name not in ("num_train_epochs", "max_steps")}
@@ -128,7 +138,7 @@ def _build_arguments(config: RunConfig, section: str, settings: dict[str, Any]) 
 
 def run(config: RunConfig) -> FilterResult:
     """Train the noisy and the safety session, filter and, with `config.refit`, finetune the base model on the kept rows
-    (Zhao et al. 2024, Algorithm 1).
+    (Zhao et al. 2024, Algorithm 1). Under `torchrun` or `accelerate launch`, only the main process reads and writes files.
 
     Writes `config.yaml`, `_forgetfilter` (the trace), `kept.jsonl`, `removed.jsonl`, `card.md`, `filter_result` and, with
     `config.refit`, `model` to `config.output`.
@@ -146,17 +156,26 @@ def run(config: RunConfig) -> FilterResult:
     """
     inputs = load_inputs(config)
     output = Path(config.output)
-    for source in (config.noisy, config.safety):
-        check_output_is_not_source(source, output)
-    lock = Trace.lock(output / TRACE_FOLDER)
+    locks: list[FileLock | None] = []  # of the main process
+
+    def prepare_output() -> None:
+        for source in (config.noisy, config.safety):
+            check_output_is_not_source(source, output)
+        locks.append(Trace.lock(output / TRACE_FOLDER))
+        _check_earlier_run(config, inputs, output)
+        config.save(output / "config.yaml")
+
     try:
+        run_on_main(prepare_output)
         return _run_sessions(config, inputs, output)
     finally:
-        if lock is not None:
-            lock.release()
+        for lock in locks:
+            if lock is not None:
+                lock.release()
 
 
-def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:
+def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> None:
+    """Check that this run can continue or replace what an earlier run has left in `output`."""
     if Trace.exists(output / TRACE_FOLDER):
         earlier = Trace.open(output / TRACE_FOLDER)
         if earlier.rows.fingerprint != inputs.noisy.fingerprint:
@@ -165,7 +184,9 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
             )
     if config.resume and (output / "config.yaml").exists():
         config.check_same_as(output / "config.yaml")
-    config.save(output / "config.yaml")
+
+
+def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:
     tracker = ForgetTracker(
         trace_dir=output / TRACE_FOLDER,
         record_steps=config.record_steps,
@@ -185,19 +206,29 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     )
     pipeline.finetune(_checkpoint(config, "noisy"))
     pipeline.safety_finetune(_checkpoint(config, "safety"))
-    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.digest, inputs.noisy.truncated)
-    result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
-    lines = source_lines(inputs.rows)
-    write_filter_outputs(output, lines, result, tracker.trace)
+    result = run_on_main(partial(_filter_and_write, config, inputs, tracker, output))
     if config.refit:
         trainer = pipeline.refit(_checkpoint(config, "filtered"))
         trainer.save_model(str(output / "model"))
-        inputs.tokenizer.save_pretrained(str(output / "model"))
+        if trainer.args.should_save:
+            inputs.tokenizer.save_pretrained(str(output / "model"))
+    return result
+
+
+def _filter_and_write(config: RunConfig, inputs: RunInputs, tracker: ForgetTracker, output: Path) -> FilterResult:
+    assert inputs.rows is not None  # only the main process calls this
+    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.digest, inputs.noisy.truncated)
+    result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
+    write_filter_outputs(output, source_lines(inputs.rows), result, tracker.trace)
     return result
 
 
 def _checkpoint(config: RunConfig, session: str) -> str | None:
-    """The last checkpoint of a session, if the run is resumed and has one."""
+    """The last checkpoint of a session, if the run is resumed and has one. The main process looks for it."""
+    return run_on_main(partial(_find_checkpoint, config, session))
+
+
+def _find_checkpoint(config: RunConfig, session: str) -> str | None:
     folder = Path(config.output) / "sessions" / session
     checkpoint = get_last_checkpoint(str(folder)) if config.resume and folder.is_dir() else None
     if config.resume and checkpoint is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -48,12 +49,21 @@ def run_on_all(action: Callable[[], T]) -> list[T]:
     try:
         result = action()
     except Exception as raised:  # reported to the other processes, which would otherwise wait forever
-        error = raised
+        error = _picklable(raised)
     outcomes = gather_from_all((result, error))
     for _, rank_error in outcomes:
         if rank_error is not None:
             raise rank_error
     return [rank_result for rank_result, _ in outcomes]  # type: ignore[misc] # no rank failed, so none is missing
+
+
+def _picklable(error: Exception) -> Exception:
+    """Return `error`, or a `RuntimeError` with its message if its class cannot be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # an exception class may require any arguments, which pickle does not know
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def run_on_main(action: Callable[[], T], drain: Iterable[object] = ()) -> T:
@@ -66,11 +76,18 @@ def run_on_main(action: Callable[[], T], drain: Iterable[object] = ()) -> T:
             An iterator that runs collectives. Every process exhausts it, so that no process waits for another.
     """
 
-    def run_and_drain() -> T | None:
+    results: list[T | None] = [None]
+    rank, world_size = rank_and_world_size()
+
+    def run_and_drain() -> None:
         try:
-            return action() if rank_and_world_size()[0] == 0 else None
+            if rank == 0:
+                results[0] = action()
         finally:
             for _ in drain:
                 pass
 
-    return run_on_all(run_and_drain)[0]  # type: ignore[return-value] # the main process has a result
+    run_on_all(run_and_drain)
+    if world_size > 1:
+        dist.broadcast_object_list(results, src=0)  # gathering would hold one copy per process in memory
+    return results[0]  # type: ignore[return-value] # the main process has a result
