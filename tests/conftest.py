@@ -50,13 +50,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that can encode any text."""
+    """A byte-level tokenizer that can encode any text. As most tokenizers of base models, it has no padding token."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
     raw.train_from_iterator(["the cat sat on the mat and the dog ran"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
 
 
 @pytest.fixture

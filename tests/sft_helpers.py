@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from helpers import tiny_llama
+from helpers import VOCABULARY, tiny_llama
 from trl import SFTConfig, SFTTrainer
 
 
@@ -50,5 +50,6 @@ def rows_of(form: str, count: int = 9) -> Dataset:
 
 def one_row_losses(rows: Dataset, sft_config: SFTConfig, tokenizer, **kwargs) -> np.ndarray:
     """SFTTrainer's own evaluation loss of each row alone, before training."""
-    trainer = SFTTrainer(tiny_llama(), sft_config, train_dataset=rows, processing_class=tokenizer, **kwargs)
+    model = tiny_llama(vocab_size=max(VOCABULARY, len(tokenizer)))
+    trainer = SFTTrainer(model, sft_config, train_dataset=rows, processing_class=tokenizer, **kwargs)
     return np.array([trainer.evaluate(rows.select([index]))["eval_loss"] for index in range(len(rows))])

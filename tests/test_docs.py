@@ -18,13 +18,14 @@ import typer
 import yaml
 from datasets import Dataset
 from helpers import tiny_llama
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
 import forgetfilter_callback
 from forgetfilter_callback import Trace
 from forgetfilter_callback.cli.commands import app
+from forgetfilter_callback.data.tokenizers import padding_collator
 
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
         load_model = partial(AutoModelForCausalLM.from_pretrained, "model")
         names = {
             "tokenizer": byte_tokenizer,
-            "collator": DataCollatorForSeq2Seq(byte_tokenizer),
+            "collator": padding_collator(byte_tokenizer),
             "load_model": load_model,
             "model": load_model(),
             "base": load_model(),

@@ -16,10 +16,11 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..callbacks.tracker import ForgetTracker
 from ..data.output_lines import to_json_lines
+from ..data.tokenizers import padding_collator
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..filtering.result import FilterResult
@@ -80,7 +81,7 @@ def run_demo(
         filter_config=FilterConfig(
             measure="loss"
         ),  # most unsafe answers are names that occur in one row only, so there is nothing to pool
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
     )
 

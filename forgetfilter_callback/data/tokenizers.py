@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 from peft import PeftConfig
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +35,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"The tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Return a collator that pads `input_ids` and `labels`.
+
+    Many tokenizers have no padding token. Their rows are padded with the EOS token. Padding is on the right, where it does
+    not shift the positions of a row, and it is masked and does not contribute to the loss. `tokenizer` is not changed.
+    """
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
+    if padding.pad_token is None:
+        padding.pad_token = (
+            tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
+        )
+    return DataCollatorForSeq2Seq(padding)
 
 
 def model_context_length(model: str) -> int | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +23,7 @@ from ..trace.trace import Trace
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_main
 from ..utils.model_state import preserve_state
 from ..utils.paths import absolute_path_or_hub_id
+from .locked_output import locked_output
 
 
 # The record that each checkpoint gets, as in a tracked run.
@@ -67,14 +68,12 @@ def score_checkpoints(
     tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path)
     first_checkpoint = next(iter(checkpoints.values()))
     model: PreTrainedModel | None = _load(first_checkpoint, device)  # fails before anything is written
-    locks: list[FileLock | None] = []  # of the main process
 
     def open_or_create() -> None:
-        locks.append(Trace.lock(folder))
         if not Trace.exists(folder):
             Trace.create(folder, rows, absolute_path_or_hub_id(first_checkpoint), tokenizer_name, max_length)
 
-    try:
+    with locked_output(Path(folder), Path(folder)):
         run_on_main(open_or_create)
         trace = Trace.open(folder)
         if trace.rows.fingerprint != rows.fingerprint:
@@ -96,10 +95,6 @@ def score_checkpoints(
                 model = _load(checkpoint, device)
             _record(trace, role, model, batch_tokens, disable_tqdm)
             model = None  # two models may not fit into memory
-    finally:
-        for lock in locks:
-            if lock is not None:
-                lock.release()
     return trace
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from filelock import FileLock
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.tracker import ForgetTracker
@@ -20,7 +19,7 @@ from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows
 from ..data.output_lines import file_digest, source_lines
-from ..data.tokenizers import load_tokenizer, model_context_length
+from ..data.tokenizers import load_tokenizer, model_context_length, padding_collator
 from ..errors import DataError, TraceError
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
@@ -30,6 +29,7 @@ from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
 from .load_model import load_model, lora_config
+from .locked_output import locked_output
 from .outputs import check_output_is_not_source, write_filter_outputs
 from .run_config import RunConfig
 
@@ -156,22 +156,16 @@ def run(config: RunConfig) -> FilterResult:
     """
     inputs = load_inputs(config)
     output = Path(config.output)
-    locks: list[FileLock | None] = []  # of the main process
 
     def prepare_output() -> None:
-        for source in (config.noisy, config.safety):
-            check_output_is_not_source(source, output)
-        locks.append(Trace.lock(output / TRACE_FOLDER))
         _check_earlier_run(config, inputs, output)
         config.save(output / "config.yaml")
 
-    try:
+    for source in (config.noisy, config.safety):
+        check_output_is_not_source(source, output)
+    with locked_output(output, output / TRACE_FOLDER):
         run_on_main(prepare_output)
         return _run_sessions(config, inputs, output)
-    finally:
-        for lock in locks:
-            if lock is not None:
-                lock.release()
 
 
 def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> None:
@@ -201,7 +195,7 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
         safety_args=inputs.safety_args,
         tracker=tracker,
         filter_config=config.filter,
-        data_collator=DataCollatorForSeq2Seq(inputs.tokenizer),
+        data_collator=padding_collator(inputs.tokenizer),
         processing_class=inputs.tokenizer,
     )
     pipeline.finetune(_checkpoint(config, "noisy"))

@@ -54,7 +54,8 @@ def greedy_completions(
         prompts (`list[np.ndarray]`):
             Token ids, one array of shape `(prompt_tokens,)` per prompt.
         max_new_tokens (`int`):
-            Generation ends at the EOS token or after this many tokens.
+            Generation ends after this many tokens, or at the EOS token of the tokenizer or the model. Chat models end a
+            turn with another token than their tokenizer's EOS token.
         batch_size (`int`, defaults to 16):
             Maximum number of prompts per batch.
         disable_tqdm (`bool`, defaults to `False`):
@@ -69,12 +70,11 @@ def greedy_completions(
         ScoringError: if a single prompt does not fit into the device's memory.
     """
     device = next(model.parameters()).device
-    eos = tokenizer.eos_token_id
+    end_tokens = _end_tokens(model, tokenizer)
+    # Padding is masked, so that any token will do.
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_tokens or [0])[0]
     config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_tokens or None, pad_token_id=pad_token_id
     )
     completions = [""] * len(prompts)
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt)), key=lambda i: len(prompts[i]))
@@ -83,7 +83,7 @@ def greedy_completions(
         while batches:
             batch = batches.pop()
             width = len(prompts[batch[-1]])
-            input_ids = torch.full((len(batch), width), config.pad_token_id)
+            input_ids = torch.full((len(batch), width), pad_token_id)
             attention_mask = torch.zeros_like(input_ids)
             for batch_index, index in enumerate(batch):
                 length = len(prompts[index])
@@ -104,8 +104,16 @@ def greedy_completions(
                 clear_device_cache()
                 batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                 continue
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                completions[index] = text
+            for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+                # The rest is padding, which is text unless it is a special token of the tokenizer.
+                length = next((place + 1 for place, token in enumerate(tokens) if token in end_tokens), len(tokens))
+                completions[index] = cast(str, tokenizer.decode(tokens[:length], skip_special_tokens=True))
             bar.update(len(batch))
     return completions
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the tokens that end a completion."""
+    of_model = model.generation_config.eos_token_id
+    end_tokens = of_model if isinstance(of_model, list) else [of_model]
+    return [token for token in (tokenizer.eos_token_id, *end_tokens) if token is not None]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import call, refused, run_options, texts, tiny_llama
-from transformers import DataCollatorForSeq2Seq
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, Trace, encode_rows
 from forgetfilter_callback.cli.demo_data import trainable
 from forgetfilter_callback.data.load_rows import load_rows
+from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.filtering.find_forgotten import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
@@ -115,7 +115,7 @@ def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_
         model = tiny_llama(vocab_size=len(byte_tokenizer))
         rows = trainable(list(load_rows(files["noisy"])), byte_tokenizer)
         trainer = FilteredTrainer(model, make_args(folder.name), train_dataset=rows, forgetting=str(trace.folder),
-                                  data_collator=DataCollatorForSeq2Seq(byte_tokenizer))  # fmt: skip
+                                  data_collator=padding_collator(byte_tokenizer))  # fmt: skip
         return {
             "trainer": trainer.filter_result.reason,
             "page": write_review_page(trace, folder / "page.html", byte_tokenizer).reason,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from helpers import tiny_llama
+from shipped_tokenizers import SHIPPED, shipped_tokenizer
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback.scoring.generation import greedy_completions
 from forgetfilter_callback.trace.records import Record
 
 
@@ -35,3 +38,26 @@ def test_rouge_is_recorded_from_greedy_completions(noisy, safety, make_args, col
     np.testing.assert_allclose(tracker.trace.rouge1(Record("safety", 0)), expected)
     before, after = (tracker.trace.rouge1(record) for record in tracker.trace.records())
     np.testing.assert_allclose(tracker.trace.forgetting("rouge1"), before - after)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_completions_end_where_the_model_ends_them(name):
+    """At the end of a turn, often with another token than the tokenizer's EOS token. Prompts of a batch differ in length."""
+    tokenizer = shipped_tokenizer(name)
+    model = tiny_llama(vocab_size=len(tokenizer), eos_token_id=None, pad_token_id=None)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(6, len(tokenizer), length) for length in (3, 9, 5, 2)]
+
+    def of_transformers(prompt: np.ndarray) -> list[int]:
+        output = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        return output[0, len(prompt) :].tolist()
+
+    endless = [of_transformers(prompt) for prompt in prompts]
+    # Tokens that the model generates in the middle of a completion.
+    model.generation_config.eos_token_id = [endless[0][3], endless[1][5]]
+    expected = [tokenizer.decode(of_transformers(prompt), skip_special_tokens=True) for prompt in prompts]
+    if tokenizer.eos_token_id is not None:
+        assert not any(tokenizer.eos_token_id in tokens for tokens in endless)
+    assert greedy_completions(model, tokenizer, prompts, 8, disable_tqdm=True) == expected
+    assert expected != [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in endless]
+    assert tokenizer.pad_token == shipped_tokenizer(name).pad_token

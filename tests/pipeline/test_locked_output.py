@@ -1,0 +1,80 @@
+"""A command that fails before its first record leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from helpers import call, run_options, texts
+
+from forgetfilter_callback import RunConfig, Trace
+from forgetfilter_callback.callbacks import recorder
+from forgetfilter_callback.pipeline import checkpoints
+from forgetfilter_callback.pipeline import run as run_module
+
+
+def fail(*arguments: object, **more: object) -> None:
+    raise MemoryError("no room")
+
+
+def interrupt(*arguments: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+@pytest.mark.parametrize("stop", [fail, interrupt])
+@pytest.mark.parametrize("place", [(run_module, "load_model"), (recorder, "window_scores")])
+def test_a_run_that_fails_before_its_first_record_leaves_nothing(place, stop, files, tmp_path, monkeypatch):
+    """Without a model, and with the trace of the encoded rows already written. The next run may be one on other rows."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, stop)
+        assert call("run", *run_options(files, tmp_path / "out")).exit_code != 0
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("mine")
+        assert call("run", *run_options(files, tmp_path / "mine")).exit_code != 0
+        assert [*contents(tmp_path / "mine")] == [tmp_path / "mine" / "notes.txt"]
+    Dataset.from_list(texts(12, seed=5)).to_json(tmp_path / "others.jsonl")
+    options = run_options({**files, "noisy": tmp_path / "others.jsonl"}, tmp_path / "out")
+    assert call("run", *options, "--fraction", 0.25).exit_code == 0
+
+
+def test_a_failed_run_is_repeated_in_the_same_process(files, tmp_path, monkeypatch):
+    """The error holds the tracker of the failed run, which holds its lock."""
+    config = RunConfig(
+        *(str(files[name]) for name in ("model", "noisy", "safety")), output=str(tmp_path / "out"), lora={"r": 4}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "window_scores", fail)
+        with pytest.raises(MemoryError) as error:
+            run_module.run(config)
+    assert len(run_module.run(config).ids) == 12 and error.value.__traceback__ is not None
+
+
+def test_a_run_that_fails_later_keeps_its_records(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "find_forgotten", fail)
+    assert call("run", *run_options(files, tmp_path / "out")).exit_code == 1
+    assert len(Trace.open(tmp_path / "out" / "_forgetfilter").records()) == 4
+    assert (tmp_path / "out" / "config.yaml").exists()
+    before = contents(tmp_path / "out" / "_forgetfilter")
+    monkeypatch.setattr(run_module, "load_model", fail)
+    assert call("run", *run_options(files, tmp_path / "out")).exit_code == 1
+    assert contents(tmp_path / "out" / "_forgetfilter") == before
+
+
+@pytest.mark.parametrize("stop", [fail, interrupt])
+def test_a_score_that_fails_before_its_first_record_leaves_nothing(stop, files, tmp_path, monkeypatch):
+    options = ("--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "window_scores", stop)
+        assert call("score", *options).exit_code != 0
+        assert not (tmp_path / "trace").exists()
+    assert call("score", *options).exit_code == 0
+    before = contents(tmp_path / "trace")
+    monkeypatch.setattr(checkpoints, "window_scores", stop)
+    assert call("score", *options, "--after", files["model"]).exit_code != 0
+    assert contents(tmp_path / "trace") == before
