@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, overload
 
 
+TEXT_EXTENSIONS = (".jsonl", ".json", ".csv")
+
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 # A string in JSON contains no line break, so a line break in a row is outside of strings.
 _LINE_BREAK = re.compile(r"[ \t]*[\r\n][ \t\r\n]*")
@@ -42,12 +44,17 @@ class JsonRows(Sequence[dict[str, Any]]):
         return row
 
 
-def read_json(path: Path) -> JsonRows:
-    """Read a file of JSON Lines, or a file with one list of JSON objects.
+def read_text_file(path: Path) -> JsonRows:
+    """Read a file with one of the `TEXT_EXTENSIONS`.
 
     Raises:
-        ValueError: if the file is not UTF-8 or not JSON, or if a row is not an object.
+        ValueError: if the file is not UTF-8, if it is neither JSON Lines nor one list of JSON objects, or if a line of a CSV
+            file does not have as many values as its header.
     """
+    return _read_csv(path) if path.suffix.lower() == ".csv" else _read_json(path)
+
+
+def _read_json(path: Path) -> JsonRows:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return JsonRows([_LINE_BREAK.sub(" ", item) for item in _items_of_list(text)])
@@ -58,27 +65,25 @@ def read_json(path: Path) -> JsonRows:
                 _check_is_object(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
-            lines.append(line.rstrip("\r"))
+            lines.append(line)
     return JsonRows(lines)
 
 
-def read_csv(path: Path) -> JsonRows:
-    """Read a CSV file with a header. Every value is text.
-
-    Raises:
-        ValueError: if the file is not UTF-8, or if a line does not have as many values as the header.
-    """
+def _read_csv(path: Path) -> JsonRows:
     csv.field_size_limit(2**31 - 1)  # 128 KiB by default
     lines = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        for values in reader:
-            if not values:
-                continue  # a blank line
-            if len(values) != len(header):
-                raise ValueError(f"line {reader.line_num}: {len(values)} values, but the header has {len(header)}")
-            lines.append(json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False))
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise csv.Error(f"two columns have the same name ({', '.join(header)})")
+            for values in filter(None, reader):  # a blank line has no values
+                if len(values) != len(header):
+                    raise csv.Error(f"{len(values)} values, but the header has {len(header)}")
+                lines.append(json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False))
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
     return JsonRows(lines)
 
 

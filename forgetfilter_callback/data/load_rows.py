@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import logging
 import os
@@ -18,12 +17,11 @@ from ..errors import DataError, EncodingError
 from .blank_completions import describe_blank_completions
 from .encode_text import encode_rows
 from .encoded_rows import EncodedRows
-from .json_rows import JsonRows, read_csv, read_json
+from .json_rows import TEXT_EXTENSIONS, JsonRows, read_text_file
+from .source_paths import FILE_EXTENSIONS, check_source
 
 
 logger = logging.getLogger(__name__)
-
-FILE_EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
@@ -42,29 +40,23 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
     """
     path = Path(source)
     extension = path.suffix.lower()
+    check_source(str(source))
     try:
         if path.is_dir():
             rows = load_from_disk(str(path))
             if isinstance(rows, DatasetDict):
                 raise DataError(f"{source} contains several splits ({', '.join(rows)}). Pass the folder of one split.")
-        elif extension in FILE_EXTENSIONS:
-            if not path.is_file():
-                raise DataError(f"File {source} does not exist.")
-            if path.stat().st_size == 0:
-                raise DataError(f"{source} is empty.")
-            if extension == ".csv":
-                rows = read_csv(path)
-            elif extension == ".parquet":
-                rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-            else:
-                rows = read_json(path)
+        elif extension in TEXT_EXTENSIONS:
+            rows = read_text_file(path)
+        elif extension == ".parquet":
+            rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         else:
             name, _, split = str(source).partition(":")
             rows = load_dataset(name, split=split or "train")
         if isinstance(rows, Dataset):
             rows.data.table.validate(full=True)  # finds invalid UTF-8 now, not when a row is read
     except (
-        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException, csv.Error
+        DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException
     ) as error:  # fmt: skip
         if isinstance(error, DataError):
             raise

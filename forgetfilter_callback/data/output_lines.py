@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .json_rows import JsonRows
+from .json_rows import TEXT_EXTENSIONS, JsonRows
 
 
 if TYPE_CHECKING:
@@ -21,18 +21,12 @@ def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def file_digest(source: str) -> str | None:
-    """Hash a JSON Lines file (`.jsonl`). Return `None` if `source` is anything else."""
+    """Hash a JSON or CSV file. Return `None` if `source` is anything else."""
     path = Path(source)
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
+    if path.suffix.lower() not in TEXT_EXTENSIONS or not path.is_file():
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def file_lines(source: str) -> list[str]:
-    """Return the lines of a JSON Lines file that are not blank, as they are."""
-    with Path(source).open(encoding="utf-8-sig", newline="\n") as file:
-        return [line.rstrip("\r\n") for line in file if line.strip()]
 
 
 def source_lines(rows: Dataset | JsonRows) -> Iterable[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ..data.output_lines import file_lines, source_lines
+from ..data.json_rows import read_text_file
+from ..data.output_lines import source_lines
 from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
@@ -64,9 +65,7 @@ def _ids_and_lines(
 ) -> tuple[pa.StringArray | None, Iterable[str]]:
     """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows as JSON lines."""
     if is_unchanged(trace, source):
-        lines = file_lines(source)
-        if len(lines) == len(trace.rows):
-            return None, lines
+        return None, read_text_file(Path(source)).lines
     from ..data.load_rows import encode_source, load_rows  # imports torch
 
     rows = load_rows(source)

@@ -38,6 +38,7 @@ def test_rows_of_all_file_formats(files, tmp_path):
             "short.csv cannot be read: line 3: 1 values, but the header has 2",
         ),
         ("long.csv", 'prompt,completion\n"a\n",b,\n', "line 3: 3 values, but the header has 2"),
+        ("twice.csv", "text,text\na,b\n", "line 1: two columns have the same name"),
         ("list.jsonl", '{"text": "a"}\n\n["b"]\n', r"line 3: a row must be an object, but this one is \['b'\]"),
         ("items.json", '["a"]', "items.json cannot be read: a row must be an object"),
         ("open.json", '[{"text": "a"}, ', "open.json cannot be read"),
