@@ -27,7 +27,7 @@ from forgetfilter_callback import FilterResult, find_forgotten
 from forgetfilter_callback.cli.demo_model import computing_dtype
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.filtering.config import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
 from forgetfilter_callback.measures.rouge import rouge_forgetting
 from judging import judge, second_scorer

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.cli.demo_model import computing_dtype
 from forgetfilter_callback.filtering.config import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from scenarios import Row, Scenario, Sizes, alpaca_rows, load_scenario
 from sessions import (
     SIZES,

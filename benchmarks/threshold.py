@@ -23,7 +23,7 @@ from forgetfilter_callback import ForgetFilter, ForgetTracker
 from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
 from forgetfilter_callback.cli.demo_model import demo_arguments, load_base
 from forgetfilter_callback.filtering.config import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.utils.atomic_files import write_json
 
 

@@ -21,7 +21,7 @@ MODULES = (
     "forgetfilter_callback.measures.rouge",
     "forgetfilter_callback.measures.smoothed",
     "forgetfilter_callback.pipeline.outputs",
-    "forgetfilter_callback.thresholds",
+    "forgetfilter_callback.filtering.thresholds",
     "forgetfilter_callback.filtering.find_forgotten",
     "forgetfilter_callback.filtering.review_decision",
     "forgetfilter_callback.trace.records",

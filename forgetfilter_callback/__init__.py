@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.forget_filter import ForgetFilter
     from .pipeline.run import run
     from .pipeline.run_config import RunConfig
+    from .review.review_queue import ReviewQueue
     from .trace.trace import Trace
     from .trainers.filtered_sft_trainer import FilteredSFTTrainer
     from .trainers.filtered_trainer import FilteredTrainer, filtered
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "ForgetFilter": "pipeline.forget_filter",
     "ForgetFilterError": "errors",
     "ForgetTracker": "callbacks.tracker",
+    "ReviewQueue": "review.review_queue",
     "RunConfig": "pipeline.run_config",
     "Trace": "trace.trace",
     "encode_rows": "data.encode_text",
@@ -48,6 +50,7 @@ __all__ = [
     "ForgetFilter",
     "ForgetFilterError",
     "ForgetTracker",
+    "ReviewQueue",
     "RunConfig",
     "Trace",
     "encode_rows",

@@ -14,7 +14,7 @@ from helpers import sample_ids, two_populations
 
 import forgetfilter_callback
 from forgetfilter_callback import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.scoring.packing import lay_out, plan_packs
 from forgetfilter_callback.scoring.scores import Scores
 
@@ -27,6 +27,7 @@ PUBLIC_NAMES = [
     "ForgetFilter",
     "ForgetFilterError",
     "ForgetTracker",
+    "ReviewQueue",
     "RunConfig",
     "Trace",
     "encode_rows",

@@ -9,8 +9,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..filtering.thresholds import find_threshold
 from ..measures.names import DEFAULT_MEASURE
-from ..thresholds import find_threshold
 
 
 def summarize_record(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch and transformers are imported in the commands, so tha
 FAILED, BAD_INPUT, NOT_SEPARABLE = 1, 2, 3
 RUN_OPTIONS = tuple(each.name for each in dataclasses.fields(RunConfig) if each.name != "filter")
 RUN_FILTER_OPTIONS = ("measure", "threshold", "fraction")
-ALL_FILTER_OPTIONS = ("measure", "threshold", "fraction", "step", "decision")
+ALL_FILTER_OPTIONS = ("measure", "threshold", "fraction", "step", "decision", "reviewed", "level")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -11,7 +11,7 @@ from typing import Literal
 from ..measures.names import MEASURES, Measure
 
 
-Threshold = float | Literal["auto"]
+Threshold = float | Literal["auto", "fdr"]
 
 
 @dataclass
@@ -24,9 +24,11 @@ class FilterConfig:
     Args:
         measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
             The measure of forgetting. Defaults to `"smoothed"`. It must be given if forgetting is passed as plain values.
-        threshold (`"auto"` or `float`, defaults to `"auto"`):
+        threshold (`"auto"`, `"fdr"` or `float`, defaults to `"auto"`):
             The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses it
-            from the values.
+            from the values, which nobody has checked; with `reviewed`, it removes only the rows found to be unsafe. `"fdr"`
+            needs `reviewed`: rows without a verdict are removed too, as long as at most the fraction `level` of them is
+            expected to be benign.
         fraction (`float`, *optional*):
             Between 0 and 1. Removes this fraction of the samples, the most forgotten ones, instead of using a threshold.
             Samples with equal values are removed or kept together.
@@ -35,13 +37,21 @@ class FilterConfig:
         decision (`str` or `Path`, *optional*):
             A `review_decision.json` that a reviewer exported from the review page. It contains the measure, the threshold
             and the overridden samples, so it cannot be combined with the other arguments.
+        reviewed (`str` or `Path`, *optional*):
+            The folder with the verdicts of a [`ReviewQueue`]. Rows found to be unsafe are removed and rows found to be safe
+            are kept, regardless of the threshold.
+        level (`float`, defaults to 0.1):
+            The false discovery rate for `threshold="fdr"`, between 0 and 1: the expected fraction of benign rows among those
+            removed without a verdict.
 
     Raises:
         ValueError: if a value is out of range, or if arguments exclude each other.
     """
 
     measure: Measure | None = field(default=None, metadata={"help": "Measure of forgetting. Default: smoothed."})
-    threshold: Threshold = field(default="auto", metadata={"help": "Remove samples above this φ: a number, or auto."})
+    threshold: Threshold = field(
+        default="auto", metadata={"help": "Remove samples above this φ: a number, auto or fdr."}
+    )
     fraction: float | None = field(
         default=None, metadata={"help": "Remove this fraction of the samples, the most forgotten ones, instead."}
     )
@@ -50,6 +60,13 @@ class FilterConfig:
     )
     decision: str | os.PathLike[str] | None = field(
         default=None, metadata={"help": "review_decision.json, exported from the review page."}
+    )
+    reviewed: str | os.PathLike[str] | None = field(
+        default=None, metadata={"help": "Folder with the verdicts of a review."}
+    )
+    level: float = field(
+        default=0.1,
+        metadata={"help": "Fraction of benign rows that `fdr` may remove, on average, among the removed."},
     )
 
     def __post_init__(self) -> None:
@@ -63,6 +80,15 @@ class FilterConfig:
         if self.step is not None and not (isinstance(self.step, Integral) and self.step >= 0):
             raise ValueError(f"step={self.step!r} must be a whole number of at least 0.")
         others = (self.measure, self.threshold, self.fraction, self.step)
+        if not (isinstance(self.level, Real) and 0 < self.level < 1):
+            raise ValueError(f"level={self.level!r} must be between 0 and 1 (both excluded).")
+        if self.threshold == "fdr" and self.reviewed is None:
+            raise ValueError(
+                "threshold='fdr' needs verdicts on rows that were drawn at random. Review rows with a `ReviewQueue`, and "
+                "pass its folder as `reviewed`."
+            )
+        if self.decision is not None and self.reviewed is not None:
+            raise ValueError("`decision` and `reviewed` exclude each other. Pass one of them.")
         if self.decision is not None and others != (None, "auto", None, None):
             raise ValueError(
                 "`decision` already contains the measure and the threshold, and it was made on the last record. Pass "
@@ -71,13 +97,15 @@ class FilterConfig:
 
 
 def parse_threshold(threshold: float | str) -> Threshold:
-    """A threshold as a number or `"auto"`; numbers may be given as text."""
+    """A threshold as a number, `"auto"` or `"fdr"`; numbers may be given as text."""
     if threshold == "auto":
         return "auto"
+    if threshold == "fdr":
+        return "fdr"
     try:
         value = float(threshold)
     except (TypeError, ValueError):
         value = math.nan
     if math.isnan(value) or (isinstance(threshold, str) and math.isinf(value)):
-        raise ValueError(f"threshold={threshold!r} must be a number or 'auto'.")
+        raise ValueError(f"threshold={threshold!r} must be a number, 'auto' or 'fdr'.")
     return value

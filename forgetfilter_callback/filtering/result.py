@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
 from ..measures.names import Measure
-from ..thresholds import Separability
 from ..utils.arrow_arrays import from_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
 from .review_decision import Override
+from .thresholds import Separability
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "filter_result.json"
 SCHEMA_VERSION = 2
-ThresholdMethod = Literal["auto", "fixed", "fraction"]
+ThresholdMethod = Literal["auto", "fixed", "fraction", "reviewed", "fdr"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +46,8 @@ class FilterResult:
         threshold (`float` or `None`):
             The threshold φ: samples with a larger value are removed. `None` if no threshold applies, so that only
             overridden samples can be removed.
-        method (`"auto"`, `"fixed"` or `"fraction"`):
-            How the threshold was chosen.
+        method (`"auto"`, `"fixed"`, `"fraction"`, `"reviewed"` or `"fdr"`):
+            How the threshold was chosen. With the last two, a review decides, and there is no threshold.
         reason (`str`):
             A sentence that explains the threshold.
         separability ([`Separability`]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..filtering.result import FilterResult
-from ..thresholds import MIN_DISTANCE
+from ..filtering.thresholds import MIN_DISTANCE
 
 
 _METHODS = {"auto": "chosen automatically", "fixed": "set by the user", "fraction": "set by the requested fraction"}

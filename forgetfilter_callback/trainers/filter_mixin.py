@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
 from ..filtering.config import FilterConfig
-from ..filtering.find_forgotten import align_values, filter_by_values, find_forgotten
+from ..filtering.filter_by_values import filter_by_values
+from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import Trace
 

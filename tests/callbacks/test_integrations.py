@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker, find_forgotten
 from forgetfilter_callback.callbacks.integrations import summarize_record
-from forgetfilter_callback.thresholds import find_threshold
+from forgetfilter_callback.filtering.thresholds import find_threshold
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from forgetfilter_callback.cli.demo_data import trainable
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.errors import DecisionError
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.reports.review_page import write_review_page

@@ -11,7 +11,7 @@ import pytest
 from helpers import sample_ids
 
 from forgetfilter_callback import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.measures.names import MEASURES
 
 
@@ -44,7 +44,7 @@ def test_a_threshold_given_as_text_filters_like_the_number():
 
 @pytest.mark.parametrize("threshold", [math.nan, "nan", "high", "", "0.5 nats", "inf", None, [0.5]], ids=repr)
 def test_a_threshold_that_is_not_a_number_is_refused(threshold):
-    with pytest.raises(ValueError, match=r"^threshold=.* must be a number or 'auto'\.$"):
+    with pytest.raises(ValueError, match=r"^threshold=.* must be a number, 'auto' or 'fdr'\.$"):
         FilterConfig("loss", threshold)
 
 

@@ -13,9 +13,10 @@ from transformers import Trainer
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, find_forgotten
 from forgetfilter_callback.errors import DecisionError
-from forgetfilter_callback.filtering.find_forgotten import align_values, filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
+from forgetfilter_callback.filtering.find_forgotten import align_values
+from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.measures.names import MEASURES
-from forgetfilter_callback.thresholds import find_threshold
 
 
 LOSS = FilterConfig("loss")

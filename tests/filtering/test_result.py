@@ -11,7 +11,7 @@ from helpers import sample_ids, two_populations
 
 from forgetfilter_callback import FilterConfig, FilterResult
 from forgetfilter_callback.errors import DecisionError
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 
 
 def test_saving_and_loading_gives_the_same_decision(tmp_path):

@@ -13,7 +13,7 @@ from helpers import sample_ids
 
 from forgetfilter_callback import FilterConfig
 from forgetfilter_callback.errors import DecisionError
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
 
 

@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 from forgetfilter_callback import FilterConfig, FilterResult, Trace, encode_rows
 from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.data.encoded_rows import EncodedRows
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
+from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.names import MEASURES
@@ -24,7 +25,6 @@ from forgetfilter_callback.measures.relative import relative_forgetting
 from forgetfilter_callback.measures.smoothed import smoothed_forgetting
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.scoring.token_losses import token_losses
-from forgetfilter_callback.thresholds import find_threshold
 from forgetfilter_callback.trace.records import Record
 
 

@@ -15,7 +15,7 @@ from helpers import HOSTILE, call, hostile_trace, run_options, texts, tiny_llama
 import forgetfilter_callback
 from forgetfilter_callback import FilterConfig, Trace
 from forgetfilter_callback.errors import TraceError
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.reports.dataset_card import dataset_card
 
 

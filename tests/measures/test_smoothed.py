@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import RidgeCV
 
+from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 from forgetfilter_callback.measures.smoothed import (
     RIDGE_STRENGTHS,
@@ -16,7 +17,6 @@ from forgetfilter_callback.measures.smoothed import (
     smoothed_forgetting,
     typical_loss,
 )
-from forgetfilter_callback.thresholds import find_threshold
 
 
 def fraction_lost(rise):

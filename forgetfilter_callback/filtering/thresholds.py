@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .measures.names import Measure
+from ..measures.names import Measure
 
 
 # The anchor of φ: where half is lost. For `loss` and `pooled`, a rise of ln 2 nats halves a token's probability (for

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
 from forgetfilter_callback import FilterConfig
-from forgetfilter_callback.filtering.find_forgotten import filter_by_values
-from forgetfilter_callback.thresholds import find_threshold, mixture_boundary
+from forgetfilter_callback.filtering.filter_by_values import filter_by_values
+from forgetfilter_callback.filtering.thresholds import find_threshold, mixture_boundary
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.25, 0.5, 0.75])

@@ -1,0 +1,1 @@
+"""Review of single rows: verdicts of people, a ranking that learns from them, and estimates of what is left."""

@@ -1,0 +1,129 @@
+"""Estimates of how many unsafe rows a noisy set contains, from rows that were drawn at random."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import poisson_binom
+
+from .verdicts import Verdict
+
+
+LEVEL = 0.9  # of the intervals
+
+
+@dataclass(frozen=True)
+class ReviewEstimate:
+    """What a review has shown so far. Intervals contain the true number with a probability of about 90 %.
+
+    Attributes:
+        rows (`int`):
+            Rows of the noisy set.
+        seen (`int`):
+            Rows with a verdict.
+        drawn (`int`):
+            Rows with a verdict that were drawn at random. The intervals are based on them.
+        unsafe_found (`int`):
+            Rows found to be unsafe.
+        unsafe_left (`tuple[int, int]`):
+            Interval of the number of unsafe rows that a filter keeps.
+        benign_removed (`tuple[int, int]`):
+            Interval of the number of benign rows that a filter removes.
+    """
+
+    rows: int
+    seen: int
+    drawn: int
+    unsafe_found: int
+    unsafe_left: tuple[int, int]
+    benign_removed: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seen} of {self.rows} rows reviewed ({self.drawn} of them drawn at random), {self.unsafe_found} unsafe. "
+            f"Unsafe rows that are kept: {_interval(self.unsafe_left)}. "
+            f"Benign rows that are removed: {_interval(self.benign_removed)} (90 % intervals)."
+        )
+
+
+def estimate_unsafe_rows(
+    verdicts: Sequence[Verdict], rows: int, removed: Sequence[int] | np.ndarray | None = None
+) -> ReviewEstimate:
+    """Estimate how many unsafe rows a filter keeps and how many benign rows it removes.
+
+    A row that is drawn at random from the `U` rows without a verdict is unsafe with the probability `(K - f) / U`, where `K`
+    is the number of unsafe rows in the set and `f` the number found before. The number of unsafe rows among all draws
+    therefore has a Poisson binomial distribution. The interval contains every `K` that this distribution does not reject at
+    5 % on either side (mid-p). What the other rows of a round show is known and needs no estimate.
+
+    Args:
+        verdicts (`Sequence[Verdict]`):
+            All verdicts in the order in which they were given. If a row has several, the last one is valid.
+        rows (`int`):
+            Rows of the noisy set.
+        removed (`Sequence[int]`, *optional*):
+            Numbers of the rows that a filter removes. Defaults to the rows found to be unsafe. If rows without a verdict are
+            among them, the intervals allow that all or none of them are unsafe, as far as the totals permit.
+
+    Returns:
+        [`ReviewEstimate`]
+    """
+    labels = {verdict.row: verdict.verdict for verdict in verdicts}
+    unsafe = np.zeros(rows, dtype=bool)
+    unsafe[[row for row, label in labels.items() if label == "unsafe"]] = True
+    seen = np.zeros(rows, dtype=bool)
+    seen[list(labels)] = True
+    is_removed = unsafe.copy()
+    if removed is not None:
+        is_removed[:] = False
+        is_removed[np.asarray(removed, dtype=int)] = True
+    found = int(unsafe.sum())
+    low, high = _unsafe_interval(verdicts, unsafe, rows)
+    low, high = low - found, high - found  # among the rows without a verdict
+    unseen_removed, unseen_kept = int((is_removed & ~seen).sum()), int((~is_removed & ~seen).sum())
+    kept_unsafe, removed_benign = int((unsafe & ~is_removed).sum()), int((is_removed & seen & ~unsafe).sum())
+    return ReviewEstimate(
+        rows=rows,
+        seen=len(labels),
+        drawn=len({verdict.row for verdict in verdicts if verdict.drawn_from is not None}),
+        unsafe_found=found,
+        unsafe_left=(kept_unsafe + max(low - unseen_removed, 0), kept_unsafe + min(high, unseen_kept)),
+        benign_removed=(
+            removed_benign + max(unseen_removed - high, 0),
+            removed_benign + unseen_removed - max(low - unseen_kept, 0),
+        ),
+    )
+
+
+def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int) -> tuple[int, int]:
+    """The interval of the number of unsafe rows in the set."""
+    order = list(dict.fromkeys(verdict.row for verdict in verdicts))  # each row once, by its first verdict
+    found_before = np.concatenate([[0], np.cumsum(unsafe[order])]).astype(int)
+    drawn_from = {verdict.row: verdict.drawn_from for verdict in verdicts if verdict.drawn_from is not None}
+    found = int(found_before[-1])
+    most = rows - (len(order) - found)  # the rows found to be safe are not unsafe
+    if not drawn_from:
+        return found, most
+    sizes = np.array(list(drawn_from.values()))
+    found_at_draw = found_before[rows - sizes]
+    hits = int(unsafe[list(drawn_from)].sum())
+
+    def tails(total: int) -> tuple[float, float]:
+        """Mid-p probabilities of at most, and of at least, `hits` unsafe draws if the set has `total` unsafe rows."""
+        distribution = poisson_binom(np.clip((total - found_at_draw) / sizes, 0, 1))
+        below, exactly = float(distribution.cdf(hits)), float(distribution.pmf(hits))
+        return below - exactly / 2, 1 - below + exactly / 2
+
+    candidates = range(found, most + 1)
+    tail = (1 - LEVEL) / 2
+    # With more unsafe rows in the set, many hits become more likely and few hits less likely.
+    first = bisect_left(candidates, tail, key=lambda total: tails(total)[1])
+    last = bisect_left(candidates, -tail, key=lambda total: -tails(total)[0]) - 1
+    return min(found + first, most), max(found + last, found)
+
+
+def _interval(bounds: tuple[int, int]) -> str:
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"

@@ -1,0 +1,69 @@
+"""Rows that can be removed without a look, at a promised rate of mistakes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import false_discovery_control
+
+from .review_queue import ReviewQueue
+
+
+@dataclass(frozen=True, eq=False)
+class FalseDiscoveryResult:
+    """Rows without a verdict that can be removed.
+
+    Attributes:
+        removed (`np.ndarray` of shape `(samples,)`, bool):
+            The rows. All `False` if there are too few verdicts.
+        safe_drawn (`int`):
+            Rows that were drawn at random and found to be safe.
+        more_needed (`int`):
+            About how many more of them are needed before any row can be removed. 0 if rows are removed.
+    """
+
+    removed: np.ndarray
+    safe_drawn: int
+    more_needed: int
+
+
+def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
+    """Find rows that can be removed so that on average at most a fraction `level` of them is benign.
+
+    1. The scores are fitted without the verdicts on rows that were drawn at random and found to be safe (the calibration
+       rows). Therefore these rows and the benign rows without a verdict are exchangeable.
+    2. The conformal p-value of a row without a verdict is `(1 + c) / (1 + m)`, where `c` of the `m` calibration rows have
+       at least its score.
+    3. The procedure of Benjamini and Hochberg at `level` selects the rows.
+
+    Source: Bates et al. 2023 (conformal p-values for outliers), Marandon et al. 2024 (AdaDetect, learned scores).
+
+    Args:
+        queue ([`ReviewQueue`]):
+            The review. At least one row must have been found to be unsafe; otherwise no row is removed.
+        level (`float`):
+            The false discovery rate, between 0 and 1.
+
+    Returns:
+        [`FalseDiscoveryResult`]
+    """
+    labels = queue.labels
+    drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
+    calibration = [row for row in drawn if labels[row] == "safe"]
+    scores = queue.fit_scores({row: label for row, label in labels.items() if row not in calibration})
+    tested = np.flatnonzero(~queue.is_seen)
+    calibration_scores = np.sort(scores[calibration])
+    removed = np.zeros(len(scores), dtype=bool)
+    if len(tested) == 0:
+        return FalseDiscoveryResult(removed, len(calibration), 0)
+    at_least = len(calibration) - np.searchsorted(calibration_scores, scores[tested], side="left")
+    p_values = (1 + at_least) / (1 + len(calibration))
+    removed[tested] = false_discovery_control(p_values) <= level
+    if removed.any():
+        return FalseDiscoveryResult(removed, len(calibration), 0)
+    # The smallest p-value must be at most `level * k / tested` for the `k` rows that score above all calibration rows.
+    above_all = max(int((at_least == 0).sum()), 1)
+    needed = math.ceil(len(tested) / (level * above_all)) - 1
+    return FalseDiscoveryResult(removed, len(calibration), max(needed - len(calibration), 1))

@@ -1,0 +1,195 @@
+"""[`ReviewQueue`]: which rows to review next, ranked by what the verdicts so far have taught."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from ..trace.trace import Trace
+from .estimates import ReviewEstimate, estimate_unsafe_rows
+from .row_features import row_features
+from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
+
+
+# Fraction of the rows in a round that are drawn at random, for the estimates.
+RANDOM_FRACTION = 0.2
+# Inverse regularization strength of the logistic regression.
+REGULARIZATION = 0.03
+# Weight of a row without a verdict, which counts as safe. A verdict has the weight 1.
+UNSEEN_WEIGHT = 0.1
+
+
+class ReviewQueue:
+    """Chooses the rows that a person reviews, and learns from the verdicts.
+
+    Rows are ranked by the default measure until the first row is found to be unsafe. From then on, a logistic regression on
+    the measures and the hidden states ranks them. In each round, a fifth of the rows is drawn at random from all rows
+    without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on.
+
+    Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
+    folder again continues with them.
+
+    Args:
+        trace ([`Trace`]):
+            A trace with records of the safety session.
+        folder (`str` or `Path`, *optional*):
+            The folder of the verdicts. Defaults to the folder `review` in the trace's folder.
+        reviewer (`str`, *optional*):
+            A name that is stored with each verdict.
+        seed (`int`, defaults to 0):
+            Seed of the random draws.
+
+    Attributes:
+        verdicts (`list[Verdict]`):
+            All verdicts in the order in which they were given. If a row has several, the last one is valid.
+
+    Raises:
+        TraceError: if the trace does not hold the records that the measures need.
+        DecisionError: if the verdicts in `folder` are about another trace.
+
+    Example:
+
+    ```python
+    queue = ReviewQueue(Trace.open("out/_forgetfilter"))
+    for row in queue.next(10):
+        queue.add({row: "unsafe" if looks_unsafe(dataset[row]) else "safe"})
+    print(queue.estimate())
+    ```
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        folder: str | os.PathLike[str] | None = None,
+        reviewer: str | None = None,
+        seed: int = 0,
+    ):
+        self.trace = trace
+        self.reviewer = reviewer
+        self.seed = seed
+        self._file = (Path(folder) if folder is not None else trace.folder / "review") / VERDICTS_FILE
+        self.verdicts = read_verdicts(self._file, trace.rows.ids)
+        self._drawn_from: dict[int, int] = {}
+        forgetting = trace.forgetting()
+        self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)
+
+    def next(self, count: int = 10) -> list[int]:
+        """The rows to review next.
+
+        Args:
+            count (`int`, defaults to 10):
+                The number of rows. A fifth of them is drawn at random; with fewer than five rows per round, there is a
+                random row in every few rounds.
+
+        Returns:
+            `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer have no verdict, and empty
+            once every row has one. Rows that were returned before and have no verdict can be returned again.
+        """
+        rng = np.random.default_rng([self.seed, len(self.verdicts)])
+        unseen = np.flatnonzero(~self.is_seen)
+        count = min(count, len(unseen))
+        seen = len(self.trace.rows) - len(unseen)
+        random_count = int(RANDOM_FRACTION * (seen + count)) - int(RANDOM_FRACTION * seen)
+        drawn = rng.choice(unseen, random_count, replace=False)
+        self._drawn_from = {int(row): len(unseen) for row in drawn}
+        ranking = self.ranking
+        ranked = ranking[~self.is_seen[ranking] & ~np.isin(ranking, drawn)]
+        rows = np.concatenate([ranked[: count - random_count], drawn])
+        # Mixed, so that the reviewer does not know which rows are random.
+        return [int(row) for row in rng.permutation(rows)]
+
+    def add(self, verdicts: Mapping[int, VerdictLabel]) -> None:
+        """Store verdicts, and rank the rows again.
+
+        Args:
+            verdicts (`Mapping[int, str]`):
+                Row number to `"unsafe"` or `"safe"`. A second verdict on a row replaces the first one; both stay in the
+                file.
+
+        Raises:
+            ValueError: if a row or a verdict is unknown. Nothing is stored then.
+        """
+        for row, verdict in verdicts.items():
+            if not 0 <= row < len(self.trace.rows):
+                raise ValueError(f"There is no row {row}. The trace has the rows 0 to {len(self.trace.rows) - 1}.")
+            if verdict not in get_args(VerdictLabel):
+                raise ValueError(f"The verdict on row {row} is {verdict!r}. It must be 'unsafe' or 'safe'.")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        ids = self.trace.rows.ids
+        # A row that was drawn at random stays one when its verdict is changed.
+        drawn_from = {v.row: v.drawn_from for v in self.verdicts} | {
+            row: count for row, count in self._drawn_from.items() if not self.is_seen[row]
+        }
+        new = [
+            Verdict(int(row), ids[int(row)].as_py(), verdict, time, self.reviewer, drawn_from.get(row))
+            for row, verdict in verdicts.items()
+        ]
+        append_verdicts(new, self._file)
+        self.verdicts = [*self.verdicts, *new]
+        self.__dict__.pop("scores", None)
+
+    @property
+    def labels(self) -> dict[int, VerdictLabel]:
+        """The valid verdict of each reviewed row, in the order of the first verdicts."""
+        return {verdict.row: verdict.verdict for verdict in self.verdicts}
+
+    @property
+    def is_seen(self) -> np.ndarray:
+        """Whether each row has a verdict: shape `(samples,)`, bool."""
+        seen = np.zeros(len(self.trace.rows), dtype=bool)
+        seen[list(self.labels)] = True
+        return seen
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """All row numbers, the most likely unsafe first: shape `(samples,)`, integer. Includes the reviewed rows."""
+        return np.lexsort([-self._forgetting, -self.scores])
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """How likely each row is unsafe, as a score without a unit: shape `(samples,)`, float64."""
+        return self.fit_scores(self.labels)
+
+    def fit_scores(self, labels: Mapping[int, VerdictLabel]) -> np.ndarray:
+        """Fit the scores to some verdicts. They are the default measure if no row, or every row, is found to be unsafe.
+
+        Args:
+            labels (`Mapping[int, str]`):
+                The verdicts to learn from. All other rows count as safe, with a small weight.
+
+        Returns:
+            `np.ndarray` of shape `(samples,)`, float64.
+        """
+        unsafe = [row for row, label in labels.items() if label == "unsafe"]
+        if len(unsafe) in (0, len(self.trace.rows)):
+            return self._forgetting
+        is_unsafe = np.zeros(len(self.trace.rows), dtype=bool)
+        is_unsafe[unsafe] = True
+        weights = np.full(len(is_unsafe), UNSEEN_WEIGHT)
+        weights[list(labels)] = 1.0
+        model = LogisticRegression(C=REGULARIZATION).fit(self._features, is_unsafe, weights)
+        scores: np.ndarray = model.decision_function(self._features)
+        return scores
+
+    def estimate(self, removed: Sequence[int] | np.ndarray | None = None) -> ReviewEstimate:
+        """Estimate how many unsafe rows are left, from the rows that were drawn at random.
+
+        Args:
+            removed (`Sequence[int]`, *optional*):
+                Numbers of the rows that a filter removes. Defaults to the rows found to be unsafe.
+
+        Returns:
+            [`ReviewEstimate`]
+        """
+        return estimate_unsafe_rows(self.verdicts, len(self.trace.rows), removed)
+
+    @cached_property
+    def _features(self) -> np.ndarray:
+        return row_features(self.trace)

@@ -1,0 +1,68 @@
+"""Features of the rows of a trace, for a ranking that learns from verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import norm, rankdata
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import normalize
+
+from ..measures.common import mean_of_largest
+from ..measures.smoothed import agreed_forgetting
+from ..trace.trace import Trace
+
+
+# Principal components of the hidden states that become features.
+COMPONENTS = 30
+# Fraction of a row's tokens that the feature "largest rises" averages.
+LARGEST_FRACTION = 0.1
+
+
+def row_features(trace: Trace) -> np.ndarray:
+    """Computes the features of all rows: ranks of the measures, and principal components of the hidden states.
+
+    The ranks (of all measures that need no generation, of the largest tenth of the rises, and of `smoothed` before its
+    smoothing) are mapped to the quantiles of a normal distribution. The components are those of the centered hidden states
+    of the model after noisy finetuning, scaled to length 1.
+
+    Args:
+        trace ([`Trace`]):
+            A trace with records of the safety session.
+
+    Returns:
+        `np.ndarray` of shape `(samples, features)`, float64. Each feature has mean 0; ranks come first. A row without a
+        value gets the middle rank.
+
+    Raises:
+        TraceError: if the trace does not hold the records that the measures need.
+    """
+    before, after = trace.first_and_last()
+    tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
+    losses = trace.token_losses(before), trace.token_losses(after)
+    rises = losses[1].astype(np.float64) - losses[0]
+    values = [
+        trace.forgetting("smoothed"),
+        trace.forgetting("loss"),
+        trace.forgetting("pooled"),
+        agreed_forgetting(tokens, offsets, *losses),
+        mean_of_largest(rises, offsets, lambda counts: np.ceil(LARGEST_FRACTION * counts)),
+    ]
+    if trace.base_record is not None:
+        values.append(trace.forgetting("relative"))
+    return np.column_stack([*map(_normal_scores, values), _state_components(trace.states(before))])
+
+
+def _normal_scores(values: np.ndarray) -> np.ndarray:
+    """Ranks as quantiles of a normal distribution; 0 for values that are not finite."""
+    scores = np.zeros(len(values))
+    known = np.isfinite(values)
+    scores[known] = norm.ppf((rankdata(values[known]) - 0.5) / known.sum())
+    return scores
+
+
+def _state_components(states: np.ndarray) -> np.ndarray:
+    """Principal components of the states, divided by the standard deviation of the first one."""
+    finite = np.where(np.isfinite(states), states, 0).astype(np.float32)
+    directions = normalize(finite - finite.mean(axis=0))
+    components = PCA(min(COMPONENTS, *directions.shape), random_state=0).fit_transform(directions)
+    return components / max(components[:, 0].std(), 1e-9)

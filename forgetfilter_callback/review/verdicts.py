@@ -1,0 +1,103 @@
+"""Verdicts of reviewers, as JSON lines on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import pyarrow as pa
+
+from ..errors import DecisionError
+
+
+logger = logging.getLogger(__name__)
+
+VerdictLabel = Literal["unsafe", "safe"]
+VERDICTS_FILE = "verdicts.jsonl"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reviewer said about one row.
+
+    Attributes:
+        row (`int`):
+            Row number in the noisy set, from 0.
+        id (`str`):
+            Sample id of the row.
+        verdict (`"unsafe"` or `"safe"`):
+            The verdict.
+        time (`str`):
+            When it was given (ISO 8601, UTC).
+        reviewer (`str`, *optional*):
+            Who gave it.
+        drawn_from (`int`, *optional*):
+            The number of rows that had no verdict when the row was drawn from them at random. `None` if the row was not
+            drawn at random.
+    """
+
+    row: int
+    id: str
+    verdict: VerdictLabel
+    time: str
+    reviewer: str | None = None
+    drawn_from: int | None = None
+
+
+def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
+    """Append verdicts to a file, one JSON object per line. They are on disk when the function returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+    with file.open("a+b") as stream:
+        stream.seek(0, os.SEEK_END)
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":  # a crash cut the last line short; it stays in the file
+                text = "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
+    """Read all verdicts in the order in which they were given. A line that is cut short is skipped with a warning.
+
+    Args:
+        file (`Path`):
+            The file. There are no verdicts if it does not exist.
+        ids (`pa.StringArray` of length `samples`):
+            Sample ids of the trace.
+
+    Raises:
+        DecisionError: if a verdict is about another trace, or if a line holds no verdict.
+    """
+    if not file.exists():
+        return []
+    verdicts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning(f"{file}, line {number} is damaged and was skipped. Review that row again.")
+            continue
+        try:
+            verdict = Verdict(**content)
+            is_valid = verdict.verdict in get_args(VerdictLabel) and isinstance(verdict.row, int)
+        except TypeError:
+            is_valid = False
+        if not is_valid:
+            raise DecisionError(f"{file}, line {number} holds no verdict. Pass the folder of a review.")
+        if not 0 <= verdict.row < len(ids) or ids[verdict.row].as_py() != verdict.id:
+            raise DecisionError(
+                f"{file}, line {number}: the verdict is about another set (row {verdict.row} has another id here). Pass "
+                "the trace that was reviewed, or another review folder."
+            )
+        verdicts.append(verdict)
+    return verdicts

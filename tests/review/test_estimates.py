@@ -1,0 +1,81 @@
+"""Estimates against brute force: intervals contain the true numbers as often as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from forgetfilter_callback.review.estimates import estimate_unsafe_rows
+from forgetfilter_callback.review.verdicts import Verdict
+
+
+def given(row: int, unsafe: bool, drawn_from: int | None = None) -> Verdict:
+    return Verdict(row, str(row), "unsafe" if unsafe else "safe", "", None, drawn_from)
+
+
+def simulate(rng: np.random.Generator, rows: int, unsafe_rows: int, rounds: int) -> tuple[list[Verdict], np.ndarray]:
+    """Rounds of five rows by a noisy score and five random ones."""
+    unsafe = np.zeros(rows, dtype=bool)
+    unsafe[rng.choice(rows, unsafe_rows, replace=False)] = True
+    ranking = np.argsort(-(unsafe + rng.normal(size=rows)))
+    seen = np.zeros(rows, dtype=bool)
+    verdicts = []
+    for _ in range(rounds):
+        unseen = np.flatnonzero(~seen)
+        drawn = rng.choice(unseen, 5, replace=False)
+        ranked = [row for row in ranking if not seen[row] and row not in drawn][:5]
+        for row in rng.permutation([*drawn, *ranked]):
+            verdicts.append(given(int(row), unsafe[row], len(unseen) if row in drawn else None))
+            seen[row] = True
+    return verdicts, unsafe
+
+
+def test_intervals_contain_the_unsafe_rows_that_are_left_in_about_nine_of_ten_reviews():
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        verdicts, unsafe = simulate(rng, 200, 60, 6)
+        estimate = estimate_unsafe_rows(verdicts, 200)
+        left = unsafe.sum() - estimate.unsafe_found
+        covered.append(estimate.unsafe_left[0] <= left <= estimate.unsafe_left[1])
+        assert estimate.benign_removed == (0, 0)
+    assert 0.85 < np.mean(covered) < 0.96
+
+
+def test_one_round_of_random_rows_gives_the_binomial_interval():
+    """Ten random rows of 1000, two of them unsafe. The interval inverts the mid-p test at 5 % on each side."""
+    verdicts = [given(row, row < 2, 1000) for row in range(10)]
+    estimate = estimate_unsafe_rows(verdicts, 1000)
+    accepted = [
+        total
+        for total in range(2, 993)
+        if binom.cdf(1, 10, total / 1000) + binom.pmf(2, 10, total / 1000) / 2 >= 0.05
+        and binom.sf(2, 10, total / 1000) + binom.pmf(2, 10, total / 1000) / 2 >= 0.05
+    ]
+    assert estimate.unsafe_left == (accepted[0] - 2, accepted[-1] - 2)
+
+
+def test_without_random_rows_nothing_is_known_about_the_others():
+    estimate = estimate_unsafe_rows([given(0, True), given(1, False)], 10)
+    assert (estimate.seen, estimate.drawn, estimate.unsafe_found) == (2, 0, 1)
+    assert estimate.unsafe_left == (0, 8)
+
+
+def test_with_all_rows_reviewed_nothing_is_uncertain():
+    estimate = estimate_unsafe_rows([given(row, row < 3, 10) for row in range(10)], 10)
+    assert estimate.unsafe_left == (0, 0) and estimate.benign_removed == (0, 0)
+    estimate = estimate_unsafe_rows([given(row, row < 3, 10) for row in range(10)], 10, removed=[2, 3, 4])
+    assert estimate.unsafe_left == (2, 2) and estimate.benign_removed == (2, 2)
+
+
+def test_removed_rows_without_a_verdict_widen_both_intervals():
+    verdicts = [given(0, True), given(1, False)]
+    estimate = estimate_unsafe_rows(verdicts, 10, removed=[0, 5, 6])
+    assert estimate.unsafe_left == (0, 6) and estimate.benign_removed == (0, 2)
+
+
+@pytest.mark.parametrize(("first", "second", "found"), [(True, False, 0), (False, True, 1)])
+def test_the_last_verdict_on_a_row_counts(first, second, found):
+    estimate = estimate_unsafe_rows([given(3, first, 10), given(3, second, 10)], 10)
+    assert (estimate.seen, estimate.drawn, estimate.unsafe_found) == (1, 1, found)
