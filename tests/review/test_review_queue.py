@@ -107,7 +107,7 @@ def test_the_later_verdict_counts_and_both_are_kept(tmp_path):
 def test_unknown_rows_and_verdicts_are_refused_and_nothing_is_stored(tmp_path, verdicts):
     trace, _ = make_trace(tmp_path)
     queue = ReviewQueue(trace)
-    with pytest.raises(ValueError, match="There is no row|must be 'unsafe' or 'safe'"):
+    with pytest.raises(ValueError, match=r"There is no row|must be 'unsafe' or 'safe'"):
         queue.add(verdicts)
     assert queue.verdicts == [] and ReviewQueue(trace).verdicts == []
 
