@@ -61,7 +61,7 @@ def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_sta
         losses.append(slice_losses)
         if averaging is not None and hidden is not None:
             weights = torch.from_numpy(averaging[:, selected].toarray()).to(hidden.device)
-            part = weights @ hidden.float()
+            part = _weighted_sums(weights, hidden.float())
             means = part if means is None else means + part
     for _ in range(passes - len(slices)):
         forward.run(slices[-1])
@@ -89,6 +89,13 @@ def _averaging_matrix(rows: EncodedRows, batch: list[Pack], layout: Layout) -> c
     row_indices = np.repeat(np.arange(len(counts)), counts)
     values = (1 / counts).astype(np.float32)[row_indices]
     return csc_array((values, (row_indices, layout.prediction_index)), shape=(len(counts), len(layout.target)))
+
+
+def _weighted_sums(weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return `weights @ hidden`, where hidden states that are not finite have no effect on rows with weight 0 for them."""
+    not_finite = ~hidden.isfinite().all(dim=1)
+    affected = weights @ not_finite.float() > 0
+    return (weights @ hidden.masked_fill(not_finite[:, None], 0)).masked_fill(affected[:, None], math.nan)
 
 
 def _states(means: np.ndarray) -> np.ndarray:

@@ -132,3 +132,18 @@ def test_states_are_mean_hidden_states(size, reuse_prefixes, monkeypatch):
     assert scored.states.dtype == np.float16
     np.testing.assert_allclose(scored.states, expected, rtol=2e-3, atol=2e-3)
     assert not scored.states[-1].any()
+
+
+@pytest.mark.parametrize("reuse_prefixes", [True, False])
+def test_states_that_are_not_numbers_do_not_spread_to_other_rows(reuse_prefixes):
+    rng = np.random.default_rng(0)
+    dataset = [{"input_ids": rng.integers(5, 100, 9).tolist()} for _ in range(6)]
+    dataset[2]["input_ids"][4] = 120  # no other row has this token
+    model, rows = tiny_llama(), encode_rows(dataset, disable_tqdm=True)
+    (expected,) = window_scores(model, rows, None, reuse_prefixes, disable_tqdm=True, with_states=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[120] = float("nan")
+    (scored,) = window_scores(model, rows, None, reuse_prefixes, disable_tqdm=True, with_states=True)
+    others = np.arange(6) != 2
+    np.testing.assert_allclose(scored.states[others], expected.states[others], rtol=2e-3, atol=2e-3)
+    assert np.isnan(scored.states[2]).all()
