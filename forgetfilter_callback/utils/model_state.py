@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedType
 from peft.import_utils import is_bnb_4bit_available
 from torch import nn
@@ -92,6 +92,9 @@ def why_unsupported(model: nn.Module) -> str | None:
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
         return "weights are split by tensor parallelism or over a multi-dimensional mesh (hybrid sharding)"
+    parallelism = AcceleratorState().parallelism_config if is_initialized() else None
+    if parallelism is not None and {"cp", "sp"} & set(parallelism.non_dp_dim_names):
+        return "sequences are split over processes by context or sequence parallelism (`parallelism_config`)"
     distributed_type = PartialState().distributed_type
     # "MULTI_GPU", "MULTI_CPU" and so on: data parallelism, with all weights on every process.
     replicated = distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from helpers import random_rows, reference_means, tiny_llama
@@ -19,6 +20,7 @@ from transformers import Trainer
 from forgetfilter_callback import ForgetTracker, Trace, encode_rows
 from forgetfilter_callback.scoring.token_losses import token_losses
 from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trainers.base_model_check import BaseModelCheck
 from forgetfilter_callback.utils.model_state import preserve_state, why_unsupported
 
 
@@ -210,6 +212,23 @@ def test_other_sharding_is_refused(sharding, noisy, make_args, collator, monkeyp
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", sharding)
     with pytest.raises(NotImplementedError, match="sharded"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("split", [{"cp_size": 2}, {"sp_size": 2}], ids=str)
+def test_split_sequences_are_refused(split, noisy, make_args, collator, monkeypatch, caplog):
+    """Hooks of accelerate drop attention masks under context parallelism, and prefix sharing needs its own mask."""
+    tracker = ForgetTracker()
+    trainer = Trainer(tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker])
+    monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", ParallelismConfig(**split))
+    start = (trainer.args, trainer.state, trainer.control)
+    with pytest.raises(NotImplementedError, match="sequences are split over processes by context or sequence parall"):
+        trainer.callback_handler.on_train_begin(*start)
+    trainer.remove_callback(tracker)
+    trainer.add_callback(BaseModelCheck(None))
+    trainer.callback_handler.on_train_begin(*start)
+    assert "Could not check that this model is the base model: sequences are split" in caplog.text
+    monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", ParallelismConfig())
+    assert why_unsupported(tiny_llama()) is None
 
 
 @pytest.mark.parametrize("whole", [DistributedType.MULTI_NPU, DistributedType.MULTI_XPU, DistributedType.MULTI_GPU])
