@@ -58,9 +58,25 @@ def model_context_length(model: str) -> int | None:
     Raises:
         DataError: if the configuration cannot be loaded.
     """
+    return context_length(_load_config(model))
+
+
+def check_decoder_only(model: str) -> None:
+    """Check that a model on the Hub or in a folder has no encoder: `AutoModelForCausalLM` would load its decoder alone.
+
+    Raises:
+        DataError: if it has one, or if the configuration cannot be loaded.
+    """
+    if _load_config(model).is_encoder_decoder:
+        raise DataError(
+            f"The model {model!r} is an encoder-decoder model. ForgetFilter supports causal language models only."
+        )
+
+
+def _load_config(model: str) -> PreTrainedConfig:
     try:
         if find_adapter_config_file(model) is not None:
-            return model_context_length(PeftConfig.from_pretrained(model).base_model_name_or_path)
-        return context_length(AutoConfig.from_pretrained(model, trust_remote_code=False))
+            return _load_config(PeftConfig.from_pretrained(model).base_model_name_or_path)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error

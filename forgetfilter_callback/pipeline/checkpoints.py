@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..data.encoded_rows import EncodedRows
 from ..data.load_rows import encode_source, load_rows
 from ..data.output_lines import file_digest
-from ..data.tokenizers import load_tokenizer, model_context_length
+from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length
 from ..errors import TraceError
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record
@@ -62,6 +62,7 @@ def score_checkpoints(
         [`Trace`]
 
     Raises:
+        DataError: if a model has an encoder, or if its configuration cannot be loaded.
         TraceError: if the trace in `folder` belongs to other rows or to a tracked run, or if a model cannot be loaded.
     """
     device = _start_processes()
@@ -156,6 +157,7 @@ def _record(trace: Trace, role: str, model: PreTrainedModel, batch_tokens: int |
 
 
 def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
+    check_decoder_only(checkpoint)
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
         return cast(nn.Module, model).to(device)  # type: ignore[return-value] # the decorated `to` hides its types

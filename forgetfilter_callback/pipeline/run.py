@@ -19,7 +19,7 @@ from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows
 from ..data.output_lines import file_digest, source_lines
-from ..data.tokenizers import load_tokenizer, model_context_length, padding_collator
+from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length, padding_collator
 from ..errors import DataError, TraceError
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
@@ -77,6 +77,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
     given: list[Dataset | JsonRows] = []  # the other processes do not need the rows as they were given
 
     def load_on_main() -> tuple[PreTrainedTokenizerBase, str | None, EncodedRows, EncodedRows]:
+        check_decoder_only(config.model)
         tokenizer = load_tokenizer(config.model)
         max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
         digest = file_digest(config.noisy)

@@ -72,6 +72,35 @@ def _virtual_tokens(model: nn.Module) -> int:
     return model.active_peft_config.num_virtual_tokens
 
 
+def check_is_causal(model: nn.Module) -> None:
+    """Check that `model` is a causal language model.
+
+    Raises:
+        ScoringError: if it has an encoder, or if it is a masked language model.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = cast(PreTrainedConfig, model.config)
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        kind = "an encoder-decoder model"
+    elif vars(base).get("loss_type") == "ForMaskedLM":
+        kind = "a masked language model"
+    else:
+        return
+    raise ScoringError(
+        f"{type(base).__name__} is {kind}. ForgetFilter supports causal language models only: a record is the loss of "
+        "each token given the tokens before it."
+    )
+
+
+def counts_padding(model: nn.Module) -> bool:
+    """Return whether padding on the left may change the losses of `model`.
+
+    It does not with rotary positions, unless an adapter inserts virtual tokens before the padding.
+    """
+    config = cast(PreTrainedConfig, model.config)
+    return config.get_text_config().to_dict().get("rope_parameters") is None or _virtual_tokens(model) > 0
+
+
 def check_rows(model: nn.Module, rows: EncodedRows) -> None:
     """Check that `model` can score `rows`.
 

@@ -25,7 +25,7 @@ from ..errors import ScoringError
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_all, shard_indices
 from ..utils.model_state import is_sharded
 from .forward_pass import count_passes, score_batch
-from .model_capabilities import can_reuse_prefixes, check_rows, longrope_context
+from .model_capabilities import can_reuse_prefixes, check_is_causal, check_rows, longrope_context
 from .packing import Pack, mask_fits, plan_packs, split_pack
 from .scores import Scores
 
@@ -70,8 +70,9 @@ def token_losses(
 
     Raises:
         EncodingError: if a token id is outside the model's vocabulary.
-        ScoringError: if a single row does not fit into the device's memory, or if a row reaches the original context of
-            a model with `dynamic` RoPE, which scales such rows by the longest row seen so far.
+        ScoringError: if the model is not a causal language model, if a single row does not fit into the device's
+            memory, or if a row reaches the original context of a model with `dynamic` RoPE, which scales such rows by
+            the longest row seen so far.
     """
     no_losses = np.zeros(0, np.float32)  # the result for no rows
     windows = window_scores(model, rows, batch_tokens, reuse_prefixes, disable_tqdm, description)
@@ -105,6 +106,7 @@ def window_scores(
     Raises:
         EncodingError, ScoringError: see [`token_losses`].
     """
+    check_is_causal(model)
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from torch import nn
 
 from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
 from ..errors import EncodingError
 from ..filtering.config import FilterConfig
+from ..scoring.model_capabilities import check_is_causal
 from ..utils.optional_packages import requires_extra
 from .base_model_check import BaseModelCheck
 from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, get_trace
@@ -60,6 +62,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         if forgetting is None:
             check_nothing_to_filter(filter_config)
             return
+        check_is_causal(cast(nn.Module, self.model))
         if self.filter_result is None:
             raise EncodingError(
                 "FilteredSFTTrainer filters while SFTTrainer prepares the dataset, but `skip_prepare_dataset` skips that. "
