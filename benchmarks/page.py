@@ -21,13 +21,12 @@ from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forgetfilter_callback import Trace
-from forgetfilter_callback.data.encode_collated import encode_collated
+from forgetfilter_callback import Trace, encode_rows
 from forgetfilter_callback.reports.review_page import write_review_page
 from forgetfilter_callback.scoring.scores import STATE_SIZE, Scores
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.utils.atomic_files import write_json
-from scale import as_dataset, collate
+from scale import as_dataset
 
 
 LENGTH, LOSS_TOKENS = 60, 30
@@ -39,7 +38,7 @@ def synthetic_trace(folder: str, count: int) -> tuple[Trace, np.ndarray]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, len(WORDS), (count, LENGTH), dtype=np.int32)
     labels = np.where(np.arange(LENGTH) < LENGTH - LOSS_TOKENS, -100, tokens).astype(np.int32)
-    rows = encode_collated(as_dataset(tokens, labels), collate, disable_tqdm=True)
+    rows = encode_rows(as_dataset(tokens, labels), disable_tqdm=True)
     trace = Trace.create(folder, rows, "synthetic", None, None)
     unsafe = rng.random(count) < 0.25
     learnt = rng.gamma(2, 0.3, (count, LOSS_TOKENS)).astype(np.float32)

@@ -78,11 +78,11 @@ def record(folder: str) -> tuple[float, int]:
     )
     model = LlamaForCausalLM(config).eval()
     rows = Dataset.load_from_disk(folder)
-    token_losses(model, encode_collated(rows.select(range(8)), collate, disable_tqdm=True), disable_tqdm=True)
+    token_losses(model, encode_collated(rows.select(range(8)), collate, model, disable_tqdm=True), disable_tqdm=True)
     memory = PeakMemory()
     memory.start()
     started = time.perf_counter()
-    encoded = encode_collated(rows, collate, disable_tqdm=True)
+    encoded = encode_collated(rows, collate, model, disable_tqdm=True)
     with tempfile.TemporaryDirectory() as trace_folder:
         trace = Trace.create(trace_folder, encoded, "tiny", None, None)
         trace.append(Record("safety", 0), window_scores(model, encoded, disable_tqdm=True, with_states=True))

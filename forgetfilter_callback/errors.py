@@ -15,6 +15,10 @@ class UnsupportedDatasetError(EncodingError):
     """The losses of single rows cannot be followed: the dataset is packed, streamed, or has rows that are not one sample."""
 
 
+class UnsupportedInputError(UnsupportedDatasetError):
+    """The model is given more than tokens (images, token types, weights), or a mask or positions of another kind."""
+
+
 class DataError(ForgetFilterError):
     """Rows, a tokenizer or a model cannot be loaded."""
 

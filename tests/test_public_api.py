@@ -14,6 +14,7 @@ from helpers import sample_ids, two_populations
 
 import forgetfilter_callback
 from forgetfilter_callback import FilterConfig
+from forgetfilter_callback.data.token_sample import sample_of_inputs
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.scoring.packing import lay_out, plan_packs
 from forgetfilter_callback.scoring.scores import Scores
@@ -89,7 +90,7 @@ def test_light_imports_do_not_load_torch(code):
     assert process.stdout.strip() == ""
 
 
-@pytest.fixture(params=["EncodedRows", "FilterResult", "Scores", "Pack", "Layout"])
+@pytest.fixture(params=["EncodedRows", "FilterResult", "Scores", "Pack", "Layout", "Sample"])
 def array_object(request, rows):
     """An instance of each dataclass that holds arrays."""
     values, _ = two_populations(0.25, count=40)
@@ -100,6 +101,7 @@ def array_object(request, rows):
         Scores(np.zeros(3, np.float32), np.zeros((1, 2), np.float16)),
         packs[0],
         lay_out(rows, packs[:2]),
+        sample_of_inputs([5, 6], [5, 6]),
     ]
     return next(each for each in objects if type(each).__name__ == request.param)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..data.as_rows import as_rows
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
+from ..scoring.model_capabilities import check_is_causal, counts_padding
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
@@ -52,8 +53,10 @@ def open_trace(
         `tuple`: the trace, and the tracked rows in the order in which they were given.
 
     Raises:
+        ScoringError: if the model is not a causal language model.
         TraceError: if the trace in `folder` belongs to other rows, or if the noisy set is unknown.
     """
+    check_is_causal(model)
     if continue_trace and noisy is None and run_on_main(partial(Trace.exists, folder)):
         trace = Trace.open(folder)
         return trace, trace.rows
@@ -63,7 +66,7 @@ def open_trace(
             "session='safety')`, or the folder of the trace of the noisy session as `trace_dir`."
         )
     scored_length = scoring_max_length(model, args, max_length)
-    rows = encode_noisy_rows(noisy, args, processing_class, train_dataloader, scored_length)
+    rows = encode_noisy_rows(noisy, args, model, processing_class, train_dataloader, scored_length)
     encoding = sft_encoding_options(args, processing_class)
     if rows.truncated:
         side = "left" if encoding.get("keep_end", False) else "right"
@@ -76,6 +79,18 @@ def open_trace(
         logger.warning(
             f"{without_loss} of {len(rows)} samples have no token that contributes to the loss. Their forgetting is NaN, "
             "and they are kept. Check their labels and max_length."
+        )
+    padding = int((rows.loss_mask & ~rows.attention_mask).sum())
+    if padding:
+        logger.warning(
+            f"{padding} of the {len(rows.loss_tokens)} tokens that contribute to the loss are padding: their labels are "
+            "not -100. Training counts them, so the records do too. To train and record the text only, set the labels to "
+            "-100 where `attention_mask` is 0."
+        )
+    if rows.left_padded and counts_padding(model):
+        logger.warning(
+            f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but "
+            "this model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
         )
     names = model_and_tokenizer_names(model, processing_class)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,50 +10,70 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.as_rows import as_rows
-from ..data.encode_collated import encode_collated
+from ..data.encode_collated import encode_collated, model_inputs
 from ..data.encode_text import encode_rows
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import context_length
-from ..errors import UnsupportedDatasetError
+from ..errors import UnsupportedDatasetError, UnsupportedInputError
 
 
-# Columns of a tokenized row that a collator reads. The others are ids and audit columns.
-_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
+# Columns that SFTTrainer reads of a tokenized row.
+_SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
 def encode_noisy_rows(
     noisy: Any,
     args: TrainingArguments,
+    model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | None,
     train_dataloader: torch.utils.data.DataLoader,
     max_length: int | None,
 ) -> EncodedRows:
     """Encode the rows to track: `noisy`, or the training set if `noisy` is `None`."""
     if noisy is None:
-        return encode_training_rows(args, train_dataloader, max_length)
+        return encode_training_rows(args, model, train_dataloader, max_length)
     noisy = as_rows(noisy)
     disable_tqdm = hide_progress(args)
     is_stream = isinstance(noisy, torch.utils.data.IterableDataset)  # refused by `encode_rows`
-    if not is_stream and not _is_sft_config(args) and len(noisy) and "input_ids" in noisy[0]:
-        if isinstance(noisy, Dataset) and "input_ids" in noisy.column_names:  # false if a transform creates it
-            columns: Any = noisy.select_columns([name for name in _MODEL_COLUMNS if name in noisy.column_names])
-        else:
-            columns = [{name: row[name] for name in _MODEL_COLUMNS if name in row} for row in noisy]
-        # The collator decides which tokens contribute to the loss, so try this trainer's collator first.
-        with suppress(UnsupportedDatasetError):
-            return encode_collated(columns, train_dataloader.collate_fn, max_length, disable_tqdm)
+    if not is_stream and len(noisy) and "input_ids" in noisy[0]:
+        noisy = _columns_that_are_read(noisy, args, model)
+        if not _is_sft_config(args):
+            # The collator decides which tokens contribute to the loss, so try this trainer's collator first.
+            try:
+                return encode_collated(noisy, train_dataloader.collate_fn, model, max_length, disable_tqdm)
+            except UnsupportedInputError:
+                raise
+            except UnsupportedDatasetError:
+                pass  # this collator cannot collate a single row
     return encode_rows(
         noisy, processing_class, max_length, disable_tqdm, **sft_encoding_options(args, processing_class)
     )
 
 
+def _columns_that_are_read(noisy: Any, args: TrainingArguments, model: PreTrainedModel) -> Any:
+    """Remove the columns of tokenized rows that this trainer removes, such as ids and audit columns."""
+    if _is_sft_config(args):
+        names: Collection[str] = _SFT_COLUMNS
+    elif args.remove_unused_columns:
+        names = {*model_inputs(model), *_SFT_COLUMNS, *(args.label_names or [])}
+    else:
+        return noisy
+    if isinstance(noisy, Dataset) and "input_ids" in noisy.column_names:  # false if a transform creates it
+        return noisy.select_columns([name for name in noisy.column_names if name in names])
+    return [{name: value for name, value in row.items() if name in names} for row in noisy]
+
+
 def encode_training_rows(
-    args: TrainingArguments, train_dataloader: torch.utils.data.DataLoader, max_length: int | None
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    train_dataloader: torch.utils.data.DataLoader,
+    max_length: int | None,
 ) -> EncodedRows:
     """Encode the rows a session trains on.
 
     Raises:
-        UnsupportedDatasetError: if the training set is packed or streamed.
+        UnsupportedDatasetError: if the training set is packed or streamed, or if the model is given inputs that are not
+            scored.
         EncodingError: if a row is not a sample of causal language modeling.
     """
     if args.to_dict().get("packing", False):  # TRL's SFTConfig
@@ -62,7 +82,9 @@ def encode_training_rows(
             "name the rows to track: `ForgetTracker(noisy)` for a packed safety session, `ForgetTracker(noisy, "
             "session='noisy')` for a packed noisy session."
         )
-    return encode_collated(train_dataloader.dataset, train_dataloader.collate_fn, max_length, hide_progress(args))
+    return encode_collated(
+        train_dataloader.dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args)
+    )
 
 
 def sft_encoding_options(args: TrainingArguments, processing_class: PreTrainedTokenizerBase | None) -> dict[str, Any]:

@@ -105,10 +105,10 @@ class ForgetTracker(TrainerCallback):
     When a training run begins, it raises:
         EncodingError: if the rows are not samples of causal language modeling, if there are none, or if a row changes each
             time it is read.
-        UnsupportedDatasetError: without `noisy`, if the training set is packed or streamed.
+        UnsupportedDatasetError: if rows have images or other model inputs; without `noisy`, if they are packed or streamed.
         TraceError: if the trace in the folder belongs to other data, or if the sessions do not fit together.
-        NotImplementedError: if the weights are sharded by anything but FSDP2 (FSDP1, DeepSpeed, tensor parallelism), or with
-            `rouge1=True` by FSDP2.
+        NotImplementedError: if the weights are sharded by anything but FSDP2 (FSDP1, DeepSpeed, tensor parallelism), if
+            sequences are split (context or sequence parallelism), or with `rouge1=True` under FSDP2.
     """
 
     def __init__(
@@ -312,7 +312,7 @@ class ForgetTracker(TrainerCallback):
         else:
             try:
                 max_length = scoring_max_length(model, args, self.max_length)
-                training_rows = encode_training_rows(args, train_dataloader, max_length)
+                training_rows = encode_training_rows(args, model, train_dataloader, max_length)
             except UnsupportedDatasetError as error:
                 if self.session == "auto":
                     logger.warning(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ..errors import EncodingError, UnsupportedDatasetError
 from .as_rows import as_rows
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows
+from .token_sample import TOKEN_TYPES, Sample, other_inputs_error, sample_of_inputs
 
 
+_SCORED_INPUTS = {"input_ids", "labels", "attention_mask", "position_ids"}
+# Collators return these too. They say where a row ends, or what the labels say already.
+_HARMLESS_INPUTS = {
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths", "length",
+    "completion_mask", "assistant_masks", "special_tokens_mask", "num_items_in_batch",
+}  # fmt: skip
 # This many rows are read and collated twice, to detect a dataset or a collator that is not deterministic.
 _ROWS_READ_TWICE = 16
 
@@ -21,6 +32,7 @@ _ROWS_READ_TWICE = 16
 def encode_collated(
     dataset: Any,
     collate_fn: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    model: nn.Module,
     max_length: int | None = None,
     disable_tqdm: bool = False,
 ) -> EncodedRows:
@@ -31,6 +43,8 @@ def encode_collated(
             The rows as `train_dataloader.dataset` holds them, without id and audit columns.
         collate_fn (`Callable`):
             The collator of the data loader. It must return `input_ids` and `labels`.
+        model (`nn.Module`):
+            The model that is trained. Some inputs matter for some models only.
         max_length (`int`, *optional*):
             Rows with more tokens are truncated on the right. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
@@ -42,6 +56,8 @@ def encode_collated(
     Raises:
         UnsupportedDatasetError: if the dataset is streamed or packed, or if the collator returns no labels for a single
             row.
+        UnsupportedInputError: if the model is given inputs that are not scored, or a mask or positions that are not
+            those of one run of tokens.
         EncodingError: if the dataset is empty, if a row is not a causal language modeling sample, or if a row changes
             each time it is read.
     """
@@ -53,7 +69,7 @@ def encode_collated(
             "`ForgetTracker(noisy)`."
         )
 
-    def encode_one(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode_one(index: int) -> Sample:
         batch = collate_one(index)
         if index < _ROWS_READ_TWICE:
             # Cloned, because the dataset or the collator may reuse the same memory for the second batch.
@@ -65,7 +81,7 @@ def encode_collated(
                     "masks, prompts or augmentation). Such a row has no fixed loss, and reading it for a record would "
                     "change the random numbers that training draws. Use a deterministic dataset and collator."
                 )
-        return sample_of(batch)
+        return _sample_of(batch, model)
 
     def collate_one(index: int) -> Mapping[str, torch.Tensor]:
         row = dataset[index]
@@ -82,43 +98,73 @@ def encode_collated(
             )
         return batch
 
-    def sample_of(batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        if "input_ids" not in batch or "labels" not in batch:
-            raise UnsupportedDatasetError(
-                f"the collator returns {sorted(batch)}, but `input_ids` and `labels` are required. Use a collator that "
-                "makes labels, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
-            )
-        input_ids, labels = batch["input_ids"], batch["labels"]
-        if input_ids.ndim != 2 or labels.shape != input_ids.shape:
-            raise EncodingError(
-                f"`input_ids` has shape {tuple(input_ids.shape)} and `labels` has shape {tuple(labels.shape)}. Both "
-                "must be 2D and have the same shape, with one label per token. ForgetFilter supports causal language "
-                "modeling only."
-            )
-        packed = len(input_ids) != 1
-        if "position_ids" in batch and not packed:
-            # Trailing zeros are padding (`pad_to_multiple_of`). Any other zero after the first starts another sample.
-            length = max(1, len(np.trim_zeros(batch["position_ids"][0].numpy(), "b")))
-            input_ids, labels = input_ids[:, :length], labels[:, :length]
-            packed = int((batch["position_ids"][0, :length] == 0).sum()) > 1
-        if packed:
-            raise UnsupportedDatasetError(
-                "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
-                "Disable packing. Only a safety session may be packed, and only if the noisy rows are passed: "
-                "`ForgetTracker(noisy)`."
-            )
-        if "attention_mask" in batch:
-            attended = batch["attention_mask"][0].bool()
-            input_ids, labels = input_ids[:, attended], labels[:, attended]
-        loss_mask = labels[0] != IGNORE_INDEX
-        if not torch.equal(labels[0][loss_mask], input_ids[0][loss_mask]):
-            raise EncodingError(
-                "the labels differ from the row's own tokens, as in masked or sequence-to-sequence training. "
-                "ForgetFilter supports causal language modeling only."
-            )
-        return input_ids[0].numpy().astype(np.int32), loss_mask.numpy()
-
     return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm)
+
+
+def _sample_of(batch: Mapping[str, Any], model: nn.Module) -> Sample:
+    """Return the sample of a batch of one row."""
+    if "input_ids" not in batch or "labels" not in batch:
+        raise UnsupportedDatasetError(
+            f"the collator returns {sorted(batch)}, but `input_ids` and `labels` are required. Use a collator that "
+            "makes labels, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+        )
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    if input_ids.ndim != 2 or labels.shape != input_ids.shape:
+        raise EncodingError(
+            f"`input_ids` has shape {tuple(input_ids.shape)} and `labels` has shape {tuple(labels.shape)}. Both must "
+            "be 2D and have the same shape, with one label per token. ForgetFilter supports causal language modeling "
+            "only."
+        )
+    others = _other_inputs(batch, model)
+    if others:
+        raise other_inputs_error(others)
+    inputs = {name: batch[name].squeeze(0).numpy() for name in _SCORED_INPUTS if batch.get(name) is not None}
+    if len(input_ids) == 1 and "attention_mask" not in inputs:
+        inputs = _without_padding(inputs)
+    if len(input_ids) != 1 or _is_packed(batch, inputs):
+        raise UnsupportedDatasetError(
+            "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
+            "Disable packing. Only a safety session may be packed, and only if the noisy rows are passed: "
+            "`ForgetTracker(noisy)`."
+        )
+    return sample_of_inputs(**inputs)
+
+
+def model_inputs(model: nn.Module) -> Collection[str]:
+    """Return the names of the inputs of a model. `Trainer` removes the columns of a dataset that are not among them."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inspect.signature(type(base).forward).parameters.keys()
+
+
+def _other_inputs(batch: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return the names of the inputs that are not scored although the model may read them."""
+    names = {name for name, value in batch.items() if value is not None} - _SCORED_INPUTS - _HARMLESS_INPUTS
+    config = cast(PreTrainedConfig, model.config)
+    for name in names & set(TOKEN_TYPES):
+        # Zeros mean text in multimodal models. GPT-2 adds the embedding of token 0 instead.
+        is_text = config.get_text_config() is not config and not batch[name].any()
+        if is_text or name not in model_inputs(model):
+            names.remove(name)
+    return sorted(names)
+
+
+def _without_padding(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Remove the padding of a row without attention mask: trailing zeros of its positions (`pad_to_multiple_of`)."""
+    positions, labels = inputs.get("position_ids"), inputs["labels"]
+    if positions is None or positions.shape != labels.shape:
+        return inputs
+    length = max(1, len(np.trim_zeros((positions != 0) | (labels != IGNORE_INDEX), "b")))
+    return {name: values[:length] for name, values in inputs.items()}
+
+
+def _is_packed(batch: Mapping[str, Any], inputs: dict[str, np.ndarray]) -> bool:
+    """Return whether a row holds several samples. Each starts at position 0."""
+    positions, attended = inputs.get("position_ids"), inputs.get("attention_mask", np.ones_like(inputs["input_ids"]))
+    if positions is not None:
+        return positions.shape == attended.shape and int((positions[attended != 0] == 0).sum()) > 1
+    if batch.get("seq_idx") is not None:
+        return len(batch["seq_idx"].unique()) > 1
+    return batch.get("cu_seq_lens_q") is not None and len(batch["cu_seq_lens_q"]) > 2
 
 
 def _equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

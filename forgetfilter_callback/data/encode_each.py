@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import EncodingError
 from .encoded_rows import WINDOW, EncodedRows
+from .token_sample import Sample
 
 
 _DIGEST_BYTES = 12
@@ -21,7 +22,7 @@ _DIGEST_BYTES = 12
 
 def encode_each(
     rows: Iterable[Any],
-    encode_one: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    encode_one: Callable[[Any], Sample],
     total: int,
     max_length: int | None,
     disable_tqdm: bool,
@@ -33,7 +34,7 @@ def encode_each(
         rows (`Iterable`):
             The rows, in order.
         encode_one (`Callable`):
-            Returns the token ids (int32) and the loss mask (bool) of a row, both of shape `(tokens,)`.
+            Returns the [`Sample`] of a row.
         total (`int`):
             The number of rows.
         max_length (`int`, *optional*):
@@ -49,31 +50,40 @@ def encode_each(
     if total == 0:
         raise EncodingError("The noisy set is empty, so there is nothing to track. Pass the rows that you finetune on.")
     # Growing buffers, because one Python object per row would take more memory than most rows.
-    all_tokens, all_masks, offsets, ids = array("i"), bytearray(), array("q", [0]), bytearray()
-    truncated = 0
+    all_tokens, offsets, ids = array("i"), array("q", [0]), bytearray()
+    all_loss_masks, all_attention_masks = bytearray(), bytearray()
+    truncated = left_padded = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
         try:
-            tokens, loss_mask = encode_one(row)
+            sample = encode_one(row)
         except EncodingError as error:
             raise type(error)(f"Row {index}: {error}") from error
         except (TypeError, ValueError, OverflowError, TemplateError) as error:
             raise EncodingError(f"Row {index}: {error} ({type(error).__name__})") from error
-        if max_length is not None and len(tokens) > max_length:
-            kept = slice(-max_length, None) if keep_end else slice(max_length)
-            tokens, loss_mask = tokens[kept], loss_mask[kept]
+        left_padded += sample.left_padded
+        span = slice(None)
+        if max_length is not None and len(sample.tokens) > max_length:
+            span = slice(-max_length, None) if keep_end else slice(max_length)
             truncated += 1
+        loss_mask, attention_mask = sample.loss_mask[span].copy(), sample.attention_mask[span]
         loss_mask[:1] = False  # nothing predicts the first token
-        token_bytes, mask_bytes = tokens.tobytes(), loss_mask.tobytes()
-        ids += hashlib.blake2b(token_bytes + mask_bytes, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
+        token_bytes, mask_bytes = sample.tokens[span].tobytes(), loss_mask.tobytes()
+        hashed = token_bytes + mask_bytes
+        if not attention_mask.all():
+            hashed += attention_mask.tobytes()
+        ids += hashlib.blake2b(hashed, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
         all_tokens.frombytes(token_bytes)
-        all_masks += mask_bytes
+        all_loss_masks += mask_bytes
+        all_attention_masks += attention_mask.tobytes()
         offsets.append(len(all_tokens))
     return EncodedRows(
         ids=_with_occurrence_numbers(ids),
         tokens=np.frombuffer(all_tokens, np.int32),
-        loss_mask=np.frombuffer(all_masks, bool),
+        loss_mask=np.frombuffer(all_loss_masks, bool),
+        attention_mask=np.frombuffer(all_attention_masks, bool),
         offsets=np.frombuffer(offsets, np.int64),
         truncated=truncated,
+        left_padded=left_padded,
     )
 
 

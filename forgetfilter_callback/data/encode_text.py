@@ -25,6 +25,7 @@ from .messages import (
     messages_from_sharegpt,
     readable_form,
 )
+from .token_sample import Sample, plain_sample, refuse_other_inputs, sample_of_inputs
 
 
 def encode_rows(
@@ -42,7 +43,7 @@ def encode_rows(
 
     A row has one of these forms:
 
-    - `input_ids`, with `labels` or TRL's masks. Without either, all tokens contribute to the loss.
+    - `input_ids`, with `labels` or TRL's masks. Without either, all tokens but padding contribute to the loss.
     - `prompt` and `completion`, both strings or both lists of messages. Only the completion contributes to the loss.
     - `messages`, a list of messages. All tokens contribute to the loss.
     - `conversations`, a list of messages with `from` and `value` (ShareGPT). The same as `messages` with `role` and
@@ -89,22 +90,13 @@ def encode_rows(
         assert processing_class is not None
         return readable_form(processing_class, chat_template, forms)
 
-    def encode_one(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_one(row: Mapping[str, Any]) -> Sample:
         if not isinstance(row, Mapping):
             raise EncodingError(f"a row must be a dict, but this one is {type(row).__name__}.")
         if "input_ids" in row:
-            tokens = _token_ids(row["input_ids"])
-            labels = (
-                np.asarray(row["labels"]) if "labels" in row else _labels_from_masks(tokens, row, completion_only_loss)
-            )
-            if "attention_mask" in row:
-                attended = np.asarray(row["attention_mask"], dtype=bool)
-                tokens, labels = tokens[attended], labels[attended]
-            if labels.shape != tokens.shape or not np.all((labels == tokens) | (labels == IGNORE_INDEX)):
-                raise EncodingError(
-                    "`labels` must equal `input_ids`, or be -100 for tokens that do not contribute to the loss."
-                )
-            return tokens, labels != IGNORE_INDEX
+            refuse_other_inputs(row)
+            labels = row["labels"] if "labels" in row else _labels_from_masks(row, completion_only_loss)
+            return sample_of_inputs(row["input_ids"], labels, row.get("attention_mask"), row.get("position_ids"))
         if "chosen" in row or "rejected" in row:
             raise EncodingError(
                 "preference rows (`chosen`/`rejected`) are not supported. Pass the answers that you finetune on as "
@@ -128,17 +120,17 @@ def encode_rows(
             tokens, loss_mask = tokenize(prompt + completion)  # type: ignore[operator] # both have the same type
             if completion_only_loss is not False:
                 loss_mask[: common_prefix_length(prompt_tokens, tokens)] = False
-            return tokens, loss_mask
+            return plain_sample(tokens, loss_mask)
         for column in ("conversations", "messages"):
             if column in row:
                 value = messages_from_sharegpt(row[column]) if column == "conversations" else row[column]
                 messages = check_messages(value, column)
-                return tokenize(fit_content(messages, form_to_pass(forms_of(messages))))
+                return plain_sample(*tokenize(fit_content(messages, form_to_pass(forms_of(messages)))))
         if text_column in row:
             text = _text_or_messages(row, text_column)
             if not isinstance(text, str):
                 raise EncodingError(f"`{text_column}` contains messages. Rename the column to `messages`.")
-            return tokenize(_with_eos(text, processing_class))
+            return plain_sample(*tokenize(_with_eos(text, processing_class)))
         raise EncodingError(
             f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, "
             f"`conversations`, `{text_column}`, or `input_ids`."
@@ -158,26 +150,14 @@ def _text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message
     return check_text(value, f"`{column}`") if isinstance(value, str) else check_messages(value, column)
 
 
-def _token_ids(values: Any) -> np.ndarray:
-    """Return the token ids of a row as int32, after checking them."""
-    tokens = np.asarray(values)
-    if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-        raise EncodingError(
-            f"`input_ids` must be a list of integers, but it is {tokens.dtype} of shape {tokens.shape}."
-        )
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31:
-        raise EncodingError(
-            f"`input_ids` must be between 0 and 2**31 - 1, but they range from {tokens.min()} to {tokens.max()}."
-        )
-    return tokens.astype(np.int32)
-
-
-def _labels_from_masks(tokens: np.ndarray, row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray:
-    """Return the labels of a tokenized row that has no `labels`, from TRL's masks if it has any."""
+def _labels_from_masks(row: Mapping[str, Any], completion_only_loss: bool | None) -> np.ndarray | None:
+    """Return the labels of a tokenized row from TRL's masks, or `None` if it has none."""
     masks = ["completion_mask"] if completion_only_loss and "completion_mask" in row else []
     masks += ["assistant_masks"] if "assistant_masks" in row else []
-    loss_mask = np.all([np.asarray(row[mask], dtype=bool) for mask in masks], axis=0)  # `True` if there are no masks
-    return np.where(loss_mask, tokens, IGNORE_INDEX)
+    if not masks:
+        return None
+    loss_mask = np.all([np.asarray(row[mask], dtype=bool) for mask in masks], axis=0)
+    return np.where(loss_mask, row["input_ids"], IGNORE_INDEX)
 
 
 def _tokenizer(

@@ -27,24 +27,31 @@ class EncodedRows:
 
     Attributes:
         ids (`pa.StringArray` of length `samples`):
-            One id per sample: a hash of its token ids and its loss mask, followed by an occurrence number. An id does
-            not depend on the position of the row. The occurrence number distinguishes duplicates.
+            One id per sample: a hash of its token ids and its masks, followed by an occurrence number. An id does not
+            depend on the position of the row. The occurrence number distinguishes duplicates.
         tokens (`np.ndarray` of shape `(total_tokens,)`, int32):
             Token ids of all samples, concatenated.
         loss_mask (`np.ndarray` of shape `(total_tokens,)`, bool):
             Whether a token contributes to the loss. It is always `False` for the first token of a sample, because
             nothing predicts that token.
+        attention_mask (`np.ndarray` of shape `(total_tokens,)`, bool):
+            Whether other tokens of the sample attend to a token. It is `False` for padding, which is part of a sample
+            only if it contributes to the loss.
         offsets (`np.ndarray` of shape `(samples + 1,)`, int64):
             Sample `i` is `tokens[offsets[i]:offsets[i + 1]]`.
         truncated (`int`, defaults to 0):
             Number of samples that were truncated to the maximum length.
+        left_padded (`int`, defaults to 0):
+            Number of samples whose padding on the left was removed. Models with absolute positions count it.
     """
 
     ids: pa.StringArray
     tokens: np.ndarray
     loss_mask: np.ndarray
+    attention_mask: np.ndarray
     offsets: np.ndarray
     truncated: int = 0
+    left_padded: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,7 +67,13 @@ class EncodedRows:
         lengths = np.diff(self.offsets)[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return EncodedRows(self.ids.take(pa.array(indices)), self.tokens[positions], self.loss_mask[positions], offsets)
+        return EncodedRows(
+            self.ids.take(pa.array(indices)),
+            self.tokens[positions],
+            self.loss_mask[positions],
+            self.attention_mask[positions],
+            offsets,
+        )
 
     def windows(self) -> Iterator[EncodedRows]:
         """Iterate over the samples in order, in windows of up to 16,384 samples and 4,194,304 tokens.
@@ -73,23 +86,39 @@ class EncodedRows:
             stop = min(max(within, start + 1), start + WINDOW, len(self))
             offsets = self.offsets[start : stop + 1]
             span = slice(offsets[0], offsets[-1])
-            yield EncodedRows(self.ids[start:stop], self.tokens[span], self.loss_mask[span], offsets - offsets[0])
+            yield EncodedRows(
+                self.ids[start:stop],
+                self.tokens[span],
+                self.loss_mask[span],
+                self.attention_mask[span],
+                offsets - offsets[0],
+            )
             start = stop
+
+    @cached_property
+    def is_padded(self) -> np.ndarray:
+        """Whether a sample has padding that contributes to the loss: shape `(samples,)`, bool."""
+        padding = np.flatnonzero(~self.attention_mask)
+        is_padded = np.zeros(len(self), dtype=bool)
+        is_padded[np.searchsorted(self.offsets, padding, side="right") - 1] = True
+        return is_padded
 
     def as_dataset(self) -> Dataset:
         """Return a dataset to train on, with the columns `input_ids` and `labels`.
 
-        Labels are -100 for tokens that do not contribute to the loss.
+        Labels are -100 for tokens that do not contribute to the loss. If any sample is padded, there is a column
+        `attention_mask` too.
         """
         from datasets import Dataset
 
-        samples = (self.sample(index) for index in range(len(self)))
-        return Dataset.from_list(
-            [
-                {"input_ids": tokens.tolist(), "labels": np.where(loss_mask, tokens, IGNORE_INDEX).tolist()}
-                for tokens, loss_mask in samples
-            ]
-        )
+        labelled = self.loss_mask.copy()
+        starts = self.offsets[:-1][np.diff(self.offsets) > 0]
+        labelled[starts] |= ~self.attention_mask[starts]  # nothing predicts this token, but its label keeps the padding
+        columns = {"input_ids": self.tokens, "labels": np.where(labelled, self.tokens, IGNORE_INDEX)}
+        if not self.attention_mask.all():
+            columns["attention_mask"] = self.attention_mask.astype(np.int64)
+        samples = {name: np.split(values, self.offsets[1:-1]) for name, values in columns.items()}
+        return Dataset.from_dict({name: [values.tolist() for values in arrays] for name, arrays in samples.items()})
 
     @property
     def loss_tokens(self) -> np.ndarray:

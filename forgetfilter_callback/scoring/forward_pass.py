@@ -202,13 +202,14 @@ def _model_inputs(model: nn.Module, layout: Layout) -> tuple[dict[str, torch.Ten
     """Return the arguments of the model's `forward`, and the row and the column of each prediction in its output."""
     pack_index, column = layout.pack_index, layout.column
     inputs = {"input_ids": layout.input_ids}
-    if is_padding_free(model):
+    has_padded_rows = not np.array_equal(layout.attention_mask, layout.token_mask)
+    if is_padding_free(model) and not has_padded_rows:
         inputs = {"input_ids": layout.input_ids[layout.token_mask][None]}
         inputs["position_ids"] = layout.position_ids[layout.token_mask][None]
         column = (np.cumsum(layout.token_mask) - 1).reshape(layout.token_mask.shape)[pack_index, column]
         pack_index = np.zeros_like(pack_index)
     elif layout.tree_mask is None:
-        inputs["attention_mask"] = layout.token_mask.astype(np.int64)
+        inputs["attention_mask"] = layout.attention_mask.astype(np.int64)
     else:
         inputs["attention_mask"] = layout.tree_mask[:, None]
         inputs["position_ids"] = layout.position_ids

@@ -52,7 +52,9 @@ class Layout:
         input_ids, position_ids (`np.ndarray` of shape `(packs, width)`, int64):
             Token ids, and their positions in their rows. Padded on the right.
         token_mask (`np.ndarray` of shape `(packs, width)`, bool):
-            `True` for tokens, `False` for padding.
+            `True` for tokens, `False` for padding on the right.
+        attention_mask (`np.ndarray` of shape `(packs, width)`, bool):
+            `True` for tokens that other tokens attend to: all but padding, of the batch or of a sample.
         tree_mask (`np.ndarray` of shape `(packs, width, width)`, bool, *optional*):
             `tree_mask[pack, i, j]` is `True` if token `i` attends to token `j`. `None` if every pack has a single row:
             causal attention is enough then.
@@ -65,6 +67,7 @@ class Layout:
     input_ids: np.ndarray
     position_ids: np.ndarray
     token_mask: np.ndarray
+    attention_mask: np.ndarray
     tree_mask: np.ndarray | None
     pack_index: np.ndarray
     column: np.ndarray
@@ -75,6 +78,9 @@ class Layout:
 def needed_lengths(rows: EncodedRows) -> np.ndarray:
     """Return the number of tokens of each row that a model must read: those before the last loss token.
 
+    For padded rows it is all of them. Padding may attend to nothing (on the left, or far from the row's tokens with a
+    sliding window), and eager attention then averages over all tokens of the row.
+
     Returns:
         `np.ndarray` of shape `(samples,)`, int64. It is 0 for rows without loss tokens.
     """
@@ -82,6 +88,8 @@ def needed_lengths(rows: EncodedRows) -> np.ndarray:
     lengths = np.zeros(len(rows), dtype=np.int64)
     scorable = np.flatnonzero(np.diff(rows.loss_offsets))
     lengths[scorable] = loss_positions[rows.loss_offsets[scorable + 1] - 1] - rows.offsets[scorable]
+    padded = scorable[rows.is_padded[scorable]]
+    lengths[padded] = np.diff(rows.offsets)[padded]
     return lengths
 
 
@@ -93,16 +101,22 @@ def plan_packs(rows: EncodedRows, longest: int | None) -> list[Pack]:
             The rows to score.
         longest (`int`, *optional*):
             Maximum length of a pack of several rows, in tokens, and maximum number of their loss tokens, which is larger
-            if rows share loss tokens. Rows that share a prefix are put into one pack if that
-            is cheaper than separate packs. If `None`, every row is a pack of its own.
+            if rows share loss tokens. Rows that share a prefix are put into one pack if that is cheaper than separate
+            packs. Padded rows do not share. If `None`, every row is a pack of its own.
     """
     needed = needed_lengths(rows)
     scorable = np.flatnonzero(needed)
     if longest is None:
-        packs = [Pack(np.array([row]), np.zeros(1, np.int64), int(needed[row])) for row in scorable]
+        packs = _build_single_packs(needed, scorable)
     else:
-        packs = _build_shared_packs(rows, needed, scorable[_order_by_prefix(rows, scorable)], longest)
+        sharing = scorable[~rows.is_padded[scorable]]
+        packs = _build_shared_packs(rows, needed, sharing[_order_by_prefix(rows, sharing)], longest)
+        packs += _build_single_packs(needed, scorable[rows.is_padded[scorable]])
     return sorted(packs, key=lambda pack: pack.length, reverse=True)
+
+
+def _build_single_packs(needed: np.ndarray, scorable: np.ndarray) -> list[Pack]:
+    return [Pack(np.array([row]), np.zeros(1, np.int64), int(needed[row])) for row in scorable]
 
 
 def _order_by_prefix(rows: EncodedRows, scorable: np.ndarray) -> np.ndarray:
@@ -178,6 +192,7 @@ def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
     input_ids = np.zeros((len(packs), width), dtype=np.int64)
     position_ids = np.zeros((len(packs), width), dtype=np.int64)
     token_mask = np.arange(width) < np.array([[pack.length] for pack in packs])
+    attention_mask = token_mask.copy()
     tree_mask = None
     if any(len(pack.rows) > 1 for pack in packs):
         tree_mask = np.zeros((len(packs), width, width), dtype=bool)
@@ -191,15 +206,17 @@ def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
         for row, prefix in zip(pack.rows.tolist(), pack.prefix.tolist(), strict=True):
             tokens, loss_mask = rows.sample(row)
             loss_positions = np.flatnonzero(loss_mask)
-            needed = loss_positions[-1]
+            needed = len(tokens) if rows.is_padded[row] else loss_positions[-1]
             new = slice(used, used + needed - prefix)
             used = new.stop
             path = np.concatenate([path[:prefix], np.arange(new.start, new.stop)])
             input_ids[index, new] = tokens[prefix:needed]
             position_ids[index, new] = np.arange(prefix, needed)
+            start = rows.offsets[row]
+            attention_mask[index, new] = rows.attention_mask[start + prefix : start + needed]
             if tree_mask is not None:
                 tree_mask[index, new, path[:prefix]] = True
-                tree_mask[index, new, new] = np.tri(needed - prefix, dtype=bool)
+                tree_mask[index, new, new] = np.tri(needed - prefix, dtype=bool) & attention_mask[index, new]
             pack_indices.append(np.full(len(loss_positions), index))
             columns.append(path[loss_positions - 1])
             targets.append(tokens[loss_positions])
@@ -211,4 +228,6 @@ def lay_out(rows: EncodedRows, packs: list[Pack]) -> Layout:
     numbers, prediction_index = np.unique(numbers, return_inverse=True)
     place, target = np.divmod(numbers, base)
     pack_index, column = np.divmod(place, width)
-    return Layout(input_ids, position_ids, token_mask, tree_mask, pack_index, column, target, prediction_index)
+    return Layout(
+        input_ids, position_ids, token_mask, attention_mask, tree_mask, pack_index, column, target, prediction_index
+    )

@@ -40,7 +40,12 @@ _SESSION_TYPES: dict[str, type | UnionType] = {
     "max_steps": int,
     "training_rows": str | None,
 }
-_ROW_TYPES = {"id": pa.string(), "input_ids": pa.large_list(pa.int32()), "loss_mask": pa.large_list(pa.bool_())}
+_ROW_TYPES = {
+    "id": pa.string(),
+    "input_ids": pa.large_list(pa.int32()),
+    "loss_mask": pa.large_list(pa.bool_()),
+    "attention_mask": pa.large_list(pa.bool_()),
+}
 _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
     "loss": lambda dtype: dtype == pa.large_list(pa.float32()),
     "rouge1": lambda dtype: dtype == pa.float64(),
@@ -92,6 +97,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def rows_table(rows: EncodedRows) -> pa.Table:
+    """Return the table of `rows.parquet`."""
+    columns = {"input_ids": rows.tokens, "loss_mask": rows.loss_mask, "attention_mask": rows.attention_mask}
+    offsets = pa.array(rows.offsets)
+    lists = {name: pa.LargeListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
+    return pa.table({"id": rows.ids, **lists})
+
+
 def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     """Read and check `rows.parquet`.
 
@@ -104,16 +117,22 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     types = {name: table.schema.field(name).type for name in table.column_names}
-    if {name: types.get(name) for name in _ROW_TYPES} != _ROW_TYPES or any(map(_has_nulls, table.columns)):
+    is_older = "attention_mask" not in types  # no row has padding
+    expected = {name: dtype for name, dtype in _ROW_TYPES.items() if not is_older or name != "attention_mask"}
+    if {name: types.get(name) for name in expected} != expected or any(map(_has_nulls, table.columns)):
         raise TraceError(
             f"rows.parquet in {folder} must have the columns {', '.join(_ROW_TYPES)} without missing values. Restore the "
             "file, or record the trace again into another folder."
         )
     input_ids, loss_mask = (table[name].combine_chunks() for name in ("input_ids", "loss_mask"))
+    attention_mask = np.ones(len(input_ids.values), dtype=bool)
+    if not is_older:
+        attention_mask = to_numpy(table["attention_mask"].combine_chunks().values)
     rows = EncodedRows(
         ids=table["id"].combine_chunks(),
         tokens=to_numpy(input_ids.values),
         loss_mask=to_numpy(loss_mask.values),
+        attention_mask=attention_mask,
         offsets=to_numpy(input_ids.offsets),
         truncated=manifest["truncated"],
     )

@@ -3,7 +3,7 @@
 ```
 _forgetfilter/
   manifest.json                     schema version, fingerprint, model, tokenizer, versions, sessions
-  rows.parquet                      id, input_ids, loss_mask: the noisy set in its order
+  rows.parquet                      id, input_ids, loss_mask, attention_mask: the noisy set in its order
   records/noisy-00000000.parquet    loss (one list of floats per sample) [, state] [, completion, rouge1]
   records/safety-00000026.parquet
   superseded/1/...                  records that a restarted session has replaced
@@ -37,7 +37,7 @@ from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
 from .records import SESSIONS, Record, Session
-from .schema import SCHEMA_VERSION, read_column, read_manifest, read_rows
+from .schema import SCHEMA_VERSION, read_column, read_manifest, read_rows, rows_table
 from .superseded import supersede
 
 
@@ -98,17 +98,7 @@ class Trace:
         if not rows.loss_mask.any():
             raise TraceError("No sample has a token that contributes to the loss. Check the labels and `max_length`.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
-        tables = (
-            pa.table(
-                {
-                    "id": window.ids,
-                    "input_ids": pa.LargeListArray.from_arrays(pa.array(window.offsets), pa.array(window.tokens)),
-                    "loss_mask": pa.LargeListArray.from_arrays(pa.array(window.offsets), pa.array(window.loss_mask)),
-                }
-            )
-            for window in rows.windows()
-        )
-        write_parquet(tables, Path(folder) / "rows.parquet")
+        write_parquet(map(rows_table, rows.windows()), Path(folder) / "rows.parquet")
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": rows.fingerprint,

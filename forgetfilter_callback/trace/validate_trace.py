@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.encode_each import encode_each
+from ..data.token_sample import Sample
 from ..errors import TraceError
 from .records import SESSIONS, Record
 from .trace import Trace
@@ -60,9 +61,9 @@ def _check_rows(trace: Trace) -> list[str]:
     # An id is a hash of its row.
     count = len(trace.rows)
 
-    def sample(index: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, loss_mask = trace.rows.sample(index)
-        return tokens, loss_mask.copy()  # encoding changes it in place
+    def sample(index: int) -> Sample:
+        span = slice(trace.rows.offsets[index], trace.rows.offsets[index + 1])
+        return Sample(trace.rows.tokens[span], trace.rows.loss_mask[span], trace.rows.attention_mask[span])
 
     encoded = encode_each(range(count), sample, count, max_length=None, disable_tqdm=True)
     changed = pc.not_equal(encoded.ids, trace.rows.ids).true_count

@@ -12,6 +12,7 @@ from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
 from ..filtering.config import FilterConfig
+from ..scoring.model_capabilities import check_is_causal
 from ..utils.model_state import preserve_state
 from .base_model_check import BaseModelCheck
 from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, get_trace
@@ -65,10 +66,12 @@ class FilteredTrainer(FilterMixin, Trainer):
                 "dataset with `streaming=False`, or stream the `kept.jsonl` that `forgetfilter filter` writes."
             )
         trace = get_trace(forgetting)
-        with preserve_state(cast(nn.Module, self.model)):
+        model = cast(nn.Module, self.model)
+        check_is_causal(model)
+        with preserve_state(model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
-            rows = encode_collated(loader.dataset, loader.collate_fn, max_length, bool(self.args.disable_tqdm))
+            rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, bool(self.args.disable_tqdm))
         self.train_dataset = self._filter(dataset, rows.ids, forgetting, filter_config)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))

@@ -62,7 +62,7 @@ def test_a_random_dataset_that_reuses_its_buffer_is_refused(noisy, make_args):
 def test_batches_that_are_not_one_sample_are_unsupported(collate, noisy):
     """A list (GRPO), a failure, or a batch without labels: allowed in a safety session, so the error type differs."""
     with pytest.raises(UnsupportedDatasetError, match="Row 0: the collator"):
-        encode_collated(noisy, collate, disable_tqdm=True)
+        encode_collated(noisy, collate, tiny_llama(), disable_tqdm=True)
 
 
 def test_a_random_dataset_is_refused(noisy, make_args, collator):

@@ -35,6 +35,7 @@ ROWS = st.lists(st.tuples(TOKENS, st.integers(0, 12)), min_size=1, max_size=8)
 VALUES = arrays(np.float64, st.integers(2, 60), elements=st.floats(-5, 5, width=32) | st.just(np.nan)).filter(
     lambda values: np.isfinite(values).any()
 )
+MODEL = tiny_llama()
 MEASURE = st.sampled_from(MEASURES)
 
 
@@ -42,7 +43,7 @@ def encoded(rows: list[tuple[list[int], int]]) -> EncodedRows:
     """Encode rows of `(tokens, number of masked tokens at the beginning)`."""
     collate = lambda batch: {name: torch.tensor([batch[0][name]]) for name in ("input_ids", "labels")}  # noqa: E731
     made = [{"input_ids": tokens, "labels": [-100] * len(tokens[:masked]) + tokens[masked:]} for tokens, masked in rows]
-    return encode_collated(made, collate, disable_tqdm=True)
+    return encode_collated(made, collate, MODEL, disable_tqdm=True)
 
 
 @given(ROWS)

@@ -12,6 +12,7 @@ from tiny_models import NOT_REUSING_MODELS, REUSING_MODELS, gpt2, longrope, qwen
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.errors import EncodingError
+from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.scoring import forward_pass as forward_module
 from forgetfilter_callback.scoring import model_capabilities as model_support
 from forgetfilter_callback.scoring import token_losses as token_losses_module
@@ -24,6 +25,41 @@ def test_losses_equal_the_one_row_reference(make_model, make_rows):
     model, rows = make_model(), make_rows(17)
     losses = token_losses(model.eval(), encode_rows(rows), batch_tokens=64, disable_tqdm=True)
     np.testing.assert_allclose(losses, reference_losses(model, rows), rtol=1e-5, atol=1e-6)
+
+
+def padded_rows(side: str) -> list[dict[str, list[int]]]:
+    """Rows with labels on their padding, and rows without padding that share a prefix."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in (3, 9, 14, 5, 14, 13, 8):
+        tokens, padding = [5, 6, *rng.integers(5, 99, length - 2).tolist()], [1] * (14 - length)
+        input_ids = tokens + padding if side == "right" else padding + tokens
+        attended = [1] * length + [0] * len(padding)
+        rows.append({"input_ids": input_ids, "labels": input_ids,
+                     "attention_mask": attended if side == "right" else attended[::-1]})  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("make_model", [*REUSING_MODELS, *NOT_REUSING_MODELS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("flash", [False, True])
+def test_labels_on_padding(make_model, side, flash, monkeypatch):
+    """Also with a sliding window, where padding may attend to nothing, and where other rows are free of padding."""
+    if flash:
+        monkeypatch.setattr(token_losses_module, "can_reuse_prefixes", lambda model, rows: False)
+        monkeypatch.setattr(forward_module, "is_padding_free", model_support._takes_own_positions)
+    model, rows = make_model().eval(), padded_rows(side)
+    expected = []
+    for row in rows:
+        # Only virtual tokens predict the first token.
+        inputs = {
+            name: torch.tensor([values]) for name, values in {**row, "labels": [-100, *row["labels"][1:]]}.items()
+        }
+        with torch.no_grad():
+            expected.append(float(model(**inputs).loss))
+    encoded = encode_rows(rows)
+    losses = mean_losses(token_losses(model, encoded, batch_tokens=64, disable_tqdm=True), encoded.loss_offsets)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 PADDING_FREE = [tiny_llama, tiny_lora, sliding_window, qwen, gpt2]

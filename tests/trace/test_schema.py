@@ -27,6 +27,16 @@ def test_missing_columns_name_the_option(trace, rows):
         trace.token_losses(Record("noisy", 3))
 
 
+def test_rows_without_attention_mask_have_no_padding(trace, rows):
+    """Written before padding was part of a row."""
+    file = trace.folder / "rows.parquet"
+    pq.write_table(pq.read_table(file).drop_columns("attention_mask"), file)
+    assert Trace.open(trace.folder).rows.attention_mask.all()
+    pq.write_table(pq.read_table(file).append_column("attention_mask", pa.array([1] * len(rows))), file)
+    with pytest.raises(TraceError, match="must have the columns id, input_ids, loss_mask, attention_mask"):
+        Trace.open(trace.folder)
+
+
 def test_records_of_other_data_are_refused(trace, rows):
     file = trace.folder / "records" / "noisy-00000004.parquet"
     pq.write_table(pa.table({"loss": [[1.0]]}), file)

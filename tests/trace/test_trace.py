@@ -84,9 +84,10 @@ def test_the_rows_are_read_back(trace, rows):
     assert table["id"].to_pylist() == rows.ids.to_pylist()
     assert table["input_ids"].to_pylist() == [rows.sample(index)[0].tolist() for index in range(7)]
     assert table["loss_mask"].to_pylist() == [rows.sample(index)[1].tolist() for index in range(7)]
+    assert table["attention_mask"].to_pylist() == [[True] * len(tokens) for tokens in table["input_ids"].to_pylist()]
     again = Trace.open(str(trace.folder)).rows
     assert again.ids == rows.ids
-    for name in ("tokens", "loss_mask", "offsets"):
+    for name in ("tokens", "loss_mask", "attention_mask", "offsets"):
         np.testing.assert_array_equal(getattr(again, name), getattr(rows, name))
 
 
@@ -126,7 +127,7 @@ def test_a_trace_of_more_rows_than_a_window(tmp_path):
     tokens = np.random.default_rng(1).integers(0, 9, (count, 3)).astype(np.int32)
     loss_mask = np.tile([False, True, True], count)
     digests = pa.array([f"{index:024x}-0" for index in range(count)])
-    rows = EncodedRows(digests, tokens.ravel(), loss_mask, np.arange(count + 1) * 3)
+    rows = EncodedRows(digests, tokens.ravel(), loss_mask, np.ones_like(loss_mask), np.arange(count + 1) * 3)
     trace = Trace.create(tmp_path, rows, "a model", None, None)
     losses = np.random.default_rng(2).random(2 * count).astype(np.float32)
     rouge1 = np.random.default_rng(3).random(count)

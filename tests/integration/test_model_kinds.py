@@ -1,0 +1,113 @@
+"""Models that are not causal language models are refused by name: by the tracker, the trainers and the commands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import VOCABULARY, call, random_rows, refused, run_options
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    default_data_collator,
+)
+
+from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilteredTrainer, ForgetTracker, Trace, encode_rows
+from forgetfilter_callback.errors import ScoringError
+from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.scoring import token_losses as token_losses_module
+from forgetfilter_callback.scoring.token_losses import token_losses
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+def bart_with_adapter() -> torch.nn.Module:
+    return get_peft_model(bart(), LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
+
+
+def bert() -> BertForMaskedLM:
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return BertForMaskedLM(config).eval()
+
+
+KINDS = {
+    bart: "BartForConditionalGeneration is an encoder-decoder model",
+    bart_with_adapter: "BartForConditionalGeneration is an encoder-decoder model",
+    t5: "T5ForConditionalGeneration is an encoder-decoder model",
+    bert: "BertForMaskedLM is a masked language model",
+}
+
+
+@pytest.mark.parametrize("make_model", KINDS, ids=lambda f: f.__name__)
+def test_models_that_are_not_causal_are_refused(make_model, noisy, make_args, collator, tokenizer):
+    model, message = make_model(), KINDS[make_model]
+    given = {"train_dataset": noisy, "data_collator": collator, "processing_class": tokenizer}
+    for tracker in (ForgetTracker(), ForgetTracker(noisy), ForgetTracker([{"prompt": "the", "completion": " cat"}])):
+        args = make_args()
+        with pytest.raises(ScoringError, match=message):
+            Trainer(model, args, **given, callbacks=[tracker]).train()
+        assert not Trace.exists(f"{args.output_dir}/_forgetfilter")
+    with pytest.raises(ScoringError, match=message):
+        FilteredTrainer(
+            model, make_args(), **given, forgetting=np.zeros(24), filter_config=FilterConfig("loss", fraction=0.5)
+        )
+    with pytest.raises(ScoringError, match=message):
+        token_losses(model, encode_rows(noisy), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("make_model", [bart, t5], ids=lambda f: f.__name__)
+def test_filtered_sft_trainer_refuses_them_too(make_model, noisy, sft_config, tokenizer):
+    with pytest.raises(ScoringError, match=KINDS[make_model]):
+        FilteredSFTTrainer(
+            make_model(), sft_config(), train_dataset=noisy, processing_class=tokenizer, forgetting=np.arange(24.0),
+            filter_config=FilterConfig("loss", fraction=0.5),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("make_model", [bart, bert], ids=lambda f: f.__name__)
+def test_their_loss_is_another_one(make_model, make_args, monkeypatch):
+    """Why they are refused: the losses that would be recorded are not those that are trained."""
+    rows = [{**row, "labels": row["input_ids"]} for row in random_rows(6)]
+    trainer = Trainer(make_model(), make_args(), data_collator=default_data_collator)
+    expected = [trainer.evaluate(Dataset.from_list([row]))["eval_loss"] for row in rows]
+    monkeypatch.setattr(token_losses_module, "check_is_causal", lambda model: None)
+    encoded = encode_rows(rows)
+    losses = mean_losses(token_losses(make_model(), encoded, disable_tqdm=True), encoded.loss_offsets)
+    assert (np.abs(losses - expected) > 0.005).any()
+
+
+@pytest.mark.parametrize("make_model", [bart, t5], ids=lambda f: f.__name__)
+def test_checkpoints_with_an_encoder_are_refused(make_model, files, byte_tokenizer, tmp_path):
+    """`AutoModelForCausalLM` would load the decoder of BART alone."""
+    make_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    paths = {**files, "model": tmp_path / "model"}
+    refused(call("run", *run_options(paths, tmp_path / "run")), "is an encoder-decoder model")
+    refused(
+        call("score", "--noisy", files["noisy"], "--before", paths["model"], "--output", tmp_path / "score"),
+        "is an encoder-decoder model",
+    )
+    assert not (tmp_path / "run").exists() and not Trace.exists(tmp_path / "score")
