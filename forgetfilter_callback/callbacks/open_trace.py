@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..data.as_rows import as_rows
 from ..data.encoded_rows import EncodedRows
+from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError
 from ..scoring.model_capabilities import check_is_causal, counts_padding
 from ..trace.trace import Trace
@@ -34,7 +35,7 @@ def open_trace(
     continue_trace: bool,
     args: TrainingArguments,
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     train_dataloader: torch.utils.data.DataLoader,
 ) -> tuple[Trace, EncodedRows]:
     """Open the trace in `folder`, or create it.
@@ -92,7 +93,7 @@ def open_trace(
             f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but "
             "this model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
         )
-    names = model_and_tokenizer_names(model, processing_class)
+    names = model_and_tokenizer_names(model, unwrap_tokenizer(processing_class))
 
     def create_manifest() -> dict[str, Any] | None:
         if Trace.exists(folder):
@@ -131,8 +132,8 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
 
 
 def model_and_tokenizer_names(
-    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[str, str | None]:
     """Names of the model and its tokenizer for the manifest: Hub ids or absolute paths."""
-    tokenizer = absolute_path_or_hub_id(processing_class.name_or_path) if processing_class is not None else None
-    return absolute_path_or_hub_id(model.config.name_or_path or ""), tokenizer
+    tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path) if tokenizer is not None else None
+    return absolute_path_or_hub_id(model.config.name_or_path or ""), tokenizer_name

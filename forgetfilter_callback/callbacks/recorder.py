@@ -54,7 +54,7 @@ class Recorder:
         record: Record,
         args: TrainingArguments,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         is_session_end: bool,
     ) -> np.ndarray:
         """Take a record, or copy the last one if the model has not changed since.
@@ -75,7 +75,7 @@ class Recorder:
             copy_record = partial(self._trace.copy_record, self._last_record, record, restart=record.step == 0)
             self._log_superseded(record, run_on_main(copy_record))
         else:
-            losses = self._score_and_write(record, args, model, processing_class)
+            losses = self._score_and_write(record, args, model, tokenizer)
         if earlier is not None:
             warn_if_start_differs(record, earlier, losses)
         self._last_record, self._last_digest, self._last_losses = record, digest, losses
@@ -120,12 +120,12 @@ class Recorder:
         record: Record,
         args: TrainingArguments,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> np.ndarray:
         rows = self._trace.rows
         completions, rouge1_scores = None, None
         if self._with_rouge1:
-            completions, rouge1_scores = self._generate(record, args, model, processing_class)
+            completions, rouge1_scores = self._generate(record, args, model, tokenizer)
         scores = window_scores(
             model,
             rows,
@@ -146,20 +146,20 @@ class Recorder:
         record: Record,
         args: TrainingArguments,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> tuple[list[str], np.ndarray]:
         """Generate a greedy completion of each sample and score it with ROUGE-1."""
         from ..measures.rouge import rouge1  # needs the extra `rouge`
         from ..scoring.generation import greedy_completions, split_prompts
 
-        if processing_class is None:
+        if tokenizer is None:
             raise ValueError("rouge1=True needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
-        prompts, references = split_prompts(self._trace.rows, processing_class)
+        prompts, references = split_prompts(self._trace.rows, tokenizer)
         longest_reference = int(np.diff(self._trace.rows.loss_offsets).max())
         generate = partial(
             greedy_completions,
             model,
-            processing_class,
+            tokenizer,
             [prompts[index] for index in shard_indices(len(prompts))],
             self._max_new_tokens if self._max_new_tokens is not None else longest_reference,
             disable_tqdm=hide_progress(args),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated, model_inputs
@@ -25,7 +25,7 @@ def encode_noisy_rows(
     noisy: Any,
     args: TrainingArguments,
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     train_dataloader: torch.utils.data.DataLoader,
     max_length: int | None,
 ) -> EncodedRows:
@@ -87,14 +87,17 @@ def encode_training_rows(
     )
 
 
-def sft_encoding_options(args: TrainingArguments, processing_class: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def sft_encoding_options(
+    args: TrainingArguments, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+) -> dict[str, Any]:
     """Arguments of [`encode_rows`] that encode rows as this trainer does. They are stored in the trace."""
     if not _is_sft_config(args):
         return {}
     settings = args.to_dict()
-    chat_template = None
+    # The tokenizer inside a processor may have another template or none.
+    chat_template = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
     if settings["assistant_only_loss"] and processing_class is not None:
-        chat_template = _training_chat_template(processing_class)
+        chat_template = _training_chat_template(processing_class) or chat_template
     return {
         "text_column": settings["dataset_text_field"],
         "completion_only_loss": settings["completion_only_loss"],
@@ -122,10 +125,10 @@ def _is_sft_config(args: TrainingArguments) -> bool:
     return "completion_only_loss" in args.to_dict()
 
 
-def _training_chat_template(processing_class: PreTrainedTokenizerBase) -> str | None:
+def _training_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:
     """The template that SFTTrainer uses if the tokenizer's own does not mark the assistant's tokens."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # trl provided the SFTConfig
 
-    if has_generation_markers(processing_class.chat_template):
+    if has_generation_markers(cast(str, processing_class.chat_template)):  # SFTTrainer has checked that there is one
         return None
     return get_training_chat_template(processing_class)

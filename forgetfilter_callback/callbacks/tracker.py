@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from ..data.encoded_rows import EncodedRows
+from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError, UnsupportedDatasetError
 from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
@@ -283,7 +285,7 @@ class ForgetTracker(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase | None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Session:
         """Open or create the trace, detect which session this run is, and write it to the manifest."""
@@ -328,7 +330,7 @@ class ForgetTracker(TrainerCallback):
             args=args,
             state=state,
             model=model,
-            tokenizer=processing_class,
+            tokenizer=unwrap_tokenizer(processing_class),
         )
         session = detected.session
         overlap = ""
@@ -364,7 +366,8 @@ class ForgetTracker(TrainerCallback):
         record = Record(self._running.session, state.global_step)
         is_session_end = record.step in (0, state.max_steps) or control.should_training_stop
         with preserve_state(model):
-            losses = self._recorder.record(record, args, model, kwargs["processing_class"], is_session_end)
+            tokenizer = unwrap_tokenizer(kwargs["processing_class"])
+            losses = self._recorder.record(record, args, model, tokenizer, is_session_end)
             has_base = Record("noisy", 0) in self._recorder.records()
             if record == Record("safety", 0) and isinstance(model, PeftModel) and not has_base:
                 self._recorder.record_base(args, model)

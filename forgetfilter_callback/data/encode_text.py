@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import EncodingError, UnsupportedDatasetError
 from .as_rows import as_rows
@@ -26,11 +26,12 @@ from .messages import (
     readable_form,
 )
 from .token_sample import Sample, plain_sample, refuse_other_inputs, sample_of_inputs
+from .tokenizers import unwrap_tokenizer
 
 
 def encode_rows(
     rows: Any,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     max_length: int | None = None,
     disable_tqdm: bool = False,
     text_column: str = "text",
@@ -57,8 +58,8 @@ def encode_rows(
     Args:
         rows (`Dataset`, `DataFrame` or a sequence of dicts):
             The rows to encode. Columns that are not named above are ignored.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer. It is required unless the rows have `input_ids`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            The tokenizer, or a processor that contains one. It is required unless the rows have `input_ids`.
         max_length (`int`, *optional*):
             Rows with more tokens are truncated on the right. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
@@ -87,6 +88,8 @@ def encode_rows(
 
     @cache
     def form_to_pass(forms: tuple[tuple[str, Form], ...]) -> Form | None:
+        if isinstance(processing_class, ProcessorMixin):
+            return "parts"  # SFTTrainer passes parts to a processor
         assert processing_class is not None
         return readable_form(processing_class, chat_template, forms)
 
@@ -161,13 +164,13 @@ def _labels_from_masks(row: Mapping[str, Any], completion_only_loss: bool | None
 
 
 def _tokenizer(
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     row: Mapping[str, Any],
     assistant_only_loss: bool,
     chat_template: str | None,
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Return a function that tokenizes text or messages of `row` into token ids and a loss mask."""
-    if processing_class is None:
+    if processing_class is None or unwrap_tokenizer(processing_class) is None:
         raise EncodingError("rows of text require a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
@@ -175,9 +178,10 @@ def _tokenizer(
         text_or_messages: str | list[dict[str, Any]], add_generation_prompt: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(text_or_messages, str):
-            tokens = np.asarray(processing_class(text=text_or_messages)["input_ids"], dtype=np.int32)
+            # A processor may return a batch of one row.
+            tokens = np.asarray(processing_class(text=text_or_messages)["input_ids"], dtype=np.int32).reshape(-1)
             return tokens, np.ones(len(tokens), dtype=bool)
-        if processing_class.chat_template is None:
+        if chat_template is None and processing_class.chat_template is None:
             raise EncodingError(
                 "messages require a chat template, and this tokenizer has none. Set `tokenizer.chat_template`, or pass "
                 "`text` or `prompt`/`completion` strings."
@@ -192,10 +196,10 @@ def _tokenizer(
             chat_template=chat_template,
             **(row.get("chat_template_kwargs") or {}),  # `datasets` stores `None` for rows without it
         )
-        tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int32).reshape(-1)
         if not assistant_only_loss or add_generation_prompt:
             return tokens, np.ones(len(tokens), dtype=bool)
-        loss_mask = np.asarray(encoded["assistant_masks"], dtype=bool)
+        loss_mask = np.asarray(encoded["assistant_masks"], dtype=bool).reshape(-1)
         if not loss_mask.any():
             raise EncodingError(
                 "`assistant_only_loss=True`, but the chat template marks no token of this row as the assistant's. Use "
@@ -207,6 +211,7 @@ def _tokenizer(
     return tokenize
 
 
-def _with_eos(text: str, processing_class: PreTrainedTokenizerBase | None) -> str:
-    eos = processing_class.eos_token if processing_class is not None else None
+def _with_eos(text: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None) -> str:
+    tokenizer = unwrap_tokenizer(processing_class)
+    eos = tokenizer.eos_token if tokenizer is not None else None
     return text if eos is None or text.endswith(eos) else text + eos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft import PeftConfig
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -23,6 +25,16 @@ def context_length(config: PreTrainedConfig) -> int | None:
         return config.get_text_config().max_position_embeddings  # configs map this to their own name (`n_positions`)
     except AttributeError:
         return None
+
+
+def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a trainer's `processing_class`: itself, or the one inside a processor.
+
+    It is `None` for a class without a tokenizer, such as an image processor.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        processing_class = vars(processing_class).get("tokenizer")
+    return processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
