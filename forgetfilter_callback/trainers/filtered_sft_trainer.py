@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 from torch import nn
 
+from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
 from ..errors import EncodingError
@@ -98,7 +99,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
             rows = encode_rows(
                 prepared.select_columns(["input_ids", "labels"]),
                 max_length=trace.manifest["max_length"] if trace is not None else None,
-                disable_tqdm=bool(args.disable_tqdm),
+                disable_tqdm=hide_progress(args),
                 keep_end=args.truncation_mode == "keep_end",
             )
             prepared_index = np.full(len(dataset), -1)

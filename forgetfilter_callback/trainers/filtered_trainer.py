@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
@@ -68,10 +69,12 @@ class FilteredTrainer(FilterMixin, Trainer):
         trace = get_trace(forgetting)
         model = cast(nn.Module, self.model)
         check_is_causal(model)
+        prepared = [*self.accelerator._dataloaders]
         with preserve_state(model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
-            rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, bool(self.args.disable_tqdm))
+            rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args))
+        self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
         self.train_dataset = self._filter(dataset, rows.ids, forgetting, filter_config)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from helpers import tiny_llama
 from sft_helpers import rows_of
+from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker
@@ -47,6 +48,17 @@ def test_filtered_sft_trainer_removes_raw_rows_before_packing(packing, shuffle, 
     assert (trainer.train_dataset.column_names == as_usual.column_names) and len(tokens) == len(as_usual)
     assert (tracker.trace.folder.parent / "_forgetfilter-result" / "removed.jsonl").exists()
     trainer.train()
+
+
+@pytest.mark.parametrize(("process", "shown"), [(0, True), (1, False)])
+def test_only_the_main_process_shows_progress(process, shown, tracker, sft_config, chat_tokenizer, monkeypatch, capsys):
+    args = sft_config(disable_tqdm=False)
+    monkeypatch.setattr(TrainingArguments, "process_index", process)
+    FilteredSFTTrainer(
+        tiny_llama(), args, train_dataset=rows_of("prompt and completion"), processing_class=chat_tokenizer,
+        forgetting=tracker, filter_config=FilterConfig(fraction=0.25),
+    )  # fmt: skip
+    assert ("Encoding" in capsys.readouterr().err) is shown
 
 
 def test_without_forgetting_it_equals_sfttrainer(sft_config, chat_tokenizer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import random_rows, tiny_llama
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, filtered
 from forgetfilter_callback.errors import UnsupportedDatasetError
@@ -53,6 +53,33 @@ def test_trains_on_the_rest_like_a_trainer(noisy, tracker, make_args, collator):
         filter_config=FilterConfig(threshold=phi),
     )
     assert all(torch.equal(a, b) for a, b in zip(weights_after(plain), weights_after(filtered), strict=True))
+
+
+def test_the_loader_of_the_unfiltered_rows_is_released(noisy, tracker, make_args, collator):
+    trainer = FilteredTrainer(
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker,
+        filter_config=FilterConfig(fraction=0.25),
+    )  # fmt: skip
+    assert trainer.accelerator._dataloaders == []
+    trainer.train()
+    plain = Trainer(tiny_llama(), make_args("plain"), train_dataset=noisy, data_collator=collator)
+    plain.train()
+    assert len(trainer.accelerator._dataloaders) == len(plain.accelerator._dataloaders)
+
+
+@pytest.mark.parametrize(
+    ("process", "disable_tqdm", "shown"), [(0, False, True), (0, True, False), (1, False, False), (1, True, False)]
+)
+def test_only_the_main_process_shows_progress(
+    process, disable_tqdm, shown, noisy, tracker, make_args, collator, monkeypatch, capsys
+):
+    args = make_args(disable_tqdm=disable_tqdm)
+    monkeypatch.setattr(TrainingArguments, "process_index", process)
+    FilteredTrainer(
+        tiny_llama(), args, train_dataset=noisy, data_collator=collator, forgetting=tracker,
+        filter_config=FilterConfig(fraction=0.25),
+    )  # fmt: skip
+    assert ("Encoding" in capsys.readouterr().err) is shown
 
 
 @pytest.mark.parametrize("given_as", ["tracker", "folder", "ids and values", "array"])
