@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..data.as_rows import as_rows
+from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError
@@ -93,7 +94,11 @@ def open_trace(
             f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but "
             "this model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
         )
-    names = model_and_tokenizer_names(model, unwrap_tokenizer(processing_class))
+    tokenizer = unwrap_tokenizer(processing_class)
+    blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None
+    if blank_completions is not None:
+        logger.warning(blank_completions)
+    names = model_and_tokenizer_names(model, tokenizer)
 
     def create_manifest() -> dict[str, Any] | None:
         if Trace.exists(folder):

@@ -73,6 +73,7 @@ class ForgetTracker(TrainerCallback):
         session (`"auto"`, `"noisy"` or `"safety"`, defaults to `"auto"`):
             Which session the training runs are. With `"auto"`, a run is the noisy session if it trains on at least half of
             the tracked rows and if these are more than half of its training set. Otherwise it is the safety session.
+            This guess replaces no record: a run on other rows than those of a recorded session is refused.
         trace_dir (`str`, *optional*):
             Folder of the trace. An existing trace is continued, so the two sessions may be two processes. Defaults to
             `output_dir/_forgetfilter` of the first session.

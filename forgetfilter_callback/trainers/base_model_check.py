@@ -37,7 +37,7 @@ class BaseModelCheck(TrainerCallback):
 
     Raises:
         ForgetFilterError: when training begins, if the mean losses of 32 samples differ by more than 0.1 nats per token on
-            average.
+            average, or if this model has no finite loss and the base model had.
     """
 
     def __init__(self, trace: Trace | None):

@@ -86,6 +86,19 @@ def test_rows_without_loss_tokens_are_nan(noisy, make_args, collator, caplog):
     assert "1 of 25 samples have no token that contributes to the loss" in caplog.text
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_blank_completions_are_counted(named, noisy, make_args, collator, tokenizer, caplog):
+    eos = tokenizer.eos_token_id
+    blank = {"input_ids": [5, 6, eos], "labels": [-100, -100, eos]}
+    rows = Dataset.from_list([blank, *noisy.to_list()])
+    train_tracked(rows, make_args, collator, ForgetTracker(rows if named else None), processing_class=tokenizer)
+    assert "1 of 25 samples have a completion that is empty or only white space" in caplog.text
+    caplog.clear()
+    args = lambda: make_args("other")  # noqa: E731
+    train_tracked(noisy, args, collator, ForgetTracker(), processing_class=tokenizer)
+    assert "empty or only white space" not in caplog.text
+
+
 def test_rows_longer_than_the_context_are_truncated(make_args, collator, caplog):
     long = {"input_ids": list(range(5, 105)), "labels": list(range(5, 105))}
     tracker = ForgetTracker([long])
