@@ -122,6 +122,12 @@ class FilterResult:
         Raises:
             DecisionError: if `folder` contains no filter result, or one that another version of the library wrote.
         """
+        if not (Path(folder) / RESULT_FILE).is_file():
+            raise DecisionError(
+                f"{folder} is not the folder of a filter result. Pass a folder with {RESULT_FILE}, which "
+                "`FilterResult.save` and `forgetfilter filter` write. (review_decision.json is something else: a reviewer's "
+                "decision, for `FilterConfig(decision=...)`.)"
+            )
         try:
             content = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
             if content.pop("schema_version") != SCHEMA_VERSION:
@@ -142,7 +148,6 @@ class FilterResult:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DecisionError(
-                f"{folder} is not the folder of a filter result ({type(error).__name__}: {error}). Pass a folder with "
-                f"{RESULT_FILE}, which `FilterResult.save` and `forgetfilter filter` write. (review_decision.json is "
-                "something else: a reviewer's decision, for `FilterConfig(decision=...)`.)"
+                f"The filter result in {folder} is damaged ({type(error).__name__}: {error}). Filter again, or restore its "
+                "files."
             ) from error

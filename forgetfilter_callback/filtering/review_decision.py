@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import DecisionError
 from ..measures.names import MEASURES, Measure
 
 
 Override = Literal["keep", "remove"]
+_ADVICE = "Export review_decision.json from the review page that `forgetfilter report` writes."
+# What another file of this library is, by a key that only this file has.
+_OTHER_FILES = {
+    "separability": "a filter result (filter_result.json), which records what a filter removed",
+    "sessions": "the manifest of a trace (manifest.json)",
+    "spearman": "the checks of early stopping (early_stopping.json)",
+}
 
 
 @dataclass(frozen=True)
@@ -43,24 +50,15 @@ class ReviewDecision:
         Raises:
             DecisionError: if `file` is not a valid reviewer's decision.
         """
-        advice = "Export review_decision.json from the review page that `forgetfilter report` writes."
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            if "separability" in content:
-                raise DecisionError(
-                    f"{file} is a filter result (filter_result.json), which records what a filter removed. A reviewer's "
-                    f"decision is needed here. {advice}"
-                )
-            decision = cls(**{name: content[name] for name in ("measure", "threshold", "overrides", "trace")})
-            is_number = decision.threshold is None or math.isfinite(float(decision.threshold))
-            are_overrides = all(override in get_args(Override) for override in decision.overrides.values())
-        except DecisionError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DecisionError(
-                f"{file} is not a reviewer's decision ({type(error).__name__}: {error}). {advice}"
-            ) from error
-        if decision.measure not in MEASURES or not is_number or not are_overrides:
+        content = _read_object(Path(file))
+        missing = [each.name for each in fields(cls) if each.name not in content]
+        if missing:
+            raise DecisionError(f"{file} is not a reviewer's decision: it has no {', '.join(missing)}. {_ADVICE}")
+        decision = cls(**{each.name: content[each.name] for each in fields(cls)})
+        threshold, overrides = decision.threshold, decision.overrides
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
+        are_overrides = isinstance(overrides, dict) and all(each in get_args(Override) for each in overrides.values())
+        if decision.measure not in MEASURES or not (threshold is None or is_number) or not are_overrides:
             raise DecisionError(
                 f"{file} is not a valid reviewer's decision: `measure` must be one of {', '.join(MEASURES)}, `threshold` a "
                 "number or null, and every value of `overrides` 'keep' or 'remove'."
@@ -74,3 +72,20 @@ class ReviewDecision:
                 f"This decision was made on another trace ({self.trace}; this one is {identity}), or before the last record "
                 "of this trace was written. Create a review page of this trace and decide there."
             )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Errors say what another file is."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DecisionError(f"{file} does not exist. {_ADVICE}") from None
+    except (OSError, ValueError) as error:  # a folder, not UTF-8 or not JSON
+        raise DecisionError(f"{file} is not a reviewer's decision: {error}. {_ADVICE}") from error
+    first = content[0] if isinstance(content, list) and content else content
+    for key, description in _OTHER_FILES.items():
+        if isinstance(first, dict) and key in first:
+            raise DecisionError(f"{file} is {description}. A reviewer's decision is needed here. {_ADVICE}")
+    if not isinstance(content, dict):
+        raise DecisionError(f"{file} is not a reviewer's decision: it contains no JSON object. {_ADVICE}")
+    return content

@@ -155,7 +155,10 @@ class RunConfig:
         Raises:
             ValueError: if a setting differs.
         """
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        try:
+            saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{file} is damaged, so the run cannot be resumed: {error}") from error
         changed = [
             name
             for name, value in self.to_dict().items()

@@ -154,6 +154,8 @@ class Trace:
             TraceError: if there is no trace, if another version of the library wrote it, or if its files do not match.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise TraceError(f"{folder} is a file. Pass the folder of a trace.")
         if not cls.exists(folder):
             raise TraceError(
                 f"{folder} contains no trace (no manifest.json). ForgetTracker writes the trace to its `trace_dir`, by "

@@ -235,3 +235,10 @@ def test_a_resumed_run_must_have_the_same_settings(whole, files, tmp_path):
         result = call("run", *flags, *changes, "--resume")
         assert result.exit_code == 2 and f"but these differ: {names}." in " ".join(result.output.split())
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1", b"text", b"a: [", b"\xff\xfe"])
+def test_a_damaged_configuration_cannot_be_resumed(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged, so the run cannot be resumed"):
+        RunConfig("m", "n", "s", "o").check_same_as(tmp_path / "config.yaml")

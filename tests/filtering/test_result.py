@@ -60,7 +60,7 @@ def test_invalid_results_are_not_loaded(tmp_path):
             FilterResult.load(tmp_path)
     (tmp_path / "filter_result.json").write_text(json.dumps(account))
     (tmp_path / "values.parquet").write_bytes(b"")
-    with pytest.raises(DecisionError, match="is not the folder of a filter result"):
+    with pytest.raises(DecisionError, match="is damaged"):
         FilterResult.load(tmp_path)
 
 

@@ -40,8 +40,14 @@ def test_an_exported_decision_is_read(tmp_path):
         ({"measure": "bleu"}, "`measure` must be one of loss, relative, pooled, smoothed, rouge1"),
         ({"threshold": math.inf}, "`threshold` a number or null"),
         ({"overrides": {"id-1": "perhaps"}}, "every value of `overrides` 'keep' or 'remove'"),
-        ({"threshold": "high"}, r"reviewer's decision \(ValueError: .*'high'"),
-        ({"overrides": 3}, r"reviewer's decision \(AttributeError"),
+        ({"threshold": "high"}, "`threshold` a number or null"),
+        ({"threshold": "0.5"}, "`threshold` a number or null"),
+        ({"threshold": True}, "`threshold` a number or null"),
+        ({"threshold": [0.5]}, "`threshold` a number or null"),
+        ({"measure": ["loss"]}, "`measure` must be one of loss"),
+        ({"overrides": 3}, "every value of `overrides` 'keep' or 'remove'"),
+        ({"overrides": ["keep"]}, "every value of `overrides` 'keep' or 'remove'"),
+        ({"overrides": {"id-1": ["keep"]}}, "every value of `overrides` 'keep' or 'remove'"),
     ],
     ids=str,
 )
@@ -51,17 +57,34 @@ def test_invalid_decisions_are_refused(changes, message, tmp_path):
 
 
 def test_files_that_are_not_a_decision_are_refused(tmp_path):
-    message = r"is not a reviewer's decision \(FileNotFoundError.*Export review_decision\.json from the review page"
-    with pytest.raises(DecisionError, match=message):
+    with pytest.raises(DecisionError, match=r"does not exist\. Export review_decision\.json from the review page"):
         ReviewDecision.load(tmp_path / "nothing.json")
     for name in REVIEW:
         (tmp_path / "review_decision.json").write_text(json.dumps({key: REVIEW[key] for key in REVIEW if key != name}))
-        with pytest.raises(DecisionError, match="KeyError"):
+        with pytest.raises(DecisionError, match=rf"is not a reviewer's decision: it has no {name}\."):
             ReviewDecision.load(str(tmp_path / "review_decision.json"))
-    for content in (b"{", b"[]", b"\xff\xfe"):
+    for content in (b"", b"{", b"[]", b"[1]", b"3", b"null", b'"loss"', b"{}", b"\xff\xfe", b"model: m\n", b"PAR1\x00"):
         (tmp_path / "review_decision.json").write_bytes(content)
         with pytest.raises(DecisionError, match="is not a reviewer's decision"):
             ReviewDecision.load(tmp_path / "review_decision.json")
+    with pytest.raises(DecisionError, match="is not a reviewer's decision"):
+        ReviewDecision.load(tmp_path)
+
+
+def test_a_decision_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "review_decision.json").write_text(json.dumps(REVIEW), encoding="utf-8-sig")
+    assert ReviewDecision.load(tmp_path / "review_decision.json") == ReviewDecision(**REVIEW)
+
+
+def test_other_files_of_the_library_are_named(trace, tmp_path):
+    trace.begin_session("noisy", "out", 6, "abc")
+    (tmp_path / "early_stopping.json").write_text(json.dumps([{"step": 8, "spearman": None, "forgetting": [0.5]}]))
+    for file, message in (
+        (trace.folder / "manifest.json", r"manifest\.json is the manifest of a trace"),
+        (tmp_path / "early_stopping.json", r"early_stopping\.json is the checks of early stopping"),
+    ):
+        with pytest.raises(DecisionError, match=message):
+            ReviewDecision.load(file)
 
 
 @pytest.mark.parametrize("with_rows", [False, True])

@@ -154,6 +154,15 @@ def test_decisions_are_exported_and_imported(page, review, tmp_path):
     page.set_input_files("#import", file)
     expect(page.locator("#decision")).to_contain_text("Overrides: 1 kept, 1 removed.")
     assert float(page.input_value("#phi-number")) == 3.0
+    for threshold in (0.25, None):  # also without a threshold, the export is what was imported
+        file.write_text(json.dumps({**decision, "threshold": threshold}))
+        page.set_input_files("#import", file)
+        expect(page.locator("#counts")).to_contain_text("150 removed" if threshold is None else "removed")
+        with page.expect_download() as download:
+            page.click("#export")
+        download.value.save_as(file)
+        assert json.loads(file.read_text()) == {**decision, "threshold": threshold}
+    assert "1 of 150 removed" in page.inner_text("#counts")  # the overridden sample
     file.write_text(json.dumps({**decision, "trace": "other"}))
     page.set_input_files("#import", file)
     expect(page.locator("#problem")).to_have_text(
@@ -177,6 +186,9 @@ def test_files_that_are_not_a_decision_are_not_imported(page, review, tmp_path):
         (json.dumps({**decision, "overrides": {"a": "perhaps"}}), 'must be "keep" or "remove".'),
         (json.dumps({**decision, "threshold": "high"}), '"threshold" must be a number or null.'),
         ("3", "It is not a review_decision.json file: it contains no JSON object."),
+        ("[]", "It is not a review_decision.json file."),
+        (json.dumps([{"step": 8, "spearman": None}]), "It is not a review_decision.json file."),
+        ((trace.folder / "manifest.json").read_text(), "It is not a review_decision.json file."),
         ("{", "It is not valid JSON"),
     ):
         (tmp_path / "chosen.json").write_text(content)

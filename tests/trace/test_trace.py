@@ -345,3 +345,8 @@ def test_a_file_system_without_locks_gives_a_warning(code, trace, monkeypatch, c
     monkeypatch.setattr(fcntl, "flock", none)
     assert Trace.lock(trace.folder) is None
     assert f"The file system of {trace.folder} has no locks ([Errno {code}]" in caplog.text
+
+
+def test_a_file_is_not_a_trace(trace):
+    with pytest.raises(TraceError, match=r"manifest\.json is a file\. Pass the folder of a trace"):
+        Trace.open(trace.folder / "manifest.json")

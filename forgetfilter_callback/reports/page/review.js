@@ -21,7 +21,7 @@ const initialPhi = data.threshold === null ? Math.max(data.tested_threshold, hig
 
 // Plotted values are rounded to 32 bits, so they are compared with a rounded φ.
 let phi = initialPhi, plottedPhi = Math.fround(phi);
-let phiMoved = false; // until φ is moved, the export keeps the threshold of the filter result, which may be null
+let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed
 const overrides = new Map(); // sample id → "keep" or "remove"
 let view = "forgotten", sort = { key: "value", descending: true }, query = "", page = 0;
 
@@ -127,11 +127,11 @@ function showCounts() {
 }
 
 let drawing = 0;
-function setPhi(value, moved = true) {
+function setPhi(value, threshold = value) {
   if (!Number.isFinite(value)) return;
   phi = value;
   plottedPhi = Math.fround(value);
-  phiMoved = moved;
+  exportedThreshold = threshold;
   $("phi").value = String(value);
   $("phi-number").value = String(Number(value.toPrecision(4)));
   showCounts();
@@ -224,7 +224,7 @@ function showRows() {
 
 function exported() {
   return {
-    measure: data.measure, threshold: phiMoved ? phi : data.threshold,
+    measure: data.measure, threshold: exportedThreshold,
     overrides: Object.fromEntries(overrides), trace: data.trace,
   };
 }
@@ -246,9 +246,12 @@ function validated(decision) {
   if ("separability" in decision || "counts" in decision) {
     throw new Error("This is a filter result (filter_result.json). Import the review_decision.json that this page exported.");
   }
+  if (Array.isArray(decision) || typeof decision.trace !== "string" || !isObject(decision.overrides)) {
+    throw new Error(`It is not a ${FILE_NAME} file.`);
+  }
   if (decision.trace !== data.trace) throw new Error(`It was made on another trace (${decision.trace}). This page shows trace ${data.trace}.`);
   if (decision.measure !== data.measure) throw new Error(`It uses ${decision.measure} forgetting. This page uses ${data.measure} forgetting.`);
-  if (!isObject(decision.overrides) || !Object.values(decision.overrides).every((choice) => choice === "keep" || choice === "remove")) {
+  if (!Object.values(decision.overrides).every((choice) => choice === "keep" || choice === "remove")) {
     throw new Error('Every value in "overrides" must be "keep" or "remove".');
   }
   if (decision.threshold !== null && !Number.isFinite(decision.threshold)) throw new Error('"threshold" must be a number or null.');
@@ -261,7 +264,7 @@ async function importDecision(file) {
     const decision = validated(JSON.parse(await file.text()));
     overrides.clear();
     for (const [id, choice] of Object.entries(decision.overrides)) overrides.set(id, choice);
-    setPhi(decision.threshold ?? Number($("phi").max)); // null: only overrides are removed
+    setPhi(decision.threshold ?? Number($("phi").max), decision.threshold);
   } catch (error) {
     $("problem").textContent = error instanceof SyntaxError
       ? `Cannot import ${file.name}. It is not valid JSON: ${error.message}`
@@ -282,16 +285,16 @@ for (const step of data.steps) $("record").append(new Option(`safety session, st
 $("record").selectedIndex = data.steps.length - 1;
 $("phi").min = String(Math.min(lowest, initialPhi));
 $("phi").max = String(Math.max(highest, initialPhi) + 0.01 * (highest - lowest)); // the maximum removes nothing
-setPhi(initialPhi, false);
+setPhi(initialPhi, data.threshold);
 drawAll();
 
 $("record").addEventListener("change", drawDistribution);
 $("phi").addEventListener("input", () => setPhi(Number($("phi").value)));
 $("phi-number").addEventListener("change", () => {
-  if ($("phi-number").value === "") setPhi(phi, phiMoved);
+  if ($("phi-number").value === "") setPhi(phi, exportedThreshold);
   else setPhi(Number($("phi-number").value));
 });
-$("phi-reset").addEventListener("click", () => setPhi(initialPhi, false));
+$("phi-reset").addEventListener("click", () => setPhi(initialPhi, data.threshold));
 $("view").addEventListener("change", () => {
   view = $("view").value;
   sort = { forgotten: { key: "value", descending: true }, kept: { key: "value", descending: false }, borderline: { key: "distance", descending: true }, overridden: { key: "value", descending: true } }[view];
