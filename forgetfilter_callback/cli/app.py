@@ -1,0 +1,103 @@
+"""What all commands share: the app, exit codes and how results are printed.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage or unusable input, 3 not separable (nothing was removed).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..utils.sanitize_text import sanitize
+
+
+if TYPE_CHECKING:  # torch and transformers are imported in the commands, so that `--help` is fast
+    from ..filtering.result import FilterResult
+
+
+FAILED, BAD_INPUT, NOT_SEPARABLE = 1, 2, 3
+RUN_FILTER_OPTIONS = ("measure", "threshold", "fraction")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON object to standard output.")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"forgetfilter-callback {version('forgetfilter-callback')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Find unsafe finetuning data by how fast a model forgets it."""
+    for stream in (sys.stdout, sys.stderr):  # do not fail on terminals that cannot show φ
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("forgetfilter_callback").setLevel(logging.INFO)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Print errors in one line, without a traceback, and exit with their code."""
+    try:
+        yield
+    except ValueError as error:  # all errors about inputs and settings
+        typer.echo(f"forgetfilter: {sanitize(str(error))}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+    except Exception as error:
+        if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
+            raise
+        typer.echo(f"forgetfilter: {type(error).__name__}: {sanitize(str(error))}", err=True)
+        raise typer.Exit(FAILED) from error
+
+
+def silence_libraries() -> None:
+    """Hide the progress bars and log messages that transformers and datasets print while they load."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def as_dict(result: FilterResult) -> dict[str, Any]:
+    return {
+        **result.counts,
+        "measure": result.measure,
+        "threshold": result.threshold,
+        "method": result.method,
+        "reason": result.reason,
+        "fingerprint": result.fingerprint,
+        "separable": result.separability.separable,
+    }
+
+
+def print_result(result: FilterResult, output: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**as_dict(result), "output": str(output)}))
+    else:
+        summary = result.summary()
+        typer.echo(f"{summary[0].upper()}{summary[1:]}.")
+        files = sorted(file.name for file in output.iterdir() if not file.name.startswith("."))
+        typer.echo(f"Files in {output}: {', '.join(files)}.")
+
+
+def exit_if_not_separable(result: FilterResult) -> None:
+    if result.method == "auto" and not result.separability.separable:
+        raise typer.Exit(NOT_SEPARABLE)

@@ -1,0 +1,183 @@
+"""The commands that load models: `demo`, `run` and `score`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.source_paths import check_model, check_source
+from ..filtering.config import FilterConfig
+from ..pipeline.run_config import RunConfig
+from .app import (
+    RUN_FILTER_OPTIONS,
+    JsonOption,
+    app,
+    exit_codes,
+    exit_if_not_separable,
+    print_result,
+    silence_libraries,
+)
+from .options import merge, options_from, parse_value, read_yaml
+
+
+RUN_OPTIONS = tuple(each.name for each in dataclasses.fields(RunConfig) if each.name != "filter")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of an aligned model. Default: SmolLM2-135M from its package.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("forgetfilter-demo"),
+    seed: Annotated[int, typer.Option(help="Seed for the choice of rows and for training.")] = 0,
+) -> None:
+    """Run the whole method on a small aligned model and questions with biased answers."""
+    with exit_codes():
+        from .demo import run_demo
+
+        silence_libraries()
+        run_demo(output, model, seed)
+
+
+@app.command()
+@options_from(RunConfig, "settings", RUN_OPTIONS)
+@options_from(FilterConfig, "filter_settings", RUN_FILTER_OPTIONS)
+def run(
+    *,
+    settings: dict[str, Any],
+    filter_settings: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with these settings. Options on the command line take precedence.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the cost.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Finetune on the noisy set, then on safe examples, and split the rows by how much was forgotten.
+
+    Example: forgetfilter run --model MODEL --noisy noisy.jsonl --safety safety.jsonl --output out
+    """
+    with exit_codes():
+        run_config = _run_config(config, settings, filter_settings)
+        if is_single_process():
+            check_model(run_config.model)
+            for source in (run_config.noisy, run_config.safety):
+                check_source(source)
+        from ..pipeline.cost_estimate import plan
+        from ..pipeline.run import run as run_pipeline
+        from ..utils.distributed import rank_and_world_size
+
+        silence_libraries()
+        if dry_run:
+            cost = plan(run_config)
+            if rank_and_world_size()[0] == 0:
+                typer.echo(json.dumps(dataclasses.asdict(cost)) if as_json else str(cost))
+            return
+        if as_json:
+            with _stdout_to_stderr():
+                result = run_pipeline(run_config)
+        else:
+            result = run_pipeline(run_config)
+        if rank_and_world_size()[0] == 0:
+            print_result(result, Path(run_config.output), as_json)
+        exit_if_not_separable(result)
+
+
+def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: dict[str, Any]) -> RunConfig:
+    """Settings of a YAML file with command line options on top."""
+    content = read_yaml(file, RunConfig) if file is not None else {}
+    for name in ("training", "safety_training", "lora", "filter"):
+        section = content.get(name)
+        section = {} if section is None else section
+        if not isinstance(section, dict):
+            raise typer.BadParameter(f"{file}: `{name}` must map names to values.")
+        content[name] = {key: _from_yaml(key, value) for key, value in section.items()}
+    merged = merge(content, {**settings, "filter": filter_settings})
+    unknown = set(merged["filter"]) - set(RUN_FILTER_OPTIONS)
+    if unknown:
+        raise typer.BadParameter(f"{file}: `filter` contains unknown settings: {', '.join(sorted(unknown))}.")
+    return RunConfig(**{**merged, "filter": FilterConfig(**merged["filter"])})
+
+
+def _from_yaml(name: str, value: Any) -> Any:
+    """Convert a YAML value to that of a command line option. YAML reads `1e-3` as text, and `save_strategy: no` as false."""
+    if isinstance(value, str):
+        return parse_value(value)
+    return "no" if value is False and name.endswith("_strategy") else value
+
+
+@app.command()
+def score(
+    noisy: Annotated[str, typer.Option(help="The rows: a file, a folder or a Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder of the trace. An existing trace of the same rows is extended.")],
+    before: Annotated[
+        str | None, typer.Option(help="Model (or adapter) that has learned the rows, before safety finetuning.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="The same model after safety finetuning.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, for measure `relative`.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the tokenizer of the first model.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Truncate longer rows on the right. Default: the context of the first model."),
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Padded tokens per batch.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Record the losses of rows under models that are already finetuned. Also runs under `torchrun`."""
+    checkpoints = {
+        role: model for role, model in (("base", base), ("before", before), ("after", after)) if model is not None
+    }
+    if not checkpoints:
+        raise typer.BadParameter("Pass at least one model: --before, --after or --base.")
+    with exit_codes():
+        if is_single_process():
+            check_source(noisy)
+            for model in checkpoints.values():
+                check_model(model)
+            if tokenizer is not None:
+                check_model(tokenizer, "tokenizer")
+        import numpy as np
+
+        from ..pipeline.checkpoints import RECORD_OF, score_source
+        from ..utils.distributed import rank_and_world_size
+
+        silence_libraries()
+        trace = score_source(output, noisy, checkpoints, tokenizer, max_length, batch_tokens)
+        if rank_and_world_size()[0] > 0:
+            return
+        means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
+        if as_json:
+            typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
+            return
+        for role, mean in means.items():
+            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(trace.rows):,} rows")
+        is_complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
+        next_step = (
+            f"forgetfilter report {output}" if is_complete else "`score` with --before and --after into this folder"
+        )
+        typer.echo(f"Wrote the trace to {output}. Next: {next_step}")
+
+
+def is_single_process() -> bool:
+    """Whether this process was not started with others by `torchrun` or `accelerate launch`.
+
+    Of several processes, only the main one reads the rows, and it may be on another machine than this one.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect what trainers print, so that standard output contains JSON only."""
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = stdout

@@ -1,0 +1,175 @@
+"""The commands that read a trace: `filter`, `report`, `show` and `doctor`. They load neither a model nor torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..data.source_paths import check_source
+from ..filtering.config import FilterConfig
+from ..utils.optional_packages import requires_extra
+from ..utils.sanitize_text import sanitize
+from .app import (
+    BAD_INPUT,
+    RUN_FILTER_OPTIONS,
+    JsonOption,
+    app,
+    as_dict,
+    exit_codes,
+    exit_if_not_separable,
+    print_result,
+    silence_libraries,
+)
+from .options import options_from
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.decode import Decoder
+    from ..trace.trace import Trace
+
+
+ALL_FILTER_OPTIONS = ("measure", "threshold", "fraction", "step", "decision", "reviewed", "level")
+TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Folder of a trace, or output folder of a run.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="Hub id or folder of the tokenizer. Default: the one that the trace names.")
+]
+NoisyOption = Annotated[str | None, typer.Option(help="The noisy set. Default: the file that the trace names.")]
+
+
+@app.command(name="filter")
+@options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
+def filter_command(
+    *,
+    trace: TraceArgument,
+    output: Annotated[Path, typer.Option(help="Folder for kept.jsonl, removed.jsonl, card.md and filter_result.")],
+    filter_settings: dict[str, Any],
+    noisy: NoisyOption = None,
+    tokenizer: TokenizerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Split the rows of a trace into kept and removed rows. No model is needed."""
+    with exit_codes():
+        filter_config = FilterConfig(**filter_settings)
+        opened = _open_trace(trace)
+        from ..pipeline.outputs import filter_rows
+        from ..trace.source_files import find_source, is_unchanged
+
+        source = noisy if noisy is not None else find_source(opened)
+        check_source(source)
+        loaded_tokenizer = None
+        if not is_unchanged(opened, source):  # otherwise no row is encoded again
+            loaded_tokenizer = _load_tokenizer(opened, tokenizer)
+        result = filter_rows(opened, output, filter_config, source, loaded_tokenizer)
+        print_result(result, output, as_json)
+        exit_if_not_separable(result)
+
+
+@app.command()
+@options_from(FilterConfig, "filter_settings", RUN_FILTER_OPTIONS)
+def report(
+    *,
+    trace: TraceArgument,
+    output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("forgetfilter-review.html"),
+    filter_settings: dict[str, Any],
+    audit_column: Annotated[str | None, typer.Option(help="A column of the rows that is true for unsafe rows.")] = None,
+    noisy: NoisyOption = None,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Write the review page: look at what would be removed, and decide."""
+    with exit_codes():
+        filter_config = FilterConfig(**filter_settings)
+        opened = _open_trace(trace)
+        from ..reports.review_page import write_review_page
+        from ..reports.summary import page_summary
+
+        unsafe = None if audit_column is None else _labels(opened, noisy, tokenizer, audit_column)
+        result = write_review_page(opened, output, _load_decoder(opened, tokenizer), filter_config, unsafe)
+        typer.echo(f"{page_summary(result)} Open {output} in a browser.")
+
+
+@app.command()
+@options_from(FilterConfig, "filter_settings", ("measure", "threshold", "fraction", "step"))
+def show(
+    *,
+    trace: TraceArgument,
+    filter_settings: dict[str, Any],
+    head: Annotated[int, typer.Option(min=0, help="Number of most forgotten samples to show.")] = 10,
+    tokenizer: TokenizerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a trace in the terminal."""
+    with exit_codes():
+        filter_config = FilterConfig(**filter_settings)
+        opened = _open_trace(trace)
+        with requires_extra("cli", "`forgetfilter show`"):
+            from rich.console import Console
+
+        from ..filtering.find_forgotten import find_forgotten
+        from ..reports.terminal import show as show_trace
+
+        result = find_forgotten(opened, filter_config)
+        if as_json:
+            typer.echo(json.dumps(as_dict(result)))
+            return
+        has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
+        decoder = _load_decoder(opened, tokenizer) if has_tokenizer else None
+        show_trace(opened, result, Console(), decoder, head)
+
+
+@app.command()
+def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
+    """Check the files of a trace. Exits with 2 if something is wrong."""
+    with exit_codes():
+        from ..trace.source_files import find_trace_folder
+        from ..trace.validate_trace import validate_trace
+
+        findings = validate_trace(find_trace_folder(trace))
+        if as_json:
+            typer.echo(json.dumps(findings._asdict()))
+        else:
+            for text in findings.problems + findings.notes:
+                typer.echo(sanitize(text))
+            typer.echo(f"{trace} {'has problems' if findings.problems else 'is valid'}.")
+        if findings.problems:
+            raise typer.Exit(BAD_INPUT)
+
+
+def _open_trace(path: Path) -> Trace:
+    from ..trace.source_files import find_trace_folder
+    from ..trace.trace import Trace
+
+    return Trace.open(find_trace_folder(path))
+
+
+def _load_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, to encode rows again."""
+    from ..data.tokenizers import load_tokenizer
+    from ..trace.source_files import load_trace_tokenizer
+
+    silence_libraries()
+    return load_tokenizer(name) if name is not None else load_trace_tokenizer(trace)
+
+
+def _load_decoder(trace: Trace, tokenizer: str | None) -> Decoder:
+    from ..data.decode import load_decoder
+    from ..trace.source_files import find_tokenizer
+
+    return load_decoder(tokenizer if tokenizer is not None else find_tokenizer(trace))
+
+
+def _labels(trace: Trace, noisy: str | None, tokenizer: str | None, audit_column: str) -> np.ndarray:
+    """Audit labels of the samples, from a column of the rows."""
+    from ..trace.source_files import find_labels, find_source
+
+    source = noisy if noisy is not None else find_source(trace)
+    check_source(source)
+    loaded_tokenizer = _load_tokenizer(trace, tokenizer)
+    from ..data.load_rows import load_rows
+
+    return find_labels(trace, load_rows(source), loaded_tokenizer, audit_column)
