@@ -16,7 +16,7 @@ from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError
-from ..scoring.model_capabilities import check_is_causal, counts_padding
+from ..scoring.model_capabilities import check_is_causal, describe_left_padding
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
@@ -82,22 +82,11 @@ def open_trace(
             f"{without_loss} of {len(rows)} samples have no token that contributes to the loss. Their forgetting is NaN, "
             "and they are kept. Check their labels and max_length."
         )
-    padding = int((rows.loss_mask & ~rows.attention_mask).sum())
-    if padding:
-        logger.warning(
-            f"{padding} of the {len(rows.loss_tokens)} tokens that contribute to the loss are padding: their labels are "
-            "not -100. Training counts them, so the records do too. To train and record the text only, set the labels to "
-            "-100 where `attention_mask` is 0."
-        )
-    if rows.left_padded and counts_padding(model):
-        logger.warning(
-            f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but "
-            "this model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
-        )
     tokenizer = unwrap_tokenizer(processing_class)
     blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None
-    if blank_completions is not None:
-        logger.warning(blank_completions)
+    for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
+        if description is not None:
+            logger.warning(description)
     names = model_and_tokenizer_names(model, tokenizer)
 
     def create_manifest() -> dict[str, Any] | None:

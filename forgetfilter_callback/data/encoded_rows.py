@@ -103,6 +103,17 @@ class EncodedRows:
         is_padded[np.searchsorted(self.offsets, padding, side="right") - 1] = True
         return is_padded
 
+    def describe_padding(self) -> str | None:
+        """A sentence for a warning that says how many loss tokens are padding, or `None` if there are none."""
+        padding = int((self.loss_mask & ~self.attention_mask).sum())
+        if not padding:
+            return None
+        return (
+            f"{padding} of the {len(self.loss_tokens)} tokens that contribute to the loss are padding: their labels are "
+            "not -100. Training counts them, so the records do too. To train and score the text only, set the labels to "
+            "-100 where `attention_mask` is 0."
+        )
+
     def as_dataset(self) -> Dataset:
         """Return a dataset to train on, with the columns `input_ids` and `labels`.
 

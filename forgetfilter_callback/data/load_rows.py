@@ -73,8 +73,8 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
 def encode_source(
     source: str, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
 ) -> EncodedRows:
-    """Encode rows with [`encode_rows`]. Errors name `source`, and warnings say how many rows were truncated and how
-    many have an empty completion.
+    """Encode rows with [`encode_rows`]. Errors name `source`, and warnings say how many rows were truncated, how
+    many have an empty completion, and how many loss tokens are padding.
 
     Args:
         source (`str`):
@@ -101,7 +101,7 @@ def encode_source(
             f"{source}: {encoded.truncated} of {len(encoded)} rows were longer than {max_length} tokens and were "
             f"truncated on the {side}. The removed tokens are neither trained on nor scored."
         )
-    blank_completions = describe_blank_completions(encoded, tokenizer)
-    if blank_completions is not None:
-        logger.warning(f"{source}: {blank_completions}")
+    for description in (describe_blank_completions(encoded, tokenizer), encoded.describe_padding()):
+        if description is not None:
+            logger.warning(f"{source}: {description}")
     return encoded

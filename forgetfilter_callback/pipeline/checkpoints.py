@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..data.load_rows import encode_source, load_rows
 from ..data.output_lines import file_digest
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length
 from ..errors import TraceError
+from ..scoring.model_capabilities import describe_left_padding
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record
 from ..trace.trace import Trace
@@ -25,6 +27,8 @@ from ..utils.model_state import preserve_state
 from ..utils.paths import absolute_path_or_hub_id
 from .locked_output import locked_output
 
+
+logger = logging.getLogger(__name__)
 
 # The record that each checkpoint gets, as in a tracked run.
 RECORD_OF = {"base": Record("noisy", 0), "before": Record("safety", 0), "after": Record("safety", 1)}
@@ -69,6 +73,9 @@ def score_checkpoints(
     tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path)
     first_checkpoint = next(iter(checkpoints.values()))
     model: PreTrainedModel | None = _load(first_checkpoint, device)  # fails before anything is written
+    left_padding = describe_left_padding(cast(nn.Module, model), rows)
+    if left_padding is not None:
+        logger.warning(left_padding)
 
     def open_or_create() -> None:
         if not Trace.exists(folder):

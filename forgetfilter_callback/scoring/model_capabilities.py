@@ -92,13 +92,19 @@ def check_is_causal(model: nn.Module) -> None:
     )
 
 
-def counts_padding(model: nn.Module) -> bool:
-    """Return whether padding on the left may change the losses of `model`.
+def describe_left_padding(model: nn.Module, rows: EncodedRows) -> str | None:
+    """A sentence for a warning that padding on the left may change the losses of `rows`, or `None` if it does not.
 
     It does not with rotary positions, unless an adapter inserts virtual tokens before the padding.
     """
     config = cast(PreTrainedConfig, model.config)
-    return config.get_text_config().to_dict().get("rope_parameters") is None or _virtual_tokens(model) > 0
+    is_rotary = config.get_text_config().to_dict().get("rope_parameters") is not None
+    if not rows.left_padded or (is_rotary and not _virtual_tokens(model)):
+        return None
+    return (
+        f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but this "
+        "model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
+    )
 
 
 def check_rows(model: nn.Module, rows: EncodedRows) -> None:

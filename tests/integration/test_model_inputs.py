@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import VOCABULARY, random_rows, tiny_llama
+from helpers import VOCABULARY, call, random_rows, tiny_llama
 from tiny_models import gpt2
 from transformers import (
     CLIPVisionConfig,
@@ -299,9 +299,13 @@ COLLATORS = {
 def test_collators_of_single_runs_of_tokens(name, noisy, safety, make_args, tokenizer):
     collate = COLLATORS[name](tokenizer)
     rows = Dataset.from_list([{**row, "labels": [-100, *row["labels"][1:]]} for row in noisy])
-    if name == "labels made":
-        rows = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in noisy])
-    expected = evaluate_each(tiny_llama(), rows, make_args, collate)
+
+    def collate_for_evaluation(rows):
+        batch = collate(rows)  # one of them makes the labels
+        batch["labels"][:, 0] = -100
+        return batch
+
+    expected = evaluate_each(tiny_llama(), rows, make_args, collate_for_evaluation)
     tracker = first_record(tiny_llama(), rows, safety, make_args, "adopted", collate)
     np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
 
@@ -365,3 +369,20 @@ def test_soft_labels_are_refused():
     soft = batch(labels=torch.tensor([[5.0, 6.0, 7.0, 8.0]]))
     with pytest.raises(EncodingError, match="Row 0: the labels differ from the row's own tokens"):
         encode_collated([0], lambda rows: soft, tiny_llama(), disable_tqdm=True)
+
+
+def test_files_of_padded_rows(files, tmp_path, caplog):
+    """`forgetfilter score` scores and reports their padding as the tracker does."""
+    model = gpt2()
+    model.save_pretrained(tmp_path / "model")
+    right = {"input_ids": [5, 6, 7, 1, 1], "labels": [-100, 6, 7, 1, 1], "attention_mask": [1, 1, 1, 0, 0]}
+    left = {"input_ids": [1, 5, 6, 7], "labels": [-100, -100, 6, 7], "attention_mask": [0, 1, 1, 1]}
+    Dataset.from_list([right, left]).to_json(tmp_path / "rows.jsonl")
+    result = call("score", "--noisy", tmp_path / "rows.jsonl", "--before", tmp_path / "model", "--tokenizer",
+                  files["model"], "--output", tmp_path / "trace")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        expected = float(model(**{name: torch.tensor([values]) for name, values in right.items()}).loss)
+    np.testing.assert_allclose(Trace.open(tmp_path / "trace").losses()[0, 0], expected, rtol=1e-5)
+    assert "2 of the 6 tokens that contribute to the loss are padding" in caplog.text
+    assert "1 of 2 samples are padded on the left" in caplog.text
