@@ -113,9 +113,9 @@ def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int)
 
     def tails(total: int) -> tuple[float, float]:
         """Mid-p probabilities of at most, and of at least, `hits` unsafe draws if the set has `total` unsafe rows."""
-        distribution = poisson_binom(np.clip((total - found_at_draw) / sizes, 0, 1))
-        below, exactly = float(distribution.cdf(hits)), float(distribution.pmf(hits))
-        return below - exactly / 2, 1 - below + exactly / 2
+        probabilities = poisson_binom.pmf(np.arange(hits + 1), np.clip((total - found_at_draw) / sizes, 0, 1))
+        below, exactly = float(probabilities[:-1].sum()), float(probabilities[-1])
+        return below + exactly / 2, 1 - below - exactly / 2
 
     candidates = range(found, most + 1)
     tail = (1 - LEVEL) / 2

@@ -34,13 +34,13 @@ def simulate(rng: np.random.Generator, rows: int, unsafe_rows: int, rounds: int)
 def test_intervals_contain_the_unsafe_rows_that_are_left_in_about_nine_of_ten_reviews():
     rng = np.random.default_rng(0)
     covered = []
-    for _ in range(300):
+    for _ in range(150):
         verdicts, unsafe = simulate(rng, 200, 60, 6)
         estimate = estimate_unsafe_rows(verdicts, 200)
         left = unsafe.sum() - estimate.unsafe_found
         covered.append(estimate.unsafe_left[0] <= left <= estimate.unsafe_left[1])
         assert estimate.benign_removed == (0, 0)
-    assert 0.85 < np.mean(covered) < 0.96
+    assert 0.84 < np.mean(covered) < 0.97
 
 
 def test_one_round_of_random_rows_gives_the_binomial_interval():
