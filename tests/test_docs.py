@@ -18,14 +18,13 @@ import typer
 import yaml
 from datasets import Dataset
 from helpers import tiny_llama
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
 
 import forgetfilter_callback
 from forgetfilter_callback import Trace
 from forgetfilter_callback.cli.commands import app
-from forgetfilter_callback.data.tokenizers import padding_collator
 
 
 ROOT = Path(__file__).parent.parent
@@ -111,14 +110,16 @@ def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
     snippets = [block for text in PAGES.values() for block in blocks(text, "python")]
     assert len(snippets) >= 3
     texts = Dataset.from_json(str(workplace / "noisy.jsonl"))
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token  # a Trainer without a collator of its own needs one to pad
     for number, snippet in enumerate(snippets):
         kind = SFTConfig if "SFTTrainer" in snippet else TrainingArguments
         args = kind(output_dir=f"out-{number}", num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=True,
                     save_strategy="no")  # fmt: skip
         load_model = partial(AutoModelForCausalLM.from_pretrained, "model")
         names = {
-            "tokenizer": byte_tokenizer,
-            "collator": padding_collator(byte_tokenizer),
+            "tokenizer": tokenizer,
+            "collator": DataCollatorForSeq2Seq(tokenizer),
             "load_model": load_model,
             "model": load_model(),
             "base": load_model(),
