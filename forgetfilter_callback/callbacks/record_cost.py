@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
 from ..scoring.packing import needed_lengths
+from ..utils.counted import counted
 from .early_stopping import is_check_step, monitored_samples
 
 
@@ -36,12 +37,14 @@ def describe_cost(
     """
     records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
     tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
-    text = f"Up to {records} records of {len(rows):,} samples, up to {tokens_per_record:,} tokens each"
+    text = (
+        f"Up to {records} records of {counted(len(rows), 'sample')}, up to {counted(tokens_per_record, 'token')} each"
+    )
     tokens = records * tokens_per_record
     if stop_early:
         monitored = monitored_samples(len(rows))
         checks = sum(map(is_check_step, range(1, state.max_steps - args.get_warmup_steps(state.max_steps))))
-        text += f", and up to {checks} checks of {monitored} samples"
+        text += f", and up to {counted(checks, 'check')} of {counted(monitored, 'sample')}"
         tokens += checks * math.ceil(tokens_per_record * monitored / len(rows))
     if training_rows is None:
         return f"{text}."
@@ -52,6 +55,6 @@ def describe_cost(
     passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
     steps = math.ceil(tokens / (passes * tokens_per_step))
     return (
-        f"{text}: at most the compute of {steps:,} training steps ({steps / state.max_steps:.0%} of this session's "
+        f"{text}: at most the compute of {counted(steps, 'training step')} ({steps / state.max_steps:.0%} of this session's "
         f"{state.max_steps:,})."
     )

@@ -16,6 +16,7 @@ import typer
 from ..data.source_paths import check_model, check_source
 from ..filtering.config import FilterConfig
 from ..pipeline.run_config import RunConfig
+from ..utils.counted import counted
 from .app import (
     RUN_FILTER_OPTIONS,
     JsonOption,
@@ -157,7 +158,7 @@ def score(
             typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
             return
         for role, mean in means.items():
-            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {len(trace.rows):,} rows")
+            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
         is_complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
         next_step = (
             f"forgetfilter report {output}" if is_complete else "`score` with --before and --after into this folder"

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.source_paths import check_source
+from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..utils.optional_packages import requires_extra
 from ..utils.sanitize_text import sanitize
+from .advice import how_to_finish, is_measurable
 from .app import (
     BAD_INPUT,
     RUN_FILTER_OPTIONS,
@@ -127,9 +129,15 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
     """Check the files of a trace. Exits with 2 if something is wrong."""
     with exit_codes():
         from ..trace.source_files import find_trace_folder
+        from ..trace.trace import Trace
         from ..trace.validate_trace import validate_trace
 
-        findings = validate_trace(find_trace_folder(trace))
+        folder = find_trace_folder(trace)
+        if not Trace.exists(folder):
+            Trace.open(folder)  # raises an error that says so
+        findings = validate_trace(folder)
+        if not findings.problems:
+            findings.notes.extend(filter(None, [how_to_finish(Trace.open(folder))]))
         if as_json:
             typer.echo(json.dumps(findings._asdict()))
         else:
@@ -141,10 +149,17 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
 
 
 def _open_trace(path: Path) -> Trace:
+    """Open a trace from which forgetting can be measured."""
     from ..trace.source_files import find_trace_folder
     from ..trace.trace import Trace
 
-    return Trace.open(find_trace_folder(path))
+    trace = Trace.open(find_trace_folder(path))
+    advice = how_to_finish(trace)
+    if advice is not None and not is_measurable(trace):
+        raise TraceError(advice)
+    if advice is not None:
+        typer.echo(f"forgetfilter: {sanitize(advice)}", err=True)
+    return trace
 
 
 def _load_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ def filter_by_values(
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting; higher means more forgotten. Samples whose value is not finite are kept.
         filter_config ([`FilterConfig`]):
-            Which samples are removed. `measure` must be given; `step` and `decision` need a trace.
+            Which samples are removed. `measure` must be given; `step`, `decision` and `reviewed` need a trace.
         overrides (`Mapping[str, str]`, *optional*):
             Sample ids with `"keep"` or `"remove"`, regardless of the threshold.
         nats_per_unit (`float`, *optional*):
@@ -45,11 +45,16 @@ def filter_by_values(
         [`FilterResult`]
 
     Raises:
-        ValueError: if the measure is not given, if the number of values differs from the number of ids, if no value is
-            finite, or if all samples would be removed.
+        ValueError: if the measure is not given, if a setting needs a trace, if the number of values differs from the number
+            of ids, if no value is finite, or if all samples would be removed.
         DecisionError: if an override names an unknown sample.
     """
     measure, threshold, fraction = filter_config.measure, filter_config.threshold, filter_config.fraction
+    if filter_config.step is not None or filter_config.decision is not None or filter_config.reviewed is not None:
+        raise ValueError(
+            "`step`, `decision` and `reviewed` belong to a trace, but there are only values. Pass the tracker or the trace "
+            "folder instead of values, or use `find_forgotten`."
+        )
     if measure is None:
         raise ValueError(
             "Plain values do not say what they measure. Pass `FilterConfig(measure=...)`, or pass the tracker or the trace "

@@ -64,7 +64,8 @@ def find_forgotten(
 
         result = find_reviewed(trace, config, ids, values, nats_per_unit)
         return replace(result, step=trace.first_and_last(config.step)[1].step)
-    result = filter_by_values(ids, values, config, overrides, nats_per_unit, trace.manifest["fingerprint"])
+    on_values = replace(config, step=None)
+    result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     return replace(result, step=trace.first_and_last(config.step)[1].step)
 
 

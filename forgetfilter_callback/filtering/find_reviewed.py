@@ -35,8 +35,9 @@ def find_reviewed(
     in_set = pc.is_in(pa.array(list(overrides), pa.string()), value_set=ids).to_pylist()
     overrides = {id_: override for (id_, override), known in zip(overrides.items(), in_set, strict=True) if known}
     if config.threshold not in ("auto", "fdr") or config.fraction is not None:
-        return filter_by_values(ids, values, config, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    no_threshold = replace(config, threshold=math.inf, reviewed=None)
+        on_values = replace(config, step=None, reviewed=None)
+        return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
+    no_threshold = replace(config, threshold=math.inf, step=None, reviewed=None)
     result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
     unsafe = sum(override == "remove" for override in overrides.values())
     reason = f"{len(overrides)} rows were reviewed, and the {unsafe} unsafe ones are removed"

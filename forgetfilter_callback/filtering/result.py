@@ -18,6 +18,7 @@ from ..errors import DecisionError
 from ..measures.names import Measure
 from ..utils.arrow_arrays import from_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
+from ..utils.counted import counted
 from .review_decision import Override
 from .thresholds import Separability
 
@@ -89,8 +90,10 @@ class FilterResult:
         """A one-line summary for logs."""
         counts = self.counts
         phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g}, {self.measure} forgetting)"
-        unknown = f"; kept {counts['unknown']} samples without a forgetting value" if counts["unknown"] else ""
-        return f"removed {counts['removed']} of {counts['samples']} samples{phi}: {self.reason}{unknown}"
+        unknown = (
+            f"; kept {counted(counts['unknown'], 'sample')} without a forgetting value" if counts["unknown"] else ""
+        )
+        return f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.reason}{unknown}"
 
     def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
         """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.

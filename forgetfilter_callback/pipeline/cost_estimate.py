@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from ..utils.counted import counted
 from .run import load_inputs
 from .run_config import RunConfig
 
@@ -35,9 +36,10 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"Noisy finetuning: {self.steps:,} steps over {self.samples:,} rows ({self.tokens:,} tokens per epoch). "
-            f"Safety finetuning: {self.safety_steps:,} steps over {self.safety_samples:,} rows. Up to {self.records} "
-            f"records. Safety finetuning and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
+            f"Noisy finetuning: {counted(self.steps, 'step')} over {counted(self.samples, 'row')} "
+            f"({counted(self.tokens, 'token')} per epoch). Safety finetuning: {counted(self.safety_steps, 'step')} over "
+            f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
+            f"and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
         )
 
 

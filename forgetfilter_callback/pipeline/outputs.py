@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ from ..data.output_lines import source_lines
 from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
-from ..filtering.result import FilterResult
+from ..filtering.result import RESULT_FILE, FilterResult
 from ..reports.dataset_card import dataset_card
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
@@ -25,6 +27,11 @@ from ..utils.atomic_files import atomic_write, write_lines, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Written beside the folder `filter_result`.
+OUTPUT_FILES = ("kept.jsonl", "removed.jsonl", "card.md")
 
 
 def filter_rows(
@@ -35,6 +42,8 @@ def filter_rows(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> FilterResult:
     """Filter the rows of a trace and write the kept and the removed ones. No model is needed.
+
+    The outputs of an earlier filter in the same folder are replaced, and a warning says so.
 
     Args:
         trace ([`Trace`]):
@@ -49,14 +58,18 @@ def filter_rows(
             Defaults to the tokenizer that the trace names. It is needed if the file has changed since it was recorded.
 
     Raises:
-        DataError: if the rows cannot be found or loaded.
+        DataError: if the rows cannot be found or loaded, or if files with the names of the outputs come from elsewhere.
         ValueError: if more than 1 % of the rows are not in the trace.
     """
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
+    check_outputs_are_ours(Path(output))
     ids, lines = _ids_and_lines(trace, source, tokenizer)
     result = find_forgotten(trace, filter_config, ids)
+    replaces = has_outputs(Path(output))
     write_filter_outputs(Path(output), lines, result, trace)
+    if replaces:
+        logger.warning(f"The rows and the filter result of an earlier filter in {output} were replaced.")
     return result
 
 
@@ -101,6 +114,32 @@ def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarr
         write_lines(itertools.compress(lines, selected), files.enter_context(atomic_write(output / f"{name}.jsonl")))
 
 
+def has_outputs(output: Path) -> bool:
+    """Whether `output` contains what [`write_filter_outputs`] writes."""
+    return (output / "filter_result" / RESULT_FILE).exists()
+
+
+def delete_outputs(output: Path) -> None:
+    """Delete what [`write_filter_outputs`] wrote to `output`: the filter result last, because it marks the files as ours."""
+    for name in OUTPUT_FILES:
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "filter_result", ignore_errors=True)
+
+
+def check_outputs_are_ours(output: Path) -> None:
+    """Refuse to overwrite files that a filter has not written.
+
+    Raises:
+        DataError: if `output` contains a file with the name of an output, but no filter result.
+    """
+    foreign = [name for name in OUTPUT_FILES if (output / name).exists()]
+    if foreign and not has_outputs(output):
+        raise DataError(
+            f"{output / foreign[0]} would be overwritten, and there is no filter result beside it. Choose another output "
+            "folder, or move the file."
+        )
+
+
 def check_output_is_not_source(source: str, output: Path) -> None:
     """Refuse to overwrite `source` with its own kept or removed rows.
 
@@ -108,4 +147,4 @@ def check_output_is_not_source(source: str, output: Path) -> None:
         DataError: if `source` is `kept.jsonl` or `removed.jsonl` in `output`.
     """
     if Path(source).resolve() in [(output / f"{name}.jsonl").resolve() for name in ("kept", "removed")]:
-        raise DataError(f"{source} would be overwritten by its own kept or removed rows. Choose another --output.")
+        raise DataError(f"{source} would be overwritten by its own kept or removed rows. Choose another output folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,13 @@ from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
 from .load_model import load_model, lora_config
 from .locked_output import locked_output
-from .outputs import check_output_is_not_source, write_filter_outputs
+from .outputs import (
+    check_output_is_not_source,
+    check_outputs_are_ours,
+    delete_outputs,
+    has_outputs,
+    write_filter_outputs,
+)
 from .run_config import RunConfig
 
 
@@ -152,7 +159,8 @@ def run(config: RunConfig) -> FilterResult:
         [`FilterResult`]: what was removed and why, in the order of the noisy set.
 
     Raises:
-        ForgetFilterError: if the inputs are not usable, or if the output folder contains a run on other rows.
+        ForgetFilterError: if the inputs are not usable, or if the output folder contains a run on other rows, or an earlier
+            run without `config.resume` or `config.overwrite`.
         ValueError: if a setting is not valid.
     """
     inputs = load_inputs(config)
@@ -170,15 +178,29 @@ def run(config: RunConfig) -> FilterResult:
 
 
 def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> None:
-    """Check that this run can continue or replace what an earlier run has left in `output`."""
-    if Trace.exists(output / TRACE_FOLDER):
-        earlier = Trace.open(output / TRACE_FOLDER)
-        if earlier.rows.fingerprint != inputs.noisy.fingerprint:
-            raise TraceError(
-                f"{output} contains a run on other rows, or with another tokenizer. Choose another --output."
-            )
+    """Check that this run can continue or replace what an earlier run has left in `output`, and delete what it replaces."""
+    check_outputs_are_ours(output)
+    earlier = Trace.open(output / TRACE_FOLDER) if Trace.exists(output / TRACE_FOLDER) else None
+    if earlier is not None and earlier.rows.fingerprint != inputs.noisy.fingerprint:
+        raise TraceError(
+            f"{output} contains a run on other rows, or with another tokenizer. Choose another output folder."
+        )
+    has_run = (earlier is not None and earlier.records()) or has_outputs(output)
+    if has_run and not (config.resume or config.overwrite):
+        raise TraceError(
+            f"{output} contains an earlier run. Choose another output folder, or set `resume` to continue the run or "
+            "`overwrite` to replace it."
+        )
     if config.resume and (output / "config.yaml").exists():
         config.check_same_as(output / "config.yaml")
+    if config.overwrite:
+        replaced = [output / name for name in ("model", "sessions")]
+        for source in (config.model, config.noisy, config.safety):
+            if any(Path(source).resolve().is_relative_to(folder.resolve()) for folder in replaced):
+                raise DataError(f"{source} belongs to the run that `overwrite` replaces. Choose another output folder.")
+        delete_outputs(output)
+        for folder in replaced:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:

@@ -46,6 +46,9 @@ class RunConfig:
         resume (`bool`, defaults to `False`):
             Whether to continue an interrupted run in `output` from its last checkpoints, with the same settings. The run
             must save checkpoints, for example with `training={"save_strategy": "epoch"}`.
+        overwrite (`bool`, defaults to `False`):
+            Whether to replace an earlier run on the same rows in `output`. Its outputs, model and checkpoints are deleted.
+            Its records are kept in the folder `superseded` of the trace.
         max_length (`int`, *optional*):
             Longer rows are truncated on the right. Defaults to the context of the model.
         dtype (`"auto"`, `"float32"`, `"bfloat16"` or `"float16"`, defaults to `"auto"`):
@@ -91,6 +94,9 @@ class RunConfig:
     resume: bool = field(
         default=False, metadata={"help": "Continue an interrupted run in OUTPUT from its last checkpoints."}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the outputs, model and checkpoints of an earlier run in OUTPUT first."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Truncate longer rows on the right. Default: the context of the model."}
     )
@@ -106,10 +112,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         missing = [name for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
         if missing:
-            raise ValueError(f"Missing settings: {', '.join(f'--{name}' for name in missing)}.")
+            raise ValueError(f"Missing settings: {', '.join(missing)}.")
         for names, kind, described in (
             (("model", "noisy", "safety", "output"), str, "text"),
-            (("refit", "use_lora", "resume", "stop_early"), bool, "true or false"),
+            (("refit", "use_lora", "resume", "overwrite", "stop_early"), bool, "true or false"),
             (("training", "safety_training", "lora"), dict, "a mapping of names to values"),
         ):
             for name in names:
@@ -126,20 +132,23 @@ class RunConfig:
             raise ValueError("measure='rouge1' needs generation. Use `ForgetTracker(rouge1=True)` in Python.")
         if self.filter.decision is not None or self.filter.step is not None:
             raise ValueError("`decision` and `step` need a finished run. Use `forgetfilter filter` afterwards.")
+        if self.resume and self.overwrite:
+            raise ValueError("`resume` continues an earlier run and `overwrite` replaces it. Pass one of them.")
         if self.lora and not self.use_lora:
             raise ValueError("`lora` has settings, but `use_lora` is false.")
         for name in ("training", "safety_training"):
             for setting, advice in (
                 ("output_dir", "the sessions are saved in OUTPUT/sessions"),
-                ("resume_from_checkpoint", "use `resume` (--resume)"),
+                ("resume_from_checkpoint", "use `resume`"),
                 ("push_to_hub", "it would also publish the models that have learned the unsafe rows"),
             ):
                 if setting in getattr(self, name):
                     raise ValueError(f"`{name}` must not contain {setting}: {advice}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, without access tokens."""
+        """The settings of a new run: without access tokens, `resume` and `overwrite`."""
         settings = dataclasses.asdict(self)
+        del settings["resume"], settings["overwrite"]
         settings["filter"] = {name: settings["filter"][name] for name in ("measure", "threshold", "fraction")}
         for section in ("training", "safety_training"):
             settings[section] = {key: value for key, value in settings[section].items() if not key.endswith("_token")}
@@ -159,13 +168,9 @@ class RunConfig:
             saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{file} is damaged, so the run cannot be resumed: {error}") from error
-        changed = [
-            name
-            for name, value in self.to_dict().items()
-            if name not in ("output", "resume") and saved.get(name) != value
-        ]
+        changed = [name for name, value in self.to_dict().items() if name != "output" and saved.get(name) != value]
         if changed:
             raise ValueError(
                 f"A resumed run must have the settings in {file}, but these differ: {', '.join(changed)}. Pass the same "
-                "settings (`--config`), or run without `--resume`."
+                "settings, or start a new run in another output folder."
             )

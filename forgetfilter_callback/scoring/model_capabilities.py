@@ -119,8 +119,9 @@ def check_rows(model: nn.Module, rows: EncodedRows) -> None:
     if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < vocabulary:
         raise EncodingError(
             f"Token ids of the rows range from {rows.tokens.min()} to {rows.tokens.max()}, but the model's vocabulary "
-            f"has {vocabulary} tokens. The rows were encoded with another tokenizer. Encode them with the "
-            "model's tokenizer."
+            f"has {vocabulary} tokens. Either the rows were encoded with another tokenizer, or tokens were added "
+            "to the tokenizer and the model's embeddings were not resized. Encode the rows with the model's tokenizer, or "
+            "call `model.resize_token_embeddings(len(tokenizer))`."
         )
     _check_dynamic_rope(model, rows)
 

@@ -39,7 +39,7 @@ def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> np.n
     if trace.base_record is None:
         raise TraceError(
             "measure='relative' needs the losses of the base model, but this trace has no record at step 0 of the noisy "
-            "session. Use the same tracker in both sessions, or choose another measure."
+            "session. Record the base model too, with the same tracker in both sessions, or choose another measure."
         )
     return relative_forgetting(mean_losses(trace.token_losses(trace.base_record), offsets), means_before, means_after)
 

@@ -55,7 +55,7 @@ _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
 _ADVICE = {
     "loss": "The file is not a record of this library.",
     "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
-    "state": "The input of the model's output head could not be read. Use measure='pooled' or measure='loss'.",
+    "state": "The input of the model's output head could not be read. Use the measure pooled or loss.",
 }
 
 

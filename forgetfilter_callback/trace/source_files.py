@@ -26,7 +26,7 @@ _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 def find_trace_folder(path: str | os.PathLike[str]) -> Path:
     """The folder of a trace: `path` itself, or the trace inside the output folder `path` of a run."""
     inside = Path(path) / TRACE_FOLDER
-    return inside if Trace.exists(inside) and not Trace.exists(path) else Path(path)
+    return inside if inside.is_dir() and not Trace.exists(path) else Path(path)
 
 
 def find_source(trace: Trace) -> str:
@@ -36,12 +36,12 @@ def find_source(trace: Trace) -> str:
         DataError: if the trace does not name it, or if the file is no longer there.
     """
     if "source" not in trace.manifest:
-        raise DataError(f"The trace in {trace.folder} does not name the file of its rows. Pass it with `--noisy`.")
+        raise DataError(f"The trace in {trace.folder} does not name the file of its rows. Pass the noisy set.")
     source: str = trace.manifest["source"]
     # Files and folders are stored as absolute paths, Hub ids are not.
     if Path(source).is_absolute() and not Path(source).exists():
         raise DataError(
-            f"The rows of the trace were in {source}, which does not exist. Pass their file with `--noisy`."
+            f"The rows of the trace were in {source}, which does not exist. Pass the noisy set from where it is now."
         )
     return source
 
@@ -107,7 +107,7 @@ def find_tokenizer(trace: Trace) -> str:
     """
     name: str | None = trace.manifest["tokenizer"]
     if name is None:
-        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass it with `--tokenizer`.")
+        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass the tokenizer.")
     return name
 
 

@@ -131,8 +131,8 @@ class Trace:
             lock.acquire()
         except Timeout:
             raise TraceError(
-                f"Another process is recording into {folder}. Give this run another `trace_dir` or `output_dir`, or stop "
-                "the other process first."
+                f"Another process is recording into {folder}. Choose another folder for this run, or stop the other process "
+                "first."
             ) from None
         except OSError as error:
             if error.errno not in _LOCKS_UNSUPPORTED:
@@ -156,10 +156,12 @@ class Trace:
         folder = Path(folder)
         if folder.is_file():
             raise TraceError(f"{folder} is a file. Pass the folder of a trace.")
+        if not cls.exists(folder) and (folder / "rows.parquet").exists():
+            raise TraceError(f"{folder} contains files of a trace, but no manifest.json. Restore it, or record again.")
         if not cls.exists(folder):
             raise TraceError(
-                f"{folder} contains no trace (no manifest.json). ForgetTracker writes the trace to its `trace_dir`, by "
-                "default `output_dir/_forgetfilter` of the first trainer."
+                f"{folder} contains no trace (no manifest.json). A trace is the folder `_forgetfilter` in the output folder "
+                "of `forgetfilter run` or of the first trainer with a ForgetTracker, or the tracker's `trace_dir`."
             )
         manifest = read_manifest(folder)
         return cls(folder, read_rows(folder, manifest), manifest)
@@ -355,8 +357,9 @@ class Trace:
         """
         safety = [record for record in self.records() if record.session == "safety"]
         if not safety:
+            held = "records of noisy finetuning only" if self.records() else "no records yet"
             raise TraceError(
-                f"The trace in {self.folder} has records of noisy finetuning only, so forgetting cannot be measured yet. "
+                f"The trace in {self.folder} has {held}, so forgetting cannot be measured yet. "
                 "Pass the same tracker to a second trainer that trains on a safety set. To follow rows that the model has "
                 "already learned, name them: `ForgetTracker(noisy)`."
             )
@@ -368,7 +371,7 @@ class Trace:
         if before.step != 0:
             raise TraceError(
                 f"The safety session has no record at step 0 (its first record is at step {before.step}), so there is "
-                "nothing to compare with. Run the whole safety session with the tracker."
+                "nothing to compare with. Record the model before safety finetuning too."
             )
         if before == after and len(safety) > 1:
             raise TraceError("Forgetting is measured from step 0 of the safety session. Choose a later step.")

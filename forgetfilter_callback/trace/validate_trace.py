@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ..data.encode_each import encode_each
 from ..data.token_sample import Sample
 from ..errors import TraceError
+from ..utils.counted import counted
 from .records import SESSIONS, Record
 from .trace import Trace
 
@@ -86,7 +87,9 @@ def _check_record(trace: Trace, record: Record) -> Findings:
     notes = []
     not_finite = int((~np.isfinite(losses)).sum())
     if not_finite:
-        notes.append(f"{file} has {not_finite} losses that are not finite: the model diverged. Its samples are kept.")
+        notes.append(
+            f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."
+        )
     if record.has_states and "state" not in columns:
         notes.append(f"{file} has no hidden states, which measure='smoothed' needs. Use another measure.")
     return Findings([], notes)
@@ -102,8 +105,8 @@ def _check_sessions(trace: Trace) -> Findings:
         if steps and session in max_steps and max(steps) < max_steps[session]:
             notes.append(
                 f"The {session} session has no record at its end: the last one is at step {max(steps)} of "
-                f"{max_steps[session]}. It was stopped early or crashed. If that was not intended, resume it with "
-                "`resume_from_checkpoint`."
+                f"{max_steps[session]}. It was stopped early or crashed. If that was not intended, resume it from "
+                "its last checkpoint."
             )
         if session == "safety" and steps and min(steps) > 0:
             problems.append(

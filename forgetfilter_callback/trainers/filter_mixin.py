@@ -53,11 +53,6 @@ class FilterMixin:
             result = find_forgotten(trace, filter_config, ids)
         else:
             config = filter_config if filter_config is not None else FilterConfig()
-            if config.decision is not None or config.step is not None:
-                raise ValueError(
-                    "`decision` and `step` belong to a trace, but `forgetting` is plain values. Pass the tracker or the "
-                    "trace folder as `forgetting`."
-                )
             result = filter_by_values(ids, _values_of(ids, forgetting), config)
         self.filter_result = result
         self.removed_dataset = _select(dataset, np.flatnonzero(result.removed))

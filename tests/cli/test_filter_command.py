@@ -30,7 +30,7 @@ def test_moved_rows_must_be_given_again(files, tmp_path):
     moved.rename(tmp_path / "elsewhere.jsonl")
     filtered = ("filter", tmp_path / "trace", "--output", tmp_path / "f", "--threshold", 0.5)
     result = call(*filtered)
-    assert result.exit_code == 2 and "which does not exist. Pass their file with `--noisy`" in result.output
+    assert result.exit_code == 2 and "which does not exist. Pass the noisy set" in result.output
     assert call(*filtered, "--noisy", tmp_path / "elsewhere.jsonl").exit_code == 0
 
 
@@ -94,7 +94,7 @@ def test_filter_and_filtered_trainer_agree_on_a_decision(finished, files, tmp_pa
             '{"measure": "other", "threshold": 1, "overrides": {}, "trace": "x"}',
             "`measure` must be one of loss, relative",
         ),
-        ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', "is not a reviewer's decision"),
+        ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', "`threshold` a number or null"),
         ('{"measure": "loss", "threshold": 1, "overrides": {"a": "burn"}, "trace": "x"}', "'keep' or 'remove'"),
         ('{"measure": "loss", "threshold": 1, "overrides": {}, "trace": "x"}', "another trace"),
     ],

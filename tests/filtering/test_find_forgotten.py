@@ -187,3 +187,9 @@ def test_find_forgotten_uses_the_requested_record(noisy, safety, make_args, coll
     selected = trace.rows.ids.take(pa.array([3, None, 1]))
     result = find_forgotten(trace, FilterConfig("loss", 99.0), ids=selected)
     np.testing.assert_array_equal(result.values, trace.forgetting("loss")[[3, 0, 1]] + [0, np.nan, 0])
+
+
+@pytest.mark.parametrize("setting", [{"step": 4}, {"reviewed": "review"}], ids=str)
+def test_values_alone_have_no_steps_and_no_verdicts(setting):
+    with pytest.raises(ValueError, match="`step`, `decision` and `reviewed` belong to a trace"):
+        filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss", **setting))

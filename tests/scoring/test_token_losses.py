@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +189,13 @@ def test_tokens_beyond_the_vocabulary_are_refused():
     rows = encode_rows([{"input_ids": [1, 2, 99_999]}], disable_tqdm=True)
     with pytest.raises(EncodingError, match="range from 1 to 99999, but the model's vocabulary has 128 tokens"):
         token_losses(tiny_llama(), rows, disable_tqdm=True)
+
+
+def test_tokens_added_without_resizing_the_embeddings_are_refused(byte_tokenizer):
+    tokenizer, model = copy.deepcopy(byte_tokenizer), tiny_llama(vocab_size=len(byte_tokenizer))
+    tokenizer.add_tokens(["<new>"])
+    rows = encode_rows([{"text": "the cat <new>"}], tokenizer, disable_tqdm=True)
+    with pytest.raises(EncodingError, match="the model's embeddings were not resized"):
+        token_losses(model, rows, disable_tqdm=True)
+    model.resize_token_embeddings(len(tokenizer))
+    assert np.isfinite(token_losses(model, rows, disable_tqdm=True)).all()

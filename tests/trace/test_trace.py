@@ -329,7 +329,7 @@ def test_a_folder_is_locked_until_it_is_released(trace):
     )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(
-        TraceError, match=r"Another process is recording into .*trace. Give this run another `trace_dir`"
+        TraceError, match=r"Another process is recording into .*trace. Choose another folder for this run"
     ):
         Trace.lock(trace.folder)
     other.kill()

@@ -126,7 +126,7 @@ def test_a_missing_record_is_reported(run_folder):
 
 def test_a_missing_records_folder_is_reported(run_folder):
     shutil.rmtree(run_folder / "_forgetfilter" / "records")
-    refused(call("show", run_folder), "has records of noisy finetuning only")
+    refused(call("show", run_folder), "has no records yet")
     assert "The trace has no records yet." in call("doctor", run_folder).output
 
 

@@ -269,11 +269,11 @@ def test_nothing_separable_is_a_warning(unsafe, removed, level, noisy, make_args
 
 @pytest.mark.parametrize(
     "filter_config",
-    [FilterConfig("loss", step=4), FilterConfig(decision="review_decision.json")],
-    ids=["step", "decision"],
+    [FilterConfig("loss", step=4), FilterConfig(decision="review_decision.json"), FilterConfig("loss", reviewed="out")],
+    ids=["step", "decision", "reviewed"],
 )
 def test_step_and_decision_need_a_trace(filter_config, noisy, make_args, collator):
-    with pytest.raises(ValueError, match="`decision` and `step` belong to a trace, but `forgetting` is plain values"):
+    with pytest.raises(ValueError, match="`step`, `decision` and `reviewed` belong to a trace"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
             forgetting=np.zeros(24), filter_config=filter_config,
