@@ -58,7 +58,7 @@ def filter_command(
     """Split the rows of a trace into kept and removed rows. No model is needed."""
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
-        opened = _open_trace(trace)
+        opened = open_trace(trace)
         from ..pipeline.outputs import filter_rows
         from ..trace.source_files import find_source, is_unchanged
 
@@ -86,12 +86,12 @@ def report(
     """Write the review page: look at what would be removed, and decide."""
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
-        opened = _open_trace(trace)
+        opened = open_trace(trace)
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
 
         unsafe = None if audit_column is None else _labels(opened, noisy, tokenizer, audit_column)
-        result = write_review_page(opened, output, _load_decoder(opened, tokenizer), filter_config, unsafe)
+        result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe)
         typer.echo(f"{page_summary(result)} Open {output} in a browser.")
 
 
@@ -108,7 +108,7 @@ def show(
     """Show a trace in the terminal."""
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
-        opened = _open_trace(trace)
+        opened = open_trace(trace)
         with requires_extra("cli", "`forgetfilter show`"):
             from rich.console import Console
 
@@ -120,7 +120,7 @@ def show(
             typer.echo(json.dumps(as_dict(result)))
             return
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
-        decoder = _load_decoder(opened, tokenizer) if has_tokenizer else None
+        decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
         show_trace(opened, result, Console(), decoder, head)
 
 
@@ -148,7 +148,7 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
             raise typer.Exit(BAD_INPUT)
 
 
-def _open_trace(path: Path) -> Trace:
+def open_trace(path: Path) -> Trace:
     """Open a trace from which forgetting can be measured."""
     from ..trace.source_files import find_trace_folder
     from ..trace.trace import Trace
@@ -171,7 +171,7 @@ def _load_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:
     return load_tokenizer(name) if name is not None else load_trace_tokenizer(trace)
 
 
-def _load_decoder(trace: Trace, tokenizer: str | None) -> Decoder:
+def trace_decoder(trace: Trace, tokenizer: str | None) -> Decoder:
     from ..data.decode import load_decoder
     from ..trace.source_files import find_tokenizer
 

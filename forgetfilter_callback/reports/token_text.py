@@ -14,7 +14,11 @@ _MAX_PIECE_TOKENS = 8
 
 
 def split_text(
-    tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray, rises: np.ndarray
+    tokenizer: Decoder,
+    tokens: np.ndarray,
+    loss_mask: np.ndarray,
+    rises: np.ndarray,
+    max_length: int = MAX_TEXT_LENGTH,
 ) -> tuple[str, list[tuple[str, float | None]]]:
     """Splits a sample into its prompt and the pieces of its completion.
 
@@ -30,11 +34,13 @@ def split_text(
             Which tokens contribute to the loss.
         rises (`np.ndarray` of shape `(loss_tokens,)`, float32):
             Loss rise of each loss token, in nats.
+        max_length (`int`, defaults to 2,000):
+            Characters of the completion.
 
     Returns:
         `tuple[str, list[tuple[str, float | None]]]`: the prompt, and the pieces as pairs of text and mean loss rise in
-        nats (`None` if no token of the piece contributes to the loss). Pieces beyond 2,000 characters are replaced
-        with " […]".
+        nats (`None` if no token of the piece contributes to the loss). Pieces beyond `max_length` characters are
+        replaced with " […]".
     """
     start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
     all_rises = np.full(len(tokens), np.nan)
@@ -57,7 +63,7 @@ def split_text(
         pieces.append((text, round(sum(known) / len(known), 3) if known else None))
         piece_start = end
         characters += len(text)
-        if characters > MAX_TEXT_LENGTH:
+        if characters > max_length:
             pieces.append((" […]", None))
             break
     return prompt, pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -80,17 +80,20 @@ class ReviewQueue:
         forgetting = trace.forgetting()
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)
 
-    def next(self, count: int = 10) -> list[int]:
+    def next(self, count: int = 10, skipped: Collection[int] = ()) -> list[int]:
         """The rows to review next.
 
         Args:
             count (`int`, defaults to 10):
                 The number of rows. A fifth of them is drawn at random; with fewer than five rows per round, there is a
                 random row in every few rounds.
+            skipped (`Collection[int]`, *optional*):
+                Numbers of rows that the ranking does not choose. They can be drawn at random, because the estimates need
+                draws from all rows without a verdict.
 
         Returns:
-            `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer have no verdict, and empty
-            once every row has one. Rows that were returned before and have no verdict can be returned again.
+            `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer are left, and empty once
+            every row has a verdict. Rows that were returned before and have no verdict can be returned again.
         """
         rng = np.random.default_rng([self.seed, len(self.verdicts)])
         unseen = np.flatnonzero(~self.is_seen)
@@ -100,7 +103,7 @@ class ReviewQueue:
         drawn = rng.choice(unseen, random_count, replace=False)
         self._drawn_from = {int(row): len(unseen) for row in drawn}
         ranking = self.ranking
-        ranked = ranking[~self.is_seen[ranking] & ~np.isin(ranking, drawn)]
+        ranked = ranking[~self.is_seen[ranking] & ~np.isin(ranking, [*drawn, *skipped])]
         rows = np.concatenate([ranked[: count - random_count], drawn])
         # Mixed, so that the reviewer does not know which rows are random.
         return [int(row) for row in rng.permutation(rows)]

@@ -28,6 +28,11 @@ CASES = {
         "report",
         "The review page",
     ),
+    "flask": (
+        "import sys; from forgetfilter_callback.cli.main import main; sys.argv = ['forgetfilter', 'review', TRACE]; main()",
+        "review",
+        "`forgetfilter review`",
+    ),
     "matplotlib": (
         "from forgetfilter_callback.reports.plot import plot_forgetting; plot_forgetting(None, 'x')",
         "report",

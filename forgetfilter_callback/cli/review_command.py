@@ -1,0 +1,49 @@
+"""`forgetfilter review`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from .app import app, exit_codes
+from .trace_commands import TokenizerOption, TraceArgument, open_trace, trace_decoder
+
+
+@app.command()
+def review(
+    trace: TraceArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. 0 chooses a free one.")] = 0,
+    reviewer: Annotated[str | None, typer.Option(help="Name that is stored with each verdict.")] = None,
+    rounds_of: Annotated[int, typer.Option(min=1, help="Rows between two rankings.")] = 10,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Review single rows in a browser. The ranking learns from each round of verdicts."""
+    with exit_codes():
+        from ..reports.review_server.serve import review_server
+
+        opened = open_trace(trace)
+        decoder = trace_decoder(opened, tokenizer)
+        with review_server(opened, decoder, trace, port, reviewer, rounds_of) as running:
+            typer.echo(f"Review rows at {running.address}")
+            tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
+            typer.echo(f"If this is a remote machine, first run on yours: {tunnel}")
+            typer.echo("Every verdict is stored at once. Press Ctrl-C to end.")
+            if browser and _has_display():
+                webbrowser.open(running.address)
+            running.server.serve_forever()  # until Ctrl-C
+            typer.echo(f"\n{running.queue.estimate()}")
+            if running.queue.verdicts:
+                typer.echo(f"Next: {running.next_command}")
+
+
+def _has_display() -> bool:
+    """Whether a browser can open a window. Otherwise Python would start a text browser in this terminal."""
+    if "SSH_CONNECTION" in os.environ:
+        return False
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())

@@ -1,0 +1,174 @@
+"""[`ReviewSession`]: which row the page shows, and what it says about the review so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.preprocessing import normalize
+
+from ...data.decode import Decoder
+from ...errors import DecisionError
+from ...review.review_queue import ReviewQueue
+from ...review.verdicts import VerdictLabel
+from ..token_text import split_text
+
+
+# Characters of a prompt and of an answer. Without a limit, one huge row could block the browser.
+MAX_ROW_LENGTH = 20_000
+MAX_SIMILAR_LENGTH = 600
+SIMILAR_ROWS = 2
+# The review can stop when this many rows in succession, all chosen by the ranking, are safe.
+STOP_AFTER = 30
+
+
+class ReviewSession:
+    """A review of rows, one at a time.
+
+    Rows come in rounds. After the last row of a round, the queue ranks the rows again. A row that is skipped comes back when
+    the ranking has no other rows left, or when it is drawn at random.
+
+    Args:
+        queue ([`ReviewQueue`]):
+            Chooses the rows and stores the verdicts.
+        decoder ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Decodes the token ids of the trace.
+        round_size (`int`, defaults to 10):
+            Rows per round.
+    """
+
+    def __init__(self, queue: ReviewQueue, decoder: Decoder, round_size: int = 10):
+        self.queue = queue
+        self._decoder = decoder
+        self._round_size = round_size
+        before, after = queue.trace.first_and_last()
+        self._rises = queue.trace.token_losses(after) - queue.trace.token_losses(before)
+        states = queue.trace.states(before).astype(np.float32)
+        states[~np.isfinite(states)] = 0
+        # All states share a large component. Without centering, all rows would be similar.
+        self._directions = normalize(states - states.mean(axis=0), copy=False)
+        self._shown = list(queue.labels)  # rows before the current one, for undo
+        self._skipped: set[int] = set()
+        self._round = self._next_round()  # the current row and those after it
+
+    @property
+    def row(self) -> int | None:
+        """Number of the current row, or `None` if every row has a verdict."""
+        return self._round[0] if self._round else None
+
+    def judge(self, row: int, verdict: VerdictLabel) -> None:
+        """Store the verdict on the current row, and go to the next row.
+
+        Raises:
+            DecisionError: if `row` is not the current row. Nothing is stored then.
+        """
+        self._check_current(row)
+        self.queue.add({row: verdict})
+        self._skipped.discard(row)
+        self._advance()
+
+    def skip(self, row: int) -> None:
+        """Go to the next row. The current row keeps its verdict if it has one.
+
+        Raises:
+            DecisionError: if `row` is not the current row.
+        """
+        self._check_current(row)
+        if row not in self.queue.labels:
+            self._skipped.add(row)
+        self._advance()
+
+    def undo(self) -> None:
+        """Show the previous row again. Its verdict is valid until there is a new one. Does nothing at the first row."""
+        if self._shown:
+            self._round.insert(0, self._shown.pop())
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows, as JSON types."""
+        estimate = self.queue.estimate()
+        low, high = estimate.unsafe_left
+        is_enough, advice = self._advice()
+        return {
+            "row": None if self.row is None else self._row_content(self.row),
+            "rows": estimate.rows,
+            "seen": estimate.seen,
+            "unsafe": estimate.unsafe_found,
+            "left_in_round": len(self._round),
+            "unsafe_left": [low, high],
+            "drawn": estimate.drawn,
+            "is_enough": is_enough,
+            "advice": advice,
+            "can_undo": bool(self._shown),
+        }
+
+    def _check_current(self, row: int) -> None:
+        if row != self.row:
+            raise DecisionError(
+                f"Row {row} is not the current row, so nothing was stored. Perhaps the review is open in two windows."
+            )
+
+    def _advance(self) -> None:
+        self._shown.append(self._round.pop(0))
+        if not self._round:
+            self._round = self._next_round()
+
+    def _next_round(self) -> list[int]:
+        rows = self.queue.next(self._round_size, self._skipped)
+        if self._skipped.issuperset(rows):  # nothing else is left
+            self._skipped.clear()
+            rows = self.queue.next(self._round_size)
+        return rows
+
+    def _advice(self) -> tuple[bool, str]:
+        """Whether to stop, and a sentence that says why."""
+        drawn = {verdict.row for verdict in self.queue.verdicts if verdict.drawn_from is not None}
+        ranked = [label for row, label in self.queue.labels.items() if row not in drawn]
+        safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
+        if self.row is None:
+            return True, "Every row has a verdict."
+        if safe_in_succession < STOP_AFTER:
+            return False, (
+                f"Stop when {STOP_AFTER} rows in succession that the ranking chose are safe (now {safe_in_succession})."
+            )
+        sentence = f"You can stop: the last {safe_in_succession} rows that the ranking chose are safe."
+        if "unsafe" not in ranked:
+            sentence += (
+                " No unsafe row was found by the ranking. Either there are hardly any, or this model does not rank them "
+                "first. The interval says how many there can be."
+            )
+        return True, sentence
+
+    def _row_content(self, row: int) -> dict[str, Any]:
+        prompt, pieces = self._text(row, MAX_ROW_LENGTH)
+        return {
+            "number": row,
+            "prompt": prompt[-MAX_ROW_LENGTH:],
+            "is_cut": len(prompt) > MAX_ROW_LENGTH,
+            "pieces": pieces,
+            "verdict": self.queue.labels.get(row),
+            "similar": self._similar_rows(row),
+        }
+
+    def _similar_rows(self, row: int) -> list[dict[str, Any]]:
+        cosines = self._directions @ self._directions[row]
+        cosines[row] = -np.inf
+        content = []
+        for other in np.argsort(-cosines)[: min(SIMILAR_ROWS, len(cosines) - 1)].tolist():
+            prompt, pieces = self._text(other, MAX_SIMILAR_LENGTH)
+            content.append(
+                {
+                    "number": other,
+                    "cosine": float(cosines[other]),
+                    "prompt": prompt[-MAX_SIMILAR_LENGTH:],
+                    "is_cut": len(prompt) > MAX_SIMILAR_LENGTH,
+                    "pieces": pieces,
+                    "verdict": self.queue.labels.get(other),
+                }
+            )
+        return content
+
+    def _text(self, row: int, max_length: int) -> tuple[str, list[tuple[str, float | None]]]:
+        rows = self.queue.trace.rows
+        tokens, loss_mask = rows.sample(row)
+        rises = self._rises[rows.loss_offsets[row] : rows.loss_offsets[row + 1]]
+        return split_text(self._decoder, tokens, loss_mask, rises, max_length)

@@ -1,0 +1,128 @@
+"use strict";
+// Texts of rows are untrusted: only textContent may put them on the page.
+
+const $ = (id) => document.getElementById(id);
+const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
+// Characters that have no shape but change how a text looks, except tabs and line breaks.
+const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/;
+let row = null; // number of the current row
+let isBusy = false;
+
+function cssColor(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+function count(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+}
+function element(tag, className, text = "") {
+  const created = document.createElement(tag);
+  created.className = className;
+  created.textContent = text;
+  return created;
+}
+
+// ---- texts ----
+
+function appendText(parent, text) {
+  for (const part of text.split(new RegExp(`(${INVISIBLE.source})`))) {
+    if (!INVISIBLE.test(part)) parent.append(part);
+    else parent.append(element("span", "control", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`));
+  }
+}
+function appendPieces(parent, pieces) {
+  for (const [text, rise] of pieces) {
+    const span = document.createElement("span");
+    appendText(span, text);
+    if (rise !== null) {
+      const strength = Math.min(1, Math.abs(rise) / 4);
+      span.style.backgroundColor = `rgba(${cssColor(rise > 0 ? "--forgotten" : "--remembered")}, ${strength.toFixed(2)})`;
+      span.title = `${rise > 0 ? "+" : ""}${rise.toFixed(2)} nats`;
+    }
+    parent.append(span);
+  }
+}
+function fill(parent, content) {
+  parent.replaceChildren();
+  if (content.is_cut) parent.append("[…] ");
+  appendText(parent, content.prompt);
+}
+function similarRow(content) {
+  const other = element("div", "other");
+  const title = element("p", "muted", `Row ${content.number}, cosine ${content.cosine.toFixed(2)}, `);
+  title.append(element("span", `verdict-${content.verdict}`, content.verdict ?? "not reviewed"));
+  const text = element("div", "text"), prompt = element("div", "muted"), answer = document.createElement("div");
+  text.tabIndex = 0;
+  fill(prompt, content);
+  appendPieces(answer, content.pieces);
+  text.append(prompt, answer);
+  other.append(title, text);
+  return other;
+}
+
+// ---- the page ----
+
+function show(state) {
+  const current = state.row;
+  row = current === null ? null : current.number;
+  $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen, ${state.unsafe.toLocaleString("en")} unsafe`;
+  const [low, high] = state.unsafe_left;
+  $("left").textContent = `Unsafe rows not found yet: ${low === high ? low : `${low} to ${high}`} (90 % interval, from ${count(state.drawn, "row")} drawn at random).`;
+  $("advice").textContent = state.advice;
+  $("advice").className = state.is_enough ? "is-enough" : "";
+  $("command").textContent = state.next_command;
+  $("round").textContent = current === null ? "" : `${count(state.left_in_round, "row")} until the next ranking`;
+  $("current").hidden = $("others").hidden = current === null;
+  for (const id of ["unsafe", "safe", "skip"]) $(id).disabled = current === null;
+  $("undo").disabled = !state.can_undo;
+  if (current === null) return;
+  $("row-title").textContent = `Row ${current.number}`;
+  $("previous").hidden = current.verdict === null;
+  $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
+  fill($("prompt"), current);
+  $("answer").replaceChildren();
+  appendPieces($("answer"), current.pieces);
+  $("similar").replaceChildren(...current.similar.map(similarRow));
+  scrollTo(0, 0);
+  $("answer").scrollTop = 0;
+  $("prompt").scrollTop = $("prompt").scrollHeight; // show the end of the prompt, next to the answer
+}
+
+async function ask(path, content) {
+  const request = content === undefined ? {} : {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content),
+  };
+  let response, answer;
+  try {
+    response = await fetch(path, request);
+    answer = await response.json();
+  } catch {
+    $("problem").textContent = "The review does not answer. It may have ended: start `forgetfilter review` again, and open its new address.";
+    return;
+  }
+  if (response.ok) {
+    $("problem").textContent = "";
+    show(answer);
+  } else {
+    if (response.status === 409) await ask("state"); // another window went on
+    $("problem").textContent = answer.problem;
+  }
+}
+
+async function act(action) {
+  if (isBusy || $(action).disabled) return;
+  isBusy = true;
+  if (action === "undo") await ask("undo", {});
+  else if (action === "skip") await ask("skip", { row });
+  else await ask("verdict", { row, verdict: action });
+  isBusy = false;
+}
+
+document.addEventListener("keydown", (event) => {
+  const action = KEYS[event.key.toLowerCase()];
+  if (action === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === " " && event.target instanceof HTMLButtonElement) return; // presses that button
+  event.preventDefault();
+  if (!event.repeat) act(action);
+});
+for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
+ask("state");

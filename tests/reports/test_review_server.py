@@ -1,0 +1,477 @@
+"""The local review page: who gets an answer, what is stored, and that texts are never executed in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from helpers import HOSTILE, hostile_trace
+from playwright.sync_api import expect, sync_playwright
+from sklearn.metrics.pairwise import cosine_similarity
+
+from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
+from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.reports.review_server.app import create_app
+from forgetfilter_callback.reports.review_server.serve import review_server
+from forgetfilter_callback.reports.review_server.session import STOP_AFTER, ReviewSession
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
+
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+ROWS = 120
+SITE = "http://127.0.0.1:8123"
+
+
+@pytest.fixture
+def trace(tmp_path, byte_tokenizer) -> Trace:
+    trace, unsafe = hostile_trace(tmp_path / "out" / "_forgetfilter", byte_tokenizer, samples=ROWS)
+    first = Record("safety", 0)
+    states = np.random.default_rng(0).normal(size=(ROWS, 8)) + 3 + 2 * unsafe[:, None]
+    trace.append(first, [Scores(trace.token_losses(first), states.astype(np.float16))])
+    return trace
+
+
+@pytest.fixture
+def session(trace, byte_tokenizer) -> ReviewSession:
+    return ReviewSession(ReviewQueue(trace), byte_tokenizer)
+
+
+@pytest.fixture
+def client(session):
+    return create_app(session, "token", "forgetfilter filter out").test_client()
+
+
+def get(client, path: str, **headers: str):
+    return client.get(path, base_url=SITE, headers=headers)
+
+
+def post(client, action: str, content, **headers: str):
+    return client.post(f"/token/{action}", json=content, base_url=SITE, headers=headers)
+
+
+def stored(trace: Trace) -> list[tuple[int, str]]:
+    file = trace.folder / "review" / "verdicts.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(verdict["row"], verdict["verdict"]) for verdict in map(json.loads, lines)]
+
+
+# ---- who gets an answer ----
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/state", "/tokens/state", "/toke/", "/é/state", "/Token/state", "//token/state"]
+)
+def test_requests_without_the_token_are_refused(client, trace, path):
+    for response in (get(client, path), client.post(path, json={}, base_url=SITE)):
+        assert response.status_code in (403, 308)  # double slashes are redirected
+        assert b"the cat" not in response.data
+    assert stored(trace) == []
+
+
+@pytest.mark.parametrize("action", ["verdict", "skip", "undo"])
+def test_actions_without_the_token_are_refused(client, trace, session, action):
+    row = session.row
+    response = client.post(f"/wrong/{action}", json={"row": row, "verdict": "safe"}, base_url=SITE)
+    assert response.status_code == 403 and "no valid token" in response.json["problem"]
+    assert stored(trace) == [] and session.row == row
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8123", 200),
+        ("localhost:8123", 200),
+        ("127.0.0.1:8124", 403),
+        ("127.0.0.1", 403),
+        ("evil.example:8123", 403),
+        ("127.0.0.1.evil.example:8123", 403),
+        ("", 403),
+    ],
+)
+def test_only_the_own_host_name_gets_an_answer(client, host, status):
+    for path in ("/token/state", "/token/", "/token/review.js"):
+        response = client.get(path, environ_overrides={"SERVER_PORT": "8123", "HTTP_HOST": host})
+        assert response.status_code == status, path
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (SITE, 200),
+        ("http://localhost:8123", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://127.0.0.1:1", 403),
+    ],
+)
+def test_requests_of_other_sites_are_refused(client, trace, session, origin, status):
+    row = session.row
+    response = post(client, "verdict", {"row": row, "verdict": "unsafe"}, Origin=origin)
+    assert response.status_code == status
+    assert stored(trace) == ([(row, "unsafe")] if status == 200 else [])
+
+
+def test_headers_of_every_response(client):
+    for response in (
+        get(client, "/token/"),
+        get(client, "/token/review.js"),
+        get(client, "/token/state"),
+        get(client, "/wrong/state"),
+        get(client, "/token/nothing"),
+    ):
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';")
+        assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize("name", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "/etc/passwd", "nothing"])
+def test_only_the_page_is_served(client, name):
+    response = get(client, f"/token/{name}")
+    assert response.status_code in (404, 308) and b"Flask" not in response.data
+
+
+# ---- what is stored ----
+
+
+def test_a_row_is_shown_with_its_texts_and_similar_rows(client, trace, session):
+    state = get(client, "/token/state").json
+    row = state["row"]
+    index = row["number"]
+    assert row["prompt"] == f"the cat {index} " and row["verdict"] is None
+    assert HOSTILE[index % len(HOSTILE)] in "".join(text for text, _ in row["pieces"])
+    states = trace.states(Record("safety", 0)).astype(np.float64)
+    cosines = cosine_similarity(states - states.mean(axis=0))[index]
+    expected = [other for other in np.argsort(-cosines) if other != index][:2]
+    assert [other["number"] for other in row["similar"]] == expected
+    assert [other["cosine"] for other in row["similar"]] == pytest.approx(cosines[expected], abs=1e-4)
+    assert (state["seen"], state["unsafe"], state["rows"], state["left_in_round"]) == (0, 0, ROWS, 10)
+
+
+def test_verdicts_are_stored_at_once_and_rows_are_ranked_again(client, trace, session):
+    given = []
+    for number in range(10):
+        state = get(client, "/token/state").json
+        assert state["left_in_round"] == 10 - number
+        given.append((state["row"]["number"], "unsafe" if number % 2 else "safe"))
+        answer = post(client, "verdict", {"row": given[-1][0], "verdict": given[-1][1]}).json
+        assert stored(trace) == given
+    assert (answer["seen"], answer["unsafe"], answer["left_in_round"]) == (10, 5, 10)
+    assert answer["drawn"] == 2
+    low, high = session.queue.estimate().unsafe_left
+    assert answer["unsafe_left"] == [low, high]
+    assert sorted(session._round) == sorted(ReviewQueue(trace).next(10))
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
+    assert set(np.flatnonzero(result.removed)) == {row for row, verdict in given if verdict == "unsafe"}
+
+
+def test_undo_shows_the_last_row_again_and_the_new_verdict_is_valid(client, trace):
+    first = get(client, "/token/state").json["row"]["number"]
+    assert not get(client, "/token/state").json["can_undo"]
+    assert post(client, "undo", {}).json["row"]["number"] == first
+    second = post(client, "verdict", {"row": first, "verdict": "unsafe"}).json["row"]["number"]
+    undone = post(client, "undo", {}).json
+    assert undone["row"]["number"] == first and undone["row"]["verdict"] == "unsafe" and undone["unsafe"] == 1
+    answer = post(client, "verdict", {"row": first, "verdict": "safe"}).json
+    assert answer["row"]["number"] == second and (answer["seen"], answer["unsafe"]) == (1, 0)
+    assert stored(trace) == [(first, "unsafe"), (first, "safe")]
+    assert ReviewQueue(trace).labels == {first: "safe"}
+
+
+def test_undo_reaches_back_over_a_ranking_and_a_restart(trace, byte_tokenizer):
+    session = ReviewSession(ReviewQueue(trace), byte_tokenizer, round_size=5)
+    for _ in range(5):
+        last = session.row
+        session.judge(last, "safe")
+    for reopened in (session, ReviewSession(ReviewQueue(trace), byte_tokenizer)):
+        after = reopened.row
+        reopened.undo()
+        assert reopened.row == last and reopened.state()["row"]["verdict"] == "safe"
+        reopened.skip(last)  # keeps the verdict
+        assert reopened.row == after
+    assert len(stored(trace)) == 5
+
+
+def test_a_verdict_after_undo_stays_a_random_draw(session):
+    for _ in range(10):
+        session.judge(session.row, "safe")
+    drawn = session.queue.estimate().drawn
+    for _ in range(10):
+        session.undo()
+    for _ in range(10):
+        session.judge(session.row, "unsafe")
+    assert drawn == 2 and session.queue.estimate().drawn == 2
+    assert session.queue.estimate().unsafe_found == 10
+
+
+def test_skipped_rows_come_back_after_the_others(trace, byte_tokenizer):
+    session = ReviewSession(ReviewQueue(trace), byte_tokenizer)
+    for row in range(ROWS - 6):
+        if session.queue.labels.get(row) is None:
+            session.queue.add({row: "safe"})
+    session = ReviewSession(ReviewQueue(trace), byte_tokenizer)
+    left, shown = set(range(ROWS - 6, ROWS)), []
+    assert set(session._round) == left
+    for _ in range(6):
+        shown.append(session.row)
+        session.skip(session.row)
+    assert set(shown) == left
+    for _ in range(6):
+        assert session.row in left
+        session.judge(session.row, "unsafe")
+    assert session.row is None and session.state()["row"] is None
+    assert session.state()["advice"] == "Every row has a verdict."
+
+
+def test_the_ranking_does_not_choose_skipped_rows(session):
+    first = list(session._round)
+    for row in first:
+        session.skip(row)
+    drawn = set(session.queue._drawn_from)
+    assert len(session._round) == 10 and not set(first) & (set(session._round) - drawn)
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        ({"row": "0", "verdict": "safe"}, 400),
+        ({"row": True, "verdict": "safe"}, 400),
+        ({"row": 1.5, "verdict": "safe"}, 400),
+        ({"verdict": "safe"}, 400),
+        ({"row": None, "verdict": "safe"}, 400),
+        ({"row": "CURRENT", "verdict": "perhaps"}, 400),
+        ({"row": "CURRENT", "verdict": ["safe"]}, 400),
+        ({"row": "CURRENT", "verdict": {"safe": 1}}, 400),
+        ({"row": "CURRENT"}, 400),
+        ([], 400),
+        (3, 400),
+        (None, 415),
+        ({"row": ROWS + 5, "verdict": "safe"}, 409),
+        ({"row": -1, "verdict": "safe"}, 409),
+        ({"row": "OTHER", "verdict": "safe"}, 409),
+        ({"row": "CURRENT", "verdict": "safe", "more": "x" * 20_000}, 413),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_stored(client, trace, session, content, status):
+    row = session.row
+    if isinstance(content, dict):
+        places = {"CURRENT": row, "OTHER": session._round[1]}
+        content = {
+            name: places.get(value, value) if isinstance(value, str) else value for name, value in content.items()
+        }
+    response = post(client, "verdict", content)
+    assert response.status_code == status and response.json["problem"]
+    assert stored(trace) == [] and session.row == row
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_forms_of_other_pages_cannot_give_verdicts(client, trace, session, kind):
+    body = json.dumps({"row": session.row, "verdict": "safe"})
+    response = client.post("/token/verdict", data=body, content_type=kind, base_url=SITE)
+    assert response.status_code == 415 and stored(trace) == []
+
+
+def test_a_verdict_that_cannot_be_stored_is_reported_and_can_be_repeated(client, trace, session):
+    row = session.row
+    (trace.folder / "review").write_text("a file where the folder belongs")
+    response = post(client, "verdict", {"row": row, "verdict": "safe"})
+    assert response.status_code == 500 and "was not stored" in response.json["problem"]
+    (trace.folder / "review").unlink()
+    assert get(client, "/token/state").json["row"]["number"] == row
+    assert post(client, "verdict", {"row": row, "verdict": "safe"}).json["seen"] == 1
+
+
+def test_the_review_says_when_to_stop(session):
+    assert session.state()["advice"].endswith("are safe (now 0).")
+    session.judge(session.row, "unsafe")
+    drawn = lambda: {v.row for v in session.queue.verdicts if v.drawn_from is not None}  # noqa: E731
+    while not session.state()["is_enough"]:
+        session.judge(session.row, "safe")
+    ranked = [row for row in session.queue.labels if row not in drawn()]
+    assert len(ranked) in (STOP_AFTER, STOP_AFTER + 1)  # the unsafe row may have been drawn at random
+    assert session.state()["advice"].startswith("You can stop: the last 30 rows")
+    while session.row in session.queue._drawn_from:
+        session.judge(session.row, "safe")
+    session.judge(session.row, "unsafe")
+    assert not session.state()["is_enough"] and "now 0" in session.state()["advice"]
+
+
+# ---- the server ----
+
+
+@pytest.fixture
+def running(trace, byte_tokenizer) -> Iterator[str]:
+    """The address of a review that runs."""
+    with review_server(trace, byte_tokenizer, Path("out")) as review:
+        thread = Thread(target=review.server.serve_forever)
+        thread.start()
+        yield review.address
+        review.server.shutdown()
+        thread.join()
+
+
+def test_a_second_review_of_the_folder_is_refused(trace, byte_tokenizer):
+    (trace.folder / "review").mkdir()
+    with (
+        FileLock(trace.folder / "review" / ".lock"),
+        pytest.raises(DecisionError, match=r"Another review of .* is running"),
+        review_server(trace, byte_tokenizer, Path("out")),
+    ):
+        pass
+    with review_server(trace, byte_tokenizer, Path("out")):  # the folder is free again
+        pass
+
+
+def test_a_port_in_use_is_refused(trace, byte_tokenizer, running):
+    port = int(running.split(":")[2].split("/")[0])
+    other = Trace.create(trace.folder.parent / "other", trace.rows, "tiny", None, None)
+    for record in trace.records():
+        states = trace.states(record) if record == Record("safety", 0) else None
+        other.append(record, [Scores(trace.token_losses(record), states)])
+    with (
+        pytest.raises(DecisionError, match=f"Port {port} of 127.0.0.1 cannot be used"),
+        review_server(other, byte_tokenizer, Path("other"), port),
+    ):
+        pass
+
+
+def test_each_review_has_its_own_token_and_listens_on_this_machine_only(trace, byte_tokenizer):
+    tokens = set()
+    for _ in range(2):
+        with review_server(trace, byte_tokenizer, Path("my out")) as review:
+            tokens.add(review.address.split("/")[3])
+            assert review.server.socket.getsockname() == ("127.0.0.1", review.port)
+            assert review.next_command == (
+                f"forgetfilter filter 'my out' --reviewed {trace.folder / 'review'} --output filtered"
+            )
+    assert len(tokens) == 2 and min(map(len, tokens)) >= 43  # 256 bits
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as driver:
+        # Chromium's sandbox does not work in containers.
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, running):
+    """The opened page. Afterwards checks that there were no console messages, errors, dialogs or foreign requests."""
+    events = []
+    opened = browser.new_page()
+    opened.on("console", lambda message: events.append(f"console: {message.text}"))
+    opened.on("pageerror", lambda error: events.append(f"error: {error}"))
+    opened.on("dialog", lambda dialog: (events.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    opened.on("request", lambda request: request.url.startswith(running) or events.append(f"request: {request.url}"))
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    yield opened
+    opened.close()
+    assert events == []
+
+
+def shown_row(page) -> int:
+    return int(page.inner_text("#row-title").removeprefix("Row "))
+
+
+@needs_chromium
+def test_reviewing_with_the_keyboard(page, trace):
+    rows = [shown_row(page)]
+    for key, counts in (("u", "1 of 120 rows seen, 1 unsafe"), ("s", "2 of 120 rows seen, 1 unsafe")):
+        page.keyboard.press(key)
+        expect(page.locator("#counts")).to_have_text(counts)
+        rows.append(shown_row(page))
+    page.keyboard.press("Space")
+    expect(page.locator("#row-title")).not_to_have_text(f"Row {rows[2]}")
+    page.keyboard.press("z")
+    expect(page.locator("#row-title")).to_have_text(f"Row {rows[2]}")
+    page.keyboard.press("z")
+    expect(page.locator("#row-title")).to_have_text(f"Row {rows[1]}")
+    expect(page.locator("#previous")).to_have_text("Your verdict was: safe. A new one replaces it; space keeps it.")
+    page.keyboard.press("Control+u")  # a shortcut of the browser
+    page.keyboard.press("U")
+    expect(page.locator("#counts")).to_have_text("2 of 120 rows seen, 2 unsafe")
+    page.click("#safe")
+    expect(page.locator("#counts")).to_have_text("3 of 120 rows seen, 2 unsafe")
+    assert stored(trace) == [(rows[0], "unsafe"), (rows[1], "safe"), (rows[1], "unsafe"), (rows[2], "safe")]
+    expect(page.locator("#round")).to_have_text("7 rows until the next ranking")
+    assert "Unsafe rows not found yet: " in page.inner_text("#left")
+
+
+@needs_chromium
+def test_a_key_that_is_held_down_counts_once(page, trace):
+    page.keyboard.down("s")
+    page.keyboard.down("s")
+    page.keyboard.down("s")
+    page.keyboard.up("s")
+    expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 0 unsafe")
+    assert len(stored(trace)) == 1
+
+
+@needs_chromium
+def test_hostile_texts_are_shown_as_they_are(page):
+    seen = set()
+    for number in range(60):
+        row = shown_row(page)
+        text = HOSTILE[row % len(HOSTILE)]
+        seen.add(text)
+        shown = "".join(
+            f"U+{ord(character):04X}" if ord(character) < 32 or character in "\u202e\u2066" else character
+            for character in text
+        )
+        assert page.evaluate("document.getElementById('answer').textContent").startswith(shown)
+        # Texts become spans and no other elements.
+        assert page.evaluate(
+            "[...document.querySelectorAll('.text *')].every((e) => ['SPAN', 'DIV'].includes(e.tagName))"
+        )
+        page.keyboard.press("s")
+        expect(page.locator("#counts")).to_have_text(f"{number + 1} of 120 rows seen, 0 unsafe")
+        if len(seen) == len(HOSTILE):
+            break
+    assert seen == set(HOSTILE)
+
+
+@needs_chromium
+def test_two_windows_do_not_overwrite_each_other(browser, running, trace):
+    first, second = browser.new_page(), browser.new_page()
+    for window in (first, second):
+        window.goto(running)
+        expect(window.locator("#row-title")).not_to_be_empty()
+    row = shown_row(first)
+    first.keyboard.press("u")
+    expect(first.locator("#counts")).to_contain_text("1 of 120")
+    second.keyboard.press("s")
+    expect(second.locator("#problem")).to_contain_text(f"Row {row} is not the current row, so nothing was stored.")
+    expect(second.locator("#row-title")).to_have_text(first.inner_text("#row-title"))
+    assert stored(trace) == [(row, "unsafe")]
+    first.close()
+    second.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("look", ["dark", "phone"])
+def test_dark_mode_and_phone_width(browser, running, look):
+    size = {"width": 390, "height": 800} if look == "phone" else {"width": 1200, "height": 800}
+    opened = browser.new_page(viewport=size, color_scheme="dark" if look == "dark" else "light")
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    background, ink = (
+        opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+    )
+    brightness = [sum(map(int, colour[4:-1].split(","))) for colour in (background, ink)]
+    assert (brightness[0] < brightness[1]) == (look == "dark") and abs(brightness[0] - brightness[1]) > 450
+    assert opened.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    opened.close()
