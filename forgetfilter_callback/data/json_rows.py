@@ -49,7 +49,7 @@ def read_text_file(path: Path) -> JsonRows:
 
     Raises:
         ValueError: if the file is not UTF-8, if it is neither JSON Lines nor one list of JSON objects, or if a line of a CSV
-            file does not have as many values as its header.
+            file does not have as many values as its header or has a wrong quote.
     """
     return _read_csv(path) if path.suffix.lower() == ".csv" else _read_json(path)
 
@@ -73,7 +73,8 @@ def _read_csv(path: Path) -> JsonRows:
     csv.field_size_limit(2**31 - 1)  # 128 KiB by default
     lines = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
+        # Otherwise a quote that is not closed would turn all following rows into one value.
+        reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):

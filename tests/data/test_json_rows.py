@@ -10,6 +10,7 @@ from forgetfilter_callback import encode_rows
 from forgetfilter_callback.data.json_rows import JsonRows
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.data.output_lines import source_lines
+from forgetfilter_callback.errors import DataError
 
 
 DATES = ["2021-03-01", "2024-05-01T10:00:00Z", "2024-05-01 10:00:00", "12:30:00"]
@@ -66,6 +67,13 @@ def test_values_of_a_csv_file_are_text(tmp_path):
 def test_a_long_value_of_a_csv_file(tmp_path):
     (tmp_path / "rows.csv").write_text("text\n" + "a" * 200_000 + "\n")
     assert list(load_rows(tmp_path / "rows.csv")) == [{"text": "a" * 200_000}]
+
+
+def test_a_quote_that_is_not_closed_is_refused(tmp_path):
+    """The rows after it would become a part of its value."""
+    (tmp_path / "rows.csv").write_text('text,label\na,"b\nc,d\ne,f\n')
+    with pytest.raises(DataError, match="unexpected end of data"):
+        load_rows(tmp_path / "rows.csv")
 
 
 @pytest.mark.parametrize("form", ["prompt and completion", "messages", "conversations"])
