@@ -23,7 +23,10 @@ def count_blank_completions(rows: EncodedRows, tokenizer: PreTrainedTokenizerBas
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer that they were encoded with.
     """
-    unknown, vocabulary_size = tokenizer.unk_token_id, len(tokenizer)
+    vocabulary_size = len(tokenizer)
+    # Byte-level tokenizers (GPT-2) have no unknown tokens. They name the end token instead, which is no text.
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    unknown = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
 
     def visible_text(tokens: np.ndarray) -> str:
         if unknown in tokens or tokens.max() >= vocabulary_size:  # `decode` skips both

@@ -6,6 +6,7 @@ import copy
 import logging
 
 import pytest
+from shipped_tokenizers import shipped_tokenizer
 
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.data.blank_completions import count_blank_completions, describe_blank_completions
@@ -58,6 +59,14 @@ def test_rows_of_token_ids_are_counted_too(tokenizer):
         disable_tqdm=True,
     )
     assert count_blank_completions(rows, tokenizer) == 1
+
+
+def test_an_unknown_token_that_is_the_end_token_is_no_text():
+    """GPT-2 has one special token, which is both."""
+    tokenizer = shipped_tokenizer("no pad, as GPT-2")
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id
+    rows = encode_rows(pairs([*BLANK, *NOT_BLANK]), tokenizer, disable_tqdm=True)
+    assert count_blank_completions(rows, tokenizer) == len(BLANK)
 
 
 def test_a_file_with_empty_completions_is_reported(byte_tokenizer, caplog):
