@@ -130,10 +130,14 @@ def encode_rows(
                 messages = check_messages(value, column)
                 return plain_sample(*tokenize(fit_content(messages, form_to_pass(forms_of(messages)))))
         if text_column in row:
-            text = _text_or_messages(row, text_column)
+            text = row[text_column]
+            if isinstance(text, list):
+                raise EncodingError(
+                    f"`{text_column}` is a list. If it contains messages, rename the column to `messages`."
+                )
             if not isinstance(text, str):
-                raise EncodingError(f"`{text_column}` contains messages. Rename the column to `messages`.")
-            return plain_sample(*tokenize(_with_eos(text, processing_class)))
+                raise EncodingError(f"`{text_column}` must be text, but it is {text!r:.60}.")
+            return plain_sample(*tokenize(_with_eos(check_text(text, f"`{text_column}`"), processing_class)))
         raise EncodingError(
             f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, "
             f"`conversations`, `{text_column}`, or `input_ids`."

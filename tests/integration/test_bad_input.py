@@ -26,6 +26,7 @@ BAD_TABLES = {
         json.dumps(PAIR) + "\n" + json.dumps({"prompt": None, "completion": None}),
         "Row 1",
     ),
+    "null for `text`": ("noisy.jsonl", json.dumps({"text": None}), "Row 0: `text` must be text, but it is None"),
     "messages without roles": ("noisy.jsonl", json.dumps({"messages": [{"content": "a"}]}), "Row 0"),
     "messages that are a text": ("noisy.jsonl", json.dumps({"messages": "hello"}), "Row 0"),
     "no messages": ("noisy.jsonl", json.dumps({"messages": []}), "Row 0"),
