@@ -130,8 +130,10 @@ class RunConfig:
             raise ValueError(f"dtype={self.dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
         if self.filter.measure == "rouge1":
             raise ValueError("measure='rouge1' needs generation. Use `ForgetTracker(rouge1=True)` in Python.")
-        if self.filter.decision is not None or self.filter.step is not None:
-            raise ValueError("`decision` and `step` need a finished run. Use `forgetfilter filter` afterwards.")
+        if any(setting is not None for setting in (self.filter.decision, self.filter.reviewed, self.filter.step)):
+            raise ValueError(
+                "`decision`, `reviewed` and `step` need a finished run. Use `forgetfilter filter` afterwards."
+            )
         if self.resume and self.overwrite:
             raise ValueError("`resume` continues an earlier run and `overwrite` replaces it. Pass one of them.")
         if self.lora and not self.use_lora:
