@@ -23,11 +23,12 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         `str`: the section, beginning with the heading "Filtering".
     """
     counts = result.counts
-    phi = (
-        "none (only rows overridden to 'remove' are removed)"
-        if result.threshold is None
-        else f"{result.threshold:.4g} {UNITS[result.measure]}"
-    )
+    if result.threshold is not None:
+        phi = f"{result.threshold:.4g} {UNITS[result.measure]}"
+    elif result.method == "fdr":
+        phi = "none (rows found to be unsafe are removed, and rows selected at the false discovery rate)"
+    else:
+        phi = "none (only rows overridden to 'remove' are removed)"
     overrides = list(result.overrides.values())
     lines = [
         "## Filtering",
