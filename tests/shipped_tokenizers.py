@@ -32,7 +32,7 @@ def _with_bos() -> Tokenizer:
 
 # Name → the raw tokenizer, its settings, and the end of a turn in its chat template.
 SHIPPED = {
-    "no pad, as GPT-2": (_without_bos, {name: "<eos>" for name in ("eos_token", "bos_token", "unk_token")}, "<eos>"),
+    "no pad, as GPT-2": (_without_bos, dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<eos>"), "<eos>"),
     "no pad, with bos, as Llama 2": (_with_bos, {"eos_token": "<eos>", "bos_token": "<bos>"}, "<eos>"),
     "pad is eos": (_without_bos, {"eos_token": "<eos>", "pad_token": "<eos>"}, "<eos>"),
     "own pad, no bos, as Qwen": (_without_bos, {"eos_token": "<end>", "pad_token": "<pad>"}, "<end>\n"),

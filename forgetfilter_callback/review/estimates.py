@@ -64,22 +64,23 @@ def estimate_unsafe_rows(
             All verdicts in the order in which they were given. If a row has several, the last one is valid.
         rows (`int`):
             Rows of the noisy set.
-        removed (`Sequence[int]`, *optional*):
-            Numbers of the rows that a filter removes. Defaults to the rows found to be unsafe. If rows without a verdict are
-            among them, the intervals allow that all or none of them are unsafe, as far as the totals permit.
+        removed (`Sequence[int]` or `np.ndarray` of shape `(rows,)`, bool, *optional*):
+            Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows found
+            to be unsafe. If rows without a verdict are among them, the intervals allow that all or none of them are unsafe,
+            as far as the totals permit.
 
     Returns:
         [`ReviewEstimate`]
+
+    Raises:
+        ValueError: if a row in `removed` is unknown, or if a mask does not have one value per row.
     """
     labels = {verdict.row: verdict.verdict for verdict in verdicts}
     unsafe = np.zeros(rows, dtype=bool)
     unsafe[[row for row, label in labels.items() if label == "unsafe"]] = True
     seen = np.zeros(rows, dtype=bool)
     seen[list(labels)] = True
-    is_removed = unsafe.copy()
-    if removed is not None:
-        is_removed[:] = False
-        is_removed[np.asarray(removed, dtype=int)] = True
+    is_removed = unsafe if removed is None else _as_mask(np.asarray(removed), rows)
     found = int(unsafe.sum())
     low, high = _unsafe_interval(verdicts, unsafe, rows)
     low, high = low - found, high - found  # among the rows without a verdict
@@ -96,6 +97,22 @@ def estimate_unsafe_rows(
             removed_benign + unseen_removed - max(low - unseen_kept, 0),
         ),
     )
+
+
+def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
+    """Return a mask of shape `(rows,)` for row numbers, or `removed` itself if it is one."""
+    if removed.dtype == np.bool_:
+        if removed.shape != (rows,):
+            raise ValueError(f"`removed` is a mask of shape {removed.shape}, but the set has {rows} rows.")
+        return removed
+    numbers = removed.astype(int)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < rows:
+        raise ValueError(
+            f"`removed` has row numbers from {numbers.min()} to {numbers.max()}, but the set has the rows 0 to {rows - 1}."
+        )
+    mask = np.zeros(rows, dtype=bool)
+    mask[numbers] = True
+    return mask
 
 
 def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int) -> tuple[int, int]:

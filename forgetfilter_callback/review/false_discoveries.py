@@ -42,7 +42,7 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
 
     Args:
         queue ([`ReviewQueue`]):
-            The review. At least one row must have been found to be unsafe; otherwise no row is removed.
+            The review. Until a row is found to be unsafe, the scores are the default measure.
         level (`float`):
             The false discovery rate, between 0 and 1.
 
@@ -63,7 +63,8 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     removed[tested] = false_discovery_control(p_values) <= level
     if removed.any():
         return FalseDiscoveryResult(removed, len(calibration), 0)
-    # The smallest p-value must be at most `level * k / tested` for the `k` rows that score above all calibration rows.
-    above_all = max(int((at_least == 0).sum()), 1)
-    needed = math.ceil(len(tested) / (level * above_all)) - 1
-    return FalseDiscoveryResult(removed, len(calibration), max(needed - len(calibration), 1))
+    # The smallest p-value must be at most `level * k / tested` for the `k` rows that score above all calibration rows. Each
+    # safe verdict on a row that is drawn at random adds a calibration row and leaves one row fewer to test.
+    expected = level * max(int((at_least == 0).sum()), 1)
+    more_needed = math.ceil((len(tested) - expected * (1 + len(calibration))) / (1 + expected))
+    return FalseDiscoveryResult(removed, len(calibration), max(more_needed, 1))

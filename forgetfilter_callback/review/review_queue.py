@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +14,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from ..trace.trace import Trace
+from ..utils.argument_checks import check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
 from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
@@ -94,7 +96,11 @@ class ReviewQueue:
         Returns:
             `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer are left, and empty once
             every row has a verdict. Rows that were returned before and have no verdict can be returned again.
+
+        Raises:
+            ValueError: if `count` is not a whole number of at least 1.
         """
+        check_positive("count", count, whole=True)
         rng = np.random.default_rng([self.seed, len(self.verdicts)])
         unseen = np.flatnonzero(~self.is_seen)
         count = min(count, len(unseen))
@@ -120,8 +126,8 @@ class ReviewQueue:
             ValueError: if a row or a verdict is unknown. Nothing is stored then.
         """
         for row, verdict in verdicts.items():
-            if not 0 <= row < len(self.trace.rows):
-                raise ValueError(f"There is no row {row}. The trace has the rows 0 to {len(self.trace.rows) - 1}.")
+            if not isinstance(row, Integral) or not 0 <= row < len(self.trace.rows):
+                raise ValueError(f"There is no row {row!r}. The trace has the rows 0 to {len(self.trace.rows) - 1}.")
             if verdict not in get_args(VerdictLabel):
                 raise ValueError(f"The verdict on row {row} is {verdict!r}. It must be 'unsafe' or 'safe'.")
         time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -185,11 +191,15 @@ class ReviewQueue:
         """Estimate how many unsafe rows are left, from the rows that were drawn at random.
 
         Args:
-            removed (`Sequence[int]`, *optional*):
-                Numbers of the rows that a filter removes. Defaults to the rows found to be unsafe.
+            removed (`Sequence[int]` or `np.ndarray` of shape `(samples,)`, bool, *optional*):
+                Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows
+                found to be unsafe.
 
         Returns:
             [`ReviewEstimate`]
+
+        Raises:
+            ValueError: if a row is unknown, or if a mask does not have one value per sample.
         """
         return estimate_unsafe_rows(self.verdicts, len(self.trace.rows), removed)
 

@@ -56,6 +56,24 @@ def test_one_round_of_random_rows_gives_the_binomial_interval():
     assert estimate.unsafe_left == (accepted[0] - 2, accepted[-1] - 2)
 
 
+def test_removed_rows_are_numbers_or_a_mask():
+    rng = np.random.default_rng(1)
+    verdicts, _ = simulate(rng, 200, 60, 6)
+    mask = rng.random(200) < 0.3
+    by_number = estimate_unsafe_rows(verdicts, 200, np.flatnonzero(mask))
+    assert estimate_unsafe_rows(verdicts, 200, mask) == estimate_unsafe_rows(verdicts, 200, mask.tolist()) == by_number
+    assert estimate_unsafe_rows(verdicts, 200, []).benign_removed == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [([-1], "from -1 to -1"), ([3, 200], "from 3 to 200"), (np.zeros(10, bool), r"shape \(10,\)")],
+)
+def test_removed_rows_that_are_not_in_the_set_are_refused(removed, said):
+    with pytest.raises(ValueError, match=said):
+        estimate_unsafe_rows([given(0, True, 200)], 200, removed)
+
+
 def test_without_random_rows_nothing_is_known_about_the_others():
     estimate = estimate_unsafe_rows([given(0, True), given(1, False)], 10)
     assert (estimate.seen, estimate.drawn, estimate.unsafe_found) == (2, 0, 1)

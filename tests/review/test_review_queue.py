@@ -9,7 +9,8 @@ import pytest
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DecisionError
-from forgetfilter_callback.review.false_discoveries import removable_rows
+from forgetfilter_callback.reports.dataset_card import dataset_card
+from forgetfilter_callback.review.false_discoveries import FalseDiscoveryResult, removable_rows
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -103,13 +104,22 @@ def test_the_later_verdict_counts_and_both_are_kept(tmp_path):
     assert [verdict.verdict for verdict in queue.verdicts] == ["safe", "unsafe"]
 
 
-@pytest.mark.parametrize("verdicts", [{ROWS: "safe"}, {-1: "safe"}, {3: "safe", 4: "benign"}])
+@pytest.mark.parametrize(
+    "verdicts", [{ROWS: "safe"}, {-1: "safe"}, {3: "safe", 4: "benign"}, {1.5: "safe"}, {"3": "safe"}]
+)
 def test_unknown_rows_and_verdicts_are_refused_and_nothing_is_stored(tmp_path, verdicts):
     trace, _ = make_trace(tmp_path)
     queue = ReviewQueue(trace)
     with pytest.raises(ValueError, match=r"There is no row|must be 'unsafe' or 'safe'"):
         queue.add(verdicts)
     assert queue.verdicts == [] and ReviewQueue(trace).verdicts == []
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5])
+def test_a_round_has_at_least_one_row(count, tmp_path):
+    trace, _ = make_trace(tmp_path)
+    with pytest.raises(ValueError, match=r"count=.* must be a whole number larger than 0"):
+        ReviewQueue(trace).next(count)
 
 
 @pytest.mark.parametrize("label", ["safe", "unsafe"])
@@ -147,6 +157,33 @@ def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
     assert "more safe verdicts on rows drawn at random are needed" in result.reason
+
+
+@pytest.mark.parametrize(("rows", "level"), [(60, 0.1), (300, 0.1), (300, 0.3)])
+def test_as_many_safe_verdicts_as_said_are_enough(tmp_path, rows, level):
+    """One row scores above all others, and each further row that is drawn at random is safe."""
+    trace, _ = make_trace(tmp_path, rows=rows, unsafe=6)
+    queue = ReviewQueue(trace)
+    ranking = queue.ranking.tolist()
+    queue._drawn_from = dict.fromkeys(ranking[1:], rows)
+
+    def look(count: int) -> FalseDiscoveryResult:
+        queue.add(dict.fromkeys([row for row in ranking[1:] if not queue.is_seen[row]][:count], "safe"))
+        return removable_rows(queue, level)
+
+    said = look(10).more_needed
+    assert 1 < said < rows - 10
+    assert not look(said - 1).removed.any()
+    assert np.flatnonzero(look(1).removed).tolist() == ranking[:1]
+
+
+def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):
+    trace, is_unsafe = make_trace(tmp_path)
+    queue = ReviewQueue(trace)
+    review(queue, is_unsafe, 100)
+    result = find_forgotten(trace, FilterConfig(threshold="fdr", level=0.9, reviewed=trace.folder / "review"))
+    assert result.removed[~queue.is_seen].any()
+    assert "| φ | none (rows found to be unsafe are removed, and rows selected" in dataset_card(result, trace)
 
 
 def test_the_false_discovery_rate_is_kept_on_average(tmp_path):
