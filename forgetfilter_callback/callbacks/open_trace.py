@@ -83,8 +83,11 @@ def open_trace(
             "and they are kept. Check their labels and max_length."
         )
     tokenizer = unwrap_tokenizer(processing_class)
-    blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None
-    for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
+    descriptions = [describe_left_padding(model, rows)]
+    if not isinstance(noisy, EncodedRows):  # `run` has described the rows that it encoded
+        descriptions.append(rows.describe_padding())
+        descriptions.append(describe_blank_completions(rows, tokenizer) if tokenizer is not None else None)
+    for description in descriptions:
         if description is not None:
             logger.warning(description)
     names = model_and_tokenizer_names(model, tokenizer)

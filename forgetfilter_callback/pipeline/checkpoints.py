@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import cast
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +28,7 @@ from ..utils.paths import absolute_path_or_hub_id
 from .locked_output import locked_output
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The record that each checkpoint gets, as in a tracked run.
 RECORD_OF = {"base": Record("noisy", 0), "before": Record("safety", 0), "after": Record("safety", 1)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -49,7 +49,7 @@ def run_on_all(action: Callable[[], T]) -> list[T]:
     try:
         result = action()
     except Exception as raised:  # reported to the other processes, which would otherwise wait forever
-        error = _picklable(raised)
+        error = _sendable(raised)
     outcomes = gather_from_all((result, error))
     for _, rank_error in outcomes:
         if rank_error is not None:
@@ -57,13 +57,14 @@ def run_on_all(action: Callable[[], T]) -> list[T]:
     return [rank_result for rank_result, _ in outcomes]  # type: ignore[misc] # no rank failed, so none is missing
 
 
-def _picklable(error: Exception) -> Exception:
+def _sendable(error: Exception) -> Exception:
     """Return `error`, or a `RuntimeError` with its message if its class cannot be sent to other processes."""
+    is_importable = "<locals>" not in type(error).__qualname__
     try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:  # an exception class may require any arguments, which pickle does not know
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        copy.deepcopy(error)  # builds the exception as a receiving process does
+    except Exception:  # an exception class may require any arguments, which its message does not give
+        is_importable = False
+    return error if is_importable else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def run_on_main(action: Callable[[], T], drain: Iterable[object] = ()) -> T:
