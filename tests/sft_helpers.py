@@ -7,6 +7,8 @@ from datasets import Dataset
 from helpers import VOCABULARY, tiny_llama
 from trl import SFTConfig, SFTTrainer
 
+from forgetfilter_callback.data.tokenizers import unwrap_tokenizer
+
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran"]
 
@@ -48,8 +50,8 @@ def rows_of(form: str, count: int = 9) -> Dataset:
     return Dataset.from_list([{**make(), "id": index} for index in range(count)])
 
 
-def one_row_losses(rows: Dataset, sft_config: SFTConfig, tokenizer, **kwargs) -> np.ndarray:
+def one_row_losses(rows: Dataset, sft_config: SFTConfig, processing_class, **kwargs) -> np.ndarray:
     """SFTTrainer's own evaluation loss of each row alone, before training."""
-    model = tiny_llama(vocab_size=max(VOCABULARY, len(tokenizer)))
-    trainer = SFTTrainer(model, sft_config, train_dataset=rows, processing_class=tokenizer, **kwargs)
+    model = tiny_llama(vocab_size=max(VOCABULARY, len(unwrap_tokenizer(processing_class))))
+    trainer = SFTTrainer(model, sft_config, train_dataset=rows, processing_class=processing_class, **kwargs)
     return np.array([trainer.evaluate(rows.select([index]))["eval_loss"] for index in range(len(rows))])
