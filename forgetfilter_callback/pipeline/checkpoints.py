@@ -30,6 +30,8 @@ from .locked_output import locked_output
 
 logger = get_logger(__name__)
 
+logger = logging.getLogger(__name__)
+
 # The record that each checkpoint gets, as in a tracked run.
 RECORD_OF = {"base": Record("noisy", 0), "before": Record("safety", 0), "after": Record("safety", 1)}
 
@@ -160,7 +162,17 @@ def _record(trace: Trace, role: str, model: PreTrainedModel, batch_tokens: int |
             description=f"Scoring {role}",
             with_states=record.has_states,
         )
-        run_on_main(partial(trace.append, record, scores), drain=scores)
+
+        def append() -> None:
+            replaces = record in trace.records()
+            trace.append(record, scores)
+            if replaces:
+                logger.warning(
+                    f"The trace already had a record of the model {role!r}. It was replaced, and is kept in "
+                    f"{trace.folder / 'superseded'}."
+                )
+
+        run_on_main(append, drain=scores)
 
 
 def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:

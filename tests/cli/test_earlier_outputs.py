@@ -69,6 +69,15 @@ def test_a_second_filter_says_what_it_replaces(output, tmp_path, caplog):
     assert FilterResult.load(tmp_path / "filtered" / "filter_result").counts["removed"] == 6
 
 
+def test_a_second_score_says_what_it_replaces(files, tmp_path, caplog):
+    command = ("score", "--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace")
+    assert call(*command).exit_code == 0
+    assert "replaced" not in caplog.text
+    assert call(*command).exit_code == 0
+    assert "The trace already had a record of the model 'before'. It was replaced" in caplog.text
+    assert [file.name for file in (tmp_path / "trace" / "superseded").rglob("*.parquet")] == ["safety-00000000.parquet"]
+
+
 @pytest.mark.parametrize("name", ["kept.jsonl", "removed.jsonl", "card.md"])
 @pytest.mark.parametrize("command", ["run", "run --overwrite", "filter"])
 def test_files_from_elsewhere_are_not_overwritten(command, name, output, files, tmp_path):
