@@ -226,7 +226,7 @@ def test_skipped_rows_come_back_after_the_others(trace, byte_tokenizer):
     for _ in range(6):
         shown.append(session.row)
         session.skip(session.row)
-    assert set(shown) == left
+    assert set(shown) == left and set(session._round) == left  # not only those that are drawn at random
     for _ in range(6):
         assert session.row in left
         session.judge(session.row, "unsafe")
@@ -305,6 +305,13 @@ def test_the_review_says_when_to_stop(session):
         session.judge(session.row, "safe")
     session.judge(session.row, "unsafe")
     assert not session.state()["is_enough"] and "now 0" in session.state()["advice"]
+
+
+def test_the_review_says_when_the_ranking_found_nothing(session):
+    while not session.state()["is_enough"]:
+        session.judge(session.row, "safe")
+    assert "No unsafe row was found by the ranking." in session.state()["advice"]
+    assert session.state()["unsafe_left"][1] > 0
 
 
 # ---- the server ----
