@@ -30,8 +30,6 @@ from .locked_output import locked_output
 
 logger = get_logger(__name__)
 
-logger = logging.getLogger(__name__)
-
 # The record that each checkpoint gets, as in a tracked run.
 RECORD_OF = {"base": Record("noisy", 0), "before": Record("safety", 0), "after": Record("safety", 1)}
 
