@@ -22,7 +22,6 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import (
-    DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -33,6 +32,7 @@ from transformers import (
 from forgetfilter_callback import FilterResult, ForgetTracker, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.cli.demo_data import trainable
 from forgetfilter_callback.cli.demo_model import demo_arguments, load_base
+from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.measures.rouge import rouge1
 from forgetfilter_callback.scoring.generation import greedy_completions, split_prompts
 from forgetfilter_callback.utils.atomic_files import write_json, write_text
@@ -281,7 +281,7 @@ class Sessions:
             model,
             args,
             train_dataset=rows,
-            data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+            data_collator=padding_collator(self.tokenizer),
             processing_class=self.tokenizer,
             callbacks=list(callbacks),
         )

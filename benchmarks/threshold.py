@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 import typer
 from sklearn.metrics import f1_score, roc_auc_score
-from transformers import DataCollatorForSeq2Seq
 from transformers.utils import logging
 
 from forgetfilter_callback import ForgetFilter, ForgetTracker
 from forgetfilter_callback.cli.demo_data import load_demo_data, trainable
 from forgetfilter_callback.cli.demo_model import demo_arguments, load_base
+from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.filtering.config import FilterConfig
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.utils.atomic_files import write_json
@@ -58,7 +58,7 @@ def run(unsafe_fraction: float, seed: int, base_model: str | None) -> list[dict[
             args,
             safety_args=dataclasses.replace(args, num_train_epochs=2),
             tracker=ForgetTracker(),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=padding_collator(tokenizer),
             processing_class=tokenizer,
         )
         started = time.perf_counter()
