@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from helpers import VOCABULARY, sample_ids, tiny_llama
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -163,6 +163,7 @@ def test_nothing_is_removed_when_all_values_are_equal(count, value, measure):
 @given(ROWS, st.lists(st.tuples(st.sampled_from(["noisy", "safety"]), st.integers(0, 10**7)), max_size=4, unique=True))
 def test_appended_records_are_read_back(rows, records):
     found = encoded(rows)
+    assume(len(found.loss_tokens) > 0)  # a trace of rows without any loss token is refused
     rng = np.random.default_rng(len(records))
     with tempfile.TemporaryDirectory() as folder:
         trace = Trace.create(folder, found, "model", "tokenizer", None)
