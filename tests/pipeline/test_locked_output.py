@@ -62,7 +62,7 @@ def test_a_run_that_fails_later_keeps_its_records(files, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "config.yaml").exists()
     before = contents(tmp_path / "out" / "_forgetfilter")
     monkeypatch.setattr(run_module, "load_model", fail)
-    assert call("run", *run_options(files, tmp_path / "out")).exit_code == 1
+    assert call("run", *run_options(files, tmp_path / "out"), "--resume").exit_code == 1
     assert contents(tmp_path / "out" / "_forgetfilter") == before
 
 
