@@ -164,11 +164,13 @@ def test_defences(tiny, data_dir, tmp_path):
     assert trained == sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
 
 
+@pytest.mark.slow
 def test_interleaved_rounds(tiny, data_dir, tmp_path):
     _, results = run("defences.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--interleaved")
     assert [row["arm"] for row in results] == ["sequential", "sequential", "forgetfilter"] * 3
 
 
+@pytest.mark.slow
 def test_defences_on_user_files(tiny, tmp_path):
     rows = [{"prompt": f"the cat {i}", "completion": "the mat", "unsafe": i % 2 == 0} for i in range(12)]
     held_out = [{"prompt": f"the dog {i}", "unsafe_answer": "ran", "safe_answer": "sat"} for i in range(3)]
@@ -260,6 +262,7 @@ def test_cost(tiny, data_dir, tmp_path):
     assert "| toxicity | 0 |" in output
 
 
+@pytest.mark.slow
 def test_gpu(tmp_path):
     """The script for a GPU runs to its end on a CPU, with tiny shapes and without a network."""
     command = ["sh", str(BENCHMARKS / "gpu.sh"), str(tmp_path), "--smoke", "--repeats", "1"]
@@ -278,6 +281,7 @@ def test_gpu(tmp_path):
         assert case["record"]["token, relative, max"] < (1e-5 if "float32" in name else 0.05), name
 
 
+@pytest.mark.slow
 def test_gpu_skips_what_does_not_fit_into_the_budget(tmp_path):
     command = ["sh", str(BENCHMARKS / "gpu.sh"), str(tmp_path), "--smoke", "--budget-seconds", "5"]
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}

@@ -173,6 +173,7 @@ def test_training_is_unchanged_on_every_process(tracked, kind, tmp_path):
             np.testing.assert_array_equal(value.numpy(), tracked_weights[name].numpy())
 
 
+@pytest.mark.slow
 def test_more_processes_than_rows(tmp_path, kind):
     process = launch(tmp_path / "three", "stopping", 2, kind, processes=3)
     assert process.returncode == 0, process.stderr[-4000:]
