@@ -66,7 +66,7 @@ def estimate_unsafe_rows(
             Rows of the noisy set.
         removed (`Sequence[int]` or `np.ndarray` of shape `(rows,)`, bool, *optional*):
             Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows found
-            to be unsafe. If rows without a verdict are among them, the intervals allow that all or none of them are unsafe,
+            to be unsafe. If rows without a verdict are among them, the intervals allow that all or no such rows are unsafe,
             as far as the totals permit.
 
     Returns:
