@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -16,6 +18,10 @@ from forgetfilter_callback import Trace, encode_rows
 from forgetfilter_callback.cli.commands import app
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
+
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 
 
 VOCABULARY = 128

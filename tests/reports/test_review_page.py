@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import hostile_trace
-from playwright.sync_api import expect, sync_playwright
+from helpers import hostile_trace, needs_chromium
+from playwright.sync_api import expect
 from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, Trace, find_forgotten
@@ -20,10 +19,6 @@ from forgetfilter_callback.reports.summary import page_summary
 from forgetfilter_callback.scoring.scores import Scores
 
 
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
-
-
 @pytest.fixture(scope="module")
 def review(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, FilterResult, np.ndarray]:
     folder = tmp_path_factory.mktemp("review")
@@ -31,15 +26,6 @@ def review(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, FilterResult,
     file = folder / "review.html"
     result = write_review_page(trace, file, byte_tokenizer, FilterConfig("loss"), unsafe)
     return file, trace, result, unsafe
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as driver:
-        # Chromium's sandbox does not work in containers.
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

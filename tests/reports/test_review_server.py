@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -11,8 +10,8 @@ from threading import Thread
 import numpy as np
 import pytest
 from filelock import FileLock
-from helpers import HOSTILE, hostile_trace
-from playwright.sync_api import expect, sync_playwright
+from helpers import HOSTILE, hostile_trace, needs_chromium
+from playwright.sync_api import expect
 from sklearn.metrics.pairwise import cosine_similarity
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
@@ -24,8 +23,6 @@ from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
 
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 ROWS = 120
 SITE = "http://127.0.0.1:8123"
 
@@ -363,15 +360,6 @@ def test_each_review_has_its_own_token_and_listens_on_this_machine_only(trace, b
                 f"forgetfilter filter 'my out' --reviewed {trace.folder / 'review'} --output filtered"
             )
     assert len(tokens) == 2 and min(map(len, tokens)) >= 43  # 256 bits
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as driver:
-        # Chromium's sandbox does not work in containers.
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
