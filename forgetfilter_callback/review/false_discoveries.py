@@ -33,7 +33,8 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     """Find rows that can be removed so that on average at most a fraction `level` of them is benign.
 
     1. The scores are fitted without the verdicts on rows that were drawn at random and found to be safe (the calibration
-       rows). Therefore these rows and the benign rows without a verdict are exchangeable.
+       rows), so that these rows are treated like the benign rows without a verdict. The ranking takes high-scoring rows out
+       of the tested rows only, which makes the p-values larger, not smaller.
     2. The conformal p-value of a row without a verdict is `(1 + c) / (1 + m)`, where `c` of the `m` calibration rows have
        at least its score.
     3. The procedure of Benjamini and Hochberg at `level` selects the rows.
@@ -52,7 +53,7 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     labels = queue.labels
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
     calibration = [row for row in drawn if labels[row] == "safe"]
-    scores = queue.fit_scores({row: label for row, label in labels.items() if row not in calibration})
+    scores = queue.fit_scores({row: label for row, label in labels.items() if row not in drawn or label == "unsafe"})
     tested = np.flatnonzero(~queue.is_seen)
     calibration_scores = np.sort(scores[calibration])
     removed = np.zeros(len(scores), dtype=bool)

@@ -186,6 +186,19 @@ def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):
     assert "| φ | none (rows found to be unsafe are removed, and rows selected" in dataset_card(result, trace)
 
 
+def test_the_scores_do_not_learn_from_the_rows_that_calibrate_them(tmp_path, monkeypatch):
+    trace, is_unsafe = make_trace(tmp_path)
+    queue = ReviewQueue(trace)
+    review(queue, is_unsafe, 60)
+    learned: list[dict] = []
+    fit_scores = queue.fit_scores
+    monkeypatch.setattr(queue, "fit_scores", lambda labels: learned.append(dict(labels)) or fit_scores(labels))
+    calibrating = removable_rows(queue, 0.1).safe_drawn
+    drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
+    expected = {row: label for row, label in queue.labels.items() if not (row in drawn and label == "safe")}
+    assert learned == [expected] and calibrating == 60 - len(expected) > 0
+
+
 def test_the_false_discovery_rate_is_kept_on_average(tmp_path):
     """Over 20 sets, at most a tenth of the rows that are removed without a verdict is benign (with room for chance)."""
     rates, recalls = [], []
