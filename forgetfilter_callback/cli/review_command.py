@@ -20,6 +20,9 @@ def review(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. 0 chooses a free one.")] = 0,
     reviewer: Annotated[str | None, typer.Option(help="Name that is stored with each verdict.")] = None,
     rounds_of: Annotated[int, typer.Option(min=1, help="Rows between two rankings.")] = 10,
+    random_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the rows that are drawn at random, for the estimates.")
+    ] = 0.2,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     tokenizer: TokenizerOption = None,
 ) -> None:
@@ -29,7 +32,7 @@ def review(
 
         opened = open_trace(trace)
         decoder = trace_decoder(opened, tokenizer)
-        with review_server(opened, decoder, trace, port, reviewer, rounds_of) as running:
+        with review_server(opened, decoder, trace, port, reviewer, rounds_of, random_fraction) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
             typer.echo(f"If this is a remote machine, first run on yours: {tunnel}")

@@ -51,6 +51,7 @@ def find_reviewed(
     else:
         reason += (
             f"; about {found.more_needed} more safe verdicts on rows drawn at random are needed (there are "
-            f"{found.safe_drawn}) before others can be removed with a false discovery rate of at most {config.level:g}"
+            f"{found.safe_drawn}) before others can be removed with a false discovery rate of at most {config.level:g}; "
+            "`forgetfilter review --random-fraction 1` shows such rows only"
         )
     return replace(result, removed=removed, method="fdr", reason=reason)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import get_args
 
@@ -20,8 +20,6 @@ from .row_features import row_features
 from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
 
 
-# Fraction of the rows in a round that are drawn at random, for the estimates.
-RANDOM_FRACTION = 0.2
 # Inverse regularization strength of the logistic regression.
 REGULARIZATION = 0.03
 # Weight of a row without a verdict, which counts as safe. A verdict has the weight 1.
@@ -32,7 +30,7 @@ class ReviewQueue:
     """Chooses the rows that a person reviews, and learns from the verdicts.
 
     Rows are ranked by the default measure until the first row is found to be unsafe. From then on, a logistic regression on
-    the measures and the hidden states ranks them. In each round, a fifth of the rows is drawn at random from all rows
+    the measures and the hidden states ranks them. In each round, a fraction of the rows is drawn at random from all rows
     without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on.
 
     Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
@@ -47,6 +45,9 @@ class ReviewQueue:
             A name that is stored with each verdict.
         seed (`int`, defaults to 0):
             Seed of the random draws.
+        random_fraction (`float`, defaults to 0.2):
+            Fraction of the rows in a round that are drawn at random, between 0 and 1. Use 1 to collect verdicts for
+            `FilterConfig(threshold="fdr")`, and 0 to find as many unsafe rows as possible, without estimates.
 
     Attributes:
         verdicts (`list[Verdict]`):
@@ -55,6 +56,7 @@ class ReviewQueue:
     Raises:
         TraceError: if the trace does not hold the records that the measures need.
         DecisionError: if the verdicts in `folder` are about another trace.
+        ValueError: if `random_fraction` is not between 0 and 1.
 
     Example:
 
@@ -72,10 +74,14 @@ class ReviewQueue:
         folder: str | os.PathLike[str] | None = None,
         reviewer: str | None = None,
         seed: int = 0,
+        random_fraction: float = 0.2,
     ):
+        if not (isinstance(random_fraction, Real) and 0 <= random_fraction <= 1):
+            raise ValueError(f"random_fraction={random_fraction!r} must be between 0 and 1.")
         self.trace = trace
         self.reviewer = reviewer
         self.seed = seed
+        self.random_fraction = random_fraction
         self._file = (Path(folder) if folder is not None else trace.folder / "review") / VERDICTS_FILE
         self.verdicts = read_verdicts(self._file, trace.rows.ids)
         self._drawn_from: dict[int, int] = {}
@@ -87,8 +93,7 @@ class ReviewQueue:
 
         Args:
             count (`int`, defaults to 10):
-                The number of rows. A fifth of them is drawn at random; with fewer than five rows per round, there is a
-                random row in every few rounds.
+                The number of rows. A fraction `random_fraction` of them is drawn at random, on average over the rounds.
             skipped (`Collection[int]`, *optional*):
                 Numbers of rows that the ranking does not choose. They can be drawn at random, because the estimates need
                 draws from all rows without a verdict.
@@ -105,7 +110,7 @@ class ReviewQueue:
         unseen = np.flatnonzero(~self.is_seen)
         count = min(count, len(unseen))
         seen = len(self.trace.rows) - len(unseen)
-        random_count = int(RANDOM_FRACTION * (seen + count)) - int(RANDOM_FRACTION * seen)
+        random_count = int(self.random_fraction * (seen + count)) - int(self.random_fraction * seen)
         drawn = rng.choice(unseen, random_count, replace=False)
         self._drawn_from = {int(row): len(unseen) for row in drawn}
         ranking = self.ranking

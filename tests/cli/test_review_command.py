@@ -23,7 +23,7 @@ def send(url: str, content: dict | None = None) -> dict:
 
 
 def options(output: Path) -> list[str]:
-    return ["review", str(output), "--reviewer", "Ada", "--rounds-of", "4", "--no-browser"]
+    return ["review", str(output), "--reviewer", "Ada", "--rounds-of", "4", "--random-fraction", "1", "--no-browser"]
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     file = output / "_forgetfilter" / "review" / "verdicts.jsonl"
     (verdict,) = map(json.loads, file.read_text().splitlines())
     assert (verdict["row"], verdict["verdict"], verdict["reviewer"]) == (row, "unsafe", "Ada")
+    assert verdict["drawn_from"] == 12
     second = call(*options(output))
     assert second.exit_code == 2 and "Another review of" in second.output, second.output
     process.send_signal(signal.SIGINT)
@@ -64,7 +65,10 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     assert len((output.parent / "filtered" / "removed.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["OUT", "--port", "70000"], ["OUT", "--rounds-of", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nowhere"], ["OUT", "--port", "70000"], ["OUT", "--rounds-of", "0"], ["OUT", "--random-fraction", "2"]],
+)
 def test_bad_arguments_are_refused(finished, arguments):
     result = call("review", *(str(finished[0]) if each == "OUT" else each for each in arguments), "--no-browser")
     assert result.exit_code == 2

@@ -71,6 +71,21 @@ def test_a_fifth_of_the_rows_is_drawn_from_all_rows_without_a_verdict(tmp_path):
     assert sum(verdict.drawn_from is not None for verdict in single.verdicts) == 4
 
 
+@pytest.mark.parametrize(("fraction", "drawn"), [(0, 0), (0.5, 25), (1, 50)])
+def test_the_random_fraction(tmp_path, fraction, drawn):
+    trace, is_unsafe = make_trace(tmp_path)
+    queue = ReviewQueue(trace, random_fraction=fraction)
+    review(queue, is_unsafe, 50)
+    assert sum(verdict.drawn_from is not None for verdict in queue.verdicts) == drawn
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), "all", None])
+def test_a_wrong_random_fraction_is_refused(tmp_path, fraction):
+    trace, _ = make_trace(tmp_path)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        ReviewQueue(trace, random_fraction=fraction)
+
+
 def test_random_rows_are_uniform(tmp_path):
     """Over many seeds, rows in the top half of the ranking are drawn as often as the others."""
     trace, _ = make_trace(tmp_path, rows=40, unsafe=4)

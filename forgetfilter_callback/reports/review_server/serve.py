@@ -64,6 +64,7 @@ def review_server(
     port: int = 0,
     reviewer: str | None = None,
     round_size: int = 10,
+    random_fraction: float = 0.2,
 ) -> Iterator[ReviewServer]:
     """Prepares the review of a trace, and locks its review folder until the block ends.
 
@@ -80,6 +81,8 @@ def review_server(
             A name that is stored with each verdict.
         round_size (`int`, defaults to 10):
             Rows per round.
+        random_fraction (`float`, defaults to 0.2):
+            Fraction of the rows that are drawn at random (see [`ReviewQueue`]).
 
     Raises:
         DecisionError: if the folder is being reviewed already, or if the port cannot be used.
@@ -95,7 +98,7 @@ def review_server(
             f"Another review of {folder} is running. End it first, or use its page: reviewers can take turns."
         ) from None
     try:
-        queue = ReviewQueue(trace, folder, reviewer)
+        queue = ReviewQueue(trace, folder, reviewer, random_fraction=random_fraction)
         next_command = shlex.join(
             ["forgetfilter", "filter", str(output), "--reviewed", str(folder), "--output", "filtered"]
         )
