@@ -6,7 +6,11 @@ from ..filtering.result import FilterResult
 from ..filtering.thresholds import MIN_DISTANCE
 
 
-_METHODS = {"auto": "chosen automatically", "fixed": "set by the user", "fraction": "set by the requested fraction"}
+_METHODS = {
+    "auto": "chosen automatically, not checked by anyone",
+    "fixed": "set by the user",
+    "fraction": "set by the requested fraction",
+}
 
 
 def page_summary(result: FilterResult) -> str:

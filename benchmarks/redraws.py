@@ -1,0 +1,94 @@
+"""Check the promises of a review: `python benchmarks/redraws.py --cache few-cache`.
+
+Rows of a stored trace are drawn at random and reviewed, again and again; the true groups give the verdicts. Then:
+
+- Which fraction of the rows that `threshold="fdr"` removes is benign, and which fraction of the unsafe rows does it remove?
+  The comparison is the best threshold in hindsight: the lowest one on the same scores at which at most a fraction `LEVEL` of
+  the removed rows is benign.
+- How often do the 90 % intervals of a usual review contain the number of unsafe rows left?
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import typer
+
+from few import Final, sets
+from forgetfilter_callback import ReviewQueue, Trace
+from forgetfilter_callback.review.false_discoveries import removable_rows
+from sessions import Cache, Json, write_results
+
+
+RESULTS = Path(__file__).parent / "results" / "redraws.json"
+LEVEL = 0.1
+REDRAWS = 100
+DRAWN = (100, 200, 300)  # rows reviewed at random
+LOOKS = 60  # rows of a usual review, of which a fifth is drawn at random
+ROUND = 10
+
+
+def verdicts(rows: list[int], unsafe: np.ndarray) -> dict[int, Any]:
+    return {row: "unsafe" if unsafe[row] else "safe" for row in rows}
+
+
+def best_recall(scores: np.ndarray, unsafe: np.ndarray) -> float:
+    """The largest recall of a threshold at which at most a fraction `LEVEL` of the removed rows is benign."""
+    found = np.cumsum(unsafe[np.argsort(-scores, kind="stable")])
+    allowed = found >= (1 - LEVEL) * np.arange(1, len(scores) + 1)
+    return float(found[allowed].max(initial=0) / max(unsafe.sum(), 1))
+
+
+def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int) -> dict[str, Any]:
+    """Reviews `drawn` random rows, and removes rows among the others. Figures count the rows without a verdict."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue = ReviewQueue(trace, folder, seed=seed, random_fraction=1)
+        queue.add(verdicts(queue.next(drawn), unsafe))
+        removed = removable_rows(queue, LEVEL).removed
+        others = ~queue.is_seen
+        return {
+            "removed": int(removed.sum()),
+            "false_discovery_rate": float((removed & ~unsafe).sum() / max(removed.sum(), 1)),
+            "recall": float((removed & unsafe).sum() / max((others & unsafe).sum(), 1)),
+            "best_recall": best_recall(queue.scores[others], unsafe[others]),
+        }
+
+
+def interval(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, Any]:
+    """Reviews `LOOKS` rows as a person does, and compares the interval with the truth."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue = ReviewQueue(trace, folder, seed=seed)
+        for _ in range(LOOKS // ROUND):
+            queue.add(verdicts(queue.next(ROUND), unsafe))
+        low, high = queue.estimate().unsafe_left
+        left = int((unsafe & ~queue.is_seen).sum())
+        return {"left": left, "low": low, "high": high, "below": left < low, "above": left > high}
+
+
+def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
+    results = json.loads(json_file.read_text()) if json_file.exists() else []
+    for chosen in sets(final):
+        groups_file = cache / chosen.name / "groups.json"
+        if not groups_file.exists():
+            continue
+        unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"
+        trace = Trace.open(cache / chosen.name / "forgetfilter")
+        results = [row for row in results if row["set"] != chosen.name]
+        for drawn in DRAWN:
+            redraws = [false_discoveries(trace, unsafe, drawn, seed) for seed in range(REDRAWS)]
+            means = pd.DataFrame(redraws).mean().to_dict()
+            something = float(np.mean([redraw["removed"] > 0 for redraw in redraws]))
+            results.append({"set": chosen.name, "kind": "fdr", "drawn": drawn, "removed_something": something, **means})
+        means = pd.DataFrame([interval(trace, unsafe, seed) for seed in range(REDRAWS)]).mean().to_dict()
+        results.append({"set": chosen.name, "kind": "interval", "looks": LOOKS, **means})
+        write_results(results, json_file)
+    print(pd.DataFrame(results).round(3).to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
