@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from ..trace.trace import Trace
-from ..utils.argument_checks import check_positive
+from ..utils.argument_checks import check_fraction, check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
 from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
@@ -76,8 +76,7 @@ class ReviewQueue:
         seed: int = 0,
         random_fraction: float = 0.2,
     ):
-        if not (isinstance(random_fraction, Real) and 0 <= random_fraction <= 1):
-            raise ValueError(f"random_fraction={random_fraction!r} must be between 0 and 1.")
+        check_fraction("random_fraction", random_fraction)
         self.trace = trace
         self.reviewer = reviewer
         self.seed = seed

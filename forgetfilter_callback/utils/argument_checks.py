@@ -35,6 +35,17 @@ def check_positive(name: str, value: Any, whole: bool = False) -> None:
         raise ValueError(f"{name}={value} must be a {'whole' if whole else 'finite'} number larger than 0.")
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """Check that `value` is a number from 0 to 1. Errors begin with `name`.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number between 0 and 1.")
+
+
 def check_no_text_for_numbers(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
     """Refuse text for fields of a dataclass whose default is a number or a Boolean. The text "False" would be true.
 
