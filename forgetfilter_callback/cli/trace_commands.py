@@ -16,7 +16,6 @@ from ..utils.sanitize_text import sanitize
 from .advice import how_to_finish, is_measurable
 from .app import (
     BAD_INPUT,
-    RUN_FILTER_OPTIONS,
     JsonOption,
     app,
     as_dict,
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
     from ..trace.trace import Trace
 
 
-ALL_FILTER_OPTIONS = ("measure", "threshold", "fraction", "step", "decision", "reviewed", "level")
+PAGE_FILTER_OPTIONS = ("measure", "threshold", "fraction", "decision", "reviewed", "level")
+ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Folder of a trace, or output folder of a run.")]
 TokenizerOption = Annotated[
     str | None, typer.Option(help="Hub id or folder of the tokenizer. Default: the one that the trace names.")
@@ -73,7 +73,7 @@ def filter_command(
 
 
 @app.command()
-@options_from(FilterConfig, "filter_settings", RUN_FILTER_OPTIONS)
+@options_from(FilterConfig, "filter_settings", PAGE_FILTER_OPTIONS)
 def report(
     *,
     trace: TraceArgument,
@@ -96,7 +96,7 @@ def report(
 
 
 @app.command()
-@options_from(FilterConfig, "filter_settings", ("measure", "threshold", "fraction", "step"))
+@options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
 def show(
     *,
     trace: TraceArgument,

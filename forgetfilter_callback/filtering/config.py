@@ -12,6 +12,7 @@ from ..measures.names import MEASURES, Measure
 
 
 Threshold = float | Literal["auto", "fdr"]
+DEFAULT_LEVEL = 0.1
 
 
 @dataclass
@@ -28,7 +29,7 @@ class FilterConfig:
             The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses it
             from the values, which nobody has checked; with `reviewed`, it removes only the rows found to be unsafe. `"fdr"`
             needs `reviewed`: rows without a verdict are removed too, as long as at most the fraction `level` of them is
-            expected to be benign.
+            expected to be benign. It uses the ranking of the review, so `measure` and `step` cannot be given with it.
         fraction (`float`, *optional*):
             Between 0 and 1. Removes this fraction of the samples, the most forgotten ones, instead of using a threshold.
             Samples with equal values are removed or kept together.
@@ -49,9 +50,7 @@ class FilterConfig:
     """
 
     measure: Measure | None = field(default=None, metadata={"help": "Measure of forgetting. Default: smoothed."})
-    threshold: Threshold = field(
-        default="auto", metadata={"help": "Remove samples above this φ: a number, auto or fdr."}
-    )
+    threshold: Threshold = field(default="auto", metadata={"help": "Remove samples above this φ: a number or auto."})
     fraction: float | None = field(
         default=None, metadata={"help": "Remove this fraction of the samples, the most forgotten ones, instead."}
     )
@@ -62,11 +61,17 @@ class FilterConfig:
         default=None, metadata={"help": "review_decision.json, exported from the review page."}
     )
     reviewed: str | os.PathLike[str] | None = field(
-        default=None, metadata={"help": "Folder with the verdicts of a review."}
+        default=None,
+        metadata={
+            "help": "Folder with the verdicts of a review. Then --threshold can also be fdr: rows without a verdict are "
+            "removed too, at the false discovery rate --level."
+        },
     )
     level: float = field(
-        default=0.1,
-        metadata={"help": "Fraction of benign rows that `fdr` may remove, on average, among the removed."},
+        default=DEFAULT_LEVEL,
+        metadata={
+            "help": "With --threshold fdr: expected fraction of benign rows among those removed without a verdict."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -84,9 +89,16 @@ class FilterConfig:
             raise ValueError(f"level={self.level!r} must be between 0 and 1 (both excluded).")
         if self.threshold == "fdr" and self.reviewed is None:
             raise ValueError(
-                "threshold='fdr' needs verdicts on rows that were drawn at random. Review rows with a `ReviewQueue`, and "
-                "pass its folder as `reviewed`."
+                "threshold='fdr' needs verdicts on rows that were drawn at random. Review rows with a `ReviewQueue` or "
+                "`forgetfilter review`, and pass the folder of the review as `reviewed` (`forgetfilter filter --reviewed`)."
             )
+        if self.threshold == "fdr" and (self.measure, self.step) != (None, None):
+            raise ValueError(
+                "threshold='fdr' uses the ranking of the review, which combines all measures at the last record. Leave out "
+                "`measure` and `step`."
+            )
+        if self.threshold != "fdr" and self.level != DEFAULT_LEVEL:
+            raise ValueError(f"level={self.level} has an effect only with threshold='fdr'. Pass both, or leave it out.")
         if self.decision is not None and self.reviewed is not None:
             raise ValueError("`decision` and `reviewed` exclude each other. Pass one of them.")
         if self.decision is not None and others != (None, "auto", None, None):

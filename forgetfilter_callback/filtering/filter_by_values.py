@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DecisionError
+from ..utils.counted import counted
 from ..utils.versions import library_versions
 from .config import FilterConfig
 from .result import FilterResult, ThresholdMethod
@@ -60,10 +61,7 @@ def filter_by_values(
             "Plain values do not say what they measure. Pass `FilterConfig(measure=...)`, or pass the tracker or the trace "
             "folder instead of values."
         )
-    if threshold == "fdr":
-        raise ValueError(
-            "threshold='fdr' needs the trace of the review. Pass the tracker or the trace folder instead of values."
-        )
+    assert threshold != "fdr"  # it comes with `reviewed`
     if np.shape(values) != (len(ids),):
         raise ValueError(f"There are {len(ids)} ids, but values of shape {np.shape(values)}. Pass one value per id.")
     values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
@@ -94,11 +92,14 @@ def filter_by_values(
         reason = f"fixed threshold; values range from {np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
     if overrides:
         removed = _apply_overrides(ids, removed, overrides)
-        reason += f"; {len(overrides)} overridden by a reviewer"
+        reason += f"; {len(overrides):,} overridden by a reviewer"
     if len(removed) and removed.all():
+        decided = sum(override == "remove" for override in overrides.values()) if overrides else 0
+        by_reviewer = f", {decided:,} of them by a reviewer's decision" if decided else ""
         raise ValueError(
-            f"This would remove all {len(values)} samples (their forgetting ranges from {np.nanmin(values):.3g} to "
-            f"{np.nanmax(values):.3g}). Choose a larger threshold, or threshold='auto'."
+            f"This would remove all {counted(len(values), 'sample')} (their forgetting ranges from {np.nanmin(values):.3g} "
+            f"to {np.nanmax(values):.3g}){by_reviewer}. Choose a larger threshold, or threshold='auto'"
+            f"{', or keep more rows in the review' if decided else ''}."
         )
     return FilterResult(
         ids=ids,

@@ -51,9 +51,8 @@ def find_forgotten(
         decision.check(trace.identity())
         threshold = decision.threshold if decision.threshold is not None else math.inf
         config, overrides = FilterConfig(decision.measure, threshold), decision.overrides
-    config = replace(config, measure=config.measure or DEFAULT_MEASURE)
-    assert config.measure is not None
-    values = trace.forgetting(config.measure, config.step)
+    measure = config.measure or DEFAULT_MEASURE
+    values = trace.forgetting(measure, config.step)
     nats_per_unit = trace.nats_per_unit(values, config.step)
     if ids is None:
         ids = trace.rows.ids
@@ -62,10 +61,10 @@ def find_forgotten(
     if config.reviewed is not None:
         from .find_reviewed import find_reviewed  # imports scikit-learn, which takes more than a second
 
-        result = find_reviewed(trace, config, ids, values, nats_per_unit)
-        return replace(result, step=trace.first_and_last(config.step)[1].step)
-    on_values = replace(config, step=None)
-    result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
+        result = find_reviewed(trace, config, measure, ids, values, nats_per_unit)
+    else:
+        on_values = replace(config, measure=measure, step=None)
+        result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     return replace(result, step=trace.first_and_last(config.step)[1].step)
 
 

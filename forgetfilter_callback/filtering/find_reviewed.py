@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DecisionError
+from ..measures.names import Measure
 from ..review.false_discoveries import removable_rows
 from ..review.review_queue import ReviewQueue
 from ..trace.trace import Trace
+from ..utils.counted import counted
 from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
@@ -20,7 +22,12 @@ from .review_decision import Override
 
 
 def find_reviewed(
-    trace: Trace, config: FilterConfig, ids: pa.StringArray, values: np.ndarray, nats_per_unit: float
+    trace: Trace,
+    config: FilterConfig,
+    measure: Measure,
+    ids: pa.StringArray,
+    values: np.ndarray,
+    nats_per_unit: float,
 ) -> FilterResult:
     """Remove the rows found to be unsafe, and keep those found to be safe. See [`FilterConfig`] for the other rows."""
     queue = ReviewQueue(trace, config.reviewed)
@@ -34,24 +41,34 @@ def find_reviewed(
     }
     in_set = pc.is_in(pa.array(list(overrides), pa.string()), value_set=ids).to_pylist()
     overrides = {id_: override for (id_, override), known in zip(overrides.items(), in_set, strict=True) if known}
-    if config.threshold not in ("auto", "fdr") or config.fraction is not None:
-        on_values = replace(config, step=None, reviewed=None)
-        return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    no_threshold = replace(config, threshold=math.inf, step=None, reviewed=None)
-    result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
     unsafe = sum(override == "remove" for override in overrides.values())
-    reason = f"{len(overrides)} rows were reviewed, and the {unsafe} unsafe ones are removed"
+    if unsafe == len(ids):
+        raise DecisionError(
+            f"The review in {config.reviewed} found all {counted(unsafe, 'row')} to be unsafe, so no row would be left to "
+            "finetune on. Correct the verdicts on safe rows with `forgetfilter review` or `ReviewQueue.add`, or finetune on "
+            "other data."
+        )
+    if config.threshold not in ("auto", "fdr") or config.fraction is not None:
+        on_values = replace(config, measure=measure, step=None, reviewed=None)
+        return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
+    no_threshold = FilterConfig(measure, math.inf)
+    result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
+    reason = f"{counted(len(overrides), 'row')} reviewed, {unsafe:,} of them found to be unsafe and removed"
     if config.threshold == "auto":
-        return replace(result, method="reviewed", reason=f"{reason}; no other row is removed")
+        return replace(result, method="reviewed", reason=f"{reason}; no other row was removed")
     found = removable_rows(queue, config.level)
     removed = result.removed | pc.is_in(ids, value_set=trace_ids.filter(pa.array(found.removed))).to_numpy(False)
     count = int(removed.sum() - result.removed.sum())
     if count:
-        reason += f"; so are {count} rows without a verdict, with a false discovery rate of at most {config.level:g}"
-    else:
         reason += (
-            f"; about {found.more_needed} more safe verdicts on rows drawn at random are needed (there are "
-            f"{found.safe_drawn}) before others can be removed with a false discovery rate of at most {config.level:g}; "
+            f"; also {counted(count, 'row')} without a verdict, with a false discovery rate of at most {config.level:g}"
+        )
+    elif found.more_needed:
+        reason += (
+            f"; other rows can be removed with a false discovery rate of at most {config.level:g} after about "
+            f"{counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: {found.safe_drawn:,}); "
             "`forgetfilter review --random-fraction 1` shows such rows only"
         )
+    else:
+        reason += "; no other row was removed"
     return replace(result, removed=removed, method="fdr", reason=reason)

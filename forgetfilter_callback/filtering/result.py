@@ -83,7 +83,7 @@ class FilterResult:
     def counts(self) -> dict[str, int]:
         """Number of `samples`, `removed`, `kept` and (among the kept) `unknown` samples, which have no forgetting value."""
         removed = int(self.removed.sum())
-        unknown = int(np.isnan(self.values).sum())
+        unknown = int((np.isnan(self.values) & ~self.removed).sum())
         return {"samples": len(self.ids), "removed": removed, "kept": len(self.ids) - removed, "unknown": unknown}
 
     def summary(self) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.decode import Decoder
 from ..filtering.config import FilterConfig
@@ -33,7 +35,8 @@ from .token_text import MAX_TEXT_LENGTH, split_text
 # These limits keep the page below 10 MB.
 MAX_PLOTTED = 50_000  # samples in the plots
 MAX_RECORDS = 5  # records of the safety session
-# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten.
+# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten. Overridden samples are
+# added, up to another third.
 MAX_TEXTS = 900
 
 
@@ -54,7 +57,8 @@ def write_review_page(
         tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
             Decodes the token ids of the trace.
         filter_config ([`FilterConfig`], *optional*):
-            Which samples are removed when the page opens. The page always shows the last record.
+            Which samples are removed when the page opens. Samples that it overrides, or that a review decides, are
+            overridden on the page. The page shows the last record, so `step` cannot be given.
         unsafe (`Sequence[bool]` of length `samples`, *optional*):
             Audit labels in the order of the trace. The page shows precision and recall against them. They do not
             affect the filter result.
@@ -65,7 +69,10 @@ def write_review_page(
     Raises:
         ImportError: if plotly or jinja2 is not installed.
         TraceError: if the trace lacks the records that `measure` needs.
+        ValueError: if `filter_config.step` is given.
     """
+    if filter_config is not None and filter_config.step is not None:
+        raise ValueError(f"step={filter_config.step}: the review page shows the last record. Leave out `step`.")
     with requires_extra("report", "The review page"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
@@ -111,7 +118,8 @@ def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: n
     by_record = [values[plotted] for values in [*earlier, result.values]]
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
-    shown = _shown_samples(result)
+    overridden = _overridden_samples(result)
+    shown = _shown_samples(result, overridden)
     return {
         "summary": page_summary(result),
         "measure": result.measure,
@@ -119,6 +127,10 @@ def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: n
         "threshold": result.threshold,
         # Position of the φ line if nothing is removed.
         "tested_threshold": result.separability.threshold,
+        "overrides": [
+            {"id": trace.rows.ids[index].as_py(), "row": index, "choice": "remove" if result.removed[index] else "keep"}
+            for index in overridden.tolist()
+        ],
         "trace": trace.identity(),
         "model": trace.manifest["model"],
         "samples": samples,
@@ -139,12 +151,19 @@ def _packed(values: np.ndarray) -> str:
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
-def _shown_samples(result: FilterResult) -> np.ndarray:
+def _overridden_samples(result: FilterResult) -> np.ndarray:
+    """Indices of the samples that φ does not decide: those overridden, and those that a review removes without φ."""
+    above_phi = result.values > (np.inf if result.threshold is None else result.threshold)
+    given = pc.is_in(result.ids, value_set=pa.array(list(result.overrides), pa.string())).to_numpy(zero_copy_only=False)
+    return np.flatnonzero(given | (result.removed != above_phi))
+
+
+def _shown_samples(result: FilterResult, overridden: np.ndarray) -> np.ndarray:
     """Selects the samples with text.
 
     Returns:
         `np.ndarray`: indices of all samples, or, if there are more than `MAX_TEXTS`, of the most forgotten, those
-        closest to φ and the least forgotten.
+        closest to φ, the least forgotten, and the most forgotten of the other overridden ones.
     """
     known = np.flatnonzero(np.isfinite(result.values))
     if len(result.values) <= MAX_TEXTS:
@@ -153,7 +172,9 @@ def _shown_samples(result: FilterResult) -> np.ndarray:
     values = result.values[known]
     phi = result.threshold if result.threshold is not None else result.separability.threshold
     chosen = [np.argsort(-values)[:third], np.argsort(np.abs(values - phi))[:third], np.argsort(values)[:third]]
-    return known[np.unique(np.concatenate(chosen))]
+    shown = known[np.concatenate(chosen)]
+    others = np.setdiff1d(overridden, shown)
+    return np.union1d(shown, others[np.argsort(-result.values[others])][:third])
 
 
 def _text_rows(

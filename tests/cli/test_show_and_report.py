@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 from datasets import Dataset
-from helpers import call, hostile_trace, texts
+from helpers import call, hostile_trace, refused, texts
+
+from forgetfilter_callback import ReviewQueue, Trace
 
 
 def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
@@ -17,6 +19,32 @@ def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
     assert "well separated" in result.output and "← φ = 0.693" in result.output
     account = json.loads(call("show", tmp_path / "trace", "--measure", "loss", "--json", "--threshold", 1.5).stdout)
     assert account["removed"] == (trace.forgetting("loss") > 1.5).sum()
+
+
+def test_show_and_report_by_the_verdicts_of_a_review(tmp_path, finished, files, byte_tokenizer):
+    """Where `filter` takes a review, so do the commands that only look at what it would do."""
+    trace = Trace.open(finished[0] / "_forgetfilter")
+    queue = ReviewQueue(trace, tmp_path / "review")
+    queue.add({0: "unsafe", 1: "safe", 2: "unsafe"})
+    page = tmp_path / "page.html"
+    for settings in ((), ("--threshold", "fdr"), ("--threshold", "fdr", "--level", 0.2)):
+        review = ("--reviewed", tmp_path / "review", *settings)
+        filtered = call("filter", finished[0], *review, "--output", tmp_path / "out", "--json")
+        shown = call("show", finished[0], *review, "--json")
+        expected = json.loads(filtered.stdout.splitlines()[-1])
+        assert json.loads(shown.stdout) == {key: value for key, value in expected.items() if key != "output"}
+        assert expected["removed"] == 2
+        reported = call("report", finished[0], *review, "--output", page)
+        assert reported.exit_code == 0 and "2 of 12 removed: 3 rows reviewed" in reported.output, reported.output
+
+
+def test_fdr_is_offered_only_beside_a_review(finished, tmp_path):
+    for command in ("run", "show", "report", "filter"):
+        described = " ".join(call(command, "--help").output.replace("│", " ").split())
+        assert ("--reviewed" in described) == ("fdr" in described) == (command != "run"), described
+    for command, arguments in (("run", ("--noisy", "a", "--safety", "b", "--model", "c")), ("show", [finished[0]])):
+        output = ("--output", tmp_path / "out") if command == "run" else ()
+        refused(call(command, *arguments, *output, "--threshold", "fdr"), "needs verdicts", "filter --reviewed")
 
 
 def test_report_writes_a_page(finished, files, tmp_path):

@@ -77,6 +77,28 @@ def test_a_decision_excludes_the_other_arguments(others):
         FilterConfig(decision="review_decision.json", **others)
 
 
+@pytest.mark.parametrize("others", [{"measure": "loss"}, {"measure": "smoothed"}, {"step": 0}, {"step": 4}], ids=str)
+def test_the_ranking_of_a_review_excludes_measure_and_step(others):
+    """`"fdr"` removes rows by the ranking of the review. The values of a measure decide nothing."""
+    with pytest.raises(
+        ValueError, match=r"threshold='fdr' uses the ranking of the review.*Leave out `measure` and `step`"
+    ):
+        FilterConfig(threshold="fdr", reviewed="review", **others)
+    assert FilterConfig(reviewed="review", **others).reviewed == "review"
+
+
+def test_a_level_without_fdr_is_refused():
+    for others in ({}, {"reviewed": "review"}, {"threshold": 0.5}):
+        with pytest.raises(ValueError, match=r"level=0\.2 has an effect only with threshold='fdr'"):
+            FilterConfig(level=0.2, **others)
+    assert FilterConfig(threshold="fdr", reviewed="review", level=0.2).level == 0.2
+
+
+def test_fdr_without_a_review_is_refused():
+    with pytest.raises(ValueError, match=r"needs verdicts on rows.*as `reviewed` \(`forgetfilter filter --reviewed`\)"):
+        FilterConfig(threshold="fdr")
+
+
 @pytest.mark.parametrize("file", ["review_decision.json", Path("review_decision.json")], ids=["text", "path"])
 def test_a_decision_is_accepted_alone(file):
     """`"auto"` is the default threshold, so it may be written out."""

@@ -119,6 +119,14 @@ def test_values_are_aligned_by_id():
         align_values(many, known, values)
 
 
+def test_a_removed_sample_with_an_unknown_value_is_not_counted_as_kept():
+    values = np.array([np.nan, np.nan, 0.0, 3.0])
+    result = filter_by_values(sample_ids(4), values, FilterConfig("loss", 1.0), {"id-0": "remove"})
+    assert result.removed.tolist() == [True, False, False, True]
+    assert result.counts == {"samples": 4, "removed": 2, "kept": 2, "unknown": 1}
+    assert result.summary().endswith("; kept 1 sample without a forgetting value")
+
+
 def test_overrides_apply_to_every_occurrence_of_an_id():
     twice, values = pa.array(["a", "a", None, "b", "c"]), np.array([3.0, 3.0, np.nan, 3.0, 0.0])
     result = filter_by_values(twice, values, FilterConfig("loss", 1.0), {"a": "keep", "c": "remove"})
@@ -148,7 +156,10 @@ def test_overrides_take_precedence_over_the_threshold():
     message = r"2 of the overridden samples are not in this set, for example id-8\. Use a decision"
     with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, LOSS, {"id-8": "keep", "id-9": "keep"})
-    with pytest.raises(ValueError, match=r"would remove all 4 samples .* ranges from 0 to 3\)"):
+    message = (
+        r"would remove all 4 samples .* ranges from 0 to 3\), 1 of them by a reviewer's decision\. .* keep more rows"
+    )
+    with pytest.raises(ValueError, match=message):
         filter_by_values(sample_ids(4), values, FilterConfig("loss", 0.5), {"id-0": "remove"})
 
 

@@ -12,7 +12,7 @@ from helpers import hostile_trace, needs_chromium
 from playwright.sync_api import expect
 from sklearn.metrics import precision_score, recall_score
 
-from forgetfilter_callback import FilterConfig, FilterResult, Trace, find_forgotten
+from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.reports import review_page
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
@@ -157,6 +157,78 @@ def test_decisions_are_exported_and_imported(page, review, tmp_path):
     )
 
 
+def data_of(file: Path) -> dict:
+    html = file.read_text(encoding="utf-8")
+    return json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+
+
+@needs_chromium
+def test_the_page_of_a_decision_starts_with_its_overrides(browser, review, byte_tokenizer, tmp_path):
+    _, trace, result, _ = review
+    ids, file = trace.rows.ids.to_pylist(), tmp_path / "review_decision.json"
+    most, least = int(np.argmax(result.values)), int(np.argmin(result.values))
+    overrides = {ids[most]: "keep", ids[least]: "remove", ids[least + 1]: "keep"}
+    decision = {"measure": "loss", "threshold": 1.0, "overrides": overrides, "trace": trace.identity()}
+    file.write_text(json.dumps(decision))
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig(decision=file))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    removed = (result.values > 1.0).sum()
+    assert f"{removed} of 150 removed" in opened.inner_text("#decision")
+    assert "Overrides: 2 kept, 1 removed." in opened.inner_text("#decision")
+    opened.select_option("#view", "overridden")
+    assert opened.locator("#rows tr").count() == 3
+    with opened.expect_download() as download:
+        opened.click("#export")
+    download.value.save_as(file)
+    assert json.loads(file.read_text()) == decision
+    opened.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("texts", [1000, 30])  # with fewer texts, the table does not contain all rows
+def test_the_page_of_a_review_starts_with_its_verdicts(browser, tmp_path, byte_tokenizer, monkeypatch, texts):
+    """Rows that a review removes without a verdict have no φ either, so they are overridden too."""
+    monkeypatch.setattr(review_page, "MAX_TEXTS", texts)
+    source, unsafe = hostile_trace(tmp_path / "source", byte_tokenizer, samples=150)
+    trace = Trace.create(tmp_path / "trace", source.rows, "tiny", None, None)
+    for record in source.records():
+        trace.append(record, [Scores(source.token_losses(record), np.eye(2, dtype=np.float16)[unsafe.astype(int)])])
+    queue = ReviewQueue(trace)
+    rows = queue.next(140)  # verdicts on the random ones leave unsafe rows to be removed without a verdict
+    queue.add({row: "unsafe" if unsafe[row] else "safe" for row in rows if row in queue._drawn_from})
+    config = FilterConfig(threshold="fdr", level=0.5, reviewed=trace.folder / "review")
+    result = write_review_page(trace, tmp_path / "review.html", byte_tokenizer, config)
+    unseen = int(result.removed[~queue.is_seen].sum())
+    assert unseen > 0 and result.threshold is None
+    data = data_of(tmp_path / "review.html")
+    assert len(data["overrides"]) == queue.is_seen.sum() + unseen
+    shown = {row["id"] for row in data["rows"]}
+    overridden = {each["id"] for each in data["overrides"]}
+    assert len(shown) == 150 if texts == 1000 else len(shown) <= 40 and 10 < len(shown & overridden) < len(overridden)
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    assert f"{result.removed.sum()} of 150 removed" in opened.inner_text("#counts")
+    with opened.expect_download() as download:
+        opened.click("#export")
+    download.value.save_as(tmp_path / "review_decision.json")
+    decided = find_forgotten(trace, FilterConfig(decision=tmp_path / "review_decision.json"))
+    np.testing.assert_array_equal(decided.removed, result.removed)
+    opened.close()
+
+
+def test_a_page_without_overrides(review):
+    assert data_of(review[0])["overrides"] == []
+
+
+def test_a_page_of_an_earlier_record_is_refused(review, byte_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="step=4: the review page shows the last record"):
+        write_review_page(review[1], tmp_path / "review.html", byte_tokenizer, FilterConfig("loss", step=4))
+    assert not (tmp_path / "review.html").exists()
+
+
 @needs_chromium
 def test_files_that_are_not_a_decision_are_not_imported(page, review, tmp_path):
     _, trace, result, _ = review
@@ -212,8 +284,7 @@ def test_a_large_set_is_subsampled(tmp_path, tokenizer, monkeypatch):
     samples = MAX_TEXTS + 200
     trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=samples)
     write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
-    html = (tmp_path / "review.html").read_text(encoding="utf-8")
-    data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    data = data_of(tmp_path / "review.html")
     assert data["sampled"] and len(base64.b64decode(data["forgetting"][-1])) == 300 * 4
     assert data["samples"] == samples
     assert not data["all_shown"] and MAX_TEXTS // 3 <= len(data["rows"]) <= MAX_TEXTS
@@ -230,8 +301,7 @@ def test_smoothed_curves_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer)
     for record in trace.records():
         with_states.append(record, [Scores(trace.token_losses(record), states)])
     result = write_review_page(with_states, tmp_path / "review.html", byte_tokenizer, FilterConfig("smoothed"))
-    html = (tmp_path / "review.html").read_text(encoding="utf-8")
-    data = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    data = data_of(tmp_path / "review.html")
     earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
     np.testing.assert_allclose(last, result.values, rtol=1e-6)
     assert (earlier[unsafe] < 0.9 * last[unsafe]).all()

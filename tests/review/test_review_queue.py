@@ -153,7 +153,10 @@ def test_the_filter_removes_exactly_the_rows_found_to_be_unsafe(tmp_path):
     review(queue, is_unsafe, 60)
     result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
-    assert result.method == "reviewed" and "60 rows were reviewed" in result.reason
+    assert result.method == "reviewed" and result.reason == (
+        f"60 rows reviewed, {(queue.is_seen & is_unsafe).sum()} of them found to be unsafe and removed; no other row was "
+        "removed"
+    )
     with_threshold = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", fraction=0.2))
     assert not with_threshold.removed[queue.is_seen & ~is_unsafe].any()
     assert with_threshold.removed[queue.is_seen & is_unsafe].all()
@@ -165,13 +168,33 @@ def test_filtering_without_verdicts_is_refused(tmp_path):
         find_forgotten(trace, FilterConfig(reviewed=tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"threshold": "fdr"}, {"threshold": 9.0}, {"fraction": 0.5}], ids=str)
+def test_a_review_that_finds_every_row_unsafe_is_refused(tmp_path, settings):
+    trace, _ = make_trace(tmp_path, rows=12, unsafe=2)
+    ReviewQueue(trace).add(dict.fromkeys(range(12), "unsafe"))
+    with pytest.raises(DecisionError, match=r"found all 12 rows to be unsafe, so no row would be left.*Correct"):
+        find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", **settings))
+    ReviewQueue(trace).add({3: "safe"})
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", **settings))
+    assert np.flatnonzero(~result.removed).tolist() == [3]
+
+
+def test_the_reason_says_that_no_row_is_left_to_review(tmp_path):
+    trace, is_unsafe = make_trace(tmp_path, rows=12, unsafe=1)
+    queue = ReviewQueue(trace)
+    queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in range(12)})
+    result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
+    assert result.reason == "12 rows reviewed, 1 of them found to be unsafe and removed; no other row was removed"
+
+
 def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     trace, is_unsafe = make_trace(tmp_path)
     queue = ReviewQueue(trace)
     review(queue, is_unsafe, 30)
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
-    assert "more safe verdicts on rows drawn at random are needed" in result.reason
+    assert "with a false discovery rate of at most 0.1 after about " in result.reason
+    assert "more safe verdicts on rows drawn at random (so far: 6)" in result.reason
 
 
 @pytest.mark.parametrize(("rows", "level"), [(60, 0.1), (300, 0.1), (300, 0.3)])

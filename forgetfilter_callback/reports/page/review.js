@@ -22,7 +22,8 @@ const initialPhi = data.threshold === null ? Math.max(data.tested_threshold, hig
 // Plotted values are rounded to 32 bits, so they are compared with a rounded φ.
 let phi = initialPhi, plottedPhi = Math.fround(phi);
 let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed
-const overrides = new Map(); // sample id → "keep" or "remove"
+const overrides = new Map(data.overrides.map((each) => [each.id, each.choice])); // sample id → "keep" or "remove"
+const rowOf = new Map([...data.rows, ...data.overrides].map((each) => [each.id, each.row]));
 let view = "forgotten", sort = { key: "value", descending: true }, query = "", page = 0;
 
 function cssColor(name) {
@@ -114,7 +115,7 @@ function showCounts() {
   const scale = data.samples / last.length, about = data.sampled ? "about " : "";
   const removed = last.map((value) => value > plottedPhi);
   // Counts of a random subset are scaled up. Overrides are left out then, because they are not a random subset.
-  if (!data.sampled) for (const row of data.rows) if (overrides.has(row.id)) removed[row.row] = overrides.get(row.id) === "remove";
+  if (!data.sampled) for (const [id, choice] of overrides) if (rowOf.has(id)) removed[rowOf.get(id)] = choice === "remove";
   const above = removed.filter(Boolean).length;
   let text = `φ = ${format(phi)}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
@@ -279,7 +280,7 @@ $("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
   (data.sampled ? ` The plots and the counts below use a random subset of ${count(last.length)} of the ${count(data.samples)} samples.` : "");
 $("shown").textContent = data.all_shown
   ? `The table contains all ${count(data.rows.length)} samples.`
-  : `The table contains ${count(data.rows.length)} of ${count(data.samples)} samples: the most forgotten, those closest to φ, and the least forgotten.`;
+  : `The table contains ${count(data.rows.length)} of ${count(data.samples)} samples: the most forgotten, those closest to φ, the least forgotten${data.overrides.length ? ", and overridden ones" : ""}.`;
 $("audit-head").hidden = unsafe === null;
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
