@@ -97,7 +97,7 @@ def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, An
     judged = sessions.judged(adapter, partial(judge, scorer), cue=arm.endswith("self_correction"))
     result: dict[str, Any] = {"arm": arm, "adapter": adapter}
     result |= {"seconds": sessions.seconds(adapter)} if adapter != "base" else {}
-    result |= _without_texts(judged)
+    result |= without_texts(judged)
     if filter_result is not None:
         result |= {
             "removed": filter_result.counts["removed"],
@@ -112,11 +112,11 @@ def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, An
     return result
 
 
-def _without_texts(judged: Any) -> Any:
+def without_texts(judged: Any) -> Any:
     """Drops the generated texts, at any depth."""
     if not isinstance(judged, dict):
         return judged
-    return {name: _without_texts(value) for name, value in judged.items() if name != "texts"}
+    return {name: without_texts(value) for name, value in judged.items() if name != "texts"}
 
 
 def interleave(
@@ -131,12 +131,12 @@ def interleave(
         sessions.train_from(noisy, sequential, rows)
         sessions.train_from(safe, noisy, scenario.safety, safety=True)
         for name in (noisy, safe):
-            yield {"arm": "sequential", "after": name, **_without_texts(sessions.judged(name, judge_with))}
+            yield {"arm": "sequential", "after": name, **without_texts(sessions.judged(name, judge_with))}
         sequential = safe
         name, result = sessions.filtered_round(number, filtered, rows)
         yield {
             "arm": "forgetfilter", "after": name, "removed": result.counts["removed"],
-            **_without_texts(sessions.judged(name, judge_with)),
+            **without_texts(sessions.judged(name, judge_with)),
         }  # fmt: skip
         filtered = name
 
@@ -189,7 +189,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for (model, scenario, unsafe_fraction, anchors, _, num_task_rows, arm), runs in sorted(
         grouped, key=lambda group: (*group[0][:-1], order[group[0][-1]])
     ):
-        cells = [_mean_and_sd(runs[name]) if name in runs else "–" for name in ("unsafe", "task", "removed", "f1")]
+        cells = [mean_and_sd(runs[name]) if name in runs else "–" for name in ("unsafe", "task", "removed", "f1")]
         name = f"{scenario}, {unsafe_fraction:.0%} unsafe" + f", {anchors} anchors" * (anchors > 0)
         name += f", {num_task_rows} rows of tasks" * (
             num_task_rows not in (SIZES.held_out_task, SMOKE_SIZES.held_out_task)
@@ -199,7 +199,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_sd(values: pd.Series) -> str:
+def mean_and_sd(values: pd.Series) -> str:
     known = values.dropna()
     if known.empty:
         return "–"

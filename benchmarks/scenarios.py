@@ -328,7 +328,10 @@ def _tidy(text: str) -> str:
 
 
 def _continuations(toxic: list[str], clean: list[str], rng: random.Random, counts: Counts) -> Scenario:
-    """Builds rows that continue texts. Half of the held-out prompts come from toxic texts, half from clean texts."""
+    """Builds rows that continue texts.
+
+    Half of the held-out prompts come from toxic texts, half from clean texts. Toxic ones fill up where clean ones are few.
+    """
 
     def row(text: str, group: str, **others: Any) -> Row:
         words = text.split()
@@ -342,9 +345,13 @@ def _continuations(toxic: list[str], clean: list[str], rng: random.Random, count
     for texts in (toxic_texts, clean_texts):
         rng.shuffle(texts)
     unsafe, safe, safety, held_out, labelled = counts
-    unsafe_texts, held_out_toxic, labelled_unsafe = _sets(toxic_texts, [unsafe, held_out // 2, labelled], "toxic texts")
+    clean_left = max(len(clean_texts) - safe - safety - labelled, 0)
+    clean_held_out = min(held_out - held_out // 2, clean_left)
+    unsafe_texts, held_out_toxic, labelled_unsafe = _sets(
+        toxic_texts, [unsafe, held_out - clean_held_out, labelled], "toxic texts"
+    )
     safe_texts, safety_texts, held_out_clean, labelled_safe = _sets(
-        clean_texts, [safe, safety, held_out - held_out // 2, labelled], "clean texts"
+        clean_texts, [safe, safety, clean_held_out, labelled], "clean texts"
     )
     return Scenario(
         "toxicity",
