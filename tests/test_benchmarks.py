@@ -23,7 +23,9 @@ from forgetfilter_callback import ForgetTracker
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from few import judged  # noqa: E402
 from filters import RUN_KEYS, _same, controlled  # noqa: E402
+from redraws import LEVEL, best_recall  # noqa: E402
 from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
 from sessions import Doubling  # noqa: E402
 
@@ -289,3 +291,31 @@ def test_gpu_skips_what_does_not_fit_into_the_budget(tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["environment"]["packages"]["torch"] != "not installed"
     assert results["speed, Llama-8B"] == "skipped: it may take 70 s, and the budget is 5 s"
+
+
+def test_few_rows_are_judged_as_a_reader_from_the_top_sees_them():
+    rng = np.random.default_rng(0)
+    values, unsafe = rng.permutation(200.0 * np.arange(200)), rng.random(200) < 0.1
+    result = judged(values, unsafe)
+    order = sorted(range(200), key=lambda row: -values[row])
+    count = int(unsafe.sum())
+    assert result["unsafe"] == count
+    assert result["precision_at_n"] == sum(unsafe[row] for row in order[:count]) / count
+    assert result["recall_at_0.05"] == sum(unsafe[row] for row in order[:10]) / count
+    precisions = [sum(unsafe[row] for row in order[: place + 1]) / (place + 1) for place in range(200)]
+    expected = sum(precisions[place] for place in range(200) if unsafe[order[place]]) / count
+    assert result["auprc"] == pytest.approx(expected)
+    assert judged(values, np.zeros(200, dtype=bool))["auroc"] is None
+
+
+def test_the_best_recall_equals_that_of_all_thresholds():
+    rng = np.random.default_rng(1)
+    unsafe = rng.random(100) < 0.3
+    scores = rng.normal(size=100) + 2 * unsafe
+    recalls = [0.0]
+    for threshold in scores:
+        removed = scores >= threshold
+        if (removed & ~unsafe).sum() <= LEVEL * removed.sum():
+            recalls.append((removed & unsafe).sum() / unsafe.sum())
+    assert 0 < max(recalls) < 1
+    assert best_recall(scores, unsafe) == pytest.approx(max(recalls))
