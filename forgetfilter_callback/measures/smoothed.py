@@ -95,17 +95,18 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     are the ridge coefficients. With fewer than 3 known values, they are returned unchanged.
 
     Args:
-        values (`np.ndarray` of shape `(samples,)`, float64):
-            One value per sample. NaN if unknown; unknown values are not fitted and stay NaN.
+        values (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
+            One value per sample and record. NaN if unknown. A sample with an unknown value is not fitted, and all its
+            values become NaN. Several records together take little longer than one.
         states (`np.ndarray` of shape `(samples, size)`, float16):
             Hidden states of the samples (see [`Scores`]).
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64, in the unit of `values`. NaN where the value or the state is not
+        `np.ndarray` of the shape of `values`, float64, in the unit of `values`. NaN where a value or the state is not
         finite.
     """
-    known = np.isfinite(values) & np.isfinite(states).all(axis=1)
-    smoothed = np.full(len(values), np.nan)
+    known = np.isfinite(values.reshape(len(values), -1)).all(axis=1) & np.isfinite(states).all(axis=1)
+    smoothed = np.full(values.shape, np.nan)
     if known.sum() < 3:  # too few samples to compare
         smoothed[known] = values[known]
         return smoothed
@@ -121,10 +122,11 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     indices = np.flatnonzero(known)
     stride = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
     fit_directions, fit_values = directions(indices[::stride]), values[indices[::stride]]
-    coefficients = ridge_coefficients(fit_directions, fit_values - fit_values.mean())
+    mean = fit_values.mean(axis=0)
+    coefficients = ridge_coefficients(fit_directions, fit_values - mean)
     for chunk in np.array_split(indices, stride):  # bounds the memory for directions
         chunk_directions = fit_directions if stride == 1 else directions(chunk)
-        smoothed[chunk] = chunk_directions @ coefficients + fit_values.mean()
+        smoothed[chunk] = chunk_directions @ coefficients + mean
     return smoothed
 
 
@@ -141,20 +143,24 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Args:
         features (`np.ndarray` of shape `(samples, size)`, float64):
             One row per sample.
-        targets (`np.ndarray` of shape `(samples,)`, float64):
-            The centered values to fit.
+        targets (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
+            The centered values to fit. Each record is fitted on its own.
 
     Returns:
-        `np.ndarray` of shape `(size,)`, float64: the coefficients with the smallest error among `RIDGE_STRENGTHS`.
+        `np.ndarray` of shape `(size,)` or `(size, records)`, float64: the coefficients with the smallest error among
+        `RIDGE_STRENGTHS`.
     """
     strengths = RIDGE_STRENGTHS * len(features) / min(features.shape)
     eigenvalues, basis = np.linalg.eigh(features.T @ features)
     projected = features @ basis
     shrinkage = 1 / (eigenvalues[:, None] + strengths)  # (size, strengths)
-    coefficients = (targets @ projected)[:, None] * shrinkage
-    residuals = targets[:, None] - projected @ coefficients
-    errors = residuals / (1 - np.square(projected, out=projected) @ shrinkage)
-    return basis @ coefficients[:, (errors**2).mean(axis=0).argmin()]
+    left_out = 1 - projected**2 @ shrinkage  # (samples, strengths)
+    best = []
+    for target in np.atleast_2d(targets.T):
+        coefficients = (target @ projected)[:, None] * shrinkage
+        errors = (target[:, None] - projected @ coefficients) / left_out
+        best.append(coefficients[:, (errors**2).mean(axis=0).argmin()])
+    return (basis @ np.column_stack(best)).reshape(-1, *targets.shape[1:])
 
 
 def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
 from ..measures.names import UNITS
-from ..measures.smoothed import typical_loss
+from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
 from ..utils.optional_packages import requires_extra
@@ -110,11 +110,7 @@ def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: n
         plotted = np.sort(np.random.default_rng(0).choice(samples, MAX_PLOTTED, replace=False))
     records = [record for record in trace.records() if record.session == "safety" and record.step > 0]
     records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MAX_RECORDS).round().astype(int))]
-    earlier = [trace.forgetting(result.measure, record.step) for record in records[:-1]]
-    if result.measure == "smoothed":  # convert to the unit of the last record, so that the records are comparable
-        first_losses, offsets = trace.token_losses(trace.first_and_last()[0]), trace.rows.loss_offsets
-        *units, last_unit = (typical_loss(first_losses, trace.token_losses(record), offsets) for record in records)
-        earlier = [values * (unit / last_unit) for values, unit in zip(earlier, units, strict=True)]
+    earlier = compute_forgetting_by_record(trace, result.measure, [record.step for record in records])[:-1]
     by_record = [values[plotted] for values in [*earlier, result.values]]
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,14 @@ from ..measures.names import MEASURES, Measure
 from ..measures.pooled import pooled_forgetting
 from ..measures.relative import relative_forgetting
 from ..measures.rouge import rouge_forgetting
-from ..measures.smoothed import nats_per_unit, smoothed_forgetting
+from ..measures.smoothed import (
+    agreed_forgetting,
+    nats_per_unit,
+    smoothed_forgetting,
+    smoothed_over_states,
+    typical_loss,
+)
+from .records import Record
 
 
 if TYPE_CHECKING:
@@ -42,6 +50,24 @@ def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> np.n
             "session. Record the base model too, with the same tracker in both sessions, or choose another measure."
         )
     return relative_forgetting(mean_losses(trace.token_losses(trace.base_record), offsets), means_before, means_after)
+
+
+def compute_forgetting_by_record(trace: Trace, measure: Measure, steps: Sequence[int]) -> np.ndarray:
+    """Compute a measure at several records of the safety session.
+
+    Returns:
+        `np.ndarray` of shape `(records, samples)`, float64. With `"smoothed"`, all records are in the unit of the last one:
+        its typical change. NaN where [`Trace.forgetting`] is NaN, and with `"smoothed"` where it is NaN at any record.
+    """
+    if measure != "smoothed":
+        return np.array([compute_forgetting(trace, measure, step) for step in steps])
+    before, offsets = trace.first_and_last()[0], trace.rows.loss_offsets
+    losses = [trace.token_losses(Record("safety", step)) for step in steps]
+    first = trace.token_losses(before)
+    agreed = [agreed_forgetting(trace.rows.loss_tokens, offsets, first, after) for after in losses]
+    units = np.array([typical_loss(first, after, offsets) for after in losses])
+    smoothed = smoothed_over_states(np.column_stack(agreed), trace.states(before))
+    return smoothed.T * (units / units[-1])[:, None]
 
 
 def compute_nats_per_unit(trace: Trace, values: np.ndarray, step: int | None) -> float:

@@ -198,3 +198,6 @@ def test_the_ridge_equals_that_of_scikit_learn(shape, noise):
     targets = features @ rng.normal(size=shape[1]) + noise * rng.normal(size=shape[0])
     ridge = RidgeCV(RIDGE_STRENGTHS * shape[0] / min(shape), fit_intercept=False, gcv_mode="svd").fit(features, targets)
     np.testing.assert_allclose(ridge_coefficients(features, targets), ridge.coef_, rtol=1e-7, atol=1e-9)
+    two = np.column_stack([targets, rng.normal(size=shape[0])])
+    expected = np.column_stack([ridge_coefficients(features, each) for each in two.T])
+    np.testing.assert_allclose(ridge_coefficients(features, two), expected, rtol=1e-12, atol=1e-14)
