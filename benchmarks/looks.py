@@ -66,7 +66,7 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
         write_results(results, json_file)
     if results:
         frame = pd.DataFrame(results)
-        print(frame.pivot_table(index="set", columns="looks", values="found").round(2).to_markdown())
+        print(frame.pivot_table(index="set", columns="looks", values="found").round(2).to_string())
         print(f"90 % intervals that contain the number of unsafe rows left: {frame['covered'].mean():.0%}")
 
 

@@ -87,7 +87,7 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
         means = pd.DataFrame([interval(trace, unsafe, seed) for seed in range(REDRAWS)]).mean().to_dict()
         results.append({"set": chosen.name, "kind": "interval", "looks": LOOKS, **means})
         write_results(results, json_file)
-    print(pd.DataFrame(results).round(3).to_markdown(index=False))
+    print(pd.DataFrame(results).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":
