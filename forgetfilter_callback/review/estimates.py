@@ -125,7 +125,9 @@ def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int)
     if not drawn_from:
         return found, most
     sizes = np.array(list(drawn_from.values()))
-    found_at_draw = found_before[rows - sizes]
+    # A verdict that was lost from the file was given before a draw, but is not in `order`.
+    places = {row: place for place, row in enumerate(order)}
+    found_at_draw = found_before[np.minimum(rows - sizes, [places[row] for row in drawn_from])]
     hits = int(unsafe[list(drawn_from)].sum())
 
     def tails(total: int) -> tuple[float, float]:

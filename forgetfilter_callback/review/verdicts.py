@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -74,11 +74,12 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             Sample ids of the trace.
 
     Raises:
-        DecisionError: if a verdict is about another trace, or if a line holds no verdict.
+        DecisionError: if a verdict is about another trace, if a line holds no verdict, or if its `drawn_from` is impossible.
     """
     if not file.exists():
         return []
-    verdicts = []
+    verdicts: dict[int, Verdict] = {}  # by line number
+    damaged = 0
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
@@ -86,10 +87,11 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             content = json.loads(line)
         except json.JSONDecodeError:
             logger.warning(f"{file}, line {number} is damaged and was skipped. Review that row again.")
+            damaged += 1
             continue
         try:
             verdict = Verdict(**content)
-            is_valid = verdict.verdict in get_args(VerdictLabel) and isinstance(verdict.row, int)
+            is_valid = verdict.verdict in get_args(VerdictLabel) and _is_whole(verdict.row)
         except TypeError:
             is_valid = False
         if not is_valid:
@@ -99,5 +101,19 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
                 f"{file}, line {number}: the verdict is about another set (row {verdict.row} has another id here). Pass "
                 "the trace that was reviewed, or another review folder."
             )
-        verdicts.append(verdict)
-    return verdicts
+        verdicts[number] = verdict
+    # A row was drawn from at least the rows that have no verdict now. A damaged line may have held one more verdict.
+    least = len(ids) - len({verdict.row for verdict in verdicts.values()}) - damaged
+    for number, verdict in verdicts.items():
+        drawn_from = verdict.drawn_from
+        if drawn_from is not None and not (_is_whole(drawn_from) and max(least, 1) <= drawn_from <= len(ids)):
+            raise DecisionError(
+                f"{file}, line {number}: drawn_from={drawn_from!r} cannot be the number of rows that had no verdict when row "
+                f"{verdict.row} was drawn at random: it must be from {max(least, 1)} to {len(ids)}. Restore the file from a "
+                "backup, or set the value to null. The estimates then treat the row as not drawn at random."
+            )
+    return [*verdicts.values()]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -97,3 +97,8 @@ def test_removed_rows_without_a_verdict_widen_both_intervals():
 def test_the_last_verdict_on_a_row_counts(first, second, found):
     estimate = estimate_unsafe_rows([given(3, first, 10), given(3, second, 10)], 10)
     assert (estimate.seen, estimate.drawn, estimate.unsafe_found) == (1, 1, found)
+
+
+def test_verdicts_that_were_lost_before_a_draw():
+    """The row was drawn from 8 of 10 rows, and the two verdicts before it are lost. It is unsafe with probability K / 8."""
+    assert estimate_unsafe_rows([given(2, True, 8)], 10).unsafe_left == (0, 9)

@@ -53,9 +53,32 @@ def test_verdicts_of_another_trace_are_refused(tmp_path):
         "[1]",
         '{"row": 0, "id": "a", "verdict": "maybe", "time": ""}',
         '{"row": "0", "id": "a", "verdict": "safe", "time": ""}',
+        '{"row": false, "id": "a", "verdict": "safe", "time": ""}',
     ],
 )
 def test_a_line_without_a_verdict_is_refused(tmp_path, line):
     (tmp_path / "verdicts.jsonl").write_text(line + "\n")
     with pytest.raises(DecisionError, match="line 1 holds no verdict"):
         read_verdicts(tmp_path / "verdicts.jsonl", IDS)
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, True, 0, -3, 1, 5, [3]], ids=repr)
+def test_an_impossible_number_of_drawn_rows_is_refused(tmp_path, value):
+    """Two of four rows have a verdict, so a row was drawn from at least the two others."""
+    ids, file = pa.array(["a", "b", "c", "d"]), tmp_path / "verdicts.jsonl"
+    for possible in (2, 3, 4):
+        append_verdicts([verdict(0, drawn_from=possible), verdict(1)], file)
+        assert read_verdicts(file, ids)[-2].drawn_from == possible
+    append_verdicts([verdict(1, drawn_from=value)], file)
+    with pytest.raises(DecisionError) as error:
+        read_verdicts(file, ids)
+    message = str(error.value)
+    assert message.startswith(f"{file}, line 7: drawn_from={value!r} cannot be the number of rows")
+    assert "it must be from 2 to 4. Restore the file from a backup, or set the value to null" in message
+
+
+def test_a_damaged_line_may_have_held_the_verdict_before_a_draw(tmp_path):
+    file = tmp_path / "verdicts.jsonl"
+    append_verdicts([verdict(0), verdict(1, drawn_from=2)], file)
+    file.write_text("{" + file.read_text().partition("}")[2])
+    assert read_verdicts(file, IDS) == [verdict(1, drawn_from=2)]
