@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..data.as_rows import as_rows
 from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
-from ..errors import TraceError
+from ..errors import TraceError, UnsupportedDatasetError
 from ..scoring.model_capabilities import check_is_causal, describe_left_padding
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_main
@@ -116,16 +117,28 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
     """The audit labels of `noisy`: shape `(samples,)`, bool.
 
     Raises:
-        ValueError: if there is no such column, or if it contains text.
+        EncodingError: if `noisy` is a stream, is no table of rows, or has no rows.
+        ValueError: if a row has no such column, or text in it.
     """
-    if noisy is None or not len(noisy):
+    if noisy is None:
         raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but no rows were given.")
-    noisy = as_rows(noisy)
-    if audit_column not in noisy[0]:
-        raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, which has {sorted(noisy[0])}.")
-    if isinstance(noisy[0][audit_column], str):  # the text "False" would be true
-        raise ValueError(f"audit_column={audit_column!r} contains text. It must contain true/false or numbers.")
-    return np.array([bool(row[audit_column]) for row in noisy])
+    noisy = as_rows(noisy, "`noisy`")
+    if isinstance(noisy, torch.utils.data.IterableDataset):
+        raise UnsupportedDatasetError(
+            f"audit_column={audit_column!r} needs the rows in a fixed order, but `noisy` is a stream "
+            f"({type(noisy).__name__}). Pass a map-style dataset or a list of rows."
+        )
+    labels = []
+    for index, row in enumerate(noisy):
+        if not isinstance(row, Mapping) or audit_column not in row:
+            has = f"has {sorted(row)}" if isinstance(row, Mapping) else f"is {type(row).__name__}"
+            raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but row {index} {has}.")
+        if isinstance(row[audit_column], str):  # the text "False" would be true
+            raise ValueError(
+                f"audit_column={audit_column!r} contains text (row {index}). It must contain true/false or numbers."
+            )
+        labels.append(bool(row[audit_column]))
+    return np.array(labels)
 
 
 def model_and_tokenizer_names(

@@ -32,10 +32,10 @@ def encode_noisy_rows(
     """Encode the rows to track: `noisy`, or the training set if `noisy` is `None`."""
     if noisy is None:
         return encode_training_rows(args, model, train_dataloader, max_length)
-    noisy = as_rows(noisy)
+    noisy = as_rows(noisy, "`noisy`")
     disable_tqdm = hide_progress(args)
     is_stream = isinstance(noisy, torch.utils.data.IterableDataset)  # refused by `encode_rows`
-    if not is_stream and len(noisy) and "input_ids" in noisy[0]:
+    if not is_stream and "input_ids" in noisy[0]:
         noisy = _columns_that_are_read(noisy, args, model)
         if not _is_sft_config(args):
             # The collator decides which tokens contribute to the loss, so try this trainer's collator first.

@@ -13,17 +13,18 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from ..errors import EncodingError
 
 
-def as_rows(rows: Any, name: str = "The noisy set") -> Any:
+def as_rows(rows: Any, name: str) -> Any:
     """Return rows as a dataset or a sequence. A `DataFrame` is converted, and everything else is returned unchanged.
 
     Args:
         rows (`Dataset`, `torch.utils.data.Dataset`, `DataFrame` or a sequence):
             The rows. A stream is returned unchanged.
-        name (`str`, defaults to `"The noisy set"`):
+        name (`str`):
             What the rows are, for messages.
 
     Raises:
-        EncodingError: if `rows` is a `DatasetDict`, a `DataFrame` that `datasets` cannot convert, or no rows at all.
+        EncodingError: if `rows` is a `DatasetDict`, a `DataFrame` that `datasets` cannot convert, no table of rows at all,
+            or empty.
     """
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         raise EncodingError(
@@ -41,4 +42,6 @@ def as_rows(rows: Any, name: str = "The noisy set") -> Any:
     is_table = isinstance(rows, Sized | torch.utils.data.IterableDataset)
     if not is_table or isinstance(rows, str | Mapping | Set):
         raise EncodingError(f"{name} must be a dataset or a list of rows, but it is {type(rows).__name__}.")
+    if isinstance(rows, Sized) and not len(rows):
+        raise EncodingError(f"{name} has no rows. Pass at least one.")
     return rows

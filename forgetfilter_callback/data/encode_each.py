@@ -32,7 +32,7 @@ def encode_each(
 
     Args:
         rows (`Iterable`):
-            The rows, in order.
+            The rows, in order. There is at least one.
         encode_one (`Callable`):
             Returns the [`Sample`] of a row.
         total (`int`):
@@ -45,10 +45,8 @@ def encode_each(
             Whether to truncate on the left instead of the right.
 
     Raises:
-        EncodingError: if there are no rows, or if a row cannot be encoded. The message names the row.
+        EncodingError: if a row cannot be encoded. The message names the row.
     """
-    if total == 0:
-        raise EncodingError("The noisy set is empty, so there is nothing to track. Pass the rows that you finetune on.")
     # Growing buffers, because one Python object per row would take more memory than most rows.
     all_tokens, offsets, ids = array("i"), array("q", [0]), bytearray()
     all_loss_masks, all_attention_masks = bytearray(), bytearray()

@@ -143,7 +143,7 @@ def encode_rows(
             f"`conversations`, `{text_column}`, or `input_ids`."
         )
 
-    rows = as_rows(rows)
+    rows = as_rows(rows, "`rows`")
     if isinstance(rows, torch.utils.data.IterableDataset):
         raise UnsupportedDatasetError(
             "An IterableDataset has no fixed rows, so it is not supported. Pass a map-style dataset or a list of rows."

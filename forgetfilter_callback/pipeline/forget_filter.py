@@ -62,8 +62,8 @@ class ForgetFilter:
         **trainer_kwargs: Any,
     ):
         self.load_model = load_model
-        self.noisy = as_rows(noisy)
-        self.safety = as_rows(safety, "The safety set")
+        self.noisy = as_rows(noisy, "`noisy`")
+        self.safety = as_rows(safety, "`safety`")
         self.args = args
         self.safety_args = safety_args if safety_args is not None else args
         self.tracker = tracker if tracker is not None else ForgetTracker()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from helpers import random_rows, tiny_llama
 from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -75,10 +77,36 @@ def test_tensorboard_receives_the_metrics_and_the_trainer_logs(noisy, safety, ma
 
 
 def test_a_missing_audit_column_is_refused(noisy):
-    with pytest.raises(ValueError, match="audit_column='toxic' must be a column of `noisy`, which has"):
+    with pytest.raises(ValueError, match="audit_column='toxic' must be a column of `noisy`, but row 0 has"):
         ForgetTracker(noisy, audit_column="toxic")
     with pytest.raises(ValueError, match="audit_column='unsafe' must be a column of `noisy`, but no rows were given"):
         ForgetTracker(audit_column="unsafe")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield LABELED
+
+
+LABELED = {"input_ids": [1, 2], "unsafe": True}
+
+
+@pytest.mark.parametrize(
+    ("noisy", "message"),
+    [
+        (iter([LABELED]), "`noisy` must be a dataset or a list of rows, but it is list_iterator"),
+        ((row for row in [LABELED]), "`noisy` must be a dataset or a list of rows, but it is generator"),
+        (Stream(), r"audit_column='unsafe' needs the rows in a fixed order, but `noisy` is a stream \(Stream\)"),
+        (Dataset.from_list([LABELED]).to_iterable_dataset(), r"`noisy` is a stream \(IterableDataset\)"),
+        ([], "`noisy` has no rows"),
+        ([LABELED, {"input_ids": [1]}], r"but row 1 has \['input_ids'\]"),
+        ([[1, 2]], "but row 0 is list"),
+        ([LABELED, LABELED | {"unsafe": "False"}], r"audit_column='unsafe' contains text \(row 1\)"),
+    ],
+)
+def test_rows_without_audit_labels_are_refused(noisy, message):
+    with pytest.raises(ValueError, match=message):
+        ForgetTracker(noisy, audit_column="unsafe")
 
 
 def test_mlflow_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, tmp_path, monkeypatch):

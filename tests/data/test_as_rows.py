@@ -15,7 +15,7 @@ from forgetfilter_callback.errors import EncodingError
 def test_a_data_frame_is_encoded_as_its_rows(byte_tokenizer):
     frame = pd.DataFrame(texts(5, seed=0), index=[3, 1, 4, 1, 5])
     assert encode_rows(frame, byte_tokenizer).ids == encode_rows(texts(5, seed=0), byte_tokenizer).ids
-    assert as_rows(frame).column_names == ["prompt", "completion", "unsafe", "note"]
+    assert as_rows(frame, "`rows`").column_names == ["prompt", "completion", "unsafe", "note"]
 
 
 def test_missing_values_of_a_data_frame_are_missing(byte_tokenizer):
@@ -33,7 +33,7 @@ def test_a_data_frame_that_is_not_a_table_is_refused(byte_tokenizer):
 def test_a_dictionary_of_splits_is_refused(byte_tokenizer):
     rows = DatasetDict({name: Dataset.from_list(texts(2, seed=0)) for name in ("before", "after")})
     for refused in (rows, rows.map(lambda row: row), DatasetDict()):
-        with pytest.raises(EncodingError, match=r"The noisy set is a DatasetDict with the splits .*Choose a split"):
+        with pytest.raises(EncodingError, match=r"`rows` is a DatasetDict with the splits .*Choose a split"):
             encode_rows(refused, byte_tokenizer)
     with pytest.raises(EncodingError, match=r"splits 'before', 'after'. Choose a split, such as `dataset\['before'\]`"):
         encode_rows(rows, byte_tokenizer)

@@ -48,25 +48,39 @@ def test_the_training_rows_of_a_data_frame(noisy, safety, make_args, collator):
     assert pipeline.tracker.trace.rows.ids == encode_rows(noisy).ids
 
 
-@pytest.mark.parametrize(
-    "use",
-    {
-        "named": lambda rows, args, sft: train_tracked(rows["train"], args, None, ForgetTracker(rows)),
-        "audited": lambda rows, args, sft: ForgetTracker(rows, audit_column="unsafe"),
-        "adopted": lambda rows, args, sft: train_tracked(rows, args, None, ForgetTracker()),
-        "FilteredTrainer": lambda rows, args, sft: FilteredTrainer(
-            tiny_llama(), args(), train_dataset=rows, forgetting=np.ones(2), **FORGETTING
+# Each use takes good rows and bad ones. Messages name the bad ones.
+USES = {
+    "named": ("`noisy`", lambda good, bad, args, sft: train_tracked(good, args, None, ForgetTracker(bad))),
+    "audited": ("`noisy`", lambda good, bad, args, sft: ForgetTracker(bad, audit_column="unsafe")),
+    "FilteredTrainer": (
+        "`train_dataset`",
+        lambda good, bad, args, sft: FilteredTrainer(
+            tiny_llama(), args(), train_dataset=bad, forgetting=np.ones(2), **FORGETTING
         ),
-        "FilteredSFTTrainer": lambda rows, args, sft: FilteredSFTTrainer(
-            tiny_llama(), sft(), train_dataset=rows, forgetting=np.ones(2), **FORGETTING
+    ),
+    "FilteredSFTTrainer": (
+        "`train_dataset`",
+        lambda good, bad, args, sft: FilteredSFTTrainer(
+            tiny_llama(), sft(), train_dataset=bad, forgetting=np.ones(2), **FORGETTING
         ),
-        "ForgetFilter": lambda rows, args, sft: ForgetFilter(tiny_llama, rows, rows, args()),
-        "ForgetFilter's safety set": lambda rows, args, sft: ForgetFilter(tiny_llama, rows["train"], rows, args()),
-        "encode_rows": lambda rows, args, sft: encode_rows(rows),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_a_dictionary_of_splits_is_refused_everywhere(use, make_args, sft_config):
+    ),
+    "ForgetFilter": ("`noisy`", lambda good, bad, args, sft: ForgetFilter(tiny_llama, bad, good, args())),
+    "ForgetFilter's safety set": ("`safety`", lambda good, bad, args, sft: ForgetFilter(tiny_llama, good, bad, args())),
+    "encode_rows": ("`rows`", lambda good, bad, args, sft: encode_rows(bad)),
+}
+
+
+@pytest.mark.parametrize(("name", "use"), USES.values(), ids=USES)
+def test_bad_containers_are_named_everywhere(name, use, make_args, sft_config):
+    good = rows_of("tokens")
+    splits = DatasetDict({"train": good, "test": good})
+    with pytest.raises(EncodingError, match=f"^{name} is a DatasetDict with the splits 'train', 'test'. Choose a split"):
+        use(good, splits, make_args, sft_config)
+    with pytest.raises(EncodingError, match=f"^{name} has no rows"):
+        use(good, good.select([]), make_args, sft_config)
+
+
+def test_an_adopted_dictionary_of_splits_is_refused(make_args):
     rows = DatasetDict({"train": rows_of("tokens"), "test": rows_of("tokens")})
-    with pytest.raises(EncodingError, match=r"is a DatasetDict with the splits 'train', 'test'. Choose a split"):
-        use[1](rows, make_args, sft_config)
+    with pytest.raises(EncodingError, match="^The training set is a DatasetDict with the splits 'train', 'test'. Choose"):
+        train_tracked(rows, make_args, None, ForgetTracker())
