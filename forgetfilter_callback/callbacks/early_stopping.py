@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from ..data.encoded_rows import EncodedRows
+from ..errors import TraceError
 from ..measures.common import mean_losses
 from ..trace.records import Record
 from ..trace.superseded import supersede
@@ -40,6 +41,24 @@ def is_check_step(step: int) -> bool:
     return step >= FIRST_CHECK and (step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1))
 
 
+def _read_checks(file: Path) -> list[dict[str, Any]]:
+    """The stored checks, each with `step`, `spearman` and `forgetting`."""
+    if not file.exists():
+        return []
+    try:
+        checks = [dict(check) for check in json.loads(file.read_text(encoding="utf-8"))]
+        for check in checks:
+            is_valid = isinstance(check["step"], int) and isinstance(check["spearman"], float | None)
+            if not is_valid or np.array(check["forgetting"], dtype=np.float64).ndim != 1:
+                raise ValueError(f"the check at step {check['step']!r} has a value of a wrong type")
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise TraceError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Delete the file: the checks of early stopping then start "
+            "again."
+        ) from error
+    return checks
+
+
 def monitored_samples(samples: int) -> int:
     """How many of `samples` samples are monitored."""
     return min(samples, MAX_SAMPLES, max(MIN_SAMPLES, math.ceil(MONITORED_FRACTION * samples)))
@@ -60,6 +79,9 @@ class RankingMonitor:
         rows ([`EncodedRows`]):
             The samples to score for [`check`]: those with the smallest ids whose loss at step 0 is finite. Ids are hashes,
             so the choice is fixed and does not depend on the content of the rows.
+
+    Raises:
+        TraceError: if `early_stopping.json` is damaged.
     """
 
     def __init__(self, trace: Trace, step: int):
@@ -70,7 +92,7 @@ class RankingMonitor:
         self.rows: EncodedRows = trace.rows.select(samples)
         self._losses_before = losses_before[samples]
         self._file = trace.folder / "early_stopping.json"
-        stored: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else []
+        stored = run_on_main(partial(_read_checks, self._file))
         self._checks = [
             check
             for check in stored

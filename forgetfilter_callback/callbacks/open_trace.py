@@ -19,6 +19,7 @@ from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError, UnsupportedDatasetError
 from ..scoring.model_capabilities import check_is_causal, describe_left_padding
 from ..trace.trace import Trace
+from ..utils.counted import counted, counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from .session_rows import encode_noisy_rows, scoring_max_length, sft_encoding_options
@@ -74,21 +75,18 @@ def open_trace(
     if rows.truncated:
         side = "left" if encoding.get("keep_end", False) else "right"
         logger.warning(
-            f"{rows.truncated} of {len(rows)} samples have more than {scored_length} tokens and were truncated on the "
-            f"{side}. The truncated tokens are not scored."
+            f"{counted_of(rows.truncated, len(rows), 'sample', 'were')} truncated on the {side}, to {scored_length} tokens. "
+            "The truncated tokens are not scored."
         )
     without_loss = int((np.diff(rows.loss_offsets) == 0).sum())
     if without_loss:
         logger.warning(
-            f"{without_loss} of {len(rows)} samples have no token that contributes to the loss. Their forgetting is NaN, "
-            "and they are kept. Check their labels and max_length."
+            f"{counted_of(without_loss, len(rows), 'sample', 'have')} no token that contributes to the loss. Their "
+            "forgetting is NaN, and they are kept. Check their labels and max_length."
         )
     tokenizer = unwrap_tokenizer(processing_class)
-    descriptions = [describe_left_padding(model, rows)]
-    if not isinstance(noisy, EncodedRows):  # `run` has described the rows that it encoded
-        descriptions.append(rows.describe_padding())
-        descriptions.append(describe_blank_completions(rows, tokenizer) if tokenizer is not None else None)
-    for description in descriptions:
+    blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None
+    for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
         if description is not None:
             logger.warning(description)
     names = model_and_tokenizer_names(model, tokenizer)
@@ -105,10 +103,11 @@ def open_trace(
     overlap = count_overlap(rows, trace.rows)
     if not overlap == len(rows) == len(trace.rows):  # in any order
         raise TraceError(
-            f"The trace in {folder} belongs to another dataset or tokenizer: {overlap} of the {len(rows)} samples here are "
-            f"among its {len(trace.rows)} samples (its tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat "
-            "template must be the same too). Choose another `trace_dir` or `output_dir`, or delete the folder. If this is "
-            f"the safety session of that trace, use `ForgetTracker(trace_dir={str(folder)!r})`."
+            f"The trace in {folder} belongs to another dataset or tokenizer: "
+            f"{counted_of(overlap, len(rows), 'sample', 'are')} among its {counted(len(trace.rows), 'sample')} (its "
+            f"tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat template must be the same too). Choose "
+            "another `trace_dir` or `output_dir`, or delete the folder. If this is the safety session of that trace, use "
+            f"`ForgetTracker(trace_dir={str(folder)!r})`."
         )
     return trace, rows
 

@@ -37,9 +37,8 @@ def describe_cost(
     """
     records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
     tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
-    text = (
-        f"Up to {records} records of {counted(len(rows), 'sample')}, up to {counted(tokens_per_record, 'token')} each"
-    )
+    samples = counted(len(rows), "sample")
+    text = f"Up to {counted(records, 'record')} of {samples}, up to {counted(tokens_per_record, 'token')} each"
     tokens = records * tokens_per_record
     if stop_early:
         monitored = monitored_samples(len(rows))

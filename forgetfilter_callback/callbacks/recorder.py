@@ -17,6 +17,7 @@ from ..scoring.scores import Scores
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record, Session
 from ..trace.trace import Trace
+from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_all, run_on_main, shard_indices
 from ..utils.model_state import model_digest
 from ..utils.row_numbers import describe_rows
@@ -181,9 +182,10 @@ class Recorder:
         not_finite = np.flatnonzero(~np.concatenate(finite))
         if len(not_finite):
             logger.warning(
-                f"The loss of {len(not_finite)} of {len(self._trace.rows)} samples is not finite under the model of this "
-                f"record ({record}): {describe_rows(not_finite)} of the noisy set. The model diverges or overflows on them. "
-                "Look at these rows, lower the learning rate, or train in bfloat16 or float32. Such samples are kept."
+                f"The loss of {len(not_finite):,} of {counted(len(self._trace.rows), 'sample')} is not finite under the "
+                f"model of this record ({record}): {describe_rows(not_finite)} of the noisy set. The model diverges or "
+                "overflows on them. Look at these rows, lower the learning rate, or train in bfloat16 or float32. Such "
+                "samples are kept."
             )
         if record == Record("safety", 0):
             check_learned(self._trace, np.concatenate(losses))

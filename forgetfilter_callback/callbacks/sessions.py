@@ -17,6 +17,7 @@ from ..data.encoded_rows import WINDOW, EncodedRows
 from ..errors import TraceError
 from ..trace.records import Record, Session
 from ..trace.trace import Trace
+from ..utils.counted import counted, counted_of
 
 
 logger = get_logger(__name__)
@@ -151,9 +152,8 @@ def check_session(
     if recorded and not detected.certain and not _is_same_run(trace, session, training_rows, output_dir, resumed):
         reason = "its rows could not be encoded"
         if training_rows is not None:
-            reason = (
-                f"it trains on other rows, with {detected.overlap} of the {len(trace.rows)} tracked rows among them"
-            )
+            tracked = counted(len(trace.rows), "tracked row")
+            reason = f"it trains on other rows, with {detected.overlap:,} of {tracked} among them"
         raise TraceError(
             f"The trace in {trace.folder} already has records of the {session} session, and it is not certain that this "
             f"run {'resumes' if resumed else 'repeats'} it: {reason}. Pass `ForgetTracker(session='noisy')` or "
@@ -161,8 +161,8 @@ def check_session(
         )
     if session == "safety" and training_rows is not None and detected.overlap:
         logger.warning(
-            f"{detected.overlap} of the {len(training_rows)} rows of the safety set are in the noisy set too. The model "
-            "trains on them again, so it cannot forget them. Remove them from the safety set."
+            f"{counted_of(detected.overlap, len(training_rows), 'row', 'are')} in both the safety set and the noisy set. "
+            "The model trains on such rows again, so it cannot forget them. Remove them from the safety set."
         )
 
 

@@ -9,6 +9,7 @@ from ..errors import TraceError
 from ..measures.relative import MIN_LEARNED
 from ..trace.records import Record
 from ..trace.trace import Trace
+from ..utils.counted import counted
 from ..utils.row_numbers import describe_rows
 
 
@@ -41,9 +42,9 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
     if not compared.any():
         finite = [int(np.isfinite(losses).sum()) for losses in (before, learned, now)]
         raise TraceError(
-            f"The safety session cannot be compared with noisy finetuning. Of {scorable.sum()} samples, {finite[0]} have "
-            f"a finite loss before noisy finetuning, {finite[1]} after it and {finite[2]} now. The model diverges or "
-            "overflows: run noisy finetuning again with a lower learning rate, or train in bfloat16 or float32."
+            f"The safety session cannot be compared with noisy finetuning. Of {counted(int(scorable.sum()), 'sample')}, "
+            f"{finite[0]} had a finite loss before noisy finetuning, {finite[1]} after it and {finite[2]} now. The model "
+            "diverges or overflows: run noisy finetuning again with a lower learning rate, or train in bfloat16 or float32."
         )
     mean_before, mean_learned, mean_now = (float(losses[compared].mean()) for losses in (before, learned, now))
     left_out = np.flatnonzero(scorable & ~compared)

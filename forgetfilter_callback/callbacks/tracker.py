@@ -34,6 +34,7 @@ from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_record_steps
+from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import is_sharded, preserve_state, why_unsupported
 from .begin_session import begin_session
@@ -336,7 +337,7 @@ class ForgetTracker(TrainerCallback):
         session = detected.session
         overlap = ""
         if training_rows is not None:
-            overlap = f" Trains on {detected.overlap} of the {len(self._trace.rows)} tracked rows."
+            overlap = f" Trains on {detected.overlap:,} of {counted(len(self._trace.rows), 'tracked row')}."
         stop_early = self.stop_early and session == "safety"
         cost = describe_cost(args, state, model, self._trace.rows, training_rows, self._record_every(state), stop_early)
         logger.info(f"ForgetTracker: {session} session.{overlap} {cost}")

@@ -11,13 +11,15 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from ..errors import EncodingError
+from .encoded_rows import EncodedRows
 
 
 def as_rows(rows: Any, name: str) -> Any:
-    """Return rows as a dataset or a sequence. A `DataFrame` is converted, and everything else is returned unchanged.
+    """Return rows as a dataset or a sequence. A `DataFrame` or [`EncodedRows`] are converted to a dataset, and all other
+    rows are returned unchanged.
 
     Args:
-        rows (`Dataset`, `torch.utils.data.Dataset`, `DataFrame` or a sequence):
+        rows (`Dataset`, `torch.utils.data.Dataset`, `DataFrame`, [`EncodedRows`] or a sequence):
             The rows. A stream is returned unchanged.
         name (`str`):
             What the rows are, for messages.
@@ -31,6 +33,8 @@ def as_rows(rows: Any, name: str) -> Any:
             f"{name} is a {type(rows).__name__} with the splits {', '.join(map(repr, rows))}. Choose a split, such as "
             f"`dataset[{next(iter(rows), 'train')!r}]`."
         )
+    if isinstance(rows, EncodedRows):
+        return rows.as_dataset()
     if isinstance(rows, pd.DataFrame):
         try:
             return Dataset.from_pandas(rows, preserve_index=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.counted import counted_of
 from .encoded_rows import EncodedRows
 
 
@@ -53,6 +54,6 @@ def describe_blank_completions(rows: EncodedRows, tokenizer: PreTrainedTokenizer
     if not blank:
         return None
     return (
-        f"{blank} of {len(rows)} samples have a completion that is empty or only white space, so only its end token and "
-        "white space are trained and scored. Remove these rows if that is not intended."
+        f"{counted_of(blank, len(rows), 'sample', 'have')} a completion that is empty or only white space, so only its end "
+        "token and white space are trained and scored. Remove such rows if that is not intended."
     )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from ..utils.counted import counted_of
+
 
 if TYPE_CHECKING:  # reading a trace does not need `datasets`, which takes a second to import
     from datasets import Dataset
@@ -109,9 +111,9 @@ class EncodedRows:
         if not padding:
             return None
         return (
-            f"{padding} of the {len(self.loss_tokens)} tokens that contribute to the loss are padding: their labels are "
-            "not -100. Training counts them, so the records do too. To train and score the text only, set the labels to "
-            "-100 where `attention_mask` is 0."
+            f"{counted_of(padding, len(self.loss_tokens), 'loss token', 'are')} padding with a label other than -100. "
+            "Training counts such tokens, so the records do too. To train and score the text only, set the labels to -100 "
+            "where `attention_mask` is 0."
         )
 
     def as_dataset(self) -> Dataset:

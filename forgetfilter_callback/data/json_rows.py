@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from ..utils.counted import counted
+
 
 TEXT_EXTENSIONS = (".jsonl", ".json", ".csv")
 
@@ -81,7 +83,7 @@ def _read_csv(path: Path) -> JsonRows:
                 raise csv.Error(f"two columns have the same name ({', '.join(header)})")
             for values in filter(None, reader):  # a blank line has no values
                 if len(values) != len(header):
-                    raise csv.Error(f"{len(values)} values, but the header has {len(header)}")
+                    raise csv.Error(f"{counted(len(values), 'value')}, but the header has {len(header)}")
                 lines.append(json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False))
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None

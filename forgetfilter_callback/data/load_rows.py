@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, EncodingError
+from ..utils.counted import counted_of
 from .blank_completions import describe_blank_completions
 from .encode_text import encode_rows
 from .encoded_rows import EncodedRows
@@ -73,8 +74,7 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
 def encode_source(
     source: str, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, **encoding: Any
 ) -> EncodedRows:
-    """Encode rows with [`encode_rows`]. Errors name `source`, and warnings say how many rows were truncated, how
-    many have an empty completion, and how many loss tokens are padding.
+    """Encode rows with [`encode_rows`]. Errors name `source`, and a warning says how many rows were truncated.
 
     Args:
         source (`str`):
@@ -98,10 +98,14 @@ def encode_source(
     if encoded.truncated:
         side = "left" if encoding.get("keep_end", False) else "right"
         logger.warning(
-            f"{source}: {encoded.truncated} of {len(encoded)} rows were longer than {max_length} tokens and were "
-            f"truncated on the {side}. The removed tokens are neither trained on nor scored."
+            f"{source}: {counted_of(encoded.truncated, len(encoded), 'row', 'were')} truncated on the {side}, to "
+            f"{max_length} tokens. The truncated tokens are neither trained on nor scored."
         )
-    for description in (describe_blank_completions(encoded, tokenizer), encoded.describe_padding()):
+    return encoded
+
+
+def warn_about_rows(source: str, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log how many completions are empty and how many loss tokens are padding. [`ForgetTracker`] does so for its rows."""
+    for description in (describe_blank_completions(rows, tokenizer), rows.describe_padding()):
         if description is not None:
             logger.warning(f"{source}: {description}")
-    return encoded

@@ -127,7 +127,7 @@ def _attended(attention_mask: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     if attention_mask.shape != tokens.shape or not np.isin(attention_mask, (0, 1)).all():
         raise UnsupportedInputError(
             f"`attention_mask` has shape {attention_mask.shape} and values up to {attention_mask.max(initial=0)}, but "
-            f"must have one value for each of the row's {len(tokens)} tokens: 1, or 0 for padding. Masks of more "
+            f"must have one value per token of the row ({len(tokens):,}): 1, or 0 for padding. Masks of more "
             "dimensions and masks of packed rows are not supported. If the row is one sequence with causal attention, "
             "remove its mask."
         )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DecisionError
-from ..utils.counted import counted
+from ..utils.counted import counted, counted_of
 from ..utils.versions import library_versions
 from .config import FilterConfig
 from .result import FilterResult, ThresholdMethod
@@ -63,12 +63,14 @@ def filter_by_values(
         )
     assert threshold != "fdr"  # it comes with `reviewed`
     if np.shape(values) != (len(ids),):
-        raise ValueError(f"There are {len(ids)} ids, but values of shape {np.shape(values)}. Pass one value per id.")
+        raise ValueError(
+            f"`ids` has {counted(len(ids), 'id')}, but `values` has the shape {np.shape(values)}. Pass one value per id."
+        )
     values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
     if not known.any():
         raise ValueError(
-            f"None of the {len(values)} samples has a finite forgetting value. The model may have diverged."
+            f"There is no finite forgetting value among {counted(len(values), 'sample')}. The model may have diverged."
         )
     separability = find_threshold(values[known], measure, nats_per_unit)
     phi: float | None
@@ -133,8 +135,8 @@ def _apply_overrides(ids: pa.StringArray, removed: np.ndarray, overrides: Mappin
     unknown = overridden_ids.filter(pc.invert(pc.is_in(overridden_ids, value_set=ids)))
     if len(unknown):
         raise DecisionError(
-            f"{len(unknown)} of the overridden samples are not in this set, for example {unknown[0]}. Use a decision that "
-            "was made on the trace of this set."
+            f"{counted_of(len(unknown), len(overrides), 'overridden sample', 'are')} not in this set, for example "
+            f"{unknown[0]}. Use a decision that was made on the trace of this set."
         )
     result = removed.copy()
     indices = pc.index_in(ids, value_set=overridden_ids, skip_nulls=True)

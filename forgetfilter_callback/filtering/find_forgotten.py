@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ..measures.names import DEFAULT_MEASURE
 from ..trace.trace import Trace
+from ..utils.counted import counted_of
 from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
@@ -90,8 +91,8 @@ def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: n
     unknown = indices.null_count - ids.null_count
     if unknown > MAX_UNKNOWN_FRACTION * total:
         raise ValueError(
-            f"{unknown} of the {total} rows have no forgetting value (more than {MAX_UNKNOWN_FRACTION:.0%}), so these are "
-            "not the rows that were tracked. The usual causes are a different max_length, chat template, tokenizer or "
-            "collator. Prepare the rows exactly as in the tracked sessions."
+            f"{counted_of(unknown, total, 'row', 'have')} no forgetting value (more than {MAX_UNKNOWN_FRACTION:.0%}), so "
+            "these are not the rows that were tracked. The usual causes are a different max_length, chat template, "
+            "tokenizer or collator. Prepare the rows exactly as in the tracked sessions."
         )
     return pc.take(pa.array(known_values), indices).to_numpy(zero_copy_only=False)

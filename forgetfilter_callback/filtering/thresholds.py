@@ -15,6 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..measures.names import Measure
+from ..utils.counted import counted
 
 
 # The anchor of φ: where half is lost. For `loss` and `pooled`, a rise of ln 2 nats halves a token's probability (for
@@ -110,7 +111,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         spared = int(((values > phi) & (values <= higher)).sum())
         raised = (
             f"; φ was raised from {phi:.2f} towards {boundary:.2f}, the boundary between two populations, which keeps "
-            f"{spared} more samples"
+            f"{counted(spared, 'more sample')}"
         )
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
@@ -140,8 +141,8 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         return Separability(
             False,
             phi,
-            f"not separable: the median of the {len(forgotten)} most forgotten samples is only {distance:.1f} robust "
-            f"standard deviations above the median of the rest{raised}; nothing to remove",
+            f"not separable: the median of the {counted(len(forgotten), 'most forgotten sample')} is only {distance:.1f} "
+            f"robust standard deviations above the median of the rest{raised}; nothing to remove",
             distance,
         )
     doubt = ""

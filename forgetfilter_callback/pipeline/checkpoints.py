@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoded_rows import EncodedRows
-from ..data.load_rows import encode_source, load_rows
+from ..data.load_rows import encode_source, load_rows, warn_about_rows
 from ..data.output_lines import file_digest
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length
 from ..errors import TraceError
@@ -136,7 +136,9 @@ def score_source(
         loaded_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else first)
         length = max_length if max_length is not None else model_context_length(first)
         digest = file_digest(source)
-        return loaded_tokenizer, length, digest, encode_source(source, load_rows(source), loaded_tokenizer, length)
+        rows = encode_source(source, load_rows(source), loaded_tokenizer, length)
+        warn_about_rows(source, rows, loaded_tokenizer)
+        return loaded_tokenizer, length, digest, rows
 
     loaded_tokenizer, length, digest, rows = run_on_main(load_on_main)
     trace = score_checkpoints(folder, rows, loaded_tokenizer, checkpoints, length, batch_tokens)

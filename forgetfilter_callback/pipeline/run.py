@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..callbacks.tracker import ForgetTracker
 from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
-from ..data.load_rows import encode_source, load_rows
+from ..data.load_rows import encode_source, load_rows, warn_about_rows
 from ..data.output_lines import file_digest, source_lines
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length, padding_collator
 from ..errors import DataError, TraceError
@@ -26,6 +26,7 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_no_text_for_numbers, check_positive
+from ..utils.counted import counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
@@ -91,11 +92,12 @@ def load_inputs(config: RunConfig) -> RunInputs:
         given.append(load_rows(config.noisy))
         noisy = encode_source(config.noisy, given[0], tokenizer, max_length)
         safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
+        warn_about_rows(config.safety, safety, tokenizer)  # the tracker does so for the noisy set
         overlap = pc.is_in(safety.ids, value_set=noisy.ids).true_count
         if overlap:
             raise DataError(
-                f"{overlap} of the {len(safety)} safe rows are also in the noisy set, so the model cannot forget them. "
-                "Remove them from one of the two sets."
+                f"{counted_of(overlap, len(safety), 'safe row', 'are')} also in the noisy set. The model cannot forget what "
+                "it also learns: remove such rows from one of the two sets."
             )
         return tokenizer, digest, noisy, safety
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
 from ..trace.trace import Trace
+from ..utils.counted import counted_of
 from ..utils.sanitize_text import sanitize
 
 
@@ -33,7 +34,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
     lines = [
         "## Filtering",
         "",
-        f"{counts['removed']:,} of {counts['samples']:,} rows were removed with "
+        f"{counted_of(counts['removed'], counts['samples'], 'row', 'were')} removed with "
         "[ForgetFilter](https://arxiv.org/abs/2312.12736). A model that had been finetuned on all rows was finetuned "
         "on safe examples, and the rows that it forgot most were removed. No harm classifier read the rows.",
         "",

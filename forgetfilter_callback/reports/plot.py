@@ -9,6 +9,7 @@ import numpy as np
 
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
+from ..utils.counted import counted
 from ..utils.optional_packages import requires_extra
 
 
@@ -48,7 +49,7 @@ def plot_forgetting(result: FilterResult, file: str | Path, groups: Sequence[str
     if result.threshold is not None:
         axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")
     counts = result.counts
-    axes.set_title(f"{counts['removed']} of {counts['samples']} samples removed ({result.method} φ)")
+    axes.set_title(f"{counts['removed']:,} of {counted(counts['samples'], 'sample')} removed ({result.method} φ)")
     axes.set_xlabel(f"{result.measure} forgetting [{UNITS[result.measure]}], higher is more forgotten")
     axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
     axes.legend()

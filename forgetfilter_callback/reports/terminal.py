@@ -58,7 +58,7 @@ def show(
         if phi is not None and left <= phi < right:
             line.append(f"  ← φ = {phi:.3g}", style="bold")
         console.print(line)
-    table = Table("row", "forgetting", "tokens", "decision", "completion", title=f"The {head} most forgotten samples")
+    table = Table("row", "forgetting", "tokens", "decision", "completion", title="The most forgotten samples")
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)

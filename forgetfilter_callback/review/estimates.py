@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import poisson_binom
 
+from ..utils.counted import counted
 from .verdicts import Verdict
 
 
@@ -103,7 +104,7 @@ def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
     """Return a mask of shape `(rows,)` for row numbers, or `removed` itself if it is one."""
     if removed.dtype == np.bool_:
         if removed.shape != (rows,):
-            raise ValueError(f"`removed` is a mask of shape {removed.shape}, but the set has {rows} rows.")
+            raise ValueError(f"`removed` is a mask of shape {removed.shape}, but the set has {counted(rows, 'row')}.")
         return removed
     numbers = removed.astype(int)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < rows:

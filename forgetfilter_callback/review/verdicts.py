@@ -108,9 +108,9 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
         drawn_from = verdict.drawn_from
         if drawn_from is not None and not (_is_whole(drawn_from) and max(least, 1) <= drawn_from <= len(ids)):
             raise DecisionError(
-                f"{file}, line {number}: drawn_from={drawn_from!r} cannot be the number of rows that had no verdict when row "
-                f"{verdict.row} was drawn at random: it must be from {max(least, 1)} to {len(ids)}. Restore the file from a "
-                "backup, or set the value to null. The estimates then treat the row as not drawn at random."
+                f"{file}, line {number}: drawn_from={drawn_from!r} cannot be the number of rows that had no verdict when "
+                f"row {verdict.row} was drawn at random: it must be from {max(least, 1)} to {len(ids)}. Restore the file "
+                "from a backup, or set the value to null. The estimates then treat the row as not drawn at random."
             )
     return [*verdicts.values()]
 

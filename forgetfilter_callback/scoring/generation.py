@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import ScoringError
+from ..utils.counted import counted
 
 
 def split_prompts(rows: EncodedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], list[str]]:
@@ -97,8 +98,8 @@ def greedy_completions(
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise ScoringError(
-                        f"Generating from a single prompt of {width} tokens does not fit into the device's memory. "
-                        "Lower `max_length` or `max_new_tokens`."
+                        f"Generating from a single prompt of {counted(width, 'token')} does not fit into the device's "
+                        "memory. Lower `max_length` or `max_new_tokens`."
                     ) from None
             if output is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
                 clear_device_cache()

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import EncodingError, ScoringError
+from ..utils.counted import counted, counted_of
 from .packing import needed_lengths
 
 
@@ -102,8 +103,8 @@ def describe_left_padding(model: nn.Module, rows: EncodedRows) -> str | None:
     if not rows.left_padded or (is_rotary and not _virtual_tokens(model)):
         return None
     return (
-        f"{rows.left_padded} of {len(rows)} samples are padded on the left. They are scored without padding, but this "
-        "model may count it in its positions (as GPT-2 does), which changes their losses. Pad on the right."
+        f"{counted_of(rows.left_padded, len(rows), 'sample', 'are')} padded on the left. They are scored without padding, "
+        "but this model may count it in its positions (as GPT-2 does), which changes the losses. Pad on the right."
     )
 
 
@@ -135,6 +136,6 @@ def _check_dynamic_rope(model: nn.Module, rows: EncodedRows) -> None:
     too_long = int((needed_lengths(rows) >= context).sum())
     if too_long:
         raise ScoringError(
-            f"{too_long} rows reach the {context} tokens above which this model's dynamic RoPE scales each row by the "
-            f"longest row seen so far, so such rows have no fixed loss. Set `max_length={context}` or lower."
+            f"Rows of at least {context} tokens ({counted(too_long, 'row')}) have no fixed loss: from there on, this "
+            f"model's dynamic RoPE scales a row by the longest row seen so far. Set `max_length={context}` or lower."
         )

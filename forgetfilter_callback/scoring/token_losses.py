@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import ScoringError
+from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_all, shard_indices
 from ..utils.model_state import is_sharded
 from .forward_pass import count_passes, score_batch
@@ -121,8 +122,8 @@ def window_scores(
             if min(shard_batch_tokens) < batch_tokens:
                 if rank_and_world_size()[0] == 0:
                     logger.warning(
-                        f"Scoring {batch_tokens} tokens at a time does not fit into the device's memory. From here on, "
-                        f"batches have at most {min(shard_batch_tokens)} tokens. Pass "
+                        f"Scoring {counted(batch_tokens, 'token')} at a time does not fit into the device's memory. "
+                        f"From here on, batches have at most {counted(min(shard_batch_tokens), 'token')}. Pass "
                         f"`batch_tokens={min(shard_batch_tokens)}` to avoid failed attempts."
                     )
                 batch_tokens = min(shard_batch_tokens)
@@ -180,7 +181,7 @@ def _score_shard(
             if len(batch) == len(batch[0].rows) == 1:
                 # Not torch's own error, because `auto_find_batch_size` would halve the training batch in response.
                 raise ScoringError(
-                    f"A row of {batch[0].length} tokens does not fit into the device's memory in addition to the "
+                    f"A row of {counted(batch[0].length, 'token')} does not fit into the device's memory in addition to the "
                     "training state. Lower `max_length`."
                 ) from None
             scored = None

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
+from ..utils.counted import counted
 
 
 SCHEMA_VERSION = 2
@@ -168,7 +169,7 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
     if len(table) != len(rows):
-        raise TraceError(f"The record {file} has {len(table)} samples, but the trace has {len(rows)}.")
+        raise TraceError(f"The record {file} has {counted(len(table), 'sample')}, but the trace has {len(rows):,}.")
     values = table[column].combine_chunks()
     if not _IS_RECORD_TYPE[column](values.type) or _has_nulls(values):
         raise TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")

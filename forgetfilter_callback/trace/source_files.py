@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
 from ..errors import DataError
+from ..utils.counted import counted
 from .trace import TRACE_FOLDER, Trace
 
 
@@ -86,7 +87,8 @@ def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTok
     indices = pc.index_in(trace.rows.ids, value_set=encoded.ids)
     if indices.null_count:
         raise DataError(
-            f"{indices.null_count} samples of the trace are not among these rows. Pass the rows it was created from."
+            f"These rows do not contain {counted(indices.null_count, 'sample')} of the trace. Pass the rows that it was "
+            "created from."
         )
     return labels[indices.to_numpy()]
 

@@ -34,6 +34,7 @@ from ..measures.common import mean_losses
 from ..measures.names import DEFAULT_MEASURE, Measure
 from ..utils.arrow_arrays import to_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
+from ..utils.counted import counted
 from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
 from .records import SESSIONS, Record, Session
@@ -74,7 +75,7 @@ class Trace:
 
     def __repr__(self) -> str:
         records = "; ".join(map(str, self.records()))
-        return f"Trace({str(self.folder)!r}, {len(self.rows)} samples, records: {records or 'none'})"
+        return f"Trace({str(self.folder)!r}, {counted(len(self.rows), 'sample')}, records: {records or 'none'})"
 
     @classmethod
     def create(

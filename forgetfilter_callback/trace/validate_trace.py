@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ..data.encode_each import encode_each
 from ..data.token_sample import Sample
 from ..errors import TraceError
-from ..utils.counted import counted
+from ..utils.counted import counted, counted_of
 from .records import SESSIONS, Record
 from .trace import Trace
 
@@ -70,7 +70,8 @@ def _check_rows(trace: Trace) -> list[str]:
     changed = pc.not_equal(encoded.ids, trace.rows.ids).true_count
     if not changed:
         return []
-    return [f"rows.parquet: {changed} of {count} rows do not match their ids. Restore the file, or record again."]
+    changed_rows = counted_of(changed, count, "row", "do")
+    return [f"rows.parquet: {changed_rows} not match the stored ids. Restore the file, or record again."]
 
 
 def _check_record(trace: Trace, record: Record) -> Findings:

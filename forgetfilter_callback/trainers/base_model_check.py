@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..errors import ForgetFilterError
 from ..measures.common import mean_losses
 from ..scoring.token_losses import token_losses
 from ..trace.trace import Trace
+from ..utils.counted import counted
+from ..utils.distributed import run_on_main
 from ..utils.model_state import preserve_state, why_unsupported
 from ..utils.row_numbers import describe_rows
 
@@ -49,18 +52,18 @@ class BaseModelCheck(TrainerCallback):
         if state.global_step > 0:
             return
         model = kwargs["model"]
-        reason = self._why_unchecked(model)
+        reason = run_on_main(partial(self._why_unchecked, model))
         if reason is not None:
             logger.warning(f"Could not check that this model is the base model: {reason}.")
             return
-        assert self.trace is not None and self.trace.base_record is not None
+        assert self.trace is not None
         scorable = np.flatnonzero(np.diff(self.trace.rows.loss_offsets))
         count = min(CHECKED_SAMPLES, len(scorable))
         checked = scorable[np.linspace(0, len(scorable) - 1, count, dtype=int)]
         rows = self.trace.rows.select(checked)
         with preserve_state(model):
             losses = mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
-        _compare(losses, self.trace.mean_losses(self.trace.base_record)[checked], checked)
+        _compare(losses, run_on_main(partial(_base_losses, self.trace))[checked], checked)
 
     def _why_unchecked(self, model: PreTrainedModel) -> str | None:
         reason = why_unsupported(model)
@@ -71,6 +74,11 @@ class BaseModelCheck(TrainerCallback):
         if self.trace is None or self.trace.base_record is None:
             return "there is no record of it (step 0 of the noisy session)"
         return None
+
+
+def _base_losses(trace: Trace) -> np.ndarray:
+    assert trace.base_record is not None
+    return trace.mean_losses(trace.base_record)
 
 
 def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None:
@@ -99,7 +107,7 @@ def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None
     difference = float(np.mean(np.abs(losses - expected)[compared]))
     if difference > MAX_LOSS_DIFFERENCE:
         raise ForgetFilterError(
-            f"This model is not the base model of the trace. On {compared.sum()} samples its mean loss is "
+            f"This model is not the base model of the trace. On {counted(int(compared.sum()), 'sample')} its mean loss is "
             f"{np.mean(losses[compared]):.3f} nats per token, and the base model's was "
             f"{np.mean(expected[compared]):.3f} (mean difference {difference:.3f}, allowed {MAX_LOSS_DIFFERENCE}). "
             "Training and `get_peft_model` change a model in place: load the base model again with `from_pretrained`, or "

@@ -21,6 +21,8 @@ from ..filtering.filter_by_values import filter_by_values
 from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import Trace
+from ..utils.counted import counted
+from ..utils.distributed import run_on_main
 
 
 logger = get_logger(__name__)
@@ -48,13 +50,15 @@ class FilterMixin:
         self, dataset: Any, ids: pa.StringArray, forgetting: Forgetting, filter_config: FilterConfig | None
     ) -> Any:
         """Return the kept rows of `dataset`, whose sample ids are `ids`. Rows with a null id are kept."""
-        trace = get_trace(forgetting)
-        if trace is not None:
-            result = find_forgotten(trace, filter_config, ids)
-        else:
+
+        def decide() -> FilterResult:
+            trace = get_trace(forgetting)
+            if trace is not None:
+                return find_forgotten(trace, filter_config, ids)
             config = filter_config if filter_config is not None else FilterConfig()
-            result = filter_by_values(ids, _values_of(ids, forgetting), config)
-        self.filter_result = result
+            return filter_by_values(ids, _values_of(ids, forgetting), config)
+
+        self.filter_result = result = run_on_main(decide)
         self.removed_dataset = _select(dataset, np.flatnonzero(result.removed))
         log = logger.info if result.removed.any() else logger.warning
         log(f"{type(self).__name__}: {result.summary()}")
@@ -88,13 +92,15 @@ def _values_of(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
     if isinstance(forgetting, tuple):
         known_ids, known_values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
         if len(known_ids) != len(known_values):
-            raise ValueError(f"forgetting=(ids, values) has {len(known_ids)} ids but {len(known_values)} values.")
+            raise ValueError(
+                f"forgetting=(ids, values) has {len(known_ids):,} ids, but {counted(len(known_values), 'value')}."
+            )
         return align_values(ids, known_ids, known_values)
     values = np.asarray(forgetting, dtype=np.float64)
     if len(values) != len(ids):
         raise ValueError(
-            f"`forgetting` has {len(values)} values, but the training set has {len(ids)} rows. An array must match the rows "
-            "in their order. Otherwise pass (ids, values)."
+            f"`forgetting` has {counted(len(values), 'value')}, but the training set has {counted(len(ids), 'row')}. An "
+            "array must match the rows in their order. Otherwise pass (ids, values)."
         )
     return np.where(pc.is_valid(ids), values, np.nan)
 

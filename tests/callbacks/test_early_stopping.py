@@ -15,6 +15,7 @@ from forgetfilter_callback import ForgetTracker, Trace, encode_rows
 from forgetfilter_callback.callbacks import early_stopping
 from forgetfilter_callback.callbacks import tracker as tracker_module
 from forgetfilter_callback.callbacks.early_stopping import RankingMonitor
+from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -161,3 +162,34 @@ def test_a_sample_without_a_finite_loss_does_not_keep_the_session_running(not_fi
     assert len(monitor.rows) == 20
     losses = np.repeat(ranking(1)[:20], np.diff(monitor.rows.loss_offsets)).astype(np.float32)
     assert [monitor.check(step, losses) for step in (4, 6, 8, 12)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'[{"step": 4, "spearman": nu',
+        b"\xff",
+        b"null",
+        b"[7]",
+        b'{"step": 4}',
+        b'[{"step": 4, "spearman": null}]',
+        b'[{"step": "4", "spearman": null, "forgetting": [1.0]}]',
+        b'[{"step": 4, "spearman": "high", "forgetting": [1.0]}]',
+        b'[{"step": 4, "spearman": null, "forgetting": 1.0}]',
+        b'[{"step": 4, "spearman": null, "forgetting": ["much"]}]',
+    ],
+    ids=str,
+)
+def test_damaged_checks_are_refused_with_a_sentence(content, tmp_path):
+    rows = encode_rows(random_rows(24), disable_tqdm=True)
+    trace = Trace.create(tmp_path / "trace", rows, "a model", None, None)
+    trace.append(Record("safety", 0), [Scores(np.ones(rows.loss_offsets[-1], np.float32))])
+    file = trace.folder / "early_stopping.json"
+    file.write_bytes(content)
+    with pytest.raises(TraceError) as error:
+        RankingMonitor(trace, 8)
+    assert str(error.value).startswith(f"{file} is damaged (") and "Delete the file" in str(error.value)
+    assert file.read_bytes() == content
+    file.unlink()
+    assert not RankingMonitor(trace, 8).check(4, np.ones(RankingMonitor(trace, 8).rows.loss_offsets[-1], np.float32))

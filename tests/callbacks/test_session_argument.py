@@ -52,7 +52,7 @@ def test_a_safety_set_with_anchors_in_a_second_job_is_the_safety_session(train, 
     new = record_files(first.trace.folder)
     assert {name: new[name] for name in old} == old
     assert not (first.trace.folder / "superseded").exists()
-    assert "8 of the 24 rows of the safety set are in the noisy set too." in caplog.text
+    assert "8 of 24 rows are in both the safety set and the noisy set." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_guess_never_replaces_noisy_records(noisy, train):
     mostly_noisy = Dataset.from_list(noisy.select(range(20)).to_list() + random_rows(2, seed=5).to_list())
     message = (
         r"already has records of the noisy session, and it is not certain that this run repeats it: it trains on other "
-        r"rows, with 20 of the 24 tracked rows among them\. Pass `ForgetTracker\(session='noisy'\)` or "
+        r"rows, with 20 of 24 tracked rows among them\. Pass `ForgetTracker\(session='noisy'\)` or "
         r"`ForgetTracker\(session='safety'\)`"
     )
     with pytest.raises(TraceError, match=message):
@@ -120,8 +120,8 @@ def test_the_tracker_logs_its_sessions_and_prints_nothing(noisy, safety, make_ar
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
     sessions = [message.partition(" Up to ")[0] for message in messages if message.startswith("ForgetTracker:")]
     assert sessions == [
-        "ForgetTracker: noisy session. Trains on 24 of the 24 tracked rows.",
-        "ForgetTracker: safety session. Trains on 0 of the 24 tracked rows.",
+        "ForgetTracker: noisy session. Trains on 24 of 24 tracked rows.",
+        "ForgetTracker: safety session. Trains on 0 of 24 tracked rows.",
     ]
     assert ["up to 1 check of 20 samples" in message for message in messages[:2]] == [False, True]  # of the ranking
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import random_rows, reference_means, tiny_llama, train_tracked
 from transformers import DataCollatorForLanguageModeling, Trainer
 
-from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback import ForgetTracker, encode_rows
 from forgetfilter_callback.errors import EncodingError, TraceError, UnsupportedDatasetError
 from forgetfilter_callback.trace.records import Record
 
@@ -62,7 +62,7 @@ def test_given_text_rows(safety, make_args, collator, tokenizer):
 
 
 def test_an_empty_noisy_set_is_refused(safety, make_args, collator):
-    with pytest.raises(EncodingError, match="empty"):
+    with pytest.raises(EncodingError, match="`noisy` has no rows"):
         train_tracked(safety, make_args, collator, ForgetTracker([]))
 
 
@@ -83,7 +83,24 @@ def test_rows_without_loss_tokens_are_nan(noisy, make_args, collator, caplog):
     train_tracked(rows, make_args, collator, tracker)
     losses = tracker.trace.losses()
     assert np.isnan(losses[:, 0]).all() and np.isfinite(losses[:, 1:]).all()
-    assert "1 of 25 samples have no token that contributes to the loss" in caplog.text
+    assert "1 of 25 samples has no token that contributes to the loss" in caplog.text
+
+
+def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, tokenizer, caplog):
+    """They are tracked and described as the rows that they were made from."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    padded = {"input_ids": [5, 6, 7, pad], "labels": [-100, 6, 7, pad], "attention_mask": [1, 1, 1, 0]}
+    blank = {"input_ids": [5, 6, eos], "labels": [-100, -100, eos], "attention_mask": [1, 1, 1]}
+    rows = [padded, blank, *[{**row, "attention_mask": [1] * len(row["labels"])} for row in noisy]]
+    losses = []
+    for folder, named in (("rows", rows), ("encoded", encode_rows(rows))):
+        caplog.clear()
+        tracker = ForgetTracker(named)
+        train_tracked(safety, lambda folder=folder: make_args(folder), collator, tracker, processing_class=tokenizer)
+        losses.append(tracker.trace.losses())
+        assert "loss tokens is padding with a label other than -100" in caplog.text
+        assert "1 of 26 samples has a completion that is empty or only white space" in caplog.text
+    np.testing.assert_array_equal(*losses)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -92,7 +109,7 @@ def test_blank_completions_are_counted(named, noisy, make_args, collator, tokeni
     blank = {"input_ids": [5, 6, eos], "labels": [-100, -100, eos]}
     rows = Dataset.from_list([blank, *noisy.to_list()])
     train_tracked(rows, make_args, collator, ForgetTracker(rows if named else None), processing_class=tokenizer)
-    assert "1 of 25 samples have a completion that is empty or only white space" in caplog.text
+    assert "1 of 25 samples has a completion that is empty or only white space" in caplog.text
     caplog.clear()
     args = lambda: make_args("other")  # noqa: E731
     train_tracked(noisy, args, collator, ForgetTracker(), processing_class=tokenizer)
@@ -105,7 +122,7 @@ def test_rows_longer_than_the_context_are_truncated(make_args, collator, caplog)
     train_tracked(random_rows(4), make_args, collator, tracker)
     truncated = {name: values[:64] for name, values in long.items()}
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [truncated]), rtol=1e-5)
-    assert "1 of 1 samples have more than 64 tokens and were truncated on the right" in caplog.text
+    assert "1 of 1 sample was truncated on the right, to 64 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

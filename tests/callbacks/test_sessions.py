@@ -58,7 +58,7 @@ def test_third_session_is_refused(noisy, safety, make_args, collator):
 
 def test_a_trace_of_another_dataset_is_refused(noisy, make_args, collator):
     train_tracked(noisy, make_args, collator, ForgetTracker())
-    with pytest.raises(TraceError, match="another dataset or tokenizer: 0 of the 24"):
+    with pytest.raises(TraceError, match="another dataset or tokenizer: 0 of 24"):
         train_tracked(random_rows(24, seed=7), make_args, collator, ForgetTracker())
 
 

@@ -61,7 +61,7 @@ def test_the_cost_of_records_is_logged_at_the_start(make_model, passes, noisy, m
     scored = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
     steps = math.ceil(4 * scored / (passes * 4 * np.mean(lengths)))  # four rows a step
     expected = (
-        "ForgetTracker: noisy session. Trains on 24 of the 24 tracked rows. "
+        "ForgetTracker: noisy session. Trains on 24 of 24 tracked rows. "
         f"Up to 4 records of 24 samples, up to {scored} tokens each: at most the compute of {steps} training steps "
         f"({steps / 12:.0%} of this session's 12)."
     )
@@ -154,7 +154,7 @@ def test_a_session_that_teaches_nothing_gives_a_warning(noisy, safety, make_args
 def test_an_overlapping_safety_set_gives_a_warning(noisy, safety, make_args, collator, caplog):
     overlapping = Dataset.from_list(noisy.select(range(3)).to_list() + safety.to_list())
     run_both(tiny_llama(), noisy, overlapping, make_args, collator, ForgetTracker())
-    assert "3 of the 15 rows of the safety set are in the noisy set too." in caplog.text
+    assert "3 of 15 rows are in both the safety set and the noisy set." in caplog.text
 
 
 def test_a_diverging_model_is_reported(noisy, make_args, collator, caplog):

@@ -75,6 +75,20 @@ def test_run_exits_with_3_when_not_separable(files, tmp_path):
     assert len((tmp_path / "out" / "kept.jsonl").read_text().splitlines()) == 12
 
 
+def test_run_warns_about_each_set_once(files, tmp_path, caplog):
+    for name, blank in (("noisy", 2), ("safety", 1)):
+        rows = texts(12 if name == "noisy" else 6, seed=len(name))
+        Dataset.from_list([row | {"completion": " "} if i < blank else row for i, row in enumerate(rows)]).to_json(
+            tmp_path / f"{name}.jsonl"
+        )
+    given = {**files, "noisy": tmp_path / "noisy.jsonl", "safety": tmp_path / "safety.jsonl"}
+    assert call("run", *run_options(given, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
+    warnings = [record.getMessage() for record in caplog.records if "only white space" in record.getMessage()]
+    assert [warning.partition(" a completion")[0] for warning in warnings] == [
+        f"{given['safety']}: 1 of 6 samples has", "[RANK 0] 2 of 12 samples have",
+    ]  # fmt: skip
+
+
 def test_other_failures_exit_with_1(files, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     result = call("run", *run_options(files, tmp_path / "out"))
@@ -137,7 +151,7 @@ def test_truncated_rows_are_counted(files, tmp_path, caplog):
     assert call("run", *run_options(given, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     scored = call("score", "--noisy", given["noisy"], "--before", files["model"], "--output", tmp_path / "scored")
     assert scored.exit_code == 0
-    assert caplog.text.count("1 of 12 rows were longer than 64 tokens") == 2
+    assert caplog.text.count("1 of 12 rows was truncated on the right, to 64 tokens") == 2
     for folder in (tmp_path / "out" / "_forgetfilter", tmp_path / "scored"):
         assert Trace.open(folder).manifest["truncated"] == 1
 

@@ -10,7 +10,7 @@ from shipped_tokenizers import shipped_tokenizer
 
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.data.blank_completions import count_blank_completions, describe_blank_completions
-from forgetfilter_callback.data.load_rows import encode_source
+from forgetfilter_callback.data.load_rows import encode_source, warn_about_rows
 
 
 BLANK = ["", " ", "\n\n", "\t \u3000"]
@@ -71,8 +71,10 @@ def test_an_unknown_token_that_is_the_end_token_is_no_text():
 
 def test_a_file_with_empty_completions_is_reported(byte_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        encode_source("noisy.csv", pairs(["", "a", " "]), byte_tokenizer, None)
+        rows = encode_source("noisy.csv", pairs(["", "a", " "]), byte_tokenizer, None)
+        warn_about_rows("noisy.csv", rows, byte_tokenizer)
     assert "noisy.csv: 2 of 3 samples have a completion that is empty or only white space" in caplog.text
     caplog.clear()
     rows = encode_source("noisy.csv", pairs(["b", "a"]), byte_tokenizer, None)
+    warn_about_rows("noisy.csv", rows, byte_tokenizer)
     assert not caplog.text and describe_blank_completions(rows, byte_tokenizer) is None

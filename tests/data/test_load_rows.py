@@ -35,7 +35,7 @@ def test_rows_of_all_file_formats(files, tmp_path):
         (
             "short.csv",
             "prompt,completion\na,b\nc\n",
-            "short.csv cannot be read: line 3: 1 values, but the header has 2",
+            "short.csv cannot be read: line 3: 1 value, but the header has 2",
         ),
         ("long.csv", 'prompt,completion\n"a\n",b,\n', "line 3: 3 values, but the header has 2"),
         ("twice.csv", "text,text\na,b\n", "line 1: two columns have the same name"),
@@ -68,4 +68,4 @@ def test_the_warning_says_where_rows_are_truncated(keep_end, side, byte_tokenize
     with caplog.at_level(logging.WARNING):
         rows = encode_source("noisy.jsonl", [{"text": "the cat sat"}], byte_tokenizer, 3, keep_end=keep_end)
     assert (rows.sample(0)[0][-1] == byte_tokenizer.eos_token_id) == keep_end
-    assert f"1 of 1 rows were longer than 3 tokens and were truncated on the {side}" in caplog.text
+    assert f"1 of 1 row was truncated on the {side}, to 3 tokens" in caplog.text

@@ -61,8 +61,8 @@ def test_samples_with_unknown_values_are_kept():
     [
         ({"filter_config": FilterConfig("loss", -9.0)}, "would remove all 3 samples"),
         ({"filter_config": FilterConfig()}, r"Plain values do not say what they measure.*FilterConfig\(measure=...\)"),
-        ({"ids": sample_ids(1)}, r"There are 1 ids, but values of shape \(3,\)"),
-        ({"values": np.ones((3, 2))}, r"There are 3 ids, but values of shape \(3, 2\)"),
+        ({"ids": sample_ids(1)}, r"`ids` has 1 id, but `values` has the shape \(3,\)"),
+        ({"values": np.ones((3, 2))}, r"`ids` has 3 ids, but `values` has the shape \(3, 2\)"),
     ],
 )
 def test_invalid_arguments_are_refused(kwargs, message):
@@ -115,7 +115,7 @@ def test_values_are_aligned_by_id():
     known, values = pa.array(["a", None, "b"]), np.array([1.0, 9.0, 2.0])
     np.testing.assert_array_equal(align_values(pa.array(["b", None, "a"]), known, values), [2, np.nan, 1])
     many = pa.array([*"ab" * 45, *"cdefghijkl", *[None] * 900])
-    with pytest.raises(ValueError, match="10 of the 100 rows have no forgetting value"):
+    with pytest.raises(ValueError, match="10 of 100 rows have no forgetting value"):
         align_values(many, known, values)
 
 
@@ -153,7 +153,7 @@ def test_overrides_take_precedence_over_the_threshold():
     assert result.removed.tolist() == [True, False, False, True]
     assert result.overrides == {"id-1": "keep", "id-0": "remove"}
     assert result.reason == "fixed threshold; values range from 0 to 3; 2 overridden by a reviewer"
-    message = r"2 of the overridden samples are not in this set, for example id-8\. Use a decision"
+    message = r"2 of 2 overridden samples are not in this set, for example id-8\. Use a decision"
     with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, LOSS, {"id-8": "keep", "id-9": "keep"})
     message = (
@@ -178,7 +178,7 @@ def test_values_that_are_not_finite_are_kept_and_counted(measure, bad):
 def test_few_and_extreme_values(measure, values):
     values = np.array(values)
     if len(values) == 0:
-        with pytest.raises(ValueError, match="None of the 0 samples has a finite forgetting value"):
+        with pytest.raises(ValueError, match="There is no finite forgetting value among 0 samples"):
             filter_by_values(pa.array([], pa.string()), values, FilterConfig(measure))
         return
     result = filter_by_values(pa.array([f"{i}" for i in range(len(values))]), values, FilterConfig(measure))

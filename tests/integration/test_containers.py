@@ -74,7 +74,9 @@ USES = {
 def test_bad_containers_are_named_everywhere(name, use, make_args, sft_config):
     good = rows_of("tokens")
     splits = DatasetDict({"train": good, "test": good})
-    with pytest.raises(EncodingError, match=f"^{name} is a DatasetDict with the splits 'train', 'test'. Choose a split"):
+    with pytest.raises(
+        EncodingError, match=f"^{name} is a DatasetDict with the splits 'train', 'test'. Choose a split"
+    ):
         use(good, splits, make_args, sft_config)
     with pytest.raises(EncodingError, match=f"^{name} has no rows"):
         use(good, good.select([]), make_args, sft_config)
@@ -82,5 +84,7 @@ def test_bad_containers_are_named_everywhere(name, use, make_args, sft_config):
 
 def test_an_adopted_dictionary_of_splits_is_refused(make_args):
     rows = DatasetDict({"train": rows_of("tokens"), "test": rows_of("tokens")})
-    with pytest.raises(EncodingError, match="^The training set is a DatasetDict with the splits 'train', 'test'. Choose"):
+    with pytest.raises(
+        EncodingError, match=r"^The training set is a DatasetDict with the splits 'train', 'test'. Choose"
+    ):
         train_tracked(rows, make_args, None, ForgetTracker())

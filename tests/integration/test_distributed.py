@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from helpers import random_rows, tiny_llama
-from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
+from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker, Trace
 from forgetfilter_callback.scoring import forward_pass
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
@@ -87,6 +87,8 @@ for folder, dataset in (("noisy", noisy), ("safety", safety)):
         torch.save(state, output / f"{{folder}}.pt")
 generators = (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
 removed = None
+if trainer.args.process_index > 0:  # only the main process reads records
+    Trace.records = Trace.token_losses = None
 if tracked:
     filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
                                forgetting=tracker, filter_config=FilterConfig(fraction=0.3))

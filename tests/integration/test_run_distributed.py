@@ -76,7 +76,7 @@ def _other_rows_in_the_folder(files: dict[str, Path], folder: Path) -> dict[str,
 @pytest.mark.parametrize(
     ("launcher", "prepare", "sentence"),
     [
-        (TORCHRUN, _rows_in_both_sets, "12 of the 12 safe rows are also in the noisy set"),
+        (TORCHRUN, _rows_in_both_sets, "12 of 12 safe rows are also in the noisy set"),
         (ACCELERATE, _no_file, "nowhere.jsonl does not exist"),
         (TORCHRUN, _other_rows_in_the_folder, "contains a run on other rows"),
     ],

@@ -31,5 +31,5 @@ def test_dynamic_rope_beyond_its_context_is_refused():
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=16
     )
     token_losses(model, encode_rows(random_rows(9, longest=17)), disable_tqdm=True)
-    with pytest.raises(ScoringError, match=r"rows reach the 16 tokens .* dynamic RoPE"):
+    with pytest.raises(ScoringError, match=r"Rows of at least 16 tokens .*dynamic RoPE"):
         token_losses(model, encode_rows(random_rows(9, longest=30)), disable_tqdm=True)

@@ -139,7 +139,7 @@ def test_doctor_finds_rows_that_do_not_match_their_ids(run_folder):
             pa.array([[7] * len(row) for row in table["input_ids"].to_pylist()], table["input_ids"].type),
         ),
     )
-    refused(call("doctor", run_folder), "rows.parquet: 12 of 12 rows do not match their ids")
+    refused(call("doctor", run_folder), "rows.parquet: 12 of 12 rows do not match the stored ids")
 
 
 def test_doctor_finds_a_flipped_bit_in_a_record(run_folder):

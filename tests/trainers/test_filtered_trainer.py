@@ -177,7 +177,7 @@ def test_rows_without_a_value_are_kept_and_reported(tracker, noisy, make_args, c
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
-    with pytest.raises(ValueError, match=r"24 of the 24 rows.*max_length, chat template"):
+    with pytest.raises(ValueError, match=r"24 of 24 rows.*max_length, chat template"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=random_rows(24, seed=9), data_collator=collator, forgetting=tracker
         )
@@ -281,7 +281,7 @@ def test_step_and_decision_need_a_trace(filter_config, noisy, make_args, collato
 
 
 def test_ids_and_values_of_different_lengths_are_refused(noisy, make_args, collator):
-    with pytest.raises(ValueError, match=r"forgetting=\(ids, values\) has 2 ids but 3 values"):
+    with pytest.raises(ValueError, match=r"forgetting=\(ids, values\) has 2 ids, but 3 values"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
             forgetting=(["a", "b"], [0.0, 1.0, 2.0]), filter_config=FilterConfig("loss"),

@@ -32,8 +32,9 @@ function cssColor(name) {
 function format(value, digits = 3) {
   return value === null || !Number.isFinite(value) ? "–" : value.toFixed(digits);
 }
-function count(number) {
-  return Math.round(number).toLocaleString("en");
+function count(number, noun = "") {
+  const rounded = Math.round(number);
+  return rounded.toLocaleString("en") + (noun && ` ${noun}${rounded === 1 ? "" : "s"}`);
 }
 
 // ---- plots ----
@@ -212,7 +213,7 @@ function showRows() {
     prompt.scrollTop = prompt.scrollHeight; // show the end of the prompt, next to the completion
   }
   if (focused) [...body.querySelectorAll("select")].find((each) => each.dataset.sample === focused)?.focus();
-  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length)} ${rows.length === 1 ? "sample" : "samples"}` : "No samples match this view and search.";
+  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length, "sample")}` : "No samples match this view and search.";
   $("previous").disabled = page === 0;
   $("next").disabled = page >= pages - 1;
   for (const button of document.querySelectorAll("th button")) {
@@ -277,10 +278,10 @@ async function importDecision(file) {
 
 $("summary").textContent = data.summary;
 $("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
-  (data.sampled ? ` The plots and the counts below use a random subset of ${count(last.length)} of the ${count(data.samples)} samples.` : "");
+  (data.sampled ? ` The plots and the counts below use a random subset of ${count(last.length)} of ${count(data.samples, "sample")}.` : "");
 $("shown").textContent = data.all_shown
-  ? `The table contains all ${count(data.rows.length)} samples.`
-  : `The table contains ${count(data.rows.length)} of ${count(data.samples)} samples: the most forgotten, those closest to φ, the least forgotten${data.overrides.length ? ", and overridden ones" : ""}.`;
+  ? `The table contains ${data.samples === 1 ? "the only sample" : `all ${count(data.samples, "sample")}`}.`
+  : `The table contains ${count(data.rows.length)} of ${count(data.samples, "sample")}: the most forgotten, those closest to φ, the least forgotten${data.overrides.length ? ", and overridden ones" : ""}.`;
 $("audit-head").hidden = unsafe === null;
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
