@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +86,7 @@ def as_dict(result: FilterResult) -> dict[str, Any]:
         "reason": result.reason,
         "fingerprint": result.fingerprint,
         "separable": result.separability.separable,
+        **({} if result.source_counts is None else {"source_counts": [asdict(each) for each in result.source_counts]}),
     }
 
 

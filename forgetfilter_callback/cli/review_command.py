@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from .app import app, exit_codes
-from .trace_commands import TokenizerOption, TraceArgument, open_trace, trace_decoder
+from .columns import SourceColumnOption, find_source_column, read_columns
+from .trace_commands import NoisyOption, TokenizerOption, TraceArgument, open_trace, trace_decoder
 
 
 @app.command()
@@ -24,6 +25,8 @@ def review(
         float, typer.Option(min=0, max=1, help="Fraction of the rows that are drawn at random, for the estimates.")
     ] = 0.2,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    source_column: SourceColumnOption = None,
+    noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Review single rows in a browser. The ranking learns from each round of verdicts."""
@@ -32,7 +35,9 @@ def review(
 
         opened = open_trace(trace)
         decoder = trace_decoder(opened, tokenizer)
-        with review_server(opened, decoder, trace, port, reviewer, rounds_of, random_fraction) as running:
+        column = find_source_column(opened, noisy, source_column)
+        sources = None if column is None else read_columns(opened, noisy, tokenizer, [column])[0]
+        with review_server(opened, decoder, trace, port, reviewer, rounds_of, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
             typer.echo(f"If this is a remote machine, first run on yours: {tunnel}")

@@ -22,15 +22,12 @@ from .app import (
     exit_codes,
     exit_if_not_separable,
     print_result,
-    silence_libraries,
 )
+from .columns import SourceColumnOption, encoding_tokenizer, find_source_column, read_columns
 from .options import options_from
 
 
 if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
     from ..data.decode import Decoder
     from ..trace.trace import Trace
 
@@ -51,6 +48,7 @@ def filter_command(
     trace: TraceArgument,
     output: Annotated[Path, typer.Option(help="Folder for kept.jsonl, removed.jsonl, card.md and filter_result.")],
     filter_settings: dict[str, Any],
+    source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
@@ -66,8 +64,9 @@ def filter_command(
         check_source(source)
         loaded_tokenizer = None
         if not is_unchanged(opened, source):  # otherwise no row is encoded again
-            loaded_tokenizer = _load_tokenizer(opened, tokenizer)
-        result = filter_rows(opened, output, filter_config, source, loaded_tokenizer)
+            loaded_tokenizer = encoding_tokenizer(opened, tokenizer)
+        column = find_source_column(opened, noisy, source_column)
+        result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
         print_result(result, output, as_json)
         exit_if_not_separable(result)
 
@@ -80,6 +79,7 @@ def report(
     output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("forgetfilter-review.html"),
     filter_settings: dict[str, Any],
     audit_column: Annotated[str | None, typer.Option(help="A column of the rows that is true for unsafe rows.")] = None,
+    source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
@@ -89,9 +89,14 @@ def report(
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
+        from ..trace.source_files import as_labels
 
-        unsafe = None if audit_column is None else _labels(opened, noisy, tokenizer, audit_column)
-        result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe)
+        source_column = find_source_column(opened, noisy, source_column)
+        names = [name for name in (audit_column, source_column) if name is not None]
+        columns = dict(zip(names, read_columns(opened, noisy, tokenizer, names), strict=True)) if names else {}
+        unsafe = None if audit_column is None else as_labels(columns[audit_column], audit_column)
+        sources = None if source_column is None else columns[source_column]
+        result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
         typer.echo(f"{page_summary(result)} Open {output} in a browser.")
 
 
@@ -102,6 +107,8 @@ def show(
     trace: TraceArgument,
     filter_settings: dict[str, Any],
     head: Annotated[int, typer.Option(min=0, help="Number of most forgotten samples to show.")] = 10,
+    source_column: SourceColumnOption = None,
+    noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,10 +119,15 @@ def show(
         with requires_extra("cli", "`forgetfilter show`"):
             from rich.console import Console
 
+        from ..filtering.by_source import with_source_counts
         from ..filtering.find_forgotten import find_forgotten
         from ..reports.terminal import show as show_trace
 
         result = find_forgotten(opened, filter_config)
+        column = find_source_column(opened, noisy, source_column)
+        if column is not None:
+            (sources,) = read_columns(opened, noisy, tokenizer, [column])
+            result = with_source_counts(result, opened, sources)
         if as_json:
             typer.echo(json.dumps(as_dict(result)))
             return
@@ -162,29 +174,8 @@ def open_trace(path: Path) -> Trace:
     return trace
 
 
-def _load_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, to encode rows again."""
-    from ..data.tokenizers import load_tokenizer
-    from ..trace.source_files import load_trace_tokenizer
-
-    silence_libraries()
-    return load_tokenizer(name) if name is not None else load_trace_tokenizer(trace)
-
-
 def trace_decoder(trace: Trace, tokenizer: str | None) -> Decoder:
     from ..data.decode import load_decoder
     from ..trace.source_files import find_tokenizer
 
     return load_decoder(tokenizer if tokenizer is not None else find_tokenizer(trace))
-
-
-def _labels(trace: Trace, noisy: str | None, tokenizer: str | None, audit_column: str) -> np.ndarray:
-    """Audit labels of the samples, from a column of the rows."""
-    from ..trace.source_files import find_labels, find_source
-
-    source = noisy if noisy is not None else find_source(trace)
-    check_source(source)
-    loaded_tokenizer = _load_tokenizer(trace, tokenizer)
-    from ..data.load_rows import load_rows
-
-    return find_labels(trace, load_rows(source), loaded_tokenizer, audit_column)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,16 @@ from ..measures.names import Measure
 from ..utils.arrow_arrays import from_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
 from ..utils.counted import counted
+from .by_source import SourceCounts, count_by_source
 from .review_decision import Override
 from .thresholds import Separability
 
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
+
+    from ..review.verdicts import Verdict
 
 RESULT_FILE = "filter_result.json"
 SCHEMA_VERSION = 2
@@ -63,6 +68,8 @@ class FilterResult:
             See [`Trace.nats_per_unit`]. `None` if it is unknown.
         step (`int` or `None`):
             The step of the safety session at which forgetting was measured. `None` if the values came without a trace.
+        source_counts (`list[SourceCounts]` or `None`):
+            What the filter did with the rows of each source, if `source_column` was given. See [`by_source`].
     """
 
     ids: pa.StringArray
@@ -78,6 +85,7 @@ class FilterResult:
     overrides: dict[str, Override] = field(default_factory=dict)
     nats_per_unit: float | None = None
     step: int | None = None
+    source_counts: list[SourceCounts] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -94,6 +102,46 @@ class FilterResult:
             f"; kept {counted(counts['unknown'], 'sample')} without a forgetting value" if counts["unknown"] else ""
         )
         return f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.reason}{unknown}"
+
+    def by_source(
+        self,
+        sources: Sequence[Any],
+        verdicts: Sequence[Verdict] = (),
+        unsafe: Sequence[bool] | np.ndarray | None = None,
+    ) -> pd.DataFrame:
+        """Count the rows of each source: where a row came from, such as a website or a vendor.
+
+        Args:
+            sources (`Sequence` of length `samples`):
+                A column of the rows, in the order of this result. Values are compared as text. Missing, NaN and blank
+                values are counted as the source `"(none)"`.
+            verdicts (`Sequence[Verdict]`, *optional*):
+                The verdicts of a review, such as `ReviewQueue.verdicts`. Those that the filter applied are counted anyway.
+            unsafe (`Sequence[bool]` of length `samples`, *optional*):
+                Audit labels.
+
+        Returns:
+            `pandas.DataFrame`: one row per source, the one with the most removed rows first. Its index is `source` and its
+            columns are `rows`, `seen`, `unsafe_found`, `kept`, `removed`, `fraction_removed` and, with audit labels,
+            `unsafe_labeled`; see [`SourceCounts`].
+
+        Raises:
+            ValueError: if there is not one source and one audit label per sample.
+
+        Example:
+
+        ```python
+        trainer.filter_result.by_source(noisy["source"])
+        ```
+        """
+        import pandas as pd  # reading a trace does not need it
+
+        if not isinstance(sources, str):
+            values = list(sources)
+            is_missing = pd.Series(values, dtype=object).isna()  # also pandas' own missing values
+            sources = [None if missing else value for value, missing in zip(values, is_missing, strict=True)]
+        table = pd.DataFrame(map(asdict, count_by_source(self, sources, verdicts, unsafe))).set_index("source")
+        return table if unsafe is not None else table.drop(columns="unsafe_labeled")
 
     def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
         """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.
@@ -139,6 +187,8 @@ class FilterResult:
                 )
             del content["counts"]
             content["separability"] = Separability(**content["separability"])
+            if content.get("source_counts") is not None:
+                content["source_counts"] = [SourceCounts(**each) for each in content["source_counts"]]
             with pq.ParquetFile(Path(folder) / "values.parquet") as parquet:
                 table = parquet.read()
             return cls(

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ..data.json_rows import read_text_file
+from ..data.columns import column_values
+from ..data.json_rows import JsonRows, read_text_file
 from ..data.output_lines import source_lines
 from ..errors import DataError
+from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import RESULT_FILE, FilterResult
@@ -26,6 +28,7 @@ from ..utils.atomic_files import atomic_write, write_lines, write_text
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ def filter_rows(
     filter_config: FilterConfig | None = None,
     source: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    source_column: str | None = None,
 ) -> FilterResult:
     """Filter the rows of a trace and write the kept and the removed ones. No model is needed.
 
@@ -56,35 +60,41 @@ def filter_rows(
             The noisy set, as [`load_rows`] takes it. Defaults to the file that the trace names.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the tokenizer that the trace names. It is needed if the file has changed since it was recorded.
+        source_column (`str`, *optional*):
+            A column of the rows that says where a row came from. The card and `source_counts` of the result then say how
+            many rows of each source are kept and removed.
 
     Raises:
-        DataError: if the rows cannot be found or loaded, or if files with the names of the outputs come from elsewhere.
+        DataError: if the rows cannot be found or loaded, if they have no `source_column`, or if files with the names of the
+            outputs come from elsewhere.
         ValueError: if more than 1 % of the rows are not in the trace.
     """
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
     check_outputs_are_ours(Path(output))
-    ids, lines = _ids_and_lines(trace, source, tokenizer)
+    ids, rows = _ids_and_rows(trace, source, tokenizer)
     result = find_forgotten(trace, filter_config, ids)
+    if source_column is not None:
+        result = with_source_counts(result, trace, column_values(rows, source_column))
     replaces = has_outputs(Path(output))
-    write_filter_outputs(Path(output), lines, result, trace)
+    write_filter_outputs(Path(output), source_lines(rows), result, trace)
     if replaces:
         logger.warning(f"The rows and the filter result of an earlier filter in {output} were replaced.")
     return result
 
 
-def _ids_and_lines(
+def _ids_and_rows(
     trace: Trace, source: str, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[pa.StringArray | None, Iterable[str]]:
-    """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows as JSON lines."""
+) -> tuple[pa.StringArray | None, Dataset | JsonRows]:
+    """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows."""
     if is_unchanged(trace, source):
-        return None, read_text_file(Path(source)).lines
+        return None, read_text_file(Path(source))
     from ..data.load_rows import encode_source, load_rows  # imports torch
 
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else load_trace_tokenizer(trace)
     encoded = encode_source(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
-    return encoded.ids, source_lines(rows)
+    return encoded.ids, rows
 
 
 def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.tracker import ForgetTracker
+from ..data.columns import column_values
 from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows, warn_about_rows
 from ..data.output_lines import file_digest, source_lines
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length, padding_collator
 from ..errors import DataError, TraceError
+from ..filtering.by_source import with_source_counts
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import TRACE_FOLDER, Trace
@@ -90,6 +92,8 @@ def load_inputs(config: RunConfig) -> RunInputs:
         max_length = config.max_length if config.max_length is not None else model_context_length(config.model)
         digest = file_digest(config.noisy)
         given.append(load_rows(config.noisy))
+        if config.source_column is not None:
+            column_values(given[0], config.source_column)  # a missing column is reported before training
         noisy = encode_source(config.noisy, given[0], tokenizer, max_length)
         safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
         warn_about_rows(config.safety, safety, tokenizer)  # the tracker does so for the noisy set
@@ -236,8 +240,11 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
 
 def _filter_and_write(config: RunConfig, inputs: RunInputs, tracker: ForgetTracker, output: Path) -> FilterResult:
     assert inputs.rows is not None  # only the main process calls this
-    tracker.trace.set_source(absolute_path_or_hub_id(config.noisy), inputs.digest, inputs.noisy.truncated)
+    source = absolute_path_or_hub_id(config.noisy)
+    tracker.trace.set_source(source, inputs.digest, inputs.noisy.truncated, config.source_column)
     result = find_forgotten(tracker.trace, config.filter, inputs.noisy.ids)
+    if config.source_column is not None:
+        result = with_source_counts(result, tracker.trace, column_values(inputs.rows, config.source_column))
     write_filter_outputs(output, source_lines(inputs.rows), result, tracker.trace)
     return result
 

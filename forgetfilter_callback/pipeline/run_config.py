@@ -57,6 +57,9 @@ class RunConfig:
             Whether to stop the safety session once the ranking of forgetting is stable; see [`ForgetTracker`].
         record_steps (`float`, *optional*):
             Also take a record every `record_steps` steps. Below 1, it is a fraction of a session.
+        source_column (`str`, *optional*):
+            A column of the noisy set that says where a row came from. `card.md` and later commands show how many rows of
+            each source are kept and removed.
         filter (`FilterConfig`, *optional*):
             Which rows are removed: `measure`, `threshold` and `fraction`.
 
@@ -107,6 +110,9 @@ class RunConfig:
     record_steps: float | None = field(
         default=None, metadata={"help": "Also take a record every N steps. Below 1, a fraction of a session."}
     )
+    source_column: str | None = field(
+        default=None, metadata={"help": "A column that says where a row came from, for a table by source."}
+    )
     filter: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
@@ -121,6 +127,8 @@ class RunConfig:
             for name in names:
                 if not isinstance(getattr(self, name), kind):
                     raise ValueError(f"{name}={getattr(self, name)!r} must be {described}.")
+        if not (self.source_column is None or isinstance(self.source_column, str)):
+            raise ValueError(f"source_column={self.source_column!r} must be text.")
         check_record_steps(self.record_steps)
         if self.max_length is not None and not (isinstance(self.max_length, int) and self.max_length >= 2):
             raise ValueError(

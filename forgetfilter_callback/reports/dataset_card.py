@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
 from ..trace.trace import Trace
 from ..utils.counted import counted_of
 from ..utils.sanitize_text import sanitize
+from .source_table import source_table
 
 
 def dataset_card(result: FilterResult, trace: Trace) -> str:
@@ -53,9 +56,20 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         "`filter_result/` contains the filter result and the forgetting values, `removed.jsonl` the removed rows.",
         "",
     ]
+    if result.source_counts is not None:
+        head, rows = source_table(result.source_counts)
+        lines += ["### By source", "", _table_row(head), "|---|" + "---:|" * (len(head) - 1)]
+        lines += [_table_row([_code_cell(source), *numbers]) for source, *numbers in rows]
+        lines.append("")
     return "\n".join(lines)
+
+
+def _table_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _code_cell(text: str) -> str:
     """Formats untrusted text as code in a table cell, where Markdown and links have no effect."""
-    return "`" + sanitize(text).replace("`", "'").replace("|", "\\|") + "`"
+    text = sanitize(text).replace("`", "'")
+    # Backslashes before "|" are doubled. Otherwise the last one would be escaped, and "|" would end the cell.
+    return "`" + re.sub(r"(\\*)\|", r"\1\1\\|", text) + "`"

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.decode import Decoder
+from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
@@ -28,6 +29,7 @@ from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
 from ..utils.optional_packages import requires_extra
+from .source_table import page_sources
 from .summary import page_summary
 from .token_text import MAX_TEXT_LENGTH, split_text
 
@@ -46,6 +48,7 @@ def write_review_page(
     tokenizer: Decoder,
     filter_config: FilterConfig | None = None,
     unsafe: Sequence[bool] | np.ndarray | None = None,
+    sources: Sequence[Any] | None = None,
 ) -> FilterResult:
     """Writes the review page of a trace.
 
@@ -62,6 +65,8 @@ def write_review_page(
         unsafe (`Sequence[bool]` of length `samples`, *optional*):
             Audit labels in the order of the trace. The page shows precision and recall against them. They do not
             affect the filter result.
+        sources (`Sequence` of length `samples`, *optional*):
+            Where each row came from, in the order of the trace. The page shows a table by source and filters by it.
 
     Returns:
         [`FilterResult`]: the filter result that the page shows when it opens.
@@ -78,16 +83,19 @@ def write_review_page(
         from plotly.offline import get_plotlyjs
 
     result = find_forgotten(trace, filter_config)
-    data = _page_data(trace, result, tokenizer, None if unsafe is None else np.asarray(unsafe, dtype=bool))
-    sources = files("forgetfilter_callback.reports") / "page"
-    script = (sources / "review.js").read_text(encoding="utf-8")
+    unsafe = None if unsafe is None else np.asarray(unsafe, dtype=bool)
+    if sources is not None:
+        result = with_source_counts(result, trace, sources, unsafe)
+    data = _page_data(trace, result, tokenizer, unsafe, sources)
+    page = files("forgetfilter_callback.reports") / "page"
+    script = (page / "review.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
     )
     html = environment.get_template("review.html").render(
         # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
-        style=(sources / "review.css").read_text(encoding="utf-8"),
+        style=(page / "review.css").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         script=script,
         script_hashes=[_csp_hash(text) for text in (get_plotlyjs(), script)],
@@ -103,7 +111,9 @@ def _csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: np.ndarray | None) -> dict[str, Any]:
+def _page_data(
+    trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: np.ndarray | None, sources: Sequence[Any] | None
+) -> dict[str, Any]:
     samples = len(trace.rows)
     plotted = np.arange(samples)
     if samples > MAX_PLOTTED:
@@ -138,6 +148,7 @@ def _page_data(trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: n
         "initial_loss": _packed(initial_losses[plotted]),
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
+        "by_source": None if sources is None else page_sources(result, sources, plotted, shown),
         "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe),
     }
 

@@ -8,10 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.decode import Decoder, decode
+from ..filtering.by_source import SourceCounts
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
 from ..trace.trace import Trace
 from ..utils.sanitize_text import sanitize
+from .source_table import source_table
 from .summary import page_summary
 
 
@@ -58,6 +60,8 @@ def show(
         if phi is not None and left <= phi < right:
             line.append(f"  ← φ = {phi:.3g}", style="bold")
         console.print(line)
+    if result.source_counts is not None:
+        console.print(_table_by_source(result.source_counts))
     table = Table("row", "forgetting", "tokens", "decision", "completion", title="The most forgotten samples")
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
@@ -72,3 +76,14 @@ def show(
             Text(sanitize(text[:MAX_COMPLETION_LENGTH] + ("…" if len(text) > MAX_COMPLETION_LENGTH else ""))),
         )
     console.print(table)
+
+
+def _table_by_source(counts: list[SourceCounts]) -> Table:
+    head, rows = source_table(counts)
+    table = Table(title="By source")
+    table.add_column(head[0], overflow="fold")
+    for name in head[1:]:
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for source, *numbers in rows:
+        table.add_row(Text(source), *numbers)
+    return table

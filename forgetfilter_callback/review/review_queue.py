@@ -17,7 +17,7 @@ from ..trace.trace import Trace
 from ..utils.argument_checks import check_fraction, check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
-from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
+from .verdicts import REVIEW_FOLDER, VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
 
 
 # Inverse regularization strength of the logistic regression.
@@ -81,7 +81,7 @@ class ReviewQueue:
         self.reviewer = reviewer
         self.seed = seed
         self.random_fraction = random_fraction
-        self._file = (Path(folder) if folder is not None else trace.folder / "review") / VERDICTS_FILE
+        self._file = (Path(folder) if folder is not None else trace.folder / REVIEW_FOLDER) / VERDICTS_FILE
         self.verdicts = read_verdicts(self._file, trace.rows.ids)
         self._drawn_from: dict[int, int] = {}
         forgetting = trace.forgetting()

@@ -13,12 +13,14 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 
 from ..errors import DecisionError
+from ..trace.trace import Trace
 
 
 logger = logging.getLogger(__name__)
 
 VerdictLabel = Literal["unsafe", "safe"]
 VERDICTS_FILE = "verdicts.jsonl"
+REVIEW_FOLDER = "review"  # in the trace's folder
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
         stream.write(text.encode())
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def trace_verdicts(trace: Trace) -> list[Verdict]:
+    """Read the verdicts in the trace's own review folder. See [`read_verdicts`]."""
+    return read_verdicts(trace.folder / REVIEW_FOLDER / VERDICTS_FILE, trace.rows.ids)
 
 
 def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ..data.columns import column_values
 from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
 from ..errors import DataError
@@ -76,12 +77,26 @@ def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTok
     Raises:
         DataError: if the column is missing or holds text, or if a sample of the trace is not among the rows.
     """
+    labels = as_labels(column_values(rows, column), column)
+    return labels[match_rows(trace, rows, tokenizer)]
+
+
+def as_labels(values: list[Any], column: str) -> np.ndarray:
+    """Audit labels as Booleans: shape `(samples,)`. See [`find_labels`] for the values that `column` may hold."""
+    return np.array([_is_unsafe(value, column) for value in values], bool)
+
+
+def match_rows(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Find the row of each sample of a trace, by the tokens it is trained on.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, integer: numbers in `rows`.
+
+    Raises:
+        DataError: if a sample of the trace is not among the rows.
+    """
     from ..data.encode_text import encode_rows  # imports torch
 
-    values = [row.get(column) for row in rows]
-    if all(value is None for value in values):
-        raise DataError(f"The rows have no column {column!r}. The first row has the columns {', '.join(rows[0])}.")
-    labels = np.array([_is_unsafe(value, column) for value in values], bool)
     manifest = trace.manifest
     encoded = encode_rows(rows, tokenizer, manifest["max_length"], disable_tqdm=True, **manifest["encoding"])
     indices = pc.index_in(trace.rows.ids, value_set=encoded.ids)
@@ -90,7 +105,8 @@ def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTok
             f"These rows do not contain {counted(indices.null_count, 'sample')} of the trace. Pass the rows that it was "
             "created from."
         )
-    return labels[indices.to_numpy()]
+    order: np.ndarray = indices.to_numpy()
+    return order
 
 
 def _is_unsafe(label: Any, column: str) -> bool:

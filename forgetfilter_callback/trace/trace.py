@@ -65,7 +65,8 @@ class Trace:
             `schema_version`, `fingerprint`, `samples`, `loss_tokens`, `truncated`, `model` (the base model, if the trace
             starts with it), `tokenizer`, `max_length`, `encoding` (further arguments of [`encode_rows`]), `versions`,
             `sessions` (a list of `session`, `output_dir`, `max_steps`, `training_rows`) and, if the command line created
-            the trace, `source` and `source_digest`: the file, folder or Hub id of the rows, and the hash of the file.
+            the trace, `source`, `source_digest` and `source_column`: the file, folder or Hub id of the rows, the hash of the
+            file, and the column that says where a row came from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: EncodedRows, manifest: dict[str, Any]):
@@ -190,9 +191,10 @@ class Trace:
             self.manifest |= changes
             self._write_manifest()
 
-    def set_source(self, source: str, digest: str | None, truncated: int) -> None:
+    def set_source(self, source: str, digest: str | None, truncated: int, source_column: str | None = None) -> None:
         """Write the source of the rows (as [`load_rows`] takes it), its [`file_digest`] and the number of truncated rows."""
         self.manifest |= {"source": source, "source_digest": digest, "truncated": truncated}
+        self.manifest["source_column"] = source_column
         self._write_manifest()
 
     def append(

@@ -3,7 +3,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const PAGE_SIZE = 25, MAX_LINES = 40, MAX_POINTS = 2000, BINS = 60;
+const PAGE_SIZE = 25, MAX_LISTED_SOURCES = 20, MAX_LINES = 40, MAX_POINTS = 2000, BINS = 60;
 const FILE_NAME = "review_decision.json";
 
 function unpack(text) {
@@ -25,6 +25,8 @@ let exportedThreshold = data.threshold; // null: no threshold applies, so only o
 const overrides = new Map(data.overrides.map((each) => [each.id, each.choice])); // sample id → "keep" or "remove"
 const rowOf = new Map([...data.rows, ...data.overrides].map((each) => [each.id, each.row]));
 let view = "forgotten", sort = { key: "value", descending: true }, query = "", page = 0;
+const sources = data.by_source; // null: no column says where a row came from
+let chosenSource = null; // number of the source whose samples are listed
 
 function cssColor(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -124,8 +126,43 @@ function showCounts() {
     text += ` Against the audit labels: precision ${above ? format(hits / above) : "–"}, recall ${all ? format(hits / all) : "–"}.`;
   }
   $("counts").textContent = text;
+  if (sources !== null) showSources(removed);
   const kept = [...overrides.values()].filter((choice) => choice === "keep").length;
   $("decision").textContent = `${text} Overrides: ${kept} kept, ${overrides.size - kept} removed${data.sampled ? " (not included in the counts)" : ""}.`;
+}
+
+// ---- by source ----
+
+function countSources(removed) {
+  const plotted = sources.names.map(() => 0), above = sources.names.map(() => 0);
+  sources.of_plotted.forEach((source, i) => {
+    plotted[source] += 1;
+    above[source] += removed[i];
+  });
+  return sources.names.map((name, i) => ({
+    name, rows: sources.rows[i], seen: sources.seen?.[i], found: sources.unsafe_found[i], labeled: sources.unsafe_labeled[i],
+    removed: plotted[i] ? (sources.rows[i] * above[i]) / plotted[i] : 0,
+  })).sort((a, b) => b.removed - a.removed || b.rows - a.rows);
+}
+
+function showSources(removed) {
+  const counts = countSources(removed), others = counts.slice(MAX_LISTED_SOURCES);
+  if (others.length > 1) {
+    const sum = (key) => others.reduce((total, each) => total + each[key], 0);
+    counts.splice(MAX_LISTED_SOURCES, others.length, {
+      name: `${count(others.length)} more sources`, rows: sum("rows"), seen: sum("seen"), found: sum("found"), labeled: sum("labeled"), removed: sum("removed"),
+    });
+  }
+  $("sources").replaceChildren();
+  for (const each of counts) {
+    const tr = $("sources").insertRow();
+    cell(tr, "Source", "source").textContent = each.name;
+    const cells = [["Rows", count(each.rows)]];
+    if (sources.seen !== null) cells.push(["Seen", count(each.seen)], ["Found unsafe", count(each.found)]);
+    if (unsafe !== null) cells.push(["Labeled unsafe", count(each.labeled)]);
+    cells.push(["Kept", count(each.rows - each.removed)], ["Removed", count(each.removed)], ["% removed", format((100 * each.removed) / each.rows, 1)]);
+    for (const [label, text] of cells) cell(tr, label, "number").textContent = text;
+  }
 }
 
 let drawing = 0;
@@ -147,7 +184,7 @@ function setPhi(value, threshold = value) {
 function matching() {
   const lowerQuery = query.toLowerCase();
   const text = (row) => (row.prompt + row.pieces.map((piece) => piece[0]).join("")).toLowerCase();
-  const rows = data.rows.filter((row) => (view !== "overridden" || overrides.has(row.id)) && (!lowerQuery || text(row).includes(lowerQuery)));
+  const rows = data.rows.filter((row) => (chosenSource === null || row.source === chosenSource) && (view !== "overridden" || overrides.has(row.id)) && (!lowerQuery || text(row).includes(lowerQuery)));
   const key = sort.key === "distance" ? (row) => -Math.abs(row.value - phi) : (row) => row[sort.key];
   const order = sort.descending ? -1 : 1;
   return rows.sort((a, b) => {
@@ -180,6 +217,7 @@ function showRows() {
     cell(tr, "Tokens", "number").textContent = sample.length;
     cell(tr, "Initial loss", "number").textContent = format(sample.initial_loss);
     if (unsafe !== null) cell(tr, "Audit label").textContent = sample.unsafe ? "unsafe" : "–";
+    if (sources !== null) cell(tr, "Source", "source").textContent = sample.sourceName;
     const select = document.createElement("select");
     select.dataset.sample = sample.id;
     select.setAttribute("aria-label", `Decision for row ${sample.row}`);
@@ -213,7 +251,7 @@ function showRows() {
     prompt.scrollTop = prompt.scrollHeight; // show the end of the prompt, next to the completion
   }
   if (focused) [...body.querySelectorAll("select")].find((each) => each.dataset.sample === focused)?.focus();
-  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length, "sample")}` : "No samples match this view and search.";
+  $("page").textContent = rows.length ? `Page ${page + 1} of ${pages}, ${count(rows.length, "sample")}` : `No samples match this view${sources === null ? "" : ", source"} and search.`;
   $("previous").disabled = page === 0;
   $("next").disabled = page >= pages - 1;
   for (const button of document.querySelectorAll("th button")) {
@@ -282,7 +320,20 @@ $("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
 $("shown").textContent = data.all_shown
   ? `The table contains ${data.samples === 1 ? "the only sample" : `all ${count(data.samples, "sample")}`}.`
   : `The table contains ${count(data.rows.length)} of ${count(data.samples, "sample")}: the most forgotten, those closest to φ, the least forgotten${data.overrides.length ? ", and overridden ones" : ""}.`;
-$("audit-head").hidden = unsafe === null;
+for (const head of document.querySelectorAll(".audit-head")) head.hidden = unsafe === null;
+for (const part of document.querySelectorAll(".by-source")) part.hidden = sources === null;
+if (sources !== null) {
+  for (const head of document.querySelectorAll(".seen-head")) head.hidden = sources.seen === null;
+  $("sources-note").hidden = !data.sampled;
+  data.rows.forEach((row, i) => {
+    row.source = sources.of_shown[i];
+    row.sourceName = sources.names_of_shown[i];
+  });
+  const listed = new Set(sources.of_shown);
+  sources.names.forEach((name, i) => {
+    if (listed.has(i)) $("source").append(new Option(name, i));
+  });
+}
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
 $("phi").min = String(Math.min(lowest, initialPhi));
@@ -300,6 +351,11 @@ $("phi-reset").addEventListener("click", () => setPhi(initialPhi, data.threshold
 $("view").addEventListener("change", () => {
   view = $("view").value;
   sort = { forgotten: { key: "value", descending: true }, kept: { key: "value", descending: false }, borderline: { key: "distance", descending: true }, overridden: { key: "value", descending: true } }[view];
+  page = 0;
+  showRows();
+});
+$("source").addEventListener("change", () => {
+  chosenSource = $("source").value === "" ? null : Number($("source").value);
   page = 0;
   showRows();
 });

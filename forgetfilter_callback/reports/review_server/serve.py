@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...data.decode import Decoder
 from ...errors import DecisionError, TraceError
 from ...review.review_queue import ReviewQueue
+from ...review.verdicts import REVIEW_FOLDER
 from ...trace.trace import Trace
 from ...utils.optional_packages import requires_extra
 from .app import create_app
@@ -65,6 +66,7 @@ def review_server(
     reviewer: str | None = None,
     round_size: int = 10,
     random_fraction: float = 0.2,
+    sources: Sequence[Any] | None = None,
 ) -> Iterator[ReviewServer]:
     """Prepares the review of a trace, and locks its review folder until the block ends.
 
@@ -83,12 +85,14 @@ def review_server(
             Rows per round.
         random_fraction (`float`, defaults to 0.2):
             Fraction of the rows that are drawn at random (see [`ReviewQueue`]).
+        sources (`Sequence` of length `samples`, *optional*):
+            Where each row came from.
 
     Raises:
         DecisionError: if the folder is being reviewed already, or if the port cannot be used.
         TraceError: if the trace does not hold the records that a review needs.
     """
-    folder = trace.folder / "review"
+    folder = trace.folder / REVIEW_FOLDER
     trace.first_and_last()  # raises before anything is written
     folder.mkdir(exist_ok=True)
     try:
@@ -103,7 +107,7 @@ def review_server(
             ["forgetfilter", "filter", str(output), "--reviewed", str(folder), "--output", "filtered"]
         )
         token = secrets.token_urlsafe()
-        app = create_app(ReviewSession(queue, decoder, round_size), token, next_command)
+        app = create_app(ReviewSession(queue, decoder, round_size, sources), token, next_command)
         with _listen(port) as listening:
             port = listening.getsockname()[1]
             server = make_server(HOST, port, app, threaded=True, request_handler=_QuietHandler, fd=listening.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ from sklearn.preprocessing import normalize
 
 from ...data.decode import Decoder
 from ...errors import DecisionError
+from ...filtering.by_source import source_name
 from ...review.review_queue import ReviewQueue
 from ...review.verdicts import VerdictLabel
+from ..source_table import MAX_LISTED, short_name
 from ..token_text import split_text
 
 
@@ -35,12 +39,18 @@ class ReviewSession:
             Decodes the token ids of the trace.
         round_size (`int`, defaults to 10):
             Rows per round.
+        sources (`Sequence` of length `samples`, *optional*):
+            Where each row came from.
     """
 
-    def __init__(self, queue: ReviewQueue, decoder: Decoder, round_size: int = 10):
+    def __init__(
+        self, queue: ReviewQueue, decoder: Decoder, round_size: int = 10, sources: Sequence[Any] | None = None
+    ):
         self.queue = queue
         self._decoder = decoder
         self._round_size = round_size
+        self._sources = None if sources is None else [source_name(value) for value in sources]
+        self._rows_of_source = Counter(self._sources)
         before, after = queue.trace.first_and_last()
         self._rises = queue.trace.token_losses(after) - queue.trace.token_losses(before)
         states = queue.trace.states(before).astype(np.float32)
@@ -99,6 +109,7 @@ class ReviewSession:
             "is_enough": is_enough,
             "advice": advice,
             "can_undo": bool(self._shown),
+            "by_source": None if self._sources is None else self._by_source(self._sources),
         }
 
     def _check_current(self, row: int) -> None:
@@ -138,10 +149,30 @@ class ReviewSession:
             )
         return True, sentence
 
+    def _by_source(self, sources: list[str]) -> list[dict[str, Any]]:
+        """What was seen of each source, the one with the most unsafe rows first. Sources without a seen row are left out."""
+        labels = self.queue.labels
+        seen = Counter(sources[row] for row in labels)
+        unsafe = Counter(sources[row] for row, label in labels.items() if label == "unsafe")
+        order = sorted(seen, key=lambda source: (-unsafe[source], -seen[source], source))
+        return [
+            {
+                "source": short_name(source),
+                "rows": self._rows_of_source[source],
+                "seen": seen[source],
+                "unsafe": unsafe[source],
+            }
+            for source in order[:MAX_LISTED]
+        ]
+
+    def _source(self, row: int) -> str | None:
+        return None if self._sources is None else short_name(self._sources[row])
+
     def _row_content(self, row: int) -> dict[str, Any]:
         prompt, pieces = self._text(row, MAX_ROW_LENGTH)
         return {
             "number": row,
+            "source": self._source(row),
             "prompt": prompt[-MAX_ROW_LENGTH:],
             "is_cut": len(prompt) > MAX_ROW_LENGTH,
             "pieces": pieces,
@@ -158,6 +189,7 @@ class ReviewSession:
             content.append(
                 {
                     "number": other,
+                    "source": self._source(other),
                     "cosine": float(cosines[other]),
                     "prompt": prompt[-MAX_SIMILAR_LENGTH:],
                     "is_cut": len(prompt) > MAX_SIMILAR_LENGTH,

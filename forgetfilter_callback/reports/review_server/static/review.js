@@ -48,7 +48,9 @@ function fill(parent, content) {
 }
 function similarRow(content) {
   const other = element("div", "other");
-  const title = element("p", "muted", `Row ${content.number}, cosine ${content.cosine.toFixed(2)}, `);
+  const title = element("p", "muted", `Row ${content.number}, `);
+  if (content.source !== null) title.append(element("span", "source", content.source), ", ");
+  title.append(`cosine ${content.cosine.toFixed(2)}, `);
   title.append(element("span", `verdict-${content.verdict}`, content.verdict ?? "not reviewed"));
   const text = element("div", "text"), prompt = element("div", "muted"), answer = document.createElement("div");
   text.tabIndex = 0;
@@ -57,6 +59,13 @@ function similarRow(content) {
   text.append(prompt, answer);
   other.append(title, text);
   return other;
+}
+
+function sourceRow(content) {
+  const tr = document.createElement("tr");
+  tr.append(element("td", "source", content.source));
+  for (const number of [content.rows, content.seen, content.unsafe]) tr.append(element("td", "", number.toLocaleString("en")));
+  return tr;
 }
 
 // ---- the page ----
@@ -69,6 +78,8 @@ function show(state) {
   $("left").textContent = `Unsafe rows not found yet: ${low === high ? low : `${low} to ${high}`} (90 % interval, from ${count(state.drawn, "row")} drawn at random).`;
   $("advice").textContent = state.advice;
   $("advice").className = state.is_enough ? "is-enough" : "";
+  $("by-source").hidden = state.by_source === null;
+  if (state.by_source !== null) $("sources").replaceChildren(...state.by_source.map(sourceRow));
   $("command").textContent = state.next_command;
   $("round").textContent = current === null ? "" : `${count(state.left_in_round, "row")} until the next ranking`;
   $("current").hidden = $("others").hidden = current === null;
@@ -76,6 +87,8 @@ function show(state) {
   $("undo").disabled = !state.can_undo;
   if (current === null) return;
   $("row-title").textContent = `Row ${current.number}`;
+  $("row-source").hidden = current.source === null;
+  $("row-source").textContent = `Source: ${current.source}`;
   $("previous").hidden = current.verdict === null;
   $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
   fill($("prompt"), current);
