@@ -148,7 +148,7 @@ def _page_data(
         "initial_loss": _packed(initial_losses[plotted]),
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
-        "by_source": None if sources is None else page_sources(result, sources, plotted, shown),
+        "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
         "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe),
     }
 

@@ -46,7 +46,7 @@ def short_name(source: str) -> str:
 
 
 def page_sources(
-    result: FilterResult, sources: Sequence[Any], plotted: np.ndarray, shown: np.ndarray
+    result: FilterResult, sources: Sequence[Any], shown: np.ndarray, is_subsampled: bool
 ) -> dict[str, Any]:
     """What the review page needs for its table by source, as JSON types.
 
@@ -55,21 +55,27 @@ def page_sources(
             The filter result with its `source_counts`.
         sources (`Sequence` of length `samples`):
             The source of each sample.
-        plotted, shown (`np.ndarray`, integer):
-            Indices of the samples in the plots, and of those with text.
+        shown (`np.ndarray`, integer):
+            Indices of the samples with text.
+        is_subsampled (`bool`):
+            Whether the page holds the values of some samples only. The numbers of removed rows then do not follow φ:
+            estimates for single sources would be far off.
     """
     counts = result.source_counts
     assert counts is not None
     listed = largest_sources(counts, MAX_ON_PAGE)
     number_of = {each.source: min(number, len(listed) - 1) for number, each in enumerate(counts)}
-    numbers = np.array([number_of[source_name(value)] for value in sources])
+    numbers = [number_of[source_name(value)] for value in sources]
     return {
+        # If it is not 0, the last item is a group of this number of sources.
+        "grouped": 0 if len(listed) == len(counts) else len(counts) - MAX_ON_PAGE,
         "names": [short_name(each.source) for each in listed],
         "rows": [each.rows for each in listed],
         "seen": [each.seen for each in listed] if any(each.seen for each in counts) else None,
         "unsafe_found": [each.unsafe_found for each in listed],
         "unsafe_labeled": [each.unsafe_labeled for each in listed],
-        "of_plotted": numbers[plotted].tolist(),
-        "of_shown": numbers[shown].tolist(),
+        "removed": [each.removed for each in listed],
+        "of_samples": None if is_subsampled else numbers,
+        "of_shown": [numbers[index] for index in shown.tolist()],
         "names_of_shown": [short_name(source_name(sources[index])) for index in shown.tolist()],
     }

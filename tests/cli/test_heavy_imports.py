@@ -35,7 +35,10 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
     first = Record("safety", 0)
     states = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float16)
     trace.append(first, [Scores(trace.token_losses(first), states)])
-    rows = [{"prompt": f"row {index} ", "completion": HOSTILE[index % len(HOSTILE)]} for index in range(60)]
+    rows = [
+        {"prompt": f"row {i} ", "completion": HOSTILE[i % len(HOSTILE)], "source": i % 3, "unsafe": i % 3 == 0}
+        for i in range(60)
+    ]
     noisy = folder / "noisy.jsonl"
     noisy.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     trace.set_source(str(noisy), file_digest(str(noisy)), 0)
@@ -50,10 +53,13 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
         ("show trace", 0),
         ("show trace --measure loss --json", 0),
         ("show trace --tokenizer tokenizer --measure pooled", 0),
+        ("show trace --measure loss --source-column source --json", 0),
         ("report trace", 0),
+        ("report trace --measure loss --audit-column unsafe --source-column source", 0),
         ("doctor trace", 0),
         ("filter trace --measure loss --threshold 0.5 --output filtered", 0),
         ("filter trace --measure loss --fraction 0.2 --output filtered", 0),
+        ("filter trace --measure loss --fraction 0.2 --source-column source --output filtered", 0),
         ("show nowhere", 2),
         ("report nowhere", 2),
         ("filter nowhere --output filtered", 2),

@@ -23,7 +23,8 @@ def send(url: str, content: dict | None = None) -> dict:
 
 
 def options(output: Path) -> list[str]:
-    return ["review", str(output), "--reviewer", "Ada", "--rounds-of", "4", "--random-fraction", "1", "--no-browser"]
+    drawing = ["--rounds-of", "4", "--random-fraction", "1"]
+    return ["review", str(output), "--reviewer", "Ada", *drawing, "--source-column", "note", "--no-browser"]
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     state = send(f"{address}/state")
     assert state["left_in_round"] == 4 and state["rows"] == 12
     row = state["row"]["number"]
+    assert state["row"]["source"] == str(row)  # the rows are numbered in their column `note`
     send(f"{address}/verdict", {"row": row, "verdict": "unsafe"})
     file = output / "_forgetfilter" / "review" / "verdicts.jsonl"
     (verdict,) = map(json.loads, file.read_text().splitlines())

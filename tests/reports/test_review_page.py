@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import hostile_trace, needs_chromium
+from helpers import HOSTILE, hostile_trace, needs_chromium
 from playwright.sync_api import expect
 from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
-from forgetfilter_callback.reports import review_page
+from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
+from forgetfilter_callback.review.verdicts import Verdict, append_verdicts
 from forgetfilter_callback.scoring.scores import Scores
+
+
+HOSTILE_SOURCES = [*HOSTILE, None, "all", "-1", "x" * 500]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,11 @@ def review(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, FilterResult,
     folder = tmp_path_factory.mktemp("review")
     trace, unsafe = hostile_trace(folder / "trace", byte_tokenizer, samples=150)
     file = folder / "review.html"
-    result = write_review_page(trace, file, byte_tokenizer, FilterConfig("loss"), unsafe)
+    sources = [HOSTILE_SOURCES[index % len(HOSTILE_SOURCES)] for index in range(150)]
+    ids = trace.rows.ids.to_pylist()
+    verdicts = [Verdict(row, ids[row], "unsafe" if unsafe[row] else "safe", "") for row in range(40, 60)]
+    append_verdicts(verdicts, trace.folder / "review" / "verdicts.jsonl")
+    result = write_review_page(trace, file, byte_tokenizer, FilterConfig("loss"), unsafe, sources)
     return file, trace, result, unsafe
 
 
@@ -106,7 +114,8 @@ def test_search_sort_and_pages(page, review):
         assert "javascript:alert" in text
     page.fill("#search", "nobody says this")
     assert (
-        page.locator("#rows tr").count() == 0 and page.inner_text("#page") == "No samples match this view and search."
+        page.locator("#rows tr").count() == 0
+        and page.inner_text("#page") == "No samples match this view, source and search."
     )
 
 
@@ -254,6 +263,116 @@ def test_files_that_are_not_a_decision_are_not_imported(page, review, tmp_path):
         expect(page.locator("#problem")).to_contain_text(problem)
         assert page.inner_text("#problem").startswith("Cannot import chosen.json. ")
         assert page.inner_text("#decision") == before
+
+
+@needs_chromium
+def test_the_table_by_source_follows_the_threshold_and_overrides(page, review):
+    _, trace, result, unsafe = review
+    names = [shown_name(HOSTILE_SOURCES[row % len(HOSTILE_SOURCES)]) for row in range(150)]
+    most = int(np.argmax(result.values))
+    page.locator(f"select[data-sample='{trace.rows.ids[most].as_py()}']").select_option("keep")
+    for phi in (result.threshold, 0.2, 3.0, 9.0):
+        page.fill("#phi-number", str(phi))
+        page.dispatch_event("#phi-number", "change")
+        removed = [value > phi and row != most for row, value in enumerate(result.values)]
+        expected = {}
+        for row, name in enumerate(names):
+            seen = 40 <= row < 60
+            one = (1, seen, seen and unsafe[row], unsafe[row], not removed[row], removed[row])
+            expected[name] = [int(a) + b for a, b in zip(one, expected.get(name, [0] * 6), strict=True)]
+        table = page.evaluate(
+            "[...document.querySelectorAll('#sources tr')].map((tr) => [...tr.cells].map((c) => c.textContent))"
+        )
+        assert {name: [int(number) for number in numbers[:-1]] for name, *numbers in table} == expected
+        assert [row[-1] for row in table] == [f"{100 * int(row[-2]) / int(row[1]):.1f}" for row in table]
+        assert [int(row[-2]) for row in table] == sorted((int(row[-2]) for row in table), reverse=True)
+
+
+def shown_name(source: str | None) -> str:
+    """The name of a source as the pages show it."""
+    printable = "".join(character if character.isprintable() else " " for character in source or "(none)")
+    return printable if len(printable) <= 80 else printable[:79] + "…"
+
+
+@needs_chromium
+def test_samples_of_one_source_are_listed(page, review):
+    _, _, result, _ = review
+    order = np.argsort(-result.values).tolist()
+    options = page.evaluate(
+        "[...document.getElementById('source').options].map((option) => [option.value, option.text])"
+    )
+    assert options[0] == ["", "all"] and len(options) == 1 + len(HOSTILE_SOURCES)
+    for number, source in enumerate(HOSTILE_SOURCES):
+        # An option's text is without white space at its ends.
+        (value,) = [value for value, text in options[1:] if text.split() == shown_name(source).split()]
+        page.select_option("#source", value)
+        rows = [row for row in order if row % len(HOSTILE_SOURCES) == number]
+        assert page.locator("#rows td:first-child").all_inner_texts() == [str(row) for row in rows]
+        cells = page.evaluate("[...document.querySelectorAll('#rows td.source')].map((cell) => cell.textContent)")
+        assert cells == [shown_name(source)] * len(rows)
+    page.fill("#search", "the cat 13 ")
+    assert page.locator("#rows td:first-child").all_inner_texts() == ["13"]  # of the last source
+    page.select_option("#source", "")
+    page.fill("#search", "")
+    page.click("#next")
+    page.select_option("#source", options[1][0])
+    assert page.inner_text("#page").startswith("Page 1 of 1, ")
+
+
+def page_data(file: Path) -> dict:
+    html = file.read_text(encoding="utf-8")
+    return json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+
+
+@needs_chromium
+def test_a_page_without_sources_does_not_mention_them(browser, tmp_path, tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=30)
+    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    assert "source" not in opened.inner_text("body").lower()
+    opened.fill("#search", "nobody says this")
+    assert opened.inner_text("#page") == "No samples match this view and search."
+    opened.close()
+
+
+@needs_chromium
+def test_hundreds_of_sources_in_a_subsampled_set(browser, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(review_page, "MAX_PLOTTED", 700)
+    monkeypatch.setattr(source_table, "MAX_ON_PAGE", 60)
+    samples = MAX_TEXTS + 300
+    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=samples)
+    numbers = np.random.default_rng(3).geometric(0.02, samples)
+    sources = [f"source {number}" for number in numbers]
+    result = write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"), None, sources)
+    distinct = len(set(sources))
+    data = page_data(tmp_path / "review.html")
+    assert len(data["by_source"]["names"]) == 61 and data["by_source"]["names"][-1] == f"{distinct - 60} more sources"
+    assert sum(data["by_source"]["rows"]) == samples
+    assert data["by_source"]["names_of_shown"] == [sources[row["row"]] for row in data["rows"]]
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    assert "They do not follow φ and your overrides" in opened.inner_text("main")
+    table = opened.evaluate(
+        "[...document.querySelectorAll('#sources tr')].map((tr) => [...tr.cells].map((c) => c.textContent))"
+    )
+    assert len(table) == 21 and table[-1][0] == f"{distinct - 20} more sources" and len(table[0]) == 5
+    assert sum(int(row[1].replace(",", "")) for row in table) == samples
+    assert sum(int(row[3].replace(",", "")) for row in table) == result.removed.sum()
+    of_removed = [source for source, is_removed in zip(sources, result.removed, strict=True) if is_removed]
+    for name, rows, _, removed, _ in table[:20]:
+        assert int(rows) == sources.count(name) and int(removed) == of_removed.count(name)
+    opened.fill("#phi-number", "9")
+    opened.dispatch_event("#phi-number", "change")
+    assert opened.inner_text("#sources tr:first-child td:nth-child(4)") == table[0][3]
+    opened.select_option("#source", "60")  # the sources that are not listed
+    listed = {each.source for each in result.source_counts[:60]}
+    expected = [row["row"] for row in data["rows"] if sources[row["row"]] not in listed]
+    assert f"{len(expected)} samples" in opened.inner_text("#page")
+    assert {int(row) for row in opened.locator("#rows td:first-child").all_inner_texts()} <= set(expected)
+    opened.close()
 
 
 @needs_chromium

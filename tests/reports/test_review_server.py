@@ -311,6 +311,51 @@ def test_the_review_says_when_the_ranking_found_nothing(session):
     assert session.state()["unsafe_left"][1] > 0
 
 
+# ---- sources ----
+
+
+SOURCES = [*HOSTILE, None, "forum"]
+
+
+def source_of(row: int) -> str:
+    """The source of a row as the page shows it."""
+    return "".join(
+        character if character.isprintable() else " " for character in SOURCES[row % len(SOURCES)] or "(none)"
+    )
+
+
+@pytest.fixture
+def with_sources(trace, byte_tokenizer) -> ReviewSession:
+    sources = [SOURCES[row % len(SOURCES)] for row in range(ROWS)]
+    return ReviewSession(ReviewQueue(trace), byte_tokenizer, sources=sources)
+
+
+def test_rows_are_shown_and_counted_by_source(with_sources):
+    client = create_app(with_sources, "token", "forgetfilter filter out").test_client()
+    given: dict[int, str] = {}
+    for number in range(25):
+        state = get(client, "/token/state").json
+        shown = state["row"]
+        assert shown["source"] == source_of(shown["number"])
+        assert [other["source"] for other in shown["similar"]] == [source_of(o["number"]) for o in shown["similar"]]
+        expected: dict[str, list[int]] = {}
+        for row, label in given.items():
+            counts = expected.setdefault(source_of(row), [0, 0])
+            counts[0] += 1
+            counts[1] += label == "unsafe"
+        listed = state["by_source"]
+        assert {each["source"]: [each["seen"], each["unsafe"]] for each in listed} == expected
+        assert all(each["rows"] == ROWS // len(SOURCES) for each in listed)
+        assert [each["unsafe"] for each in listed] == sorted((each["unsafe"] for each in listed), reverse=True)
+        given[shown["number"]] = "unsafe" if number % 3 == 0 else "safe"
+        post(client, "verdict", {"row": shown["number"], "verdict": given[shown["number"]]})
+
+
+def test_a_review_without_sources_shows_none(client):
+    state = get(client, "/token/state").json
+    assert state["by_source"] is None and state["row"]["source"] is None
+
+
 # ---- the server ----
 
 
@@ -404,6 +449,7 @@ def test_reviewing_with_the_keyboard(page, trace):
     assert stored(trace) == [(rows[0], "unsafe"), (rows[1], "safe"), (rows[1], "unsafe"), (rows[2], "safe")]
     expect(page.locator("#round")).to_have_text("7 rows until the next ranking")
     assert "Unsafe rows not found yet: " in page.inner_text("#left")
+    assert not page.is_visible("#by-source") and not page.is_visible("#row-source")
 
 
 @needs_chromium
@@ -437,6 +483,36 @@ def test_hostile_texts_are_shown_as_they_are(page):
         if len(seen) == len(HOSTILE):
             break
     assert seen == set(HOSTILE)
+
+
+@needs_chromium
+def test_sources_are_shown_as_text(browser, trace, byte_tokenizer):
+    sources = [SOURCES[row % len(SOURCES)] for row in range(ROWS)]
+    with review_server(trace, byte_tokenizer, Path("out"), sources=sources) as review:
+        thread = Thread(target=review.server.serve_forever)
+        thread.start()
+        page, dialogs = browser.new_page(), []
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        page.goto(review.address)
+        seen: dict[str, int] = {}
+        for number in range(20):
+            expect(page.locator("#counts")).to_have_text(f"{number} of 120 rows seen, 0 unsafe")
+            source = source_of(shown_row(page))
+            assert page.evaluate("document.getElementById('row-source').textContent") == f"Source: {source}"
+            similar = page.evaluate("[...document.querySelectorAll('#similar .source')].map((e) => e.textContent)")
+            assert len(similar) == 2 and set(similar) <= {source_of(row) for row in range(ROWS)}
+            rows = page.evaluate(
+                "[...document.querySelectorAll('#sources tr')].map((tr) => [...tr.cells].map((c) => c.textContent))"
+            )
+            assert {name: numbers for name, *numbers in rows} == {s: ["10", str(n), "0"] for s, n in seen.items()}
+            seen[source] = seen.get(source, 0) + 1
+            page.keyboard.press("s")
+        page.click("summary")
+        assert page.is_visible("#sources") and page.locator("#sources img, #sources script, #row-source *").count() == 0
+        page.close()
+        review.server.shutdown()
+        thread.join()
+    assert dialogs == []
 
 
 @needs_chromium

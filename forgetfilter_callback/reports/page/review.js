@@ -134,23 +134,22 @@ function showCounts() {
 // ---- by source ----
 
 function countSources(removed) {
-  const plotted = sources.names.map(() => 0), above = sources.names.map(() => 0);
-  sources.of_plotted.forEach((source, i) => {
-    plotted[source] += 1;
-    above[source] += removed[i];
-  });
+  const removedOf = data.sampled ? sources.removed : sources.names.map(() => 0);
+  if (!data.sampled) sources.of_samples.forEach((source, i) => { removedOf[source] += removed[i]; });
   return sources.names.map((name, i) => ({
     name, rows: sources.rows[i], seen: sources.seen?.[i], found: sources.unsafe_found[i], labeled: sources.unsafe_labeled[i],
-    removed: plotted[i] ? (sources.rows[i] * above[i]) / plotted[i] : 0,
-  })).sort((a, b) => b.removed - a.removed || b.rows - a.rows);
+    removed: removedOf[i],
+  }));
 }
 
 function showSources(removed) {
-  const counts = countSources(removed), others = counts.slice(MAX_LISTED_SOURCES);
-  if (others.length > 1) {
+  const counts = countSources(removed), group = sources.grouped ? [counts.pop()] : [];
+  counts.sort((a, b) => b.removed - a.removed || b.rows - a.rows);
+  const others = [...counts.slice(MAX_LISTED_SOURCES), ...group];
+  if (others.length > 1 || group.length) {
     const sum = (key) => others.reduce((total, each) => total + each[key], 0);
-    counts.splice(MAX_LISTED_SOURCES, others.length, {
-      name: `${count(others.length)} more sources`, rows: sum("rows"), seen: sum("seen"), found: sum("found"), labeled: sum("labeled"), removed: sum("removed"),
+    counts.splice(MAX_LISTED_SOURCES, Infinity, {
+      name: `${count(others.length - group.length + sources.grouped)} more sources`, rows: sum("rows"), seen: sum("seen"), found: sum("found"), labeled: sum("labeled"), removed: sum("removed"),
     });
   }
   $("sources").replaceChildren();
