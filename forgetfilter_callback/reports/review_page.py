@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..data.decode import Decoder
 from ..filtering.by_source import with_source_counts
@@ -161,7 +159,7 @@ def _packed(values: np.ndarray) -> str:
 def _overridden_samples(result: FilterResult) -> np.ndarray:
     """Indices of the samples that φ does not decide: those overridden, and those that a review removes without φ."""
     above_phi = result.values > (np.inf if result.threshold is None else result.threshold)
-    given = pc.is_in(result.ids, value_set=pa.array(list(result.overrides), pa.string())).to_numpy(zero_copy_only=False)
+    given = [id_ in result.overrides for id_ in result.ids.to_pylist()]  # `pa.array` would import pandas
     return np.flatnonzero(given | (result.removed != above_phi))
 
 
