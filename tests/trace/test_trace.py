@@ -62,7 +62,7 @@ def test_the_manifest_describes_the_trace(trace, rows):
     trace.begin_session("noisy", "out", 6)
     trace.begin_session("safety", "/safe", 8)
     trace.begin_session("noisy", "again", 7, "a hash")
-    trace.set_source("rows.jsonl", "abc", 3)
+    trace.set_source("rows.jsonl", "abc", 3, "vendor")
     sessions = [
         {"session": "safety", "output_dir": "/safe", "max_steps": 8, "training_rows": None},
         {
@@ -74,6 +74,7 @@ def test_the_manifest_describes_the_trace(trace, rows):
         "sessions": sessions,
         "source": "rows.jsonl",
         "source_digest": "abc",
+        "source_column": "vendor",
         "truncated": 3,
     }
     assert again.rows.truncated == 3
