@@ -16,6 +16,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.reports.review_server import session as session_module
 from forgetfilter_callback.reports.review_server.app import create_app
 from forgetfilter_callback.reports.review_server.serve import review_server
 from forgetfilter_callback.reports.review_server.session import STOP_AFTER, ReviewSession
@@ -349,6 +350,17 @@ def test_rows_are_shown_and_counted_by_source(with_sources):
         assert [each["unsafe"] for each in listed] == sorted((each["unsafe"] for each in listed), reverse=True)
         given[shown["number"]] = "unsafe" if number % 3 == 0 else "safe"
         post(client, "verdict", {"row": shown["number"], "verdict": given[shown["number"]]})
+
+
+def test_sources_that_are_not_listed_are_summed_up(with_sources, monkeypatch):
+    monkeypatch.setattr(session_module, "MAX_LISTED", 3)
+    for number in range(30):
+        with_sources.judge(with_sources.row, "unsafe" if number % 2 else "safe")
+    listed = with_sources.state()["by_source"]
+    distinct = {source_of(row) for row in with_sources.queue.labels}
+    assert len(listed) == 4 and listed[3]["source"] == f"{len(distinct) - 3} more"
+    assert sum(each["seen"] for each in listed) == 30 and sum(each["unsafe"] for each in listed) == 15
+    assert sum(each["rows"] for each in listed) == len(distinct) * ROWS // len(SOURCES)
 
 
 def test_a_review_without_sources_shows_none(client):

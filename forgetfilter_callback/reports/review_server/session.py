@@ -155,14 +155,17 @@ class ReviewSession:
         seen = Counter(sources[row] for row in labels)
         unsafe = Counter(sources[row] for row, label in labels.items() if label == "unsafe")
         order = sorted(seen, key=lambda source: (-unsafe[source], -seen[source], source))
+        groups = [(short_name(source), [source]) for source in order[:MAX_LISTED]]
+        if order[MAX_LISTED:]:
+            groups.append((f"{len(order) - MAX_LISTED:,} more", order[MAX_LISTED:]))
         return [
             {
-                "source": short_name(source),
-                "rows": self._rows_of_source[source],
-                "seen": seen[source],
-                "unsafe": unsafe[source],
+                "source": name,
+                "rows": sum(self._rows_of_source[source] for source in group),
+                "seen": sum(seen[source] for source in group),
+                "unsafe": sum(unsafe[source] for source in group),
             }
-            for source in order[:MAX_LISTED]
+            for name, group in groups
         ]
 
     def _source(self, row: int) -> str | None:
