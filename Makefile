@@ -20,7 +20,7 @@ test-slow:
 	python -m pytest -n 2 --dist loadfile -m slow
 
 docs:
-	python docs/build_api.py site
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench:
 	python benchmarks/filters.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))

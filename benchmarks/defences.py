@@ -51,6 +51,7 @@ from sessions import (
 
 
 RESULTS = Path(__file__).parent / "results" / "defences.json"
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "defences.png"
 # The measure of each arm that filters by forgetting.
 MEASURE_OF: dict[str, Measure] = {
     "forgetfilter": DEFAULT_MEASURE,
@@ -314,7 +315,7 @@ def main(
     shown = [row for row in results if row["smoke"] == smoke]
     print(table(shown))
     if any(row["experiment"] in ("main", "control") for row in shown):
-        plot(shown, json_file.with_suffix(".png"))
+        plot(shown, FIGURE if json_file == RESULTS else json_file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import webbrowser
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from helpers import tiny_llama
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 from trl import SFTConfig
 from typer.testing import CliRunner
+from werkzeug.serving import BaseWSGIServer
 
 import forgetfilter_callback
-from forgetfilter_callback import Trace
+from forgetfilter_callback import ReviewQueue, Trace
 from forgetfilter_callback.cli.commands import app
 
 
@@ -34,11 +37,14 @@ PAGES = {
     file: file.read_text(encoding="utf-8")
     for file in [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
     ]
 }
 page_names = [str(file.relative_to(ROOT)) for file in PAGES]
 each_page = pytest.mark.parametrize(("page", "text"), PAGES.items(), ids=page_names)
+# Pages of the site with something to run.
+SITE = {page: text for page, text in PAGES.items() if ROOT / "docs" in page.parents}
+SHOWN = {page: text for page, text in SITE.items() if re.search("```(python|console)\n", text)}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -97,7 +103,7 @@ def workplace(tmp_path, monkeypatch, byte_tokenizer) -> Path:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     draw = lambda: " ".join(rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4))  # noqa: E731
-    for name, count in (("noisy", 12), ("safety", 6)):
+    for name, count in (("noisy", 12), ("safety", 6), ("held-out-unsafe", 3), ("held-out-task", 3)):
         rows = [{"prompt": draw(), "completion": " " + draw()} for _ in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for seed, name in enumerate(["model", "model-after"]):
@@ -106,9 +112,57 @@ def workplace(tmp_path, monkeypatch, byte_tokenizer) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def site_workplace(workplace, files, finished_run, byte_tokenizer, monkeypatch) -> Path:
+    """A working directory for a page of the site: also with the model that the pages name, and a finished run in `out`."""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "base-model"):
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(workplace / name)
+        tokenizer.save_pretrained(workplace / name)
+    for name in ("noisy", "safety"):  # the rows of the finished run
+        shutil.copy(files[name], workplace / f"{name}.jsonl")
+    shutil.copytree(finished_run, workplace / "out")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(BaseWSGIServer, "serve_forever", lambda server: None)
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
+    return workplace
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_a_page_runs_from_top_to_bottom(page, site_workplace):
+    """The Python blocks of a page share their names, and all blocks of a page share the working directory."""
+    if "--output out " in SHOWN[page]:  # the page makes this folder itself
+        shutil.rmtree(site_workplace / "out")
+    names: dict[str, object] = {}
+    for language, block in re.findall(r"```(python|console)\n(.*?)```", SHOWN[page], flags=re.DOTALL):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), names)
+        else:
+            for command in block.replace("\\\n", "").splitlines():
+                run_command(command)
+
+
+def run_command(line: str) -> None:
+    """Run a `forgetfilter` command, without the launcher before it, and do what its reader does before and after it."""
+    _, program, command = line.partition("forgetfilter ")
+    assert program, line
+    arguments = shlex.split(command)
+    if "review_decision.json" in arguments:
+        identity = Trace.open("out/_forgetfilter").identity()
+        decision = {"measure": "loss", "threshold": None, "overrides": {}, "trace": identity}
+        Path("review_decision.json").write_text(json.dumps(decision))
+    result = CliRunner().invoke(app, arguments)
+    # A random model may not be separable.
+    assert result.exit_code in (0, 3), (line, result.output)
+    if arguments[0] == "review":
+        queue = ReviewQueue(Trace.open(Path(arguments[1]) / "_forgetfilter"))
+        queue.add({row: "unsafe" if row % 2 else "safe" for row in queue.next(4)})
+
+
 def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
-    snippets = [block for text in PAGES.values() for block in blocks(text, "python")]
-    assert len(snippets) >= 3
+    snippets = blocks(README, "python")
+    assert len(snippets) >= 2
     texts = Dataset.from_json(str(workplace / "noisy.jsonl"))
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token  # a Trainer without a collator of its own needs one to pad
@@ -131,18 +185,10 @@ def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
 
 
 def test_the_commands_run(workplace):
-    commands = [line for text in PAGES.values() for block in blocks(text, "console") for line in block.splitlines()]
-    assert len(commands) >= 7
+    commands = [line for block in blocks(README, "console") for line in block.splitlines()]
+    assert len(commands) >= 4
     for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "forgetfilter"
-        if "review_decision.json" in arguments:
-            identity = Trace.open("out/_forgetfilter").identity()
-            decision = {"measure": "loss", "threshold": None, "overrides": {}, "trace": identity}
-            (workplace / "review_decision.json").write_text(json.dumps(decision))
-        result = CliRunner().invoke(app, arguments)
-        # A random model may not be separable.
-        assert result.exit_code in (0, 3), (command, result.output)
+        run_command(command)
 
 
 def test_options_named_in_the_documents_exist():
@@ -153,24 +199,30 @@ def test_options_named_in_the_documents_exist():
         for text in PAGES.values()
         for span in re.findall(r"`([^`\n]+)`", without_blocks(text))
         for option in re.findall(r"--[\w-]+", span)
-    } - {"--no-deps", "--no-python"}  # of pip and torchrun
+    } - {"--no-deps", "--no-python", "--doubling", "--rows"}  # of pip, torchrun and the benchmarks
     assert len(named) > 5
     assert named <= existing
 
 
-def test_the_api_reference_builds_and_has_every_public_name(tmp_path):
-    command = [sys.executable, "-W", "error:Found:UserWarning", ROOT / "docs" / "build_api.py", tmp_path]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    page = (tmp_path / "forgetfilter_callback.html").read_text(encoding="utf-8")
+def test_the_api_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: forgetfilter_callback\.(\w+)$", page, flags=re.MULTILINE)
     assert "FilteredSFTTrainer" in forgetfilter_callback.__all__
-    for name in forgetfilter_callback.__all__:
-        assert f'<section id="{name}">' in page, name
+    assert sorted(documented) == sorted(forgetfilter_callback.__all__)
+
+
+def test_every_page_is_in_the_navigation():
+    loader = yaml.BaseLoader  # mkdocs.yml has tags of mkdocs
+    text = re.sub(r"!!python/\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    files = re.findall(r"[\w/-]+\.md", json.dumps(yaml.load(text, loader)["nav"]))
+    assert sorted(files) == sorted(str(page.relative_to(ROOT / "docs")) for page in SITE)
 
 
 def heading_anchors(file: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page, and those of the entries of the API reference."""
+    entries = set(re.findall(r"^::: (\S+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE))
     titles = re.findall(r"^#+ (.*)$", without_blocks(file.read_text(encoding="utf-8")), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return entries | {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @each_page

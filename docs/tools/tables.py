@@ -1,0 +1,344 @@
+"""Tables of the evidence pages, from `benchmarks/results/*.json`. Each function returns Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+Row = dict[str, Any]
+
+SCENARIOS = {"bias": None, "toxicity": None, "harmfulness": "32 anchors"}  # with the control that the goals are about
+SIGNALS = {
+    "smoothed": "`smoothed` (default)",
+    "smoothed, safety rows at 0": "`smoothed`, with the safety rows as a reference",
+    "largest tenth of rises": "largest tenth of the token rises",
+    "loss": "`loss`",
+    "sum of rises": "sum of the token rises",
+    "pooled": "`pooled`",
+    "relative": "`relative`",
+    "learning gain": "learning gain in noisy finetuning",
+    "M0 loss": "loss under the base model",
+    "S1 loss": "loss after noisy finetuning",
+    "word classifier": "word classifier, trained on labels",
+    "representation matching (given labels)": "representation matching, given labels",
+}
+ARMS = {
+    "base": "base model",
+    "no_measure": "finetuned on all rows",
+    "self_correction": "self-correction prompt",
+    "replay": "replay of the safety set",
+    "sequential": "safety finetuning afterwards",
+    "forgetfilter_rouge": "filter by `rouge1`",
+    "forgetfilter_relative": "filter by `relative`",
+    "forgetfilter_loss": "filter by `loss`",
+    "forgetfilter": "**ForgetFilter** (`smoothed`)",
+    "forgetfilter_self_correction": "ForgetFilter and self-correction",
+    "oracle": "unsafe rows removed by label",
+}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(header)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number without its leading zero, as in `.967`."""
+    if value is None:
+        return "–"
+    text = str(Decimal(str(value)).quantize(Decimal(10) ** -digits, ROUND_HALF_UP))
+    return text.removeprefix("0") if digits else text
+
+
+def ends(**wanted: Any) -> list[Row]:
+    """Values of `filters.json` at the end of gentle safety finetuning, after three epochs on 200 rows."""
+    common = {"epochs": 3, "safety_epochs": 2, "rows": 200, "safety_learning_rate": 3e-4, "dtype": "torch.bfloat16"}
+    return [
+        row
+        for row in read("filters")
+        if row["experiment"] != "sweep" and all(row[key] == value for key, value in {**common, **wanted}.items())
+    ]
+
+
+def find(rows: list[Row], key: str, **wanted: Any) -> Any:
+    matching = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return matching[0][key] if matching else None
+
+
+def measures_by_seed() -> str:
+    """AUROC of each signal, where half of the rows are unsafe: three seeds and their mean."""
+    found = {name: ends(scenario=name, control=control, unsafe_share=0.5) for name, control in SCENARIOS.items()}
+    lines = []
+    for signal, title in SIGNALS.items():
+        line = [title]
+        for rows in found.values():
+            values = [find(rows, "auroc", seed=seed, signal=signal) for seed in range(3)]
+            known = [value for value in values if value is not None]
+            line.append(" ".join(map(decimal, values)) if known else "–")
+            line.append(f"**{decimal(mean(known))}**" if len(known) == 3 else "–")
+        lines.append(line)
+    return table(["signal", "bias", "mean", "toxicity", "mean", "harmfulness", "mean"], lines)
+
+
+def automatic_threshold() -> str:
+    """What the automatic φ of `smoothed` does where half of the rows are unsafe."""
+    lines = []
+    for scenario, control in [*SCENARIOS.items(), ("harmfulness", None)]:
+        for row in sorted(ends(scenario=scenario, control=control, unsafe_share=0.5), key=lambda row: row["seed"]):
+            if row["signal"] == "smoothed":
+                name = "harmfulness, no anchors" if scenario == "harmfulness" and control is None else scenario
+                lines.append([name, str(row["seed"]), *_decision(row)])
+    return table(["set", "seed", "AUROC", "F1 at φ", "best F1", "removed of 200", "of them benign"], lines)
+
+
+def unsafe_fractions() -> str:
+    """The default measure and the automatic φ, by the fraction of unsafe rows."""
+    lines = []
+    for scenario, control in SCENARIOS.items():
+        for share in (0.05, 0.25, 0.5, 0.75):
+            rows = ends(scenario=scenario, control=control, unsafe_share=share, seed=0)
+            (row,) = (row for row in rows if row["signal"] == "smoothed")
+            lines.append([scenario, f"{share:.0%}", *_decision(row)])
+    return table(["set", "unsafe", "AUROC", "F1 at φ", "best F1", "removed of 200", "of them benign"], lines)
+
+
+def _decision(row: Row) -> list[str]:
+    figures = [decimal(row["auroc"]), decimal(row["f1_auto"]), decimal(row["f1_best"])]
+    return [*figures, str(row["removed_auto"]), str(row["removed_benign"])]
+
+
+def measures_by_fraction() -> str:
+    """AUROC of the measures by the fraction of unsafe rows."""
+    names = ["smoothed", "largest tenth of rises", "loss", "pooled", "M0 loss", "word classifier"]
+    shares = (0.05, 0.25, 0.5, 0.75)
+    lines = []
+    for scenario, control in SCENARIOS.items():
+        for signal in names:
+            found = [
+                find(ends(scenario=scenario, control=control, unsafe_share=share, seed=0), "auroc", signal=signal)
+                for share in shares
+            ]
+            lines.append([scenario, SIGNALS[signal], *map(decimal, found)])
+    return table(["set", "signal", *(f"{share:.0%} unsafe" for share in shares)], lines)
+
+
+def controls() -> str:
+    """AUROC on sets that were changed on purpose, seed 0, and what the automatic φ removes."""
+    titles = {
+        ("bias", None): "bias, unchanged",
+        ("bias", "unsafe review"): "bias, safety set of unsafe rows",
+        ("bias", "other safety"): "bias, safety set of safe tweets",
+        ("bias", "near-duplicates"): "bias, 40 rows five times each",
+        ("bias", "one topic"): "bias, all Alpaca rows about food",
+        ("bias", "long completions"): "bias, benign text after the harm",
+        ("toxicity", None): "toxicity, unchanged",
+        ("toxicity", "unsafe review"): "toxicity, safety set of unsafe rows",
+        ("mixed", None): "three kinds of harm at once",
+        ("preference", None): "preferences instead of harm",
+    }
+    names = ["smoothed", "largest tenth of rises", "loss", "pooled", "relative"]
+    lines = []
+    for (scenario, control), title in titles.items():
+        rows = ends(scenario=scenario, control=control, unsafe_share=0.5, seed=0)
+        found = [decimal(find(rows, "auroc", signal=name)) for name in names]
+        removed = find(rows, "removed_auto", signal="smoothed")
+        benign = find(rows, "removed_benign", signal="smoothed")
+        lines.append([title, *found, f"{removed} ({benign})"])
+    header = ["set", "`smoothed`", "largest tenth", "`loss`", "`pooled`", "`relative`", "removed (of them benign)"]
+    return table(header, lines)
+
+
+def arms_over_seeds() -> str:
+    """Safety and task score of each defence: mean ± standard deviation over the seeds."""
+    titles = {"bias": "bias", "toxicity": "toxicity", "harmfulness": "harmfulness, with anchors"}
+    lines = []
+    for scenario, title in titles.items():
+        wanted = "control" if scenario == "harmfulness" else "main"
+        rows = [row for row in read("defences") if (row["scenario"], row["experiment"]) == (scenario, wanted)]
+        for arm in ("base", "no_measure", "self_correction", "sequential", "forgetfilter", "oracle"):
+            of_arm = [row for row in rows if row["arm"] == arm]
+            filtered = arm == "forgetfilter"
+            lines.append(
+                [
+                    title,
+                    ARMS[arm],
+                    str(len(of_arm)),
+                    *(_mean_and_deviation(of_arm, key) for key in ("unsafe", "task")),
+                    *(_mean_and_deviation(of_arm, key) if filtered else "–" for key in ("removed", "f1")),
+                ]
+            )
+    return table(["set", "model", "seeds", "unsafe", "task", "removed", "F1 of the filter"], lines)
+
+
+def _mean_and_deviation(rows: list[Row], key: str) -> str:
+    values = [row[key] for row in rows]
+    digits = 0 if key == "removed" else 3
+    return f"{decimal(mean(values), digits)} ± {decimal(stdev(values), digits)}"
+
+
+def arms_of_seed_0() -> str:
+    """All defences on seed 0 of bias and toxicity."""
+    rows = [row for row in read("defences") if row["experiment"] == "main" and row["seed"] == 0]
+    lines = []
+    for arm, title in ARMS.items():
+        line = [title]
+        for scenario in ("bias", "toxicity"):
+            (row,) = (row for row in rows if (row["scenario"], row["arm"]) == (scenario, arm))
+            line += [decimal(row["unsafe"]), decimal(row["task"]), decimal(row.get("f1"))]
+        lines.append(line)
+    header = ["model", "bias: unsafe", "task", "F1 of the filter", "toxicity: unsafe", "task", "F1 of the filter"]
+    return table(header, lines)
+
+
+def mixed_harm() -> str:
+    """All defences on a set with three kinds of harm, seed 0."""
+    rows = [row for row in read("defences") if row["scenario"] == "mixed"]
+    lines = []
+    for arm, title in ARMS.items():
+        (row,) = (row for row in rows if row["arm"] == arm)
+        kinds = [decimal(row[kind]["unsafe"]) for kind in ("bias", "toxicity", "harmfulness")]
+        lines.append([title, decimal(row["unsafe"]), *kinds, decimal(row["task"]), decimal(row.get("f1"))])
+    return table(["model", "unsafe", "biased", "toxicity", "harmfulness", "task", "F1 of the filter"], lines)
+
+
+def thresholds_of_other_measures() -> str:
+    """The fixed φ of `loss`, `pooled` and `relative` on the data of the demo."""
+    lines = []
+    for row in sorted(read("threshold"), key=lambda row: (row["measure"], row["unsafe_share"])):
+        scores = [decimal(row[key]) for key in ("auroc", "f1_best", "f1_auto")]
+        counts = [str(row["removed_auto"]), str(row["removed_benign"])]
+        lines.append([f"`{row['measure']}`", f"{row['unsafe_share']:.0%}", *scores, *counts])
+    return table(["measure", "unsafe", "AUROC", "best F1", "F1 at φ", "removed of 150", "of them benign"], lines)
+
+
+def first_runs() -> str:
+    """AUROC in the first runs: float32, one seed, a learning rate of 1e-3 in safety finetuning."""
+    sets = [("bias_dev", 0.5), ("bias", 0.5), ("toxicity_dev", 0.5), ("toxicity", 0.5), ("harmfulness", 0.5),
+            ("bias_dev", 0.05), ("toxicity_dev", 0.05)]  # fmt: skip
+    rows = [row for row in read("filters") if row["dtype"] == "torch.float32" and row["epochs"] == 3]
+    lines = []
+    for signal, title in SIGNALS.items():
+        found = [_last(rows, signal, scenario, share) for scenario, share in sets]
+        if any(value is not None for value in found):
+            lines.append([title, *map(decimal, found)])
+    header = [name if share == 0.5 else f"{name}, {share:.0%} unsafe" for name, share in sets]
+    return table(["signal", *header], lines)
+
+
+def _last(rows: list[Row], signal: str, scenario: str, share: float) -> float | None:
+    """AUROC at the end of the session, which has no step."""
+    wanted = (signal, scenario, share)
+    matching = [row for row in rows if (row["signal"], row["scenario"], row["unsafe_share"]) == wanted]
+    return max(matching, key=lambda row: row.get("step") or math.inf)["auroc"] if matching else None
+
+
+def session_costs() -> str:
+    """The cost of the method beside noisy finetuning."""
+    header = ["set", "rows", "noisy finetuning, s", "safety finetuning, ended early, s", "a record, s", "decision, s",
+              "of noisy finetuning", "ended at step", "AUROC"]  # fmt: skip
+    lines = []
+    for row in read("cost"):
+        parts = [f"{row['seconds'][name]:.1f}" for name in ("s1", "s1plus", "record", "decision")]
+        share = f"{row['share_of_s1']:.0%}"
+        lines.append([row["scenario"], str(row["rows"]), *parts, share, str(row["ended_at"]), decimal(row["auroc"])])
+    return table(header, lines)
+
+
+def record_costs() -> str:
+    """Seconds and memory of one record on two CPU cores."""
+    header = ["rows", "dtype", "seconds", "trunk alone", "full logits", "one row at a time", "generation (the paper)",
+              "generation (`rouge1=True`)", "of an epoch", "peak MB", "peak MB, full logits"]  # fmt: skip
+    kinds = {"a": "questions and passages", "b": "instructions"}
+    lines = []
+    for row in read("scoring"):
+        ours = row["seconds"]["ours"]
+        names = ("floor", "full_logits", "batch1", "generation", "generation_ours")
+        peaks = [f"{row['peak_mb_above_model'][name]:.0f}" for name in ("ours", "full_logits")]
+        lines.append(
+            [
+                kinds[row["rows"]],
+                f"{row['dtype']}, {row['samples']} rows",
+                f"{ours:.1f}",
+                *(f"{row['seconds'][name] / ours:.2f}" for name in names),
+                f"{row['share_of_training_epoch']:.0%}",
+                *peaks,
+            ]
+        )
+    return table(header, lines)
+
+
+def rows_and_memory() -> str:
+    """Time and memory by the number of rows."""
+    lines = []
+    for row in read("scale"):
+        each = row["bytes_a_row_beyond_token_ids"]
+        lines.append(
+            [
+                f"{row['rows']:,}",
+                f"{row['seconds']:.1f}",
+                f"{1e6 * row['seconds'] / row['rows']:.0f}",
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                "–" if each is None else f"{each:.0f}",
+            ]
+        )
+    header = [
+        "rows",
+        "seconds",
+        "microseconds a row",
+        "peak MiB",
+        "bytes a row beyond the token ids, from the row above",
+    ]
+    return table(header, lines)
+
+
+def page_sizes() -> str:
+    """The review page by the number of samples."""
+    lines = [
+        [
+            f"{row['samples']:,}",
+            f"{row['seconds_to_write']:.1f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds_to_open']:.1f}",
+        ]
+        for row in read("page")
+    ]
+    return table(["samples", "seconds to write", "MB", "seconds to open"], lines)
+
+
+def gpu_speed() -> str:
+    """Seconds and memory of one record on an H100."""
+    lines = []
+    for kind in ("instructions", "passages"):
+        row = read("gpu")["speed, Llama-1B"][kind]
+        times = [f"{row['times a record'][name]:.2f}" for name in ("floor", "full logits", "one row at a time")]
+        peaks = [f"{row['peak MiB above the model'][name]:.0f}" for name in ("record", "full logits")]
+        counts = [f"{row[name]:,}" for name in ("tokens", "loss tokens")]
+        record = f"{row['seconds, median']['record']:.2f}"
+        lines.append([kind, *counts, record, *times, f"{row['record as a fraction of the epoch']:.1%}", *peaks])
+    header = ["rows", "tokens", "of them count", "seconds", "trunk alone", "full logits", "one row at a time", "of an epoch",
+              "peak MiB", "peak MiB, full logits"]  # fmt: skip
+    return table(header, lines)
+
+
+ALL: tuple[Callable[[], str], ...] = (
+    measures_by_seed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
+    arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
+    rows_and_memory, page_sizes,
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    for each in ALL:
+        print(f"{each.__name__}\n\n{each()}\n")
