@@ -13,13 +13,7 @@ import griffe
 import forgetfilter_callback
 
 
-TITLES = {
-    "Args": "Arguments",
-    "Attributes": "Attributes",
-    "Returns": "Returns",
-    "Raises": "Raises",
-    "Example": "Example",
-}
+TITLES = {"Args": "Arguments"}
 ENTRY = re.compile(r"^    (\w+(?:, \w+)*)(?: \((.*)\))?:(.*)$")  # `name (type):` or `Error: when`
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 
@@ -36,10 +30,10 @@ def to_markdown(docstring: str) -> str:
     """Sections as lists, and references as links to the pages of the reference."""
     lines, section = [], None
     for line in docstring.splitlines():
-        title = re.fullmatch(r"(\w+):", line)
-        if title and title[1] in TITLES:
+        title = re.fullmatch(r"(Args|Attributes|Returns|Example|.*[Rr]aises):", line)
+        if title:
             section = title[1]
-            lines += [f"**{TITLES[section]}**", ""]
+            lines += [f"**{TITLES.get(section, section)}**", ""]
         elif section is None or section == "Example":
             lines.append(line)
         elif line and not line.startswith(" "):

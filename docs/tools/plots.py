@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 from tables import SCENARIOS, ends, find
 
@@ -32,8 +31,7 @@ COLORS = {"smoothed": "tab:blue", "loss": "tab:orange", "pooled": "tab:green", "
 
 
 def save(figure: Figure, name: str) -> None:
-    rcParams["svg.hashsalt"] = name  # the same file each time
-    figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(IMAGES / f"{name}.png", dpi=130)
 
 
 def evidence_measures() -> None:

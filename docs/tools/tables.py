@@ -48,9 +48,10 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:
+    """A table whose first `texts` columns are text; the others are figures, which are aligned on the right."""
     names = list(header)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *map(list, rows)]
+    lines = [names, [*["---"] * texts, *["---:"] * (len(names) - texts)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -131,7 +132,7 @@ def measures_by_fraction() -> str:
                 for share in shares
             ]
             lines.append([scenario, SIGNALS[signal], *map(decimal, found)])
-    return table(["set", "signal", *(f"{share:.0%} unsafe" for share in shares)], lines)
+    return table(["set", "signal", *(f"{share:.0%} unsafe" for share in shares)], lines, texts=2)
 
 
 def controls() -> str:
@@ -179,13 +180,13 @@ def arms_over_seeds() -> str:
                     *(_mean_and_deviation(of_arm, key) if filtered else "–" for key in ("removed", "f1")),
                 ]
             )
-    return table(["set", "model", "seeds", "unsafe", "task", "removed", "F1 of the filter"], lines)
+    return table(["set", "model", "seeds", "unsafe", "task", "removed", "F1 of the filter"], lines, texts=2)
 
 
 def _mean_and_deviation(rows: list[Row], key: str) -> str:
     values = [row[key] for row in rows]
     digits = 0 if key == "removed" else 3
-    return f"{decimal(mean(values), digits)} ± {decimal(stdev(values), digits)}"
+    return f"{decimal(mean(values), digits)}&nbsp;±&nbsp;{decimal(stdev(values), digits)}"
 
 
 def arms_of_seed_0() -> str:
@@ -276,7 +277,7 @@ def record_costs() -> str:
                 *peaks,
             ]
         )
-    return table(header, lines)
+    return table(header, lines, texts=2)
 
 
 def rows_and_memory() -> str:

@@ -2,7 +2,7 @@
 
 φ starts from a fixed anchor per measure, for example a halved token probability. An anchor is used because a threshold
 fitted to the values follows the shape of the benign rows, which form several populations themselves, rather than the
-unsafe rows (measured in `benchmarks/README.md`). Only `smoothed`, which has little noise, may raise φ towards the
+unsafe rows (measured in `docs/evidence/thresholds.md`). Only `smoothed`, which has little noise, may raise φ towards the
 boundary between two populations.
 """
 
