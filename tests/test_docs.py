@@ -197,10 +197,10 @@ def test_options_named_in_the_documents_exist():
     named = {
         option
         for page, text in PAGES.items()
-        if page.parent.name != "benchmarks"  # whose scripts have options of their own
+        if page.parent.name not in ("benchmarks", "evidence")  # the benchmarks have options of their own
         for span in re.findall(r"`([^`\n]+)`", without_blocks(text))
         for option in re.findall(r"--[\w-]+", span)
-    } - {"--no-deps", "--no-python", "--doubling", "--rows"}  # of pip, torchrun and the benchmarks
+    } - {"--no-deps", "--no-python"}  # of pip and torchrun
     assert len(named) > 5
     assert named <= existing
 

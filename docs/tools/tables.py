@@ -87,7 +87,7 @@ def measures_by_seed() -> str:
         for rows in found.values():
             values = [find(rows, "auroc", seed=seed, signal=signal) for seed in range(3)]
             known = [value for value in values if value is not None]
-            line.append(" ".join(map(decimal, values)) if known else "–")
+            line.append("&nbsp;".join(map(decimal, values)) if known else "–")
             line.append(f"**{decimal(mean(known))}**" if len(known) == 3 else "–")
         lines.append(line)
     return table(["signal", "bias", "mean", "toxicity", "mean", "harmfulness", "mean"], lines)
