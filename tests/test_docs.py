@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 import webbrowser
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +236,16 @@ def test_linked_files_and_headings_exist(page, text):
             assert heading in heading_anchors(file), link
 
 
+@cache
+def repository_files() -> list[Path]:
+    ignored = {".git", ".mypy_cache", ".ruff_cache", "__pycache__", "site"}
+    return [file.relative_to(ROOT) for file in ROOT.rglob("*") if not ignored & set(file.relative_to(ROOT).parts)]
+
+
 @each_page
 def test_files_named_in_the_documents_exist(page, text):
     """Source files and paths in a folder of this repository. Other paths are examples, such as `noisy.jsonl`."""
-    files = [file.relative_to(ROOT) for file in ROOT.rglob("*") if ".git" not in file.parts]
+    files = repository_files()
     folders = {each.name for parent in (ROOT, PACKAGE) for each in parent.iterdir() if each.is_dir()}
     for word in code_words(text):
         name = word.partition("::")[0]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -44,6 +45,7 @@ ARMS = {
 }
 
 
+@cache
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 

@@ -1,0 +1,56 @@
+"""The tables of the evidence pages: figures of `benchmarks/results`, computed again with pandas."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "tools")
+    return importlib.import_module("tables")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells below the header, without markup."""
+    lines = table.replace("&nbsp;", " ").replace("*", "").replace("`", "").splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_table_is_on_a_page_and_every_page_names_tables_that_exist(tables):
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
+    named = {name for text in pages for name in re.findall(r"^\{\{ (\w+) \}\}$", text, flags=re.MULTILINE)}
+    assert named - {"command_line"} == {table.__name__ for table in tables.ALL}
+
+
+def test_no_table_is_empty(tables):
+    for table in tables.ALL:
+        rows = cells(table())
+        assert len(rows) > 1 and len({len(row) for row in rows}) == 1, table.__name__
+
+
+def test_the_measures_by_seed(tables):
+    frame = pd.read_json(RESULTS / "filters.json")
+    frame = frame[(frame.signal == "smoothed") & (frame.experiment == "main") & (frame.scenario == "toxicity")]
+    frame = frame[(frame.unsafe_share == 0.5) & (frame.safety_epochs == 2) & (frame.epochs == 3) & (frame.seed < 3)]
+    first = cells(tables.measures_by_seed())[0]
+    assert list(map(float, first[3].split())) == pytest.approx(frame.sort_values("seed").auroc, abs=6e-4)
+    assert float(first[4]) == pytest.approx(frame.auroc.mean(), abs=6e-4)
+
+
+def test_the_defences_over_seeds(tables):
+    frame = pd.read_json(RESULTS / "defences.json")
+    frame = frame[(frame.experiment == "main") & (frame.scenario == "toxicity") & (frame.arm == "forgetfilter")]
+    (row,) = (row for row in cells(tables.arms_over_seeds()) if row[0] == "toxicity" and "ForgetFilter" in row[1])
+    expected = [value for name in ("unsafe", "task") for value in (frame[name].mean(), frame[name].std())]
+    assert int(row[2]) == len(frame) == 5
+    assert [float(part) for cell in row[3:5] for part in cell.split(" ± ")] == pytest.approx(expected, abs=6e-4)
