@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "redraws.json"
 LEVEL = 0.1
 REDRAWS = 100
 DRAWN = (100, 200, 300)  # rows reviewed at random
-LOOKS = 60  # rows of a usual review, of which a fifth is drawn at random
+LOOKS = 60  # rows of a usual review, some of them drawn at random
 ROUND = 10
 
 

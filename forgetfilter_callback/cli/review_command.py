@@ -23,7 +23,7 @@ def review(
     rounds_of: Annotated[int, typer.Option(min=1, help="Rows between two rankings.")] = 10,
     random_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Fraction of the rows that are drawn at random, for the estimates.")
-    ] = 0.2,
+    ] = 0.1,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,

@@ -21,7 +21,7 @@ from .verdicts import REVIEW_FOLDER, VERDICTS_FILE, Verdict, VerdictLabel, appen
 
 
 # Inverse regularization strength of the logistic regression.
-REGULARIZATION = 0.03
+REGULARIZATION = 0.3
 # Weight of a row without a verdict, which counts as safe. A verdict has the weight 1.
 UNSEEN_WEIGHT = 0.1
 
@@ -45,7 +45,7 @@ class ReviewQueue:
             A name that is stored with each verdict.
         seed (`int`, defaults to 0):
             Seed of the random draws.
-        random_fraction (`float`, defaults to 0.2):
+        random_fraction (`float`, defaults to 0.1):
             Fraction of the rows in a round that are drawn at random, between 0 and 1. Use 1 to collect verdicts for
             `FilterConfig(threshold="fdr")`, and 0 to find as many unsafe rows as possible, without estimates.
 
@@ -74,7 +74,7 @@ class ReviewQueue:
         folder: str | os.PathLike[str] | None = None,
         reviewer: str | None = None,
         seed: int = 0,
-        random_fraction: float = 0.2,
+        random_fraction: float = 0.1,
     ):
         check_fraction("random_fraction", random_fraction)
         self.trace = trace
@@ -187,6 +187,8 @@ class ReviewQueue:
         is_unsafe[unsafe] = True
         weights = np.full(len(is_unsafe), UNSEEN_WEIGHT)
         weights[list(labels)] = 1.0
+        # Unsafe rows are few. Together they weigh at least as much as all others, so that a single one changes the ranking.
+        weights[is_unsafe] *= max(weights[~is_unsafe].sum() / len(unsafe), 1)
         model = LogisticRegression(C=REGULARIZATION).fit(self._features, is_unsafe, weights)
         scores: np.ndarray = model.decision_function(self._features)
         return scores

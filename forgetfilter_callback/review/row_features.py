@@ -19,11 +19,14 @@ LARGEST_FRACTION = 0.1
 
 
 def row_features(trace: Trace) -> np.ndarray:
-    """Computes the features of all rows: ranks of the measures, and principal components of the hidden states.
+    """Computes the features of all rows: ranks of the measures and losses, and principal components of the hidden states.
 
-    The ranks (of all measures that need no generation, of the largest tenth of the rises, and of `smoothed` before its
-    smoothing) are mapped to the quantiles of a normal distribution. The components are those of the centered hidden states
-    of the model after noisy finetuning, scaled to length 1.
+    The ranks are mapped to the quantiles of a normal distribution. There is one for each measure that needs no generation,
+    for the largest tenth of the rises, for `smoothed` before its smoothing, for the mean losses of the base model and of the
+    model after noisy finetuning, and for the number of loss tokens. The losses and the length say which kind of text a row
+    is. Verdicts show whether that kind is unsafe, so these features have no place in a measure of forgetting.
+
+    The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1.
 
     Args:
         trace ([`Trace`]):
@@ -46,9 +49,11 @@ def row_features(trace: Trace) -> np.ndarray:
         trace.forgetting("pooled"),
         agreed_forgetting(tokens, offsets, *losses),
         mean_of_largest(rises, offsets, lambda counts: np.ceil(LARGEST_FRACTION * counts)),
+        trace.mean_losses(before),
+        np.diff(offsets).astype(np.float64),
     ]
     if trace.base_record is not None:
-        values.append(trace.forgetting("relative"))
+        values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
     return np.column_stack([*map(_normal_scores, values), _state_components(trace.states(before))])
 
 

@@ -53,22 +53,39 @@ def test_verdicts_find_more_unsafe_rows_than_the_measure_alone(tmp_path):
     assert sorted(queue.ranking) == list(range(ROWS))
 
 
+def test_verdicts_show_that_surprising_rows_are_unsafe(tmp_path):
+    """Unsafe rows differ from the others only by their losses, which safety finetuning does not change."""
+    rng = np.random.default_rng(3)
+    encoded = encode_rows([{"input_ids": [1, *rng.integers(2, 50, 8)]} for _ in range(ROWS)], disable_tqdm=True)
+    is_unsafe = rng.permutation(ROWS) < UNSAFE
+    losses = rng.gamma(8, 0.25, encoded.loss_offsets[-1]) + np.repeat(2.0 * is_unsafe, np.diff(encoded.loss_offsets))
+    trace = Trace.create(tmp_path, encoded, "model", None, None)
+    states = rng.normal(size=(ROWS, 16)).astype(np.float16)
+    for record in (Record("noisy", 0), Record("safety", 0), Record("safety", 5)):
+        noise = rng.normal(scale=0.1, size=len(losses))
+        trace.append(record, [Scores((losses + noise).astype(np.float32), states)])
+    queue = ReviewQueue(trace)
+    assert is_unsafe[queue.ranking[:100]].sum() < 15  # about as many as in 100 random rows
+    review(queue, is_unsafe, 100)
+    assert is_unsafe[queue.is_seen].sum() >= 28
+
+
 def test_the_first_ranking_is_that_of_the_default_measure(tmp_path):
     trace, _ = make_trace(tmp_path)
     np.testing.assert_array_equal(ReviewQueue(trace).ranking, np.argsort(-trace.forgetting(), kind="stable"))
 
 
-def test_a_fifth_of_the_rows_is_drawn_from_all_rows_without_a_verdict(tmp_path):
+def test_a_tenth_of_the_rows_is_drawn_from_all_rows_without_a_verdict(tmp_path):
     trace, is_unsafe = make_trace(tmp_path)
     queue = ReviewQueue(trace, seed=1)
     review(queue, is_unsafe, 50)
     drawn = [verdict.drawn_from for verdict in queue.verdicts if verdict.drawn_from is not None]
-    assert sorted(drawn, reverse=True) == [300, 300, 290, 290, 280, 280, 270, 270, 260, 260]
+    assert sorted(drawn, reverse=True) == [300, 290, 280, 270, 260]
     single = ReviewQueue(trace, tmp_path / "single")
     for _ in range(20):
         (row,) = single.next(1)
         single.add({row: "safe"})
-    assert sum(verdict.drawn_from is not None for verdict in single.verdicts) == 4
+    assert sum(verdict.drawn_from is not None for verdict in single.verdicts) == 2
 
 
 @pytest.mark.parametrize(("fraction", "drawn"), [(0, 0), (0.5, 25), (1, 50)])
@@ -92,7 +109,7 @@ def test_random_rows_are_uniform(tmp_path):
     top = set(ReviewQueue(trace).ranking[:20].tolist())
     drawn = []
     for seed in range(200):
-        queue = ReviewQueue(trace, tmp_path / str(seed), seed=seed)
+        queue = ReviewQueue(trace, tmp_path / str(seed), seed=seed, random_fraction=0.2)
         queue.add(dict.fromkeys(queue.next(5), "safe"))
         drawn += [verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None]
     assert len(drawn) == 200 and 70 < sum(row in top for row in drawn) < 130
@@ -194,7 +211,7 @@ def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
     assert "with a false discovery rate of at most 0.1 after about " in result.reason
-    assert "more safe verdicts on rows drawn at random (so far: 6)" in result.reason
+    assert "more safe verdicts on rows drawn at random (so far: 3)" in result.reason
 
 
 @pytest.mark.parametrize(("rows", "level"), [(60, 0.1), (300, 0.1), (300, 0.3)])
@@ -217,8 +234,8 @@ def test_as_many_safe_verdicts_as_said_are_enough(tmp_path, rows, level):
 
 def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):
     trace, is_unsafe = make_trace(tmp_path)
-    queue = ReviewQueue(trace)
-    review(queue, is_unsafe, 100)
+    queue = ReviewQueue(trace, random_fraction=1)
+    review(queue, is_unsafe, 60)
     result = find_forgotten(trace, FilterConfig(threshold="fdr", level=0.9, reviewed=trace.folder / "review"))
     assert result.removed[~queue.is_seen].any()
     assert "| φ | none (rows found to be unsafe are removed, and rows selected" in dataset_card(result, trace)

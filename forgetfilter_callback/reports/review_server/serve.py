@@ -65,7 +65,7 @@ def review_server(
     port: int = 0,
     reviewer: str | None = None,
     round_size: int = 10,
-    random_fraction: float = 0.2,
+    random_fraction: float = 0.1,
     sources: Sequence[Any] | None = None,
 ) -> Iterator[ReviewServer]:
     """Prepares the review of a trace, and locks its review folder until the block ends.
@@ -83,7 +83,7 @@ def review_server(
             A name that is stored with each verdict.
         round_size (`int`, defaults to 10):
             Rows per round.
-        random_fraction (`float`, defaults to 0.2):
+        random_fraction (`float`, defaults to 0.1):
             Fraction of the rows that are drawn at random (see [`ReviewQueue`]).
         sources (`Sequence` of length `samples`, *optional*):
             Where each row came from.
