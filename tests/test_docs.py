@@ -178,6 +178,7 @@ def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
             "model": load_model(),
             "base": load_model(),
             "noisy": texts if kind is SFTConfig else noisy,
+            "looks_unsafe": lambda row: row["input_ids"][0] % 2 == 0,
             "safety": texts.select(range(3)) if kind is SFTConfig else safety,
             **{name: copy.deepcopy(args) for name in ("args", "args1", "args2", "args3")},
         }
