@@ -30,10 +30,13 @@ def launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProce
 
 
 def test_a_run_on_two_processes(files, tmp_path, byte_tokenizer):
-    options = [*run_options(files, tmp_path / "out"), "--training", "per_device_train_batch_size=2"]
+    options = [*run_options(files, tmp_path / "out"), "--training", "per_device_train_batch_size=2", "--resume"]
     process = launch(TORCHRUN, "run", *options, "--fraction", 0.25, "--refit", "--json")
     assert process.returncode == 0, process.stderr[-4000:]
     account = json.loads(process.stdout)  # printed by the main process only
+    sessions = ("noisy", "safety", "filtered")  # each warning is logged by the main process only
+    for folder in (tmp_path / "out" / "sessions" / session for session in sessions):
+        assert process.stderr.count(f"There is no checkpoint in {folder}, so this training run starts") == 1
     assert (account["samples"], account["removed"]) == (12, 3)
     trace = Trace.open(tmp_path / "out" / "_forgetfilter")
     rows = encode_rows(texts(12, seed=1), byte_tokenizer, disable_tqdm=True).as_dataset()
