@@ -55,8 +55,12 @@ def test_a_run_on_two_processes(files, tmp_path, byte_tokenizer):
 
 
 def test_the_cost_is_estimated_for_two_processes(files, tmp_path):
-    process = launch(TORCHRUN, "run", *run_options(files, tmp_path / "out"), "--dry-run", "--json")
+    options = [*run_options(files, tmp_path / "out"), "--max-length", 8]
+    process = launch(TORCHRUN, "run", *options, "--dry-run", "--json")
     assert process.returncode == 0, process.stderr[-4000:]
+    for source in (files["noisy"], files["safety"]):  # read by the main process only
+        truncated = [line for line in process.stderr.splitlines() if line.startswith(f"{source}: ")]
+        assert len(truncated) == 1 and "truncated on the right, to 8 tokens" in truncated[0]
     cost = json.loads(process.stdout)
     assert (cost["steps"], cost["safety_steps"]) == (4 * 2, 2 * 1)  # 2 × 4 rows a step
 
