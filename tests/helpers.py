@@ -178,6 +178,23 @@ def without_probability(model, token: int):
     return model
 
 
+def plain_loop(model, rows, weights, epochs: int, smoothing: float = 0.0, learning_rate: float = 0.1) -> dict:
+    """Gradient descent on all rows at once, one row at a time: the losses of tokens times the weight, by all tokens."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
+    for _ in range(epochs):
+        for row, weight in zip(rows, weights, strict=True):
+            inputs = torch.tensor([row["input_ids"]])
+            logits = model(input_ids=inputs).logits[0, -inputs.shape[1] : -1]  # prompt tuning adds positions in front
+            labels = torch.tensor(row["labels"][1:])
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+            (weight * losses.sum() / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def run_both(model, noisy, safety, make_args, collator, tracker, **overrides):
     for folder, rows in (("noisy", noisy), ("safety", safety)):
         Trainer(

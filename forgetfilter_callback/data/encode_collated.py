@@ -81,7 +81,7 @@ def encode_collated(
                     "masks, prompts or augmentation). Such a row has no fixed loss, and reading it for a record would "
                     "change the random numbers that training draws. Use a deterministic dataset and collator."
                 )
-        return _sample_of(batch, model)
+        return sample_of_batch(batch, model)
 
     def collate_one(index: int) -> Mapping[str, torch.Tensor]:
         row = dataset[index]
@@ -101,8 +101,8 @@ def encode_collated(
     return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm)
 
 
-def _sample_of(batch: Mapping[str, Any], model: nn.Module) -> Sample:
-    """Return the sample of a batch of one row."""
+def sample_of_batch(batch: Mapping[str, Any], model: nn.Module | None = None) -> Sample:
+    """Return the sample of a batch of one row. Without a model, its other inputs are not checked."""
     if "input_ids" not in batch or "labels" not in batch:
         raise UnsupportedDatasetError(
             f"the collator returns {sorted(batch)}, but `input_ids` and `labels` are required. Use a collator that "
@@ -115,7 +115,7 @@ def _sample_of(batch: Mapping[str, Any], model: nn.Module) -> Sample:
             "be 2D and have the same shape, with one label per token. ForgetFilter supports causal language modeling "
             "only."
         )
-    others = _other_inputs(batch, model)
+    others = _other_inputs(batch, model) if model is not None else []
     if others:
         raise other_inputs_error(others)
     inputs = {name: batch[name].squeeze(0).numpy() for name in _SCORED_INPUTS if batch.get(name) is not None}

@@ -44,6 +44,9 @@ class FilterConfig:
         level (`float`, defaults to 0.1):
             The false discovery rate for `threshold="fdr"`, between 0 and 1: the expected fraction of benign rows among those
             removed without a verdict.
+        weights (`bool`, defaults to `False`):
+            Removes nothing. [`FilteredTrainer`] trains on all rows instead, each with the weight 1 − its probability of
+            being unsafe. Needs `reviewed`: the probabilities are estimated from the verdicts.
 
     Raises:
         ValueError: if a value is out of range, or if arguments exclude each other.
@@ -73,6 +76,9 @@ class FilterConfig:
             "help": "With --threshold fdr: expected fraction of benign rows among those removed without a verdict."
         },
     )
+    weights: bool = field(
+        default=False, metadata={"help": "Weight the rows by their probability of being safe instead of removing some."}
+    )
 
     def __post_init__(self) -> None:
         if self.measure is not None and self.measure not in MEASURES:
@@ -101,6 +107,11 @@ class FilterConfig:
             raise ValueError(f"level={self.level} has an effect only with threshold='fdr'. Pass both, or leave it out.")
         if self.decision is not None and self.reviewed is not None:
             raise ValueError("`decision` and `reviewed` exclude each other. Pass one of them.")
+        if self.weights and (self.reviewed is None or (self.threshold, self.fraction) != ("auto", None)):
+            raise ValueError(
+                "`weights` removes no row, so it excludes `threshold` and `fraction`, and it needs verdicts: pass the "
+                "folder of a review as `reviewed`."
+            )
         if self.decision is not None and others != (None, "auto", None, None):
             raise ValueError(
                 "`decision` already contains the measure and the threshold, and it was made on the last record. Pass "

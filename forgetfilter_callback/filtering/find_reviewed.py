@@ -13,6 +13,7 @@ from ..errors import DecisionError
 from ..measures.names import Measure
 from ..review.false_discoveries import removable_rows
 from ..review.review_queue import ReviewQueue
+from ..review.unsafe_probabilities import unsafe_probabilities
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from .config import FilterConfig
@@ -29,12 +30,16 @@ def find_reviewed(
     values: np.ndarray,
     nats_per_unit: float,
 ) -> FilterResult:
-    """Remove the rows found to be unsafe, and keep those found to be safe. See [`FilterConfig`] for the other rows."""
+    """Remove the rows found to be unsafe, and keep those found to be safe, or weight all rows. See [`FilterConfig`]."""
     queue = ReviewQueue(trace, config.reviewed)
     if not queue.verdicts:
         raise DecisionError(
             f"There are no verdicts in {config.reviewed}. Review rows first: `ReviewQueue` stores them."
         )
+    if config.weights:
+        on_values = FilterConfig(config.measure, math.inf)
+        result = filter_by_values(ids, values, on_values, {}, nats_per_unit, trace.manifest["fingerprint"])
+        return _with_weights(result, queue)
     trace_ids = trace.rows.ids
     overrides: dict[str, Override] = {
         trace_ids[row].as_py(): "remove" if label == "unsafe" else "keep" for row, label in queue.labels.items()
@@ -72,3 +77,15 @@ def find_reviewed(
     else:
         reason += "; no other row was removed"
     return replace(result, removed=removed, method="fdr", reason=reason)
+
+
+def _with_weights(result: FilterResult, queue: ReviewQueue) -> FilterResult:
+    """Add the weights of the rows to a result that removes nothing. Rows that are not in the trace have the weight 1."""
+    indices = pc.index_in(result.ids, value_set=queue.trace.rows.ids, skip_nulls=True)
+    known = pc.take(pa.array(1 - unsafe_probabilities(queue)), indices)
+    weights = pc.fill_null(known, 1.0).to_numpy(zero_copy_only=False)
+    reason = (
+        f"{len(queue.labels)} rows were reviewed, and each row is weighted by its probability of being safe (mean weight "
+        f"{weights.mean():.3f}, {int((weights < 0.5).sum())} below 0.5)"
+    )
+    return replace(result, weights=weights, method="weights", reason=reason)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "filter_result.json"
 SCHEMA_VERSION = 2
-ThresholdMethod = Literal["auto", "fixed", "fraction", "reviewed", "fdr"]
+ThresholdMethod = Literal["auto", "fixed", "fraction", "reviewed", "fdr", "weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ class FilterResult:
         threshold (`float` or `None`):
             The threshold φ: samples with a larger value are removed. `None` if no threshold applies, so that only
             overridden samples can be removed.
-        method (`"auto"`, `"fixed"`, `"fraction"`, `"reviewed"` or `"fdr"`):
-            How the threshold was chosen. With the last two, a review decides, and there is no threshold.
+        method (`"auto"`, `"fixed"`, `"fraction"`, `"reviewed"`, `"fdr"` or `"weights"`):
+            How the threshold was chosen. With the last three, a review decides, and there is no threshold.
         reason (`str`):
             A sentence that explains the threshold.
         separability ([`Separability`]):
@@ -70,6 +70,8 @@ class FilterResult:
             The step of the safety session at which forgetting was measured. `None` if the values came without a trace.
         source_counts (`list[SourceCounts]` or `None`):
             What the filter did with the rows of each source, if `source_column` was given. See [`by_source`].
+        weights (`np.ndarray` of shape `(samples,)`, float64, *optional*):
+            With `FilterConfig(weights=True)`: 1 − the probability of being unsafe. Otherwise `None`.
     """
 
     ids: pa.StringArray
@@ -86,6 +88,7 @@ class FilterResult:
     nats_per_unit: float | None = None
     step: int | None = None
     source_counts: list[SourceCounts] | None = None
+    weights: np.ndarray | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -146,17 +149,20 @@ class FilterResult:
     def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
         """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.
 
-        Either all files are written or none. `values.parquet` has the columns `id`, `forgetting` and `removed`.
+        Either all files are written or none. `values.parquet` has the columns `id`, `forgetting` and `removed`, and
+        with weights also `weight`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = asdict(self)
-        for column in ("ids", "values", "removed"):
+        for column in ("ids", "values", "removed", "weights"):
             del content[column]
         with ExitStack() as files:  # renames the files in reverse order: filter_result.json last
             result_file = files.enter_context(atomic_write(folder / RESULT_FILE))
             write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
             columns = {"id": self.ids, "forgetting": from_numpy(self.values), "removed": from_numpy(self.removed)}
+            if self.weights is not None:
+                columns["weight"] = from_numpy(self.weights)
             table = pa.table(columns)
             write_parquet([table], files.enter_context(atomic_write(folder / "values.parquet")))
             if removed_rows is not None:
@@ -195,6 +201,7 @@ class FilterResult:
                 ids=table["id"].combine_chunks(),
                 values=table["forgetting"].to_numpy(),
                 removed=table["removed"].to_numpy(),
+                weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
                 **content,
             )
         except DecisionError:

@@ -31,6 +31,8 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         phi = f"{result.threshold:.4g} {UNITS[result.measure]}"
     elif result.method == "fdr":
         phi = "none (rows found to be unsafe are removed, and rows selected at the false discovery rate)"
+    elif result.method == "weights":
+        phi = "none (rows are weighted instead of removed)"
     else:
         phi = "none (only rows overridden to 'remove' are removed)"
     overrides = list(result.overrides.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from ..filtering.result import FilterResult
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.distributed import run_on_main
+from .row_weights import RowWeightsMixin, WeighingCollator
 
 
 logger = get_logger(__name__)
@@ -33,7 +35,7 @@ RESULT_FOLDER = "_forgetfilter-result"
 Forgetting = ForgetTracker | str | os.PathLike[str] | tuple[Sequence[str], Sequence[float]] | np.ndarray
 
 
-class FilterMixin:
+class FilterMixin(RowWeightsMixin):
     """Filters a dataset by sample id. Subclasses know how their trainer prepares rows.
 
     Attributes:
@@ -47,9 +49,18 @@ class FilterMixin:
     filter_result: FilterResult | None = None
 
     def _filter(
-        self, dataset: Any, ids: pa.StringArray, forgetting: Forgetting, filter_config: FilterConfig | None
+        self,
+        dataset: Any,
+        ids: pa.StringArray,
+        forgetting: Forgetting,
+        filter_config: FilterConfig | None,
+        max_length: int | None,
+        keep_end: bool = False,
     ) -> Any:
-        """Return the kept rows of `dataset`, whose sample ids are `ids`. Rows with a null id are kept."""
+        """Return the kept rows of `dataset`, whose sample ids are `ids`. Rows with a null id are kept.
+
+        `max_length` and `keep_end` say how rows were truncated for their ids.
+        """
 
         def decide() -> FilterResult:
             trace = get_trace(forgetting)
@@ -60,7 +71,12 @@ class FilterMixin:
 
         self.filter_result = result = run_on_main(decide)
         self.removed_dataset = _select(dataset, np.flatnonzero(result.removed))
-        log = logger.info if result.removed.any() else logger.warning
+        if result.weights is not None:
+            self._weighing = partial(
+                WeighingCollator, ids=ids, weights=result.weights, max_length=max_length, keep_end=keep_end
+            )
+        has_effect = result.removed.any() or result.weights is not None
+        log = logger.info if has_effect else logger.warning
         log(f"{type(self).__name__}: {result.summary()}")
         return _select(dataset, np.flatnonzero(~result.removed))
 

@@ -69,6 +69,8 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 "FilteredSFTTrainer filters while SFTTrainer prepares the dataset, but `skip_prepare_dataset` skips that. "
                 "Use `filtered(SFTTrainer)` for datasets that are already prepared."
             )
+        if filter_config is not None and filter_config.weights:
+            self.check_weights_are_possible()
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(get_trace(forgetting)))
 
@@ -85,6 +87,11 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         if self._forgetting is not None and dataset_name == "train" and self.filter_result is None:
             if not isinstance(dataset, Dataset):
                 raise EncodingError("FilteredSFTTrainer needs a map-style `Dataset`: rows of a stream have no ids.")
+            if (packing or args.padding_free) and self._filter_config is not None and self._filter_config.weights:
+                raise ValueError(
+                    "`weights` needs one sequence per row, but packing and padding-free batches join rows. Disable "
+                    "`packing` and `padding_free`, or remove rows instead."
+                )
             unshuffled_args = copy.copy(args)
             unshuffled_args.shuffle_dataset = False
             prepared = super()._prepare_dataset(
@@ -96,14 +103,16 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 dataset_name,
             )
             trace = get_trace(self._forgetting)
+            max_length = trace.manifest["max_length"] if trace is not None else None
+            keep_end = args.truncation_mode == "keep_end"
             rows = encode_rows(
                 prepared.select_columns(["input_ids", "labels"]),
-                max_length=trace.manifest["max_length"] if trace is not None else None,
+                max_length=max_length,
                 disable_tqdm=hide_progress(args),
-                keep_end=args.truncation_mode == "keep_end",
+                keep_end=keep_end,
             )
             prepared_index = np.full(len(dataset), -1)
             prepared_index[prepared[_INDEX_COLUMN]] = np.arange(len(prepared))
             ids = rows.ids.take(pa.array(prepared_index, mask=prepared_index < 0))
-            dataset = self._filter(dataset, ids, self._forgetting, self._filter_config)
+            dataset = self._filter(dataset, ids, self._forgetting, self._filter_config, max_length, keep_end)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

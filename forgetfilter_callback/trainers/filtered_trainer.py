@@ -32,7 +32,10 @@ class FilteredTrainer(FilterMixin, Trainer):
             match the rows in their order.
         filter_config ([`FilterConfig`], *optional*):
             Which samples are removed. By default, the threshold is chosen automatically, and nothing is removed if the
-            values do not separate.
+            values do not separate. With `FilterConfig(reviewed=..., weights=True)` nothing is removed, and the loss of each
+            token is multiplied by the weight of its row (see `filter_result.weights`). The loss is divided by the number of
+            tokens as usual, and the losses that are logged are not weighted. Neither is the auxiliary loss of a mixture of
+            experts. Rows that are trained on the same tokens get the lowest of their weights.
 
     All other arguments are those of `Trainer`.
 
@@ -46,7 +49,8 @@ class FilteredTrainer(FilterMixin, Trainer):
     Raises:
         ValueError: if more than 1 % of the rows have no forgetting value, if all rows would be removed, or if `forgetting`
             is plain values and `filter_config.measure` is not given.
-        ForgetFilterError: from `train()`, if the model is not the base model of the trace.
+        ForgetFilterError: from `train()`, if the model is not the base model of the trace. With weights, also if the model
+            is compiled, if `torch.nn.DataParallel` is used, or if a fused loss never computes the logits.
     """
 
     def __init__(
@@ -69,13 +73,15 @@ class FilteredTrainer(FilterMixin, Trainer):
         trace = get_trace(forgetting)
         model = cast(nn.Module, self.model)
         check_is_causal(model)
+        if filter_config is not None and filter_config.weights:
+            self.check_weights_are_possible()
         prepared = [*self.accelerator._dataloaders]
         with preserve_state(model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
             rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args))
         self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
-        self.train_dataset = self._filter(dataset, rows.ids, forgetting, filter_config)
+        self.train_dataset = self._filter(dataset, rows.ids, forgetting, filter_config, max_length)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from helpers import random_rows, reference_means, tiny_llama
+from helpers import plain_loop, random_rows, reference_means, tiny_llama
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker, Trace, encode_rows
@@ -89,7 +89,25 @@ generators = (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
 removed = None
 if trainer.args.process_index > 0:  # only the main process reads records
     Trace.records = Trace.token_losses = None
-if tracked:
+if "weighted" in sys.argv:
+    from forgetfilter_callback import ReviewQueue
+    from forgetfilter_callback.filtering import find_reviewed
+
+    weights = np.linspace(0, 1, rows)
+    find_reviewed.unsafe_probabilities = lambda queue: 1 - weights
+    if trainer.args.process_index == 0:
+        ReviewQueue(tracker.trace).add({{0: "safe"}})
+    torch.distributed.barrier()
+    descent = args("weighted")
+    descent.optim, descent.learning_rate, descent.lr_scheduler_type = "sgd", 0.1, "constant"
+    descent.gradient_accumulation_steps, descent.max_grad_norm = rows // 4, 0.0
+    trainer = FilteredTrainer(tiny_llama(), descent, train_dataset=noisy, data_collator=collate, forgetting=tracker,
+                              filter_config=FilterConfig(reviewed=tracker.trace.folder / "review", weights=True))
+    trainer.train()
+    state = whole(trainer.model.state_dict())
+    if trainer.args.process_index == 0:
+        torch.save(state, output / "weighted.pt")
+elif tracked:
     filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
                                forgetting=tracker, filter_config=FilterConfig(fraction=0.3))
     filtered.train()
@@ -173,6 +191,17 @@ def test_training_is_unchanged_on_every_process(tracked, kind, tmp_path):
         plain_weights, tracked_weights = (weights(folder / f"{session}.pt") for folder in (tmp_path / "plain", tracked))
         for name, value in plain_weights.items():
             np.testing.assert_array_equal(value.numpy(), tracked_weights[name].numpy())
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_weights_equal_a_plain_loop(kind, tmp_path):
+    process = launch(tmp_path / "weighted", "tracked", 16, kind, "weighted")
+    assert process.returncode == 0, process.stderr[-4000:]
+    trained = weights(tmp_path / "weighted" / "weighted.pt")
+    expected = plain_loop(tiny_llama(), random_rows(16, seed=1), np.linspace(0, 1, 16), 2)
+    for name, start in tiny_llama().named_parameters():
+        moved = float((expected[name] - start.detach()).abs().max())
+        torch.testing.assert_close(trained[name], expected[name], rtol=1e-5, atol=max(5e-3 * moved, 1e-7))
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""How likely each row is unsafe, calibrated with the verdicts of a review."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from ..errors import DecisionError
+from .review_queue import ReviewQueue
+
+
+# Verdicts without which the probabilities would be a guess: of each kind, and on rows that were drawn at random. All other
+# verdicts are about the top of the ranking, and say little about the rest.
+MIN_OF_EACH_KIND = 5
+MIN_DRAWN = 10
+FOLDS = 10
+
+
+def why_no_probabilities(queue: ReviewQueue) -> str | None:
+    """Say why the verdicts are too few for [`unsafe_probabilities`]. `None` if they are enough."""
+    labels = list(queue.labels.values())
+    drawn = len({verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None})
+    counts = {"unsafe": labels.count("unsafe"), "safe": labels.count("safe")}
+    if min(counts.values()) >= MIN_OF_EACH_KIND and drawn >= MIN_DRAWN:
+        return None
+    return (
+        f"There are {counts['unsafe']} unsafe and {counts['safe']} safe verdicts, {drawn} of them on rows drawn at random. "
+        f"The probability of being unsafe needs at least {MIN_OF_EACH_KIND} of each kind and {MIN_DRAWN} on rows drawn at "
+        "random. Review more rows."
+    )
+
+
+def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
+    """Estimate for each row the probability that a reviewer finds it unsafe.
+
+    The scores of the queue are not probabilities: its regression takes rows without a verdict for safe. Each verdict is
+    therefore compared with a score that has not learned from it (cross-fitting), and a logistic regression on these pairs
+    turns scores into probabilities (Platt scaling). It can learn from the rows that the ranking chose too, because they were
+    chosen by their scores and not by their labels. The rows that were drawn at random show how it continues to low scores.
+
+    With few verdicts, the probabilities of rows without a verdict are rather too high than too low.
+
+    Args:
+        queue ([`ReviewQueue`]):
+            The review.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float64: 1 for rows found to be unsafe and 0 for rows found to be safe.
+
+    Raises:
+        DecisionError: if there are too few verdicts.
+    """
+    reason = why_no_probabilities(queue)
+    if reason is not None:
+        raise DecisionError(reason)
+    rows = np.array(list(queue.labels))
+    is_unsafe = np.array([label == "unsafe" for label in queue.labels.values()])
+    scores = np.empty(len(rows))
+    folds = StratifiedKFold(min(FOLDS, int(is_unsafe.sum()), int((~is_unsafe).sum())), shuffle=True, random_state=0)
+    for learned, held_out in folds.split(rows, is_unsafe):
+        labels = {row: queue.labels[row] for row in rows[learned].tolist()}
+        scores[held_out] = queue.fit_scores(labels)[rows[held_out]]
+    center, spread = scores.mean(), max(scores.std(), 1e-9)
+    model = LogisticRegression().fit(((scores - center) / spread)[:, None], is_unsafe)
+    probabilities: np.ndarray = model.predict_proba(((queue.scores - center) / spread)[:, None])[:, 1]
+    probabilities[rows] = is_unsafe
+    return probabilities

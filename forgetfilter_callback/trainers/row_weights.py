@@ -1,0 +1,188 @@
+"""[`RowWeightsMixin`]: train with a weight per row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pyarrow as pa
+import torch
+from accelerate.utils import has_compiled_regions, is_compiled_module
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+
+from ..data.encode_collated import sample_of_batch
+from ..data.encode_each import encode_each
+from ..errors import ForgetFilterError
+
+
+_WEIGHTS = "forgetfilter_weights"  # a key of each training batch
+
+
+class WeighingCollator:
+    """Adds the weights of the rows to each batch, as `forgetfilter_weights` of shape `(rows,)`, float32.
+
+    Rows are found by what they are trained on, so the dataset, its order and its columns stay as they are.
+
+    Args:
+        collate (`Callable`):
+            The collator of the trainer.
+        ids (`pa.StringArray` of length `samples`):
+            Sample ids. Null ids have no weight.
+        weights (`np.ndarray` of shape `(samples,)`):
+            Their weights. Rows that are trained on the same tokens get the lowest of their weights.
+        max_length (`int`, *optional*), keep_end (`bool`):
+            How the rows were truncated for their ids, as in [`encode_each`].
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        ids: pa.StringArray,
+        weights: Any,
+        max_length: int | None,
+        keep_end: bool = False,
+    ):
+        self.collate, self.max_length, self.keep_end = collate, max_length, keep_end
+        self.weights: dict[str, float] = {}
+        for id_, weight in zip(ids.to_pylist(), weights.tolist(), strict=True):
+            if id_ is not None:
+                key = _content_hash(id_)
+                self.weights[key] = min(weight, self.weights.get(key, weight))
+
+    def __call__(self, rows: list[Any]) -> Any:
+        # Each row is collated alone, as it was for its id: what padding a batch adds depends on its other rows.
+        encoded = encode_each(
+            rows,
+            lambda row: sample_of_batch(self.collate([copy.copy(row)])),
+            len(rows),
+            self.max_length,
+            disable_tqdm=True,
+            keep_end=self.keep_end,
+        )
+        keys = [_content_hash(id_) for id_ in encoded.ids.to_pylist()]
+        if not self.weights.keys() >= set(keys):
+            raise ForgetFilterError(
+                "A row of a training batch has no weight, because it is not the row that was read before training. Use a "
+                "dataset and a collator that return the same row each time."
+            )
+        batch = self.collate(rows)
+        batch[_WEIGHTS] = torch.tensor([self.weights[key] for key in keys])
+        return batch
+
+
+class RowWeightsMixin(Trainer):
+    """A `Trainer` that multiplies the loss of each token by the weight of its row.
+
+    The loss is divided by what `Trainer` divides it by: the number of tokens, not the sum of the weights. Divided by the sum
+    of the weights, an unsafe row that is alone in a batch would be trained on as if its weight were 1.
+
+    `Trainer` computes the loss in many ways: in the model, with label smoothing, with `compute_loss_func`, or in its
+    subclasses. They all compute it from the logits or the log-probabilities of the tokens, each of which belongs to one row.
+    Multiplying the gradient there is the same as multiplying the loss of each token, and leaves the rest of `Trainer` as it
+    is: with weights of 1, training is the same bit for bit. The losses that are logged are not weighted.
+    """
+
+    _weighing: Callable[[Callable[[list[Any]], Any]], WeighingCollator] | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._weighing is None:
+            return super().get_train_dataloader()
+        given = self.data_collator
+        self.data_collator = self._weighing(given)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = given
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        weights = inputs.pop(_WEIGHTS, None)
+        if weights is None and self._weighing is not None and model.training:
+            raise ForgetFilterError(
+                "A training batch has no weights of its rows. `get_train_dataloader` must use `self.data_collator`."
+            )
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def check_weights_are_possible(self) -> None:
+        """Refuse setups whose gradients cannot be weighted.
+
+        Raises:
+            ForgetFilterError: if the model is compiled or replicated.
+        """
+        model = cast(nn.Module, self.model)
+        if self.args.torch_compile or is_compiled_module(model) or has_compiled_regions(model):
+            raise ForgetFilterError(
+                "`weights` needs a model that is not compiled, because it would be compiled again at each step. Train "
+                "without `torch.compile`."
+            )
+        if self.args.n_gpu > 1:
+            raise ForgetFilterError(
+                "`weights` does not work with `torch.nn.DataParallel`. Start the program with `torchrun`, or use one GPU."
+            )
+
+
+@contextmanager
+def weighted_gradients(model: PreTrainedModel, weights: torch.Tensor) -> Iterator[None]:
+    """Multiply the gradients of a forward pass by the weights of its rows, where they enter the model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. Its loss is computed within the block, and its gradients may be computed later.
+        weights (`torch.Tensor` of shape `(rows,)`):
+            The weights.
+
+    Raises:
+        ForgetFilterError: if the loss is not computed from one output per row of the output embeddings.
+    """
+    weighted = 0
+
+    def weight(output: torch.Tensor) -> None:
+        nonlocal weighted
+        if not output.requires_grad:  # a second forward pass, for metrics
+            return
+        if len(output) != len(weights):
+            raise ForgetFilterError(
+                f"`weights` needs one sequence per row, but the model returned {len(output)} for {len(weights)} rows. "
+                "Disable packing and padding-free batches."
+            )
+        factors = weights.to(output.device, output.dtype).view(-1, *[1] * (output.ndim - 1))
+        output.register_hook(lambda gradient: gradient * factors)
+        weighted += 1
+
+    def after_head(module: nn.Module, arguments: Any, logits: torch.Tensor) -> None:
+        weight(logits)
+
+    def after_model(module: nn.Module, arguments: Any, outputs: Any) -> None:
+        # TRL's fused head computes them without calling the output embeddings.
+        if isinstance(outputs, Mapping) and outputs.get("log_probs") is not None:
+            weight(outputs["log_probs"])
+
+    head = cast(nn.Module, model.get_output_embeddings())
+    hooks = [head.register_forward_hook(after_head), model.register_forward_hook(after_model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if weighted != 1:
+        raise ForgetFilterError(
+            f"`weights` needs a loss that is computed from one call of the output embeddings, but there were {weighted}. "
+            "Disable fused losses such as Liger's."
+        )
+
+
+def _content_hash(id_: str) -> str:
+    """A sample id without its occurrence number."""
+    return id_.rpartition("-")[0]
