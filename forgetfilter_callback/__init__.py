@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .filtering.find_forgotten import find_forgotten
     from .filtering.result import FilterResult
     from .pipeline.checkpoints import score_checkpoints
+    from .pipeline.export import to_dataset
     from .pipeline.forget_filter import ForgetFilter
     from .pipeline.run import run
     from .pipeline.run_config import RunConfig
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "find_forgotten": "filtering.find_forgotten",
     "run": "pipeline.run",
     "score_checkpoints": "pipeline.checkpoints",
+    "to_dataset": "pipeline.export",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "find_forgotten",
     "run",
     "score_checkpoints",
+    "to_dataset",
 ]
 
 

@@ -36,6 +36,7 @@ PUBLIC_NAMES = [
     "find_forgotten",
     "run",
     "score_checkpoints",
+    "to_dataset",
 ]
 
 

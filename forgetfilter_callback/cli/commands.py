@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from . import review_command, run_commands, trace_commands  # importing them adds the commands to the app
+from . import (  # importing them adds the commands to the app
+    export_command,
+    review_command,
+    run_commands,
+    trace_commands,
+)
 from .app import app
 
 
-__all__ = ["app", "review_command", "run_commands", "trace_commands"]
+__all__ = ["app", "export_command", "review_command", "run_commands", "trace_commands"]

@@ -37,8 +37,8 @@ def find_reviewed(
             f"There are no verdicts in {config.reviewed}. Review rows first: `ReviewQueue` stores them."
         )
     if config.weights:
-        on_values = FilterConfig(config.measure, math.inf)
-        result = filter_by_values(ids, values, on_values, {}, nats_per_unit, trace.manifest["fingerprint"])
+        no_threshold = FilterConfig(measure, math.inf)
+        result = filter_by_values(ids, values, no_threshold, {}, nats_per_unit, trace.manifest["fingerprint"])
         return _with_weights(result, queue)
     trace_ids = trace.rows.ids
     overrides: dict[str, Override] = {
@@ -85,7 +85,7 @@ def _with_weights(result: FilterResult, queue: ReviewQueue) -> FilterResult:
     known = pc.take(pa.array(1 - unsafe_probabilities(queue)), indices)
     weights = pc.fill_null(known, 1.0).to_numpy(zero_copy_only=False)
     reason = (
-        f"{len(queue.labels)} rows were reviewed, and each row is weighted by its probability of being safe (mean weight "
-        f"{weights.mean():.3f}, {int((weights < 0.5).sum())} below 0.5)"
+        f"{counted(len(queue.labels), 'row')} reviewed; each row has the weight 1 − its probability of being unsafe (mean "
+        f"weight {weights.mean():.3f}, {int((weights < 0.5).sum()):,} below 0.5)"
     )
     return replace(result, weights=weights, method="weights", reason=reason)

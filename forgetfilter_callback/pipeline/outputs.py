@@ -72,7 +72,7 @@ def filter_rows(
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
     check_outputs_are_ours(Path(output))
-    ids, rows = _ids_and_rows(trace, source, tokenizer)
+    ids, rows = load_source_rows(trace, source, tokenizer)
     result = find_forgotten(trace, filter_config, ids)
     if source_column is not None:
         result = with_source_counts(result, trace, column_values(rows, source_column))
@@ -83,7 +83,7 @@ def filter_rows(
     return result
 
 
-def _ids_and_rows(
+def load_source_rows(
     trace: Trace, source: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[pa.StringArray | None, Dataset | JsonRows]:
     """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows."""

@@ -60,6 +60,7 @@ def folder(tmp_path_factory, byte_tokenizer) -> Path:
         ("filter trace --measure loss --threshold 0.5 --output filtered", 0),
         ("filter trace --measure loss --fraction 0.2 --output filtered", 0),
         ("filter trace --measure loss --fraction 0.2 --source-column source --output filtered", 0),
+        ("export trace --measure loss --output rows.jsonl", 0),
         ("show nowhere", 2),
         ("report nowhere", 2),
         ("filter nowhere --output filtered", 2),

@@ -1,0 +1,54 @@
+"""`forgetfilter export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..data.source_paths import check_source
+from ..filtering.config import FilterConfig
+from ..utils.sanitize_text import sanitize
+from .app import app, exit_codes, silence_libraries
+from .columns import encoding_tokenizer
+from .options import options_from
+from .trace_commands import (
+    ALL_FILTER_OPTIONS,
+    NoisyOption,
+    TokenizerOption,
+    TraceArgument,
+    open_trace,
+)
+
+
+@app.command()
+@options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
+def export(
+    *,
+    trace: TraceArgument,
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the file.")] = "jsonl",
+    filter_settings: dict[str, Any],
+    noisy: NoisyOption = None,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Write the rows of a trace with their losses, forgetting, verdicts and weights as extra columns.
+
+    Without filter options, the rows that `forgetfilter run` removed count as removed.
+    """
+    with exit_codes():
+        filter_config = FilterConfig(**filter_settings) if filter_settings else None
+        opened = open_trace(trace)
+        from ..pipeline.export import export_rows
+        from ..trace.source_files import find_source, is_unchanged
+
+        source = noisy if noisy is not None else find_source(opened)
+        check_source(source)
+        loaded_tokenizer = None
+        if not is_unchanged(opened, source):  # otherwise no row is encoded again
+            loaded_tokenizer = encoding_tokenizer(opened, tokenizer)
+        if file_format == "parquet":
+            silence_libraries()
+        removed = export_rows(opened, output, file_format, filter_config, source, loaded_tokenizer)
+        typer.echo(f"Wrote {len(opened.rows)} rows to {output}. {sanitize(removed)}")

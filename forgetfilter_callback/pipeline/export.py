@@ -1,0 +1,300 @@
+"""Rows together with what is known about them: losses, forgetting, verdicts and weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from ..data.json_rows import JsonRows
+from ..data.output_lines import source_lines
+from ..errors import DataError, DecisionError
+from ..filtering.config import FilterConfig
+from ..filtering.find_forgotten import align_values, find_forgotten
+from ..filtering.result import RESULT_FILE, FilterResult
+from ..review.verdicts import VERDICTS_FILE, read_verdicts
+from ..trace.source_files import find_source, load_trace_tokenizer
+from ..trace.trace import TRACE_FOLDER, Trace
+from ..utils.atomic_files import atomic_write, write_lines
+from .outputs import load_source_rows
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ExportFormat = Literal["jsonl", "parquet"]
+PREFIX = "forgetfilter_"
+ROWS_PER_BATCH = 10_000
+_VERDICT = {1.0: "unsafe", 0.0: "safe"}
+
+
+def to_dataset(
+    trace: Trace,
+    rows: Any,
+    filter_config: FilterConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Dataset:
+    """Returns the rows of a trace as they came, with what is known about each of them in extra columns.
+
+    | column | type | meaning |
+    |---|---|---|
+    | `forgetfilter_loss_base` | float | mean loss of the base model, in nats per token |
+    | `forgetfilter_loss_noisy` | float | mean loss after noisy finetuning |
+    | `forgetfilter_loss_safety` | float | mean loss after safety finetuning |
+    | `forgetfilter_forgetting` | float | forgetting, in the unit of the measure |
+    | `forgetfilter_verdict` | str | the reviewer's verdict: `"unsafe"` or `"safe"` |
+    | `forgetfilter_removed` | bool | whether the filter removes the row |
+    | `forgetfilter_weight` | float | 1 − the probability of being unsafe |
+
+    Unknown values are null. The weights of all rows are null where there are no or too few verdicts, because nothing else
+    tells how likely a row is unsafe: a warning says so.
+
+    Args:
+        trace ([`Trace`]):
+            A trace with records of the safety session.
+        rows (`Dataset`, `DataFrame` or a sequence of dictionaries):
+            The rows that the trace was created from, in any order.
+        filter_config ([`FilterConfig`], *optional*):
+            Which rows are removed, and by which measure. Its `reviewed` is the folder of the verdicts, which defaults to the
+            folder `review` in the trace's folder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Defaults to the tokenizer that the trace names. Rows with `input_ids` need none.
+
+    Returns:
+        [`~datasets.Dataset`]: one row per row of `rows`, in their order.
+
+    Raises:
+        DataError: if a row has a column with one of these names, or if the rows cannot become columns.
+        ValueError: if more than 1 % of the rows are not in the trace.
+        TraceError: if the trace does not hold the records that the measure needs.
+    """
+    from ..data.as_rows import as_rows  # imports torch
+    from ..data.encode_text import encode_rows
+
+    rows = as_rows(rows)
+    is_encoded = len(rows) > 0 and "input_ids" in rows[0]
+    if tokenizer is None and not is_encoded:
+        tokenizer = load_trace_tokenizer(trace)
+    encoded = encode_rows(
+        rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True, **trace.manifest["encoding"]
+    )
+    config = filter_config if filter_config is not None else FilterConfig()
+    result = find_forgotten(trace, config, encoded.ids)
+    return _joined(rows, row_columns(trace, encoded.ids, result, _review_folder(trace, config)))
+
+
+def export_rows(
+    trace: Trace,
+    file: Path,
+    file_format: ExportFormat = "jsonl",
+    filter_config: FilterConfig | None = None,
+    source: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """Writes the rows of a trace with the columns of [`to_dataset`] to a file.
+
+    Args:
+        trace ([`Trace`]):
+            A trace with records of the safety session.
+        file (`Path`):
+            The file to write or replace.
+        file_format (`"jsonl"` or `"parquet"`, defaults to `"jsonl"`):
+            JSON Lines, in which the text of rows from a JSON file stays as it is, or Parquet.
+        filter_config ([`FilterConfig`], *optional*):
+            Which rows are removed. Defaults to the result that `forgetfilter run` stored beside the trace, and without one
+            to `FilterConfig()`.
+        source (`str`, *optional*):
+            The noisy set, as [`load_rows`] takes it. Defaults to the file that the trace names.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Defaults to the tokenizer that the trace names. It is needed if the file has changed since it was recorded.
+
+    Returns:
+        `str`: a sentence that says which rows count as removed.
+
+    Raises:
+        DataError, DecisionError, ValueError, TraceError: as in [`to_dataset`], or if `file` is the noisy set.
+    """
+    source = source if source is not None else find_source(trace)
+    if file_format not in get_args(ExportFormat):
+        raise ValueError(f"The format {file_format!r} is unknown. Choose jsonl or parquet.")
+    if Path(source).resolve() == file.resolve():
+        raise DataError(f"{file} is the noisy set and would be overwritten. Choose another file.")
+    ids, rows = load_source_rows(trace, source, tokenizer)
+    config = filter_config if filter_config is not None else FilterConfig()
+    result = _stored_result(trace) if filter_config is None else None
+    origin = "by the filter result of the run"
+    if result is None:
+        result, origin = find_forgotten(trace, config, ids), "by the given filter"
+        if filter_config is None:
+            origin = "by the automatic threshold"
+    columns = row_columns(trace, ids, result, _review_folder(trace, config))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file_format == "jsonl":
+        _check_names(rows)
+        write_lines(_lines(source_lines(rows), columns), file)
+    else:
+        with atomic_write(file) as unfinished:
+            try:
+                _joined(rows, columns).to_parquet(unfinished)
+            except pa.ArrowException as error:  # such as an object without keys
+                raise _no_columns(error) from error
+    return f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.reason})."
+
+
+def row_columns(
+    trace: Trace, ids: pa.StringArray | None, result: FilterResult, review_folder: Path
+) -> dict[str, np.ndarray]:
+    """Returns the extra columns of the rows. See [`to_dataset`].
+
+    Args:
+        trace ([`Trace`]):
+            A trace with records of the safety session.
+        ids (`pa.StringArray` of length `rows`, *optional*):
+            Sample ids of the rows. Rows that are not in the trace have unknown values. Defaults to the rows of the trace.
+        result ([`FilterResult`]):
+            Which rows are removed, and their forgetting.
+        review_folder (`Path`):
+            The folder of the verdicts. It need not exist.
+
+    Returns:
+        `dict[str, np.ndarray]`: columns of shape `(rows,)`. Unknown numbers are NaN, and unknown verdicts are `None`.
+    """
+    trace_ids = trace.rows.ids
+    ids = ids if ids is not None else trace_ids
+
+    def of_rows(values: np.ndarray, known_ids: pa.StringArray = trace_ids) -> np.ndarray:
+        values = np.where(np.isfinite(values), values, np.nan)
+        # Aligning imports pandas, which takes longer than reading a trace.
+        return values if ids.equals(known_ids) else align_values(ids, known_ids, values)
+
+    before, after = trace.first_and_last(result.step)
+    unknown = np.full(len(trace_ids), np.nan)
+    labels = {each.row: each.verdict for each in read_verdicts(review_folder / VERDICTS_FILE, trace_ids)}
+    unsafe = unknown.copy()
+    unsafe[list(labels)] = [label == "unsafe" for label in labels.values()]
+    if not labels:
+        logger.warning(
+            f"`{PREFIX}weight` is null: only verdicts tell how likely a row is unsafe, and there are none in "
+            f"{review_folder}. Review rows with `forgetfilter review`."
+        )
+    columns = {
+        "loss_base": of_rows(trace.mean_losses(trace.base_record) if trace.base_record is not None else unknown),
+        "loss_noisy": of_rows(trace.mean_losses(before)),
+        "loss_safety": of_rows(trace.mean_losses(after)),
+        "forgetting": of_rows(result.values, result.ids),
+        "verdict": np.array([_VERDICT.get(value) for value in of_rows(unsafe).tolist()], dtype=object),
+        "removed": of_rows(result.removed.astype(np.float64), result.ids) == 1,
+        "weight": of_rows(_weights(trace, review_folder) if labels else unknown),
+    }
+    return {f"{PREFIX}{name}": values for name, values in columns.items()}
+
+
+def _weights(trace: Trace, review_folder: Path) -> np.ndarray:
+    """1 − the probability of being unsafe: shape `(samples,)`. NaN if there are too few verdicts."""
+    from ..review.review_queue import ReviewQueue  # imports scikit-learn, which takes more than a second
+    from ..review.unsafe_probabilities import unsafe_probabilities, why_no_probabilities
+
+    queue = ReviewQueue(trace, review_folder)
+    reason = why_no_probabilities(queue)
+    if reason is not None:
+        logger.warning(f"`{PREFIX}weight` is null: {reason}")
+        return np.full(len(trace.rows), np.nan)
+    return 1 - unsafe_probabilities(queue)
+
+
+def _review_folder(trace: Trace, config: FilterConfig) -> Path:
+    return Path(config.reviewed) if config.reviewed is not None else trace.folder / "review"
+
+
+def _stored_result(trace: Trace) -> FilterResult | None:
+    """The result that `forgetfilter run` stored beside the trace, if there is one.
+
+    Raises:
+        DecisionError: if it belongs to another trace.
+    """
+    folder = trace.folder.parent / "filter_result"
+    if trace.folder.name != TRACE_FOLDER or not (folder / RESULT_FILE).is_file():
+        return None
+    result = FilterResult.load(folder)
+    if result.fingerprint != trace.manifest["fingerprint"]:
+        raise DecisionError(
+            f"The filter result in {folder} belongs to another trace. Filter again, or pass filter options, such as "
+            "`--fraction`."
+        )
+    return result
+
+
+def _lines(lines: Iterable[str], columns: dict[str, np.ndarray]) -> Iterator[str]:
+    """Add the columns at the end of each line's JSON object. The rest of its text stays as it is."""
+    rows = zip(*(_values(column) for column in columns.values()), strict=True)
+    for line, values in zip(lines, rows, strict=True):
+        body = line.rstrip().removesuffix("}").rstrip()
+        added = json.dumps(dict(zip(columns, values, strict=True)))
+        yield f"{body}{'' if body.endswith('{') else ', '}{added[1:]}"
+
+
+def _values(column: np.ndarray) -> Iterator[Any]:
+    """The values of a column as Python objects, `None` for NaN."""
+    for start in range(0, len(column), ROWS_PER_BATCH):
+        for value in column[start : start + ROWS_PER_BATCH].tolist():
+            yield value if value == value else None
+
+
+def _joined(rows: Any, columns: dict[str, np.ndarray]) -> Dataset:
+    """The rows as a dataset, with the columns beside their own."""
+    from datasets import Dataset, concatenate_datasets
+
+    _check_names(rows)
+    if not isinstance(rows, Dataset):
+        try:
+            rows = Dataset(pa.concat_tables(_tables(rows), promote_options="permissive"))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise _no_columns(error) from error
+    types = {name: pa.string() if values.dtype == object else None for name, values in columns.items()}
+    table = pa.table({name: pa.array(columns[name], types[name], from_pandas=True) for name in columns})  # NaN is null
+    return concatenate_datasets([rows, Dataset(table)], axis=1)
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
+    """The rows as tables of some thousand rows each, so that not all of them are Python objects at once."""
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        batch = [rows[index] for index in range(start, min(start + ROWS_PER_BATCH, len(rows)))]
+        yield pa.Table.from_struct_array(pa.array(batch))
+
+
+def _check_names(rows: Any) -> None:
+    """Refuse rows that have a column with the prefix of the extra columns.
+
+    Raises:
+        DataError: if there is one.
+    """
+    if isinstance(rows, JsonRows):
+        names = {name for row in rows for name in row if name.startswith(PREFIX)}
+    else:
+        names = {name for name in _column_names(rows) if name.startswith(PREFIX)}
+    if names:
+        raise DataError(
+            f"The rows have the columns {', '.join(sorted(names))}, but {PREFIX!r} is how the names of the added columns "
+            "begin. Rename or remove them. Perhaps these rows were exported before."
+        )
+
+
+def _column_names(rows: Any) -> set[str]:
+    from datasets import Dataset
+
+    return set(rows.column_names) if isinstance(rows, Dataset) else {str(name) for row in rows for name in row}
+
+
+def _no_columns(error: Exception) -> DataError:
+    return DataError(
+        f"The rows cannot become columns of one type each: {error}. Export them as JSON Lines (`--format jsonl`), or make "
+        "the values of each column alike."
+    )

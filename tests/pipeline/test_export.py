@@ -1,0 +1,265 @@
+"""Exported rows: as they came, with losses, forgetting, verdicts and weights that other code computes too."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from helpers import call, reference_means, refused, run_both, run_options, texts, tiny_llama
+
+from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, Trace, encode_rows, to_dataset
+from forgetfilter_callback.errors import DataError
+from forgetfilter_callback.pipeline import export
+from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabilities
+
+
+NAMES = [
+    f"forgetfilter_{name}"
+    for name in ("loss_base", "loss_noisy", "loss_safety", "forgetting", "verdict", "removed", "weight")
+]
+
+
+def exported(file) -> list[dict]:
+    if file.suffix == ".parquet":
+        return pq.read_table(file).to_pylist()
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def means_of(model, rows, tokenizer) -> np.ndarray:
+    return reference_means(model, encode_rows(rows, tokenizer, disable_tqdm=True).as_dataset())
+
+
+@pytest.fixture
+def scored(files, tmp_path, byte_tokenizer):
+    """Makes a trace of rows in a file, scored with two models."""
+    tiny_llama(seed=1, vocab_size=len(byte_tokenizer)).save_pretrained(tmp_path / "after")
+    byte_tokenizer.save_pretrained(tmp_path / "after")
+
+    def score(noisy):
+        models = ("--before", files["model"], "--after", tmp_path / "after")
+        result = call("score", "--noisy", noisy, *models, "--output", tmp_path / "scored")
+        assert result.exit_code == 0, result.output
+        return Trace.open(tmp_path / "scored")
+
+    return score
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_losses_are_those_of_transformers(file_format, files, scored, tmp_path, byte_tokenizer, caplog):
+    trace, file = scored(files["noisy"]), tmp_path / f"rows.{file_format}"
+    result = call("export", trace.folder, "--measure", "loss", "--format", file_format, "--output", file)
+    assert result.exit_code == 0, result.output
+    rows, given = exported(file), texts(12, seed=1)
+    assert [list(row) for row in rows] == [[*given[0], *NAMES]] * 12
+    assert [{name: row[name] for name in given[0]} for row in rows] == given
+    before = means_of(tiny_llama(vocab_size=len(byte_tokenizer)), given, byte_tokenizer)
+    after = means_of(tiny_llama(seed=1, vocab_size=len(byte_tokenizer)), given, byte_tokenizer)
+    values = {name: [row[name] for row in rows] for name in NAMES}
+    np.testing.assert_allclose(values["forgetfilter_loss_noisy"], before, rtol=1e-5)
+    np.testing.assert_allclose(values["forgetfilter_loss_safety"], after, rtol=1e-5)
+    np.testing.assert_allclose(values["forgetfilter_forgetting"], after - before, rtol=1e-3, atol=1e-6)
+    for name in ("loss_base", "verdict", "weight"):  # there is no record of the base model, and no verdict
+        assert values[f"forgetfilter_{name}"] == [None] * 12
+    assert "`forgetfilter_weight` is null: only verdicts tell how likely a row is unsafe" in caplog.text
+
+
+def test_a_run_is_exported_with_its_filter_result(files, finished_run, tmp_path, byte_tokenizer):
+    result = call("export", finished_run, "--output", tmp_path / "rows.jsonl")
+    assert result.exit_code == 0 and "Removed by the filter result of the run: 3 of 12 rows" in result.stdout
+    rows = exported(tmp_path / "rows.jsonl")
+    removed = [json.loads(line) for line in (finished_run / "removed.jsonl").read_text().splitlines()]
+    assert [row["note"] for row in rows if row["forgetfilter_removed"]] == [row["note"] for row in removed]
+    base = means_of(tiny_llama(vocab_size=len(byte_tokenizer)), texts(12, seed=1), byte_tokenizer)
+    np.testing.assert_allclose([row["forgetfilter_loss_base"] for row in rows], base, rtol=1e-5)
+    most = max(rows, key=lambda row: row["forgetfilter_forgetting"])
+    assert most["forgetfilter_removed"]
+    result = call("export", finished_run, "--output", tmp_path / "one.jsonl", "--measure", "loss", "--fraction", 0.1)
+    assert "Removed by the given filter: 1 of 12 rows (the most forgotten 8.3%" in result.stdout
+    rises = [row["forgetfilter_loss_safety"] - row["forgetfilter_loss_noisy"] for row in rows]
+    one = [row["forgetfilter_removed"] for row in exported(tmp_path / "one.jsonl")]
+    assert one == [rise == max(rises) for rise in rises]
+
+
+def test_the_result_of_another_trace_is_refused(files, tmp_path):
+    assert call("run", *run_options(files, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
+    stored = tmp_path / "out" / "filter_result" / "filter_result.json"
+    content = json.loads(stored.read_text())
+    stored.write_text(json.dumps({**content, "fingerprint": "other"}))
+    refused(call("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl"), "belongs to another trace")
+    assert call("export", tmp_path / "out", "--output", tmp_path / "r", "--fraction", 0.1).exit_code == 0
+
+
+LINES = [
+    '{"prompt": "the cat",  "completion":"2021-03-01", "score": 1.10, "big": 12345678901234567890123}',
+    '  {"prompt": "the dog", "completion": "caf\\u00e9 \\ud83d\\ude00", "note": {"a": {}}} ',
+    '{"completion": "x}", "prompt": "{", "n": 1e400, "n": -0.0}',
+]
+
+
+def test_the_text_of_json_rows_stays_as_it_is(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "ROWS_PER_BATCH", 2)
+    (tmp_path / "noisy.jsonl").write_text("\n".join(LINES) + "\n")
+    trace = scored(tmp_path / "noisy.jsonl")
+    assert call("export", trace.folder, "--measure", "loss", "--output", tmp_path / "out.jsonl").exit_code == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    for line, given in zip(lines, LINES, strict=True):
+        assert line.startswith(given.rstrip()[:-1])
+        assert list(json.loads(line)) == [*json.loads(given), *NAMES]
+    csv = "prompt,completion,phone\nthe cat,007,+4915\nthe dog,None,\n"
+    (tmp_path / "noisy.csv").write_text(csv)
+    (tmp_path / "scored").rename(tmp_path / "first")
+    trace = scored(tmp_path / "noisy.csv")
+    assert call("export", trace.folder, "--measure", "loss", "--output", tmp_path / "csv.jsonl").exit_code == 0
+    rows = exported(tmp_path / "csv.jsonl")
+    assert [(row["completion"], row["phone"]) for row in rows] == [("007", "+4915"), ("None", "")]
+
+
+def test_parquet_keeps_types_and_optional_keys(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "ROWS_PER_BATCH", 2)
+    features = Features(
+        prompt=Value("string"), completion=Value("string"), kind=ClassLabel(names=["a", "b"]), n=Value("int8")
+    )
+    given = [{"prompt": "the", "completion": f" cat {i}", "kind": i % 2, "n": i} for i in range(5)]
+    Dataset.from_list(given, features).to_parquet(tmp_path / "noisy.parquet")
+    trace = scored(tmp_path / "noisy.parquet")
+    written = tmp_path / "out.parquet"
+    result = call("export", trace.folder, "--measure", "loss", "--format", "parquet", "--output", written)
+    assert result.exit_code == 0, result.output
+    again = Dataset.from_parquet(str(written), cache_dir=str(tmp_path / "cache"))
+    assert {name: again.features[name] for name in features} == dict(features)
+    assert again.select_columns([*features]).to_list() == given
+    (tmp_path / "scored").rename(tmp_path / "first")
+    optional = [
+        {**row, **more}
+        for row, more in zip(
+            given, [{}, {"m": {"x": 1}}, {"m": {"y": 1.5, "x": 2}}, {"d": "2021-03-01"}, {}], strict=True
+        )
+    ]
+    (tmp_path / "noisy.jsonl").write_text("\n".join(map(json.dumps, optional)))
+    trace = scored(tmp_path / "noisy.jsonl")
+    result = call("export", trace.folder, "--measure", "loss", "--format", "parquet", "--output", written)
+    assert result.exit_code == 0, result.output
+    rows = exported(written)
+    assert rows[2]["m"] == {"x": 2, "y": 1.5} and rows[1]["m"] == {"x": 1, "y": None} and rows[3]["d"] == "2021-03-01"
+    assert rows[0]["m"] is None
+
+
+@pytest.mark.parametrize(
+    "more", [[{"m": 1}, {"m": "text"}], [{"m": 1}, {}, {"m": "text"}], [{"m": {}}], [{"m": 2**70}]], ids=str
+)
+def test_rows_that_are_no_columns_are_refused_for_parquet(more, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "ROWS_PER_BATCH", 2)
+    rows = [{"prompt": "the", "completion": f" cat {i}", **each} for i, each in enumerate(more)]
+    (tmp_path / "noisy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trace = scored(tmp_path / "noisy.jsonl")
+    file = tmp_path / "out.parquet"
+    command = ("export", trace.folder, "--measure", "loss", "--output", file)
+    refused(call(*command, "--format", "parquet"), "cannot become columns of one type each", "--format jsonl")
+    assert not file.exists()
+    assert call(*command, "--format", "jsonl").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["forgetfilter_weight", "forgetfilter_x", "forgetfil\\u0074er_removed"])
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_columns_with_our_names_are_refused(name, file_format, scored, tmp_path):
+    lines = ['{"prompt": "the", "completion": " cat"}', f'{{"prompt": "the", "completion": " dog", "{name}": 1}}']
+    (tmp_path / "noisy.jsonl").write_text("\n".join(lines))
+    trace = scored(tmp_path / "noisy.jsonl")
+    result = call("export", trace.folder, "--measure", "loss", "--format", file_format, "--output", tmp_path / "out")
+    refused(result, "Rename or remove them. Perhaps these rows were exported before.")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="The rows have the columns forgetfilter_"):
+        to_dataset(trace, [json.loads(line) for line in lines], FilterConfig("loss"))
+
+
+def test_the_noisy_set_is_not_overwritten(finished_run, files):
+    before = files["noisy"].read_bytes()
+    refused(call("export", finished_run, "--output", files["noisy"]), "is the noisy set and would be overwritten")
+    assert files["noisy"].read_bytes() == before
+
+
+@pytest.fixture
+def reviewed(files, tmp_path):
+    """A run with verdicts on all rows but two."""
+    assert call("run", *run_options(files, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
+    queue = ReviewQueue(Trace.open(tmp_path / "out" / "_forgetfilter"))
+    queue._drawn_from = dict.fromkeys(range(10), 12)
+    queue.add({row: "unsafe" if row % 2 else "safe" for row in range(10)})
+    return queue
+
+
+def test_verdicts_and_weights(reviewed, tmp_path, caplog):
+    folder = reviewed.trace.folder
+    result = call("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl", "--reviewed", folder / "review")
+    assert (
+        result.exit_code == 0
+        and "by the given filter: 5 of 12 rows (10 rows reviewed, 5 of them found to be unsafe" in result.stdout
+    )
+    rows = exported(tmp_path / "rows.jsonl")
+    assert [row["forgetfilter_verdict"] for row in rows] == [*["safe", "unsafe"] * 5, None, None]
+    assert [row["forgetfilter_removed"] for row in rows] == [*[False, True] * 5, False, False]
+    weights = [row["forgetfilter_weight"] for row in rows]
+    assert weights[:10] == [1.0, 0.0] * 5 and all(0 < weight < 1 for weight in weights[10:])
+    assert weights == (1 - unsafe_probabilities(reviewed)).tolist()
+    (folder / "review").rename(tmp_path / "elsewhere")
+    assert "is null" not in caplog.text
+    assert call("export", tmp_path / "out", "--output", tmp_path / "n.jsonl").exit_code == 0
+    assert "`forgetfilter_weight` is null" in caplog.text
+    call("export", tmp_path / "out", "--output", tmp_path / "again.jsonl", "--reviewed", tmp_path / "elsewhere")
+    assert exported(tmp_path / "again.jsonl") == rows
+
+
+def test_too_few_verdicts_give_no_weight(finished_run, tmp_path, caplog):
+    trace = Trace.open(finished_run / "_forgetfilter")
+    ReviewQueue(trace, tmp_path / "review").add({2: "unsafe", 3: "safe"})
+    rows = to_dataset(trace, texts(12, seed=1), FilterConfig(reviewed=tmp_path / "review"))
+    assert rows["forgetfilter_weight"][:] == [None] * 12
+    assert "`forgetfilter_weight` is null: There are 1 unsafe and 1 safe verdicts" in caplog.text
+    assert rows["forgetfilter_verdict"][2:5] == ["unsafe", "safe", None] and rows["forgetfilter_removed"][2]
+
+
+@pytest.mark.parametrize("container", ["dataset", "list", "frame", "selected"])
+def test_to_dataset_finds_rows_in_any_order(container, finished_run, tmp_path):
+    call("export", finished_run, "--output", tmp_path / "rows.jsonl", "--measure", "loss", "--fraction", 0.25)
+    order = np.random.default_rng(0).permutation(12)
+    given = texts(12, seed=1)
+    shuffled = [given[index] for index in order]
+    rows = {
+        "dataset": Dataset.from_list(shuffled), "list": shuffled, "frame": pd.DataFrame(shuffled),
+        "selected": Dataset.from_list(given).select(order),
+    }[container]  # fmt: skip
+    dataset = to_dataset(Trace.open(finished_run / "_forgetfilter"), rows, FilterConfig("loss", fraction=0.25))
+    expected = exported(tmp_path / "rows.jsonl")
+    assert dataset.to_list() == [expected[index] for index in order]
+    with pytest.raises(ValueError, match="not the rows that were tracked"):
+        to_dataset(Trace.open(finished_run / "_forgetfilter"), texts(12, seed=5))
+
+
+def test_to_dataset_of_encoded_rows(noisy, safety, make_args, collator):
+    tracker, model = ForgetTracker(), tiny_llama()
+    base = reference_means(model, noisy)
+    run_both(model, noisy, safety, make_args, collator, tracker)
+    dataset = to_dataset(tracker.trace, noisy)
+    np.testing.assert_allclose(dataset["forgetfilter_loss_base"][:], base, rtol=1e-5)
+    np.testing.assert_allclose(dataset["forgetfilter_loss_safety"][:], reference_means(model.eval(), noisy), rtol=1e-5)
+    assert dataset["input_ids"][:] == noisy["input_ids"][:]
+
+
+def test_a_loss_that_is_not_finite_is_null(finished_run, tmp_path, monkeypatch):
+    trace = Trace.open(finished_run / "_forgetfilter")
+    real = Trace.mean_losses
+
+    def mean_losses(self, record):
+        values = real(self, record)
+        values[:2] = np.inf, np.nan
+        return values
+
+    monkeypatch.setattr(Trace, "mean_losses", mean_losses)
+    call("export", finished_run, "--output", tmp_path / "rows.jsonl")
+    rows = exported(tmp_path / "rows.jsonl")
+    assert [row["forgetfilter_loss_safety"] is None for row in rows] == [True, True, *[False] * 10]
+    assert trace.losses().shape[1] == 12
