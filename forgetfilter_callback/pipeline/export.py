@@ -79,7 +79,7 @@ def to_dataset(
     from ..data.as_rows import as_rows  # imports torch
     from ..data.encode_text import encode_rows
 
-    rows = as_rows(rows)
+    rows = as_rows(rows, "`rows`")
     is_encoded = len(rows) > 0 and "input_ids" in rows[0]
     if tokenizer is None and not is_encoded:
         tokenizer = load_trace_tokenizer(trace)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
 from ..measures.names import UNITS
+from ..review.verdicts import VERDICTS_FILE, VerdictLabel, read_verdicts
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
@@ -35,8 +36,8 @@ from .token_text import MAX_TEXT_LENGTH, split_text
 # These limits keep the page below 10 MB.
 MAX_PLOTTED = 50_000  # samples in the plots
 MAX_RECORDS = 5  # records of the safety session
-# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten. Overridden samples are
-# added, up to another third.
+# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten. Overridden and
+# reviewed samples are added, up to another third.
 MAX_TEXTS = 900
 
 
@@ -59,7 +60,8 @@ def write_review_page(
             Decodes the token ids of the trace.
         filter_config ([`FilterConfig`], *optional*):
             Which samples are removed when the page opens. Samples that it overrides, or that a review decides, are
-            overridden on the page. The page shows the last record, so `step` cannot be given.
+            overridden on the page. The page shows the last record, so `step` cannot be given. It shows the verdicts in
+            `reviewed`, which defaults to the folder `review` in the trace's folder.
         unsafe (`Sequence[bool]` of length `samples`, *optional*):
             Audit labels in the order of the trace. The page shows precision and recall against them. They do not
             affect the filter result.
@@ -73,6 +75,7 @@ def write_review_page(
         ImportError: if plotly or jinja2 is not installed.
         TraceError: if the trace lacks the records that `measure` needs.
         ValueError: if `filter_config.step` is given.
+        DecisionError: if the verdicts belong to another trace.
     """
     if filter_config is not None and filter_config.step is not None:
         raise ValueError(f"step={filter_config.step}: the review page shows the last record. Leave out `step`.")
@@ -84,7 +87,10 @@ def write_review_page(
     unsafe = None if unsafe is None else np.asarray(unsafe, dtype=bool)
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe)
-    data = _page_data(trace, result, tokenizer, unsafe, sources)
+    given_folder = filter_config.reviewed if filter_config is not None else None
+    verdicts_file = (Path(given_folder) if given_folder is not None else trace.folder / "review") / VERDICTS_FILE
+    verdicts = {verdict.row: verdict.verdict for verdict in read_verdicts(verdicts_file, trace.rows.ids)}
+    data = _page_data(trace, result, tokenizer, unsafe, sources, verdicts)
     page = files("forgetfilter_callback.reports") / "page"
     script = (page / "review.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -110,7 +116,12 @@ def _csp_hash(script: str) -> str:
 
 
 def _page_data(
-    trace: Trace, result: FilterResult, tokenizer: Decoder, unsafe: np.ndarray | None, sources: Sequence[Any] | None
+    trace: Trace,
+    result: FilterResult,
+    tokenizer: Decoder,
+    unsafe: np.ndarray | None,
+    sources: Sequence[Any] | None,
+    verdicts: dict[int, VerdictLabel],
 ) -> dict[str, Any]:
     samples = len(trace.rows)
     plotted = np.arange(samples)
@@ -123,7 +134,7 @@ def _page_data(
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
     overridden = _overridden_samples(result)
-    shown = _shown_samples(result, overridden)
+    shown = _shown_samples(result, np.union1d(overridden, np.array([*verdicts], dtype=int)))
     return {
         "summary": page_summary(result),
         "measure": result.measure,
@@ -147,7 +158,8 @@ def _page_data(
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
-        "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe),
+        "verdicts": {label: list(verdicts.values()).count(label) for label in get_args(VerdictLabel)},
+        "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe, verdicts),
     }
 
 
@@ -163,12 +175,13 @@ def _overridden_samples(result: FilterResult) -> np.ndarray:
     return np.flatnonzero(given | (result.removed != above_phi))
 
 
-def _shown_samples(result: FilterResult, overridden: np.ndarray) -> np.ndarray:
+def _shown_samples(result: FilterResult, decided: np.ndarray) -> np.ndarray:
     """Selects the samples with text.
 
     Returns:
         `np.ndarray`: indices of all samples, or, if there are more than `MAX_TEXTS`, of the most forgotten, those
-        closest to φ, the least forgotten, and the most forgotten of the other overridden ones.
+        closest to φ, the least forgotten, and the most forgotten of the others that are overridden or reviewed
+        (`decided`).
     """
     known = np.flatnonzero(np.isfinite(result.values))
     if len(result.values) <= MAX_TEXTS:
@@ -178,7 +191,7 @@ def _shown_samples(result: FilterResult, overridden: np.ndarray) -> np.ndarray:
     phi = result.threshold if result.threshold is not None else result.separability.threshold
     chosen = [np.argsort(-values)[:third], np.argsort(np.abs(values - phi))[:third], np.argsort(values)[:third]]
     shown = known[np.concatenate(chosen)]
-    others = np.setdiff1d(overridden, shown)
+    others = np.setdiff1d(decided, shown)
     return np.union1d(shown, others[np.argsort(-result.values[others])][:third])
 
 
@@ -189,6 +202,7 @@ def _text_rows(
     shown: np.ndarray,
     initial_losses: np.ndarray,
     unsafe: np.ndarray | None,
+    verdicts: dict[int, VerdictLabel],
 ) -> list[dict[str, Any]]:
     before, after = trace.first_and_last()
     rises = trace.token_losses(after) - trace.token_losses(before)
@@ -205,6 +219,7 @@ def _text_rows(
                 "length": int(offsets[index + 1] - offsets[index]),
                 "initial_loss": _number(initial_losses[index]),
                 "unsafe": None if unsafe is None else bool(unsafe[index]),
+                "verdict": verdicts.get(index),
                 "prompt": prompt[-MAX_TEXT_LENGTH:],
                 "pieces": pieces,
                 "truncated": len(prompt) > MAX_TEXT_LENGTH,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from playwright.sync_api import expect
 from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
+from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
@@ -433,3 +435,105 @@ def test_the_page_explains_how_to_apply_the_decision(review):
     assert "forgetfilter filter TRACE --decision review_decision.json --output DIR" in html
     code = 'FilteredTrainer(…, forgetting=TRACE, filter_config=FilterConfig(decision="review_decision.json"))'
     assert code in html
+
+
+@pytest.fixture(scope="module")
+def with_verdicts(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, dict[int, str]]:
+    """A page whose trace has verdicts, some of them changed, by a reviewer with a hostile name."""
+    folder = tmp_path_factory.mktemp("verdicts")
+    trace, _ = hostile_trace(folder / "trace", byte_tokenizer, samples=150)
+    ids = trace.rows.ids.to_pylist()
+    first = {row: "unsafe" if row % 3 == 0 else "safe" for row in range(0, 40, 2)}
+    changed = {0: "safe", 4: "unsafe"}
+    time = "2026-01-01T00:00:00+00:00"
+    for labels in (first, changed):
+        verdicts = [Verdict(row, ids[row], label, time, HOSTILE[row % 10]) for row, label in labels.items()]
+        append_verdicts(verdicts, trace.folder / "review" / "verdicts.jsonl")
+    write_review_page(trace, folder / "review.html", byte_tokenizer, FilterConfig("loss"))
+    return folder / "review.html", trace, {**first, **changed}
+
+
+def rows_on_all_pages(page) -> dict[int, list[str]]:
+    """The cells of each row, by its number."""
+    rows = {}
+    while True:
+        for row in page.locator("#rows tr").all():
+            cells = row.locator("td").all_inner_texts()
+            rows[int(cells[0])] = cells
+        if page.locator("#next").is_disabled():
+            return rows
+        page.click("#next")
+
+
+@needs_chromium
+def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
+    file, _, labels = with_verdicts
+    events = []
+    page = browser.new_page()
+    for event in ("console", "pageerror", "dialog"):
+        page.on(event, lambda found: events.append(str(found)))
+    page.goto(file.as_uri())
+    page.wait_for_selector("#rows tr")
+    unsafe = list(labels.values()).count("unsafe")
+    assert page.inner_text("#verdicts") == f"20 of 150 samples have a verdict: {unsafe} unsafe, {20 - unsafe} safe."
+    column = page.locator("thead th:visible").all_inner_texts().index("Verdict")
+    for shown, expected in (
+        ("all", {row: labels.get(row, "–") for row in range(150)}),
+        ("reviewed", labels),
+        ("unreviewed", {row: "–" for row in range(150) if row not in labels}),
+    ):
+        page.select_option("#reviewed", shown)
+        assert {row: cells[column] for row, cells in rows_on_all_pages(page).items()} == expected
+        assert f"{len(expected)} samples" in page.inner_text("#page")
+    page.select_option("#reviewed", "reviewed")
+    marks = page.locator("#rows td.verdict")
+    assert marks.count() == 20 and page.locator("#rows td.verdict.unsafe").count() == unsafe
+    mark = "element => getComputedStyle(element, '::before').content"
+    assert page.locator("#rows td.verdict.unsafe").first.evaluate(mark) == '"⚠ "'
+    page.fill("#search", "javascript:alert")
+    for row, cells in rows_on_all_pages(page).items():
+        assert row in labels and "javascript:alert" in cells[-1]
+    page.close()
+    assert events == []
+
+
+@needs_chromium
+def test_a_page_without_verdicts_does_not_mention_them(page):
+    for element in ("#verdicts", "#reviewed-label", "#verdict-head"):
+        assert page.locator(element).is_hidden()
+    assert page.locator("#rows tr").first.locator("td").count() == page.locator("thead th:visible").count()
+
+
+def test_the_names_of_reviewers_are_not_on_the_page(with_verdicts):
+    html = with_verdicts[0].read_text(encoding="utf-8")
+    assert html.count("</script>") == 3 and "2026-01-01T00:00:00" not in html
+
+
+def test_verdicts_come_from_the_folder_of_the_filter(with_verdicts, tmp_path, byte_tokenizer):
+    _, trace, _ = with_verdicts
+    verdict = Verdict(7, trace.rows.ids[7].as_py(), "unsafe", "now")
+    append_verdicts([verdict], tmp_path / "verdicts.jsonl")
+    write_review_page(trace, tmp_path / "page.html", byte_tokenizer, FilterConfig("loss", threshold=1.0))
+    assert page_data(tmp_path / "page.html")["verdicts"]["unsafe"] > 1
+    append_verdicts([replace(verdict, id="other")], tmp_path / "other" / "verdicts.jsonl")
+    (trace.folder / "review").rename(trace.folder / "kept")
+    (tmp_path / "other").rename(trace.folder / "review")
+    with pytest.raises(DecisionError, match="the verdict is about another set"):
+        write_review_page(trace, tmp_path / "page.html", byte_tokenizer, FilterConfig("loss"))
+    (trace.folder / "review").rename(tmp_path / "other")
+    (trace.folder / "kept").rename(trace.folder / "review")
+
+
+def test_reviewed_samples_of_a_large_set_are_in_the_table(tmp_path, tokenizer):
+    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=MAX_TEXTS + 400)
+    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
+    without = {row["row"] for row in page_data(tmp_path / "review.html")["rows"]}
+    hidden = sorted(set(range(MAX_TEXTS + 400)) - without)[:30]
+    ids = trace.rows.ids.to_pylist()
+    append_verdicts(
+        [Verdict(row, ids[row], "safe", "now") for row in hidden], trace.folder / "review" / "verdicts.jsonl"
+    )
+    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
+    data = page_data(tmp_path / "review.html")
+    assert [row["row"] for row in data["rows"] if row["verdict"] == "safe"] == hidden
+    assert data["verdicts"] == {"unsafe": 0, "safe": 30}

@@ -24,6 +24,8 @@ let phi = initialPhi, plottedPhi = Math.fround(phi);
 let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed
 const overrides = new Map(data.overrides.map((each) => [each.id, each.choice])); // sample id → "keep" or "remove"
 const rowOf = new Map([...data.rows, ...data.overrides].map((each) => [each.id, each.row]));
+const reviewed = data.verdicts.unsafe + data.verdicts.safe;
+let shownVerdicts = "all"; // or "reviewed", "unreviewed"
 let view = "forgotten", sort = { key: "value", descending: true }, query = "", page = 0;
 const sources = data.by_source; // null: no column says where a row came from
 let chosenSource = null; // number of the source whose samples are listed
@@ -183,7 +185,8 @@ function setPhi(value, threshold = value) {
 function matching() {
   const lowerQuery = query.toLowerCase();
   const text = (row) => (row.prompt + row.pieces.map((piece) => piece[0]).join("")).toLowerCase();
-  const rows = data.rows.filter((row) => (chosenSource === null || row.source === chosenSource) && (view !== "overridden" || overrides.has(row.id)) && (!lowerQuery || text(row).includes(lowerQuery)));
+  const inVerdicts = (row) => shownVerdicts === "all" || (row.verdict !== null) === (shownVerdicts === "reviewed");
+  const rows = data.rows.filter((row) => inVerdicts(row) && (chosenSource === null || row.source === chosenSource) && (view !== "overridden" || overrides.has(row.id)) && (!lowerQuery || text(row).includes(lowerQuery)));
   const key = sort.key === "distance" ? (row) => -Math.abs(row.value - phi) : (row) => row[sort.key];
   const order = sort.descending ? -1 : 1;
   return rows.sort((a, b) => {
@@ -217,6 +220,7 @@ function showRows() {
     cell(tr, "Initial loss", "number").textContent = format(sample.initial_loss);
     if (unsafe !== null) cell(tr, "Audit label").textContent = sample.unsafe ? "unsafe" : "–";
     if (sources !== null) cell(tr, "Source", "source").textContent = sample.sourceName;
+    if (reviewed) cell(tr, "Verdict", sample.verdict === null ? "" : `verdict ${sample.verdict}`).textContent = sample.verdict ?? "–";
     const select = document.createElement("select");
     select.dataset.sample = sample.id;
     select.setAttribute("aria-label", `Decision for row ${sample.row}`);
@@ -318,7 +322,7 @@ $("about").textContent = `Model ${data.model}. Trace ${data.trace}.` +
   (data.sampled ? ` The plots and the counts below use a random subset of ${count(last.length)} of ${count(data.samples, "sample")}.` : "");
 $("shown").textContent = data.all_shown
   ? `The table contains ${data.samples === 1 ? "the only sample" : `all ${count(data.samples, "sample")}`}.`
-  : `The table contains ${count(data.rows.length)} of ${count(data.samples, "sample")}: the most forgotten, those closest to φ, the least forgotten${data.overrides.length ? ", and overridden ones" : ""}.`;
+  : `The table contains ${count(data.rows.length)} of ${count(data.samples, "sample")}: the most forgotten, those closest to φ, the least forgotten${data.overrides.length || reviewed ? ", and overridden or reviewed ones" : ""}.`;
 for (const head of document.querySelectorAll(".audit-head")) head.hidden = unsafe === null;
 for (const part of document.querySelectorAll(".by-source")) part.hidden = sources === null;
 if (sources !== null) {
@@ -333,6 +337,8 @@ if (sources !== null) {
     if (listed.has(i)) $("source").append(new Option(name, i));
   });
 }
+$("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} samples have a verdict: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.`;
+for (const id of ["verdicts", "reviewed-label", "verdict-head"]) $(id).hidden = !reviewed;
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
 $("phi").min = String(Math.min(lowest, initialPhi));
@@ -355,6 +361,11 @@ $("view").addEventListener("change", () => {
 });
 $("source").addEventListener("change", () => {
   chosenSource = $("source").value === "" ? null : Number($("source").value);
+  page = 0;
+  showRows();
+});
+$("reviewed").addEventListener("change", () => {
+  shownVerdicts = $("reviewed").value;
   page = 0;
   showRows();
 });
