@@ -11,17 +11,14 @@ import subprocess
 import sys
 import tomllib
 import webbrowser
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
 import yaml
 from datasets import Dataset
-from helpers import tiny_llama
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
-from trl import SFTConfig
+from helpers import texts, tiny_llama
 from typer.testing import CliRunner
 from werkzeug.serving import BaseWSGIServer
 
@@ -42,9 +39,9 @@ PAGES = {
 }
 page_names = [str(file.relative_to(ROOT)) for file in PAGES]
 each_page = pytest.mark.parametrize(("page", "text"), PAGES.items(), ids=page_names)
-# Pages of the site with something to run.
 SITE = {page: text for page, text in PAGES.items() if ROOT / "docs" in page.parents}
-SHOWN = {page: text for page, text in SITE.items() if re.search("```(python|console)\n", text)}
+# Pages with something to run.
+SHOWN = {page: text for page, text in PAGES.items() if re.search("```(python|console)\n", text)}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -98,42 +95,31 @@ def test_the_readme_begins_with_installing_and_running():
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, byte_tokenizer) -> Path:
-    """A working directory with the files that the documents mention."""
+def workplace(tmp_path, files, finished_run, byte_tokenizer, monkeypatch) -> Path:
+    """A working directory with the models and rows that the pages name, and a finished run in `out`."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    draw = lambda: " ".join(rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4))  # noqa: E731
-    for name, count in (("noisy", 12), ("safety", 6), ("held-out-unsafe", 3), ("held-out-task", 3)):
-        rows = [{"prompt": draw(), "completion": " " + draw()} for _ in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for seed, name in enumerate(["model", "model-after"]):
-        tiny_llama(seed=seed, vocab_size=len(byte_tokenizer)).save_pretrained(tmp_path / name)
-        byte_tokenizer.save_pretrained(tmp_path / name)
-    return tmp_path
-
-
-@pytest.fixture
-def site_workplace(workplace, files, finished_run, byte_tokenizer, monkeypatch) -> Path:
-    """A working directory for a page of the site: also with the model that the pages name, and a finished run in `out`."""
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "base-model"):
-        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(workplace / name)
-        tokenizer.save_pretrained(workplace / name)
-    for name in ("noisy", "safety"):  # the rows of the finished run
-        shutil.copy(files[name], workplace / f"{name}.jsonl")
-    shutil.copytree(finished_run, workplace / "out")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(BaseWSGIServer, "serve_forever", lambda server: None)
     monkeypatch.setattr(webbrowser, "open", lambda address: True)
-    return workplace
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    for seed, name in enumerate(["base-model", "model", "model-after", "HuggingFaceTB/SmolLM2-135M-Instruct"]):
+        tiny_llama(seed=seed, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    noisy = Dataset.from_json(str(files["noisy"]))  # the rows of the finished run
+    noisy.add_column("source", ["forum", "books"] * (len(noisy) // 2)).to_json(tmp_path / "noisy.jsonl")
+    shutil.copy(files["safety"], tmp_path / "safety.jsonl")
+    for seed, name in enumerate(["held-out-unsafe", "held-out-task"]):
+        Dataset.from_list(texts(3, seed=seed)).to_json(tmp_path / f"{name}.jsonl")
+    shutil.copytree(finished_run, tmp_path / "out")
+    return tmp_path
 
 
-@pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT / "docs")))
-def test_a_page_runs_from_top_to_bottom(page, site_workplace):
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_runs_from_top_to_bottom(page, workplace):
     """The Python blocks of a page share their names, and all blocks of a page share the working directory."""
     if "--output out " in SHOWN[page]:  # the page makes this folder itself
-        shutil.rmtree(site_workplace / "out")
+        shutil.rmtree(workplace / "out")
     names: dict[str, object] = {}
     for language, block in re.findall(r"```(python|console)\n(.*?)```", SHOWN[page], flags=re.DOTALL):
         if language == "python":
@@ -158,38 +144,6 @@ def run_command(line: str) -> None:
     if arguments[0] == "review":
         queue = ReviewQueue(Trace.open(Path(arguments[1]) / "_forgetfilter"))
         queue.add({row: "unsafe" if row % 2 else "safe" for row in queue.next(4)})
-
-
-def test_the_python_snippets_run(workplace, byte_tokenizer, noisy, safety):
-    snippets = blocks(README, "python")
-    assert len(snippets) >= 2
-    texts = Dataset.from_json(str(workplace / "noisy.jsonl"))
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token  # a Trainer without a collator of its own needs one to pad
-    for number, snippet in enumerate(snippets):
-        kind = SFTConfig if "SFTTrainer" in snippet else TrainingArguments
-        args = kind(output_dir=f"out-{number}", num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=True,
-                    save_strategy="no")  # fmt: skip
-        load_model = partial(AutoModelForCausalLM.from_pretrained, "model")
-        names = {
-            "tokenizer": tokenizer,
-            "collator": DataCollatorForSeq2Seq(tokenizer),
-            "load_model": load_model,
-            "model": load_model(),
-            "base": load_model(),
-            "noisy": texts if kind is SFTConfig else noisy,
-            "looks_unsafe": lambda row: row["input_ids"][0] % 2 == 0,
-            "safety": texts.select(range(3)) if kind is SFTConfig else safety,
-            **{name: copy.deepcopy(args) for name in ("args", "args1", "args2", "args3")},
-        }
-        exec(compile(snippet, f"snippet {number}", "exec"), names)
-
-
-def test_the_commands_run(workplace):
-    commands = [line for block in blocks(README, "console") for line in block.splitlines()]
-    assert len(commands) >= 4
-    for command in commands:
-        run_command(command)
 
 
 def test_options_named_in_the_documents_exist():

@@ -14,10 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tables
 import typer
 from typer.cli import get_docs_for_click
 
+import tables
 from forgetfilter_callback.cli.commands import app
 
 

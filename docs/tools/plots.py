@@ -7,7 +7,6 @@ from statistics import mean
 
 import numpy as np
 from matplotlib.figure import Figure
-from tables import SCENARIOS, ends, find
 
 from forgetfilter_callback.filtering.thresholds import BASE_THRESHOLD
 from forgetfilter_callback.measures.common import mean_losses
@@ -15,6 +14,7 @@ from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 from forgetfilter_callback.measures.relative import relative_forgetting
 from forgetfilter_callback.measures.smoothed import smoothed_forgetting
+from tables import SCENARIOS, ends, find
 
 
 IMAGES = Path(__file__).parents[1] / "images"
