@@ -27,7 +27,7 @@ from sessions import Cache, DataDir, Json, Sessions, Settings, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "few.json"
-FEW_SETTINGS = Settings(safety_epochs=3, safety_learning_rate=1e-3, records=1.0)
+FEW_SETTINGS = Settings(safety_epochs=3, safety_learning_rate=1e-3, records=0.5)
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1)
 LOOKS = (0.025, 0.05, 0.1, 0.2)  # fractions of the noisy set that a reviewer reads
 # The sets that measures and settings were chosen on. The others were judged once, at the end.
