@@ -15,9 +15,9 @@ from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabiliti
 def test_probabilities_of_rows_without_a_verdict_are_calibrated(unsafe, looks, tmp_path):
     """The expected number of unsafe rows, and the log loss: below that of one probability for all, which is known."""
     expected, actual, losses, base = [], [], [], []
-    for seed in range(8):
+    for seed in range(12):
         trace, is_unsafe = make_trace(tmp_path / str(seed), unsafe=unsafe, seed=seed)
-        queue = ReviewQueue(trace, seed=seed)
+        queue = ReviewQueue(trace, seed=seed, random_fraction=0.2)
         review(queue, is_unsafe, looks)
         if why_no_probabilities(queue) is not None:
             continue
@@ -42,7 +42,7 @@ def test_likely_rows_are_more_likely_unsafe(tmp_path):
     probabilities, outcomes = [], []
     for seed in range(10):
         trace, is_unsafe = make_trace(tmp_path / str(seed), unsafe=100, seed=seed)
-        queue = ReviewQueue(trace, seed=seed)
+        queue = ReviewQueue(trace, seed=seed, random_fraction=0.2)
         review(queue, is_unsafe, 60)
         probabilities.append(unsafe_probabilities(queue)[~queue.is_seen])
         outcomes.append(is_unsafe[~queue.is_seen])
@@ -53,7 +53,7 @@ def test_likely_rows_are_more_likely_unsafe(tmp_path):
 
 def test_no_verdict_is_compared_with_a_score_that_has_learned_from_it(tmp_path, monkeypatch):
     trace, is_unsafe = make_trace(tmp_path)
-    queue = ReviewQueue(trace)
+    queue = ReviewQueue(trace, random_fraction=0.2)
     review(queue, is_unsafe, 60)
     fit_scores, learned = queue.fit_scores, []
     monkeypatch.setattr(queue, "fit_scores", lambda labels: learned.append(set(labels)) or fit_scores(labels))
@@ -75,7 +75,7 @@ def test_no_verdict_is_compared_with_a_score_that_has_learned_from_it(tmp_path, 
 )
 def test_too_few_verdicts_are_refused(verdicts, said, tmp_path):
     trace, _ = make_trace(tmp_path)
-    queue = ReviewQueue(trace)
+    queue = ReviewQueue(trace, random_fraction=0.2)
     queue._drawn_from = dict.fromkeys(range(verdicts["drawn"]), 300)
     labels = ["unsafe"] * verdicts["unsafe"] + ["safe"] * verdicts["safe"]
     queue.add(dict(enumerate(labels)))
@@ -90,7 +90,7 @@ def test_too_few_verdicts_are_refused(verdicts, said, tmp_path):
 
 def test_a_filter_with_weights_removes_nothing(tmp_path):
     trace, is_unsafe = make_trace(tmp_path)
-    queue = ReviewQueue(trace)
+    queue = ReviewQueue(trace, random_fraction=0.2)
     review(queue, is_unsafe, 60)
     result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", weights=True))
     assert not result.removed.any() and result.method == "weights"
