@@ -62,7 +62,7 @@ def test_noisy_finetuning_that_diverged_is_named(noisy, safety, train):
     model, tracker = tiny_llama(), ForgetTracker()
     train(model, "noisy", noisy, tracker, learning_rate=1e30)
     assert not np.isfinite(reference_means(model.eval(), noisy)).any()
-    message = "Of 24 samples, 24 have a finite loss before noisy finetuning, 0 after it and 0 now. The model diverges"
+    message = "Of 24 samples, 24 had a finite loss before noisy finetuning, 0 after it and 0 now. The model diverges"
     with pytest.raises(TraceError, match=message):
         train(model, "safety", safety, tracker)
 

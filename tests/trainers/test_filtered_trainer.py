@@ -329,5 +329,5 @@ def test_filtered_makes_a_subclass_of_filtered_trainer():
     assert issubclass(made, FilteredTrainer) and issubclass(made, Doubling)
     # The filter comes first, so that it wraps the custom trainer; the custom trainer overrides `Trainer`.
     assert made.__mro__.index(FilteredTrainer) < made.__mro__.index(Doubling) < made.__mro__.index(Trainer)
-    assert made.compute_loss is Doubling.compute_loss and made.__init__ is FilteredTrainer.__init__
+    assert made.__init__ is FilteredTrainer.__init__
     assert made.__name__ == "FilteredDoubling"
