@@ -29,10 +29,13 @@ def options(output: Path) -> list[str]:
 
 @pytest.fixture
 def process(finished) -> Iterator[subprocess.Popen[str]]:
+    # A shell starts background jobs with SIGINT ignored, and child processes inherit that. A handled signal is reset.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = subprocess.Popen(
         [sys.executable, "-m", "forgetfilter_callback", *options(finished[0])],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
+    signal.signal(signal.SIGINT, inherited)
     yield started
     started.kill()
     started.wait()
