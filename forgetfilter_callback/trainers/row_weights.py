@@ -81,7 +81,7 @@ class RowWeightsMixin(Trainer):
     of the weights, an unsafe row that is alone in a batch would be trained on as if its weight were 1.
 
     `Trainer` computes the loss in many ways: in the model, with label smoothing, with `compute_loss_func`, or in its
-    subclasses. They all compute it from the logits or the log-probabilities of the tokens, each of which belongs to one row.
+    subclasses. They all compute it from the logits or the log-probabilities of the tokens. Each token belongs to one row.
     Multiplying the gradient there is the same as multiplying the loss of each token, and leaves the rest of `Trainer` as it
     is: with weights of 1, training is the same bit for bit. The losses that are logged are not weighted.
     """
