@@ -129,7 +129,8 @@ def _page_data(
         plotted = np.sort(np.random.default_rng(0).choice(samples, MAX_PLOTTED, replace=False))
     records = [record for record in trace.records() if record.session == "safety" and record.step > 0]
     records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MAX_RECORDS).round().astype(int))]
-    earlier = compute_forgetting_by_record(trace, result.measure, [record.step for record in records])[:-1]
+    *earlier_steps, last_step = [record.step for record in records]
+    earlier = compute_forgetting_by_record(trace, result.measure, earlier_steps, last_step)
     by_record = [values[plotted] for values in [*earlier, result.values]]
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)

@@ -52,22 +52,25 @@ def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> np.n
     return relative_forgetting(mean_losses(trace.token_losses(trace.base_record), offsets), means_before, means_after)
 
 
-def compute_forgetting_by_record(trace: Trace, measure: Measure, steps: Sequence[int]) -> np.ndarray:
+def compute_forgetting_by_record(
+    trace: Trace, measure: Measure, steps: Sequence[int], unit_step: int | None
+) -> np.ndarray:
     """Compute a measure at several records of the safety session.
 
     Returns:
-        `np.ndarray` of shape `(records, samples)`, float64. With `"smoothed"`, all records are in the unit of the last one:
-        its typical change. NaN where [`Trace.forgetting`] is NaN, and with `"smoothed"` where it is NaN at any record.
+        `np.ndarray` of shape `(records, samples)`, float64. With `"smoothed"`, all records are in the unit of the record
+        at `unit_step`: its typical change. NaN where [`Trace.forgetting`] is NaN, and with `"smoothed"` where it is NaN at
+        any record.
     """
-    if measure != "smoothed":
-        return np.array([compute_forgetting(trace, measure, step) for step in steps])
-    before, offsets = trace.first_and_last()[0], trace.rows.loss_offsets
+    if measure != "smoothed" or not steps:
+        return np.array([compute_forgetting(trace, measure, step) for step in steps]).reshape(-1, len(trace.rows))
+    tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
+    first, last = (trace.token_losses(record) for record in trace.first_and_last(unit_step))
     losses = [trace.token_losses(Record("safety", step)) for step in steps]
-    first = trace.token_losses(before)
-    agreed = [agreed_forgetting(trace.rows.loss_tokens, offsets, first, after) for after in losses]
+    agreed = np.column_stack([agreed_forgetting(tokens, offsets, first, after) for after in losses])
     units = np.array([typical_loss(first, after, offsets) for after in losses])
-    smoothed = smoothed_over_states(np.column_stack(agreed), trace.states(before))
-    return smoothed.T * (units / units[-1])[:, None]
+    smoothed = smoothed_over_states(agreed, trace.states(trace.first_and_last()[0]))
+    return smoothed.T * (units / typical_loss(first, last, offsets))[:, None]
 
 
 def compute_nats_per_unit(trace: Trace, values: np.ndarray, step: int | None) -> float:
