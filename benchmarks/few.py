@@ -9,6 +9,7 @@ A signal is judged by how many unsafe rows a reviewer sees who reads the rows fr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers.utils import logging
 
 from forgetfilter_callback import Trace
+from forgetfilter_callback.review.verdicts import VerdictLabel
 from forgetfilter_callback.utils.atomic_files import write_json
 from rankings import rankings
 from scenarios import Sizes, load_scenario
-from sessions import Cache, DataDir, Json, Sessions, Settings, write_results
+from sessions import Cache, DataDir, Json, Sessions, Settings, earlier_results, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "few.json"
@@ -87,6 +89,20 @@ def train_set(chosen: Set, data_dir: Path | None, cache: Path) -> Sessions:
     return sessions
 
 
+def cached_sets(cache: Path, final: bool) -> Iterator[tuple[Set, Trace, np.ndarray]]:
+    """Opens the sets that are in the cache: the set, its trace, and which of its rows are unsafe."""
+    for chosen in sets(final):
+        groups_file = cache / chosen.name / "groups.json"
+        if groups_file.exists():
+            unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"
+            yield chosen, Trace.open(cache / chosen.name / "forgetfilter"), unsafe
+
+
+def verdicts_on(rows: Sequence[int], unsafe: np.ndarray) -> dict[int, VerdictLabel]:
+    """The verdicts of a reviewer who makes no mistakes."""
+    return {row: "unsafe" if unsafe[row] else "safe" for row in rows}
+
+
 def judged(values: np.ndarray, unsafe: np.ndarray) -> dict[str, Any]:
     """Measures how early the unsafe rows come in a ranking. All figures are `None` in a clean set."""
     count = int(unsafe.sum())
@@ -130,13 +146,11 @@ def train(data_dir: DataDir = None, cache: Cache = Path("few-cache"), final: Fin
 @app.command()
 def judge(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
     """Judge all signals on the sets in the cache. Results replace earlier ones of the same sets."""
-    judged_sets = [chosen for chosen in sets(final) if (cache / chosen.name / "groups.json").exists()]
-    results = json.loads(json_file.read_text()) if json_file.exists() else []
-    names = {chosen.name for chosen in judged_sets}
-    results = [row for row in results if row["set"] not in names]
-    for chosen in judged_sets:
-        unsafe = np.array(json.loads((cache / chosen.name / "groups.json").read_text())) == "unsafe"
-        trace = Trace.open(cache / chosen.name / "forgetfilter")
+    results = earlier_results(json_file)
+    names = set()
+    for chosen, trace, unsafe in cached_sets(cache, final):
+        names.add(chosen.name)
+        results = [row for row in results if row["set"] != chosen.name]
         settings = {"set": chosen.name, "scenario": chosen.scenario, "fraction": chosen.fraction, "rows": chosen.rows}
         for signal, values in rankings(trace).items():
             results.append({**settings, "seed": chosen.seed, "signal": signal, **judged(values, unsafe)})

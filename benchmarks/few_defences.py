@@ -23,10 +23,10 @@ import typer
 from transformers.utils import logging
 
 from defences import mean_and_sd, without_texts
-from few import Set
+from few import Set, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace, find_forgotten
 from judging import judge, second_scorer
-from redraws import LOOKS, ROUND, verdicts
+from redraws import LOOKS, ROUND
 from scenarios import load_scenario
 from sessions import Cache, DataDir, Json, Scenarios, Seeds, Sessions, earlier_results, write_results
 
@@ -41,7 +41,7 @@ def reviewed(trace: Trace, unsafe: np.ndarray, seed: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         for _ in range(LOOKS // ROUND):
-            queue.add(verdicts(queue.next(ROUND), unsafe))
+            queue.add(verdicts_on(queue.next(ROUND), unsafe))
         return queue.is_seen & unsafe
 
 

@@ -6,7 +6,6 @@ random draws, and the same number of looks by the ranking of the default measure
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 import pandas as pd
 import typer
 
-from few import Final, sets
+from few import Final, cached_sets, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace
-from sessions import Cache, Json, write_results
+from sessions import Cache, Json, earlier_results, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "looks.json"
@@ -33,7 +32,7 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         while len(queue.labels) < min(max(LOOKS), len(unsafe)):
-            queue.add({row: "unsafe" if unsafe[row] else "safe" for row in queue.next(ROUND)})
+            queue.add(verdicts_on(queue.next(ROUND), unsafe))
             looks = len(queue.labels)
             if looks not in LOOKS:
                 continue
@@ -53,13 +52,8 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]
 
 
 def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
-    results = json.loads(json_file.read_text()) if json_file.exists() else []
-    for chosen in sets(final):
-        groups_file = cache / chosen.name / "groups.json"
-        if not groups_file.exists():
-            continue
-        unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"
-        trace = Trace.open(cache / chosen.name / "forgetfilter")
+    results = earlier_results(json_file)
+    for chosen, trace, unsafe in cached_sets(cache, final):
         results = [row for row in results if row["set"] != chosen.name]
         for seed in SEEDS:
             results += [{"set": chosen.name, "seed": seed, **row} for row in simulate(trace, unsafe, seed)]

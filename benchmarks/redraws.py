@@ -10,7 +10,6 @@ Rows of a stored trace are drawn at random and reviewed, again and again; the tr
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import numpy as np
 import pandas as pd
 import typer
 
-from few import Final, sets
+from few import Final, cached_sets, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace
 from forgetfilter_callback.review.false_discoveries import removable_rows
-from sessions import Cache, Json, write_results
+from sessions import Cache, Json, earlier_results, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "redraws.json"
@@ -31,10 +30,6 @@ REDRAWS = 100
 DRAWN = (100, 200, 300)  # rows reviewed at random
 LOOKS = 60  # rows of a usual review, some of them drawn at random
 ROUND = 10
-
-
-def verdicts(rows: list[int], unsafe: np.ndarray) -> dict[int, Any]:
-    return {row: "unsafe" if unsafe[row] else "safe" for row in rows}
 
 
 def best_recall(scores: np.ndarray, unsafe: np.ndarray) -> float:
@@ -48,7 +43,7 @@ def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int) -
     """Reviews `drawn` random rows, and removes rows among the others. Figures count the rows without a verdict."""
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed, random_fraction=1)
-        queue.add(verdicts(queue.next(drawn), unsafe))
+        queue.add(verdicts_on(queue.next(drawn), unsafe))
         removed = removable_rows(queue, LEVEL).removed
         others = ~queue.is_seen
         return {
@@ -64,20 +59,15 @@ def interval(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         for _ in range(LOOKS // ROUND):
-            queue.add(verdicts(queue.next(ROUND), unsafe))
+            queue.add(verdicts_on(queue.next(ROUND), unsafe))
         low, high = queue.estimate().unsafe_left
         left = int((unsafe & ~queue.is_seen).sum())
         return {"left": left, "low": low, "high": high, "below": left < low, "above": left > high}
 
 
 def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
-    results = json.loads(json_file.read_text()) if json_file.exists() else []
-    for chosen in sets(final):
-        groups_file = cache / chosen.name / "groups.json"
-        if not groups_file.exists():
-            continue
-        unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"
-        trace = Trace.open(cache / chosen.name / "forgetfilter")
+    results = earlier_results(json_file)
+    for chosen, trace, unsafe in cached_sets(cache, final):
         results = [row for row in results if row["set"] != chosen.name]
         for drawn in DRAWN:
             redraws = [false_discoveries(trace, unsafe, drawn, seed) for seed in range(REDRAWS)]
