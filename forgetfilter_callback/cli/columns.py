@@ -64,6 +64,15 @@ def find_source_column(trace: Trace, noisy: str | None, given: str | None) -> st
     return None
 
 
+def find_rows(trace: Trace, noisy: str | None, tokenizer: str | None) -> tuple[str, PreTrainedTokenizerBase | None]:
+    """The source of the rows, and the tokenizer to encode them again, or `None` if their file has not changed."""
+    from ..trace.source_files import find_source, is_unchanged
+
+    source = noisy if noisy is not None else find_source(trace)
+    check_source(source)
+    return source, None if is_unchanged(trace, source) else encoding_tokenizer(trace, tokenizer)
+
+
 def encoding_tokenizer(trace: Trace, name: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, to encode rows again."""
     from ..data.tokenizers import load_tokenizer

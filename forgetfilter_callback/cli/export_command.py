@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..data.source_paths import check_source
 from ..filtering.config import FilterConfig
 from ..utils.sanitize_text import sanitize
 from .app import app, exit_codes, silence_libraries
-from .columns import encoding_tokenizer
+from .columns import find_rows
 from .options import options_from
 from .trace_commands import (
     ALL_FILTER_OPTIONS,
@@ -41,13 +40,8 @@ def export(
         filter_config = FilterConfig(**filter_settings) if filter_settings else None
         opened = open_trace(trace)
         from ..pipeline.export import export_rows
-        from ..trace.source_files import find_source, is_unchanged
 
-        source = noisy if noisy is not None else find_source(opened)
-        check_source(source)
-        loaded_tokenizer = None
-        if not is_unchanged(opened, source):  # otherwise no row is encoded again
-            loaded_tokenizer = encoding_tokenizer(opened, tokenizer)
+        source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         if file_format == "parquet":
             silence_libraries()
         removed = export_rows(opened, output, file_format, filter_config, source, loaded_tokenizer)

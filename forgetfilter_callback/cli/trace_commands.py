@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data.source_paths import check_source
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..utils.optional_packages import requires_extra
@@ -23,7 +22,7 @@ from .app import (
     exit_if_not_separable,
     print_result,
 )
-from .columns import SourceColumnOption, encoding_tokenizer, find_source_column, read_columns
+from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .options import options_from
 
 
@@ -58,13 +57,8 @@ def filter_command(
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
         from ..pipeline.outputs import filter_rows
-        from ..trace.source_files import find_source, is_unchanged
 
-        source = noisy if noisy is not None else find_source(opened)
-        check_source(source)
-        loaded_tokenizer = None
-        if not is_unchanged(opened, source):  # otherwise no row is encoded again
-            loaded_tokenizer = encoding_tokenizer(opened, tokenizer)
+        source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
         print_result(result, output, as_json)
