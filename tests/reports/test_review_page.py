@@ -54,6 +54,18 @@ def page(browser, review):
     assert set(events) == {f"request: {review[0].as_uri()[:100]}"}  # the page itself
 
 
+@pytest.fixture
+def plain_page(browser, tmp_path, byte_tokenizer):
+    """The page of a trace without sources and verdicts."""
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    yield opened
+    opened.close()
+
+
 @needs_chromium
 def test_counts_on_the_page_follow_the_threshold(page, review):
     _, _, result, unsafe = review
@@ -327,16 +339,10 @@ def page_data(file: Path) -> dict:
 
 
 @needs_chromium
-def test_a_page_without_sources_does_not_mention_them(browser, tmp_path, tokenizer):
-    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=30)
-    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
-    opened = browser.new_page()
-    opened.goto((tmp_path / "review.html").as_uri())
-    opened.wait_for_selector("#rows tr")
-    assert "source" not in opened.inner_text("body").lower()
-    opened.fill("#search", "nobody says this")
-    assert opened.inner_text("#page") == "No samples match this view and search."
-    opened.close()
+def test_a_page_without_sources_does_not_mention_them(plain_page):
+    assert "source" not in plain_page.inner_text("body").lower()
+    plain_page.fill("#search", "nobody says this")
+    assert plain_page.inner_text("#page") == "No samples match this view and search."
 
 
 @needs_chromium
@@ -498,17 +504,11 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
 
 
 @needs_chromium
-def test_a_page_without_verdicts_does_not_mention_them(browser, tmp_path, tokenizer):
-    trace, _ = hostile_trace(tmp_path / "trace", tokenizer, samples=30)
-    write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
-    opened = browser.new_page()
-    opened.goto((tmp_path / "review.html").as_uri())
-    opened.wait_for_selector("#rows tr")
+def test_a_page_without_verdicts_does_not_mention_them(plain_page):
     for element in ("#verdicts", "#reviewed-label", "#verdict-head"):
-        assert opened.locator(element).is_hidden()
-    shown = opened.locator("#rows tr").first.locator("td:visible").count()
-    assert shown == opened.locator("table:has(#rows) thead th:visible").count()
-    opened.close()
+        assert plain_page.locator(element).is_hidden()
+    shown = plain_page.locator("#rows tr").first.locator("td:visible").count()
+    assert shown == plain_page.locator("table:has(#rows) thead th:visible").count()
 
 
 def test_the_names_of_reviewers_are_not_on_the_page(with_verdicts):

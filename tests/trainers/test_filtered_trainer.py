@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, filtered
 from forgetfilter_callback.errors import UnsupportedDatasetError
+from forgetfilter_callback.trainers.row_weights import RowWeightsMixin
 
 
 @pytest.fixture
@@ -330,4 +331,6 @@ def test_filtered_makes_a_subclass_of_filtered_trainer():
     # The filter comes first, so that it wraps the custom trainer; the custom trainer overrides `Trainer`.
     assert made.__mro__.index(FilteredTrainer) < made.__mro__.index(Doubling) < made.__mro__.index(Trainer)
     assert made.__init__ is FilteredTrainer.__init__
+    after_weights = made.__mro__[made.__mro__.index(RowWeightsMixin) + 1 :]
+    assert next(each for each in after_weights if "compute_loss" in vars(each)) is Doubling
     assert made.__name__ == "FilteredDoubling"
