@@ -54,8 +54,10 @@ def mean_of_largest(
         `np.ndarray` of shape `(samples,)`, float64; NaN for samples without loss tokens.
     """
     counts = np.diff(offsets)
-    samples = np.repeat(np.arange(len(counts)), counts)
-    largest_first = np.lexsort([-values, samples])
+    samples = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)
+    # Two sorts: values without order among equals, then samples (small integers), are faster than one lexsort.
+    largest_first = np.argsort(-values)
+    largest_first = largest_first[np.argsort(samples[largest_first], kind="stable")]
     rank = np.arange(len(values)) - offsets[samples]
     kept = largest_first[rank < np.broadcast_to(limit(counts), len(counts))[samples]]
     kept_counts = np.bincount(samples[kept], minlength=len(counts))

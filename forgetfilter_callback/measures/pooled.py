@@ -67,12 +67,12 @@ def pool_over_samples(
     """
     values = np.where(np.isfinite(values), values, 0.0)  # one diverged sample must not spoil the others
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    vocabulary, token_index = np.unique(tokens, return_inverse=True)
-    _, token_in_sample = np.unique(samples * len(vocabulary) + token_index, return_inverse=True)
+    vocabulary = tokens.max(initial=0) + 1
+    _, token_in_sample = np.unique(samples * vocabulary + tokens, return_inverse=True)
 
     def total(group: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(group, weights=weights)[group]
 
-    others = total(token_index, values) - total(token_in_sample, values)
-    others_count = total(token_index) - total(token_in_sample)
+    others = total(tokens, values) - total(token_in_sample, values)
+    others_count = total(tokens) - total(token_in_sample)
     return (others + POOLED_PRIOR_COUNT * prior) / (others_count + POOLED_PRIOR_COUNT)
