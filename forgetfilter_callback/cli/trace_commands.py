@@ -121,7 +121,7 @@ def show(
         column = find_source_column(opened, noisy, source_column)
         if column is not None:
             (sources,) = read_columns(opened, noisy, tokenizer, [column])
-            result = with_source_counts(result, opened, sources)
+            result = with_source_counts(result, opened, sources, reviewed=filter_config.reviewed)
         if as_json:
             typer.echo(json.dumps(as_dict(result)))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,10 +102,14 @@ def count_by_source(
 
 
 def with_source_counts(
-    result: FilterResult, trace: Trace, sources: Sequence[Any], unsafe: Sequence[bool] | np.ndarray | None = None
+    result: FilterResult,
+    trace: Trace,
+    sources: Sequence[Any],
+    unsafe: Sequence[bool] | np.ndarray | None = None,
+    reviewed: str | os.PathLike[str] | None = None,
 ) -> FilterResult:
-    """Add `source_counts` to a result, with the verdicts of the trace's review."""
-    return replace(result, source_counts=count_by_source(result, sources, trace_verdicts(trace), unsafe))
+    """Add `source_counts` to a result, with the verdicts in the folder `reviewed` (see [`review_folder`])."""
+    return replace(result, source_counts=count_by_source(result, sources, trace_verdicts(trace, reviewed), unsafe))
 
 
 def largest_sources(counts: list[SourceCounts], limit: int) -> list[SourceCounts]:

@@ -17,7 +17,7 @@ from ..errors import DataError, DecisionError
 from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import RESULT_FILE, FilterResult
-from ..review.verdicts import VERDICTS_FILE, read_verdicts
+from ..review.verdicts import review_folder, trace_verdicts
 from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.atomic_files import atomic_write, write_lines
@@ -88,7 +88,7 @@ def to_dataset(
     )
     config = filter_config if filter_config is not None else FilterConfig()
     result = find_forgotten(trace, config, encoded.ids)
-    return _joined(rows, row_columns(trace, encoded.ids, result, _review_folder(trace, config)))
+    return _joined(rows, row_columns(trace, encoded.ids, result, review_folder(trace, config.reviewed)))
 
 
 def export_rows(
@@ -135,7 +135,7 @@ def export_rows(
         result, origin = find_forgotten(trace, config, ids), "by the given filter"
         if filter_config is None:
             origin = "by the automatic threshold"
-    columns = row_columns(trace, ids, result, _review_folder(trace, config))
+    columns = row_columns(trace, ids, result, review_folder(trace, config.reviewed))
     file.parent.mkdir(parents=True, exist_ok=True)
     if file_format == "jsonl":
         _check_names(rows)
@@ -150,7 +150,7 @@ def export_rows(
 
 
 def row_columns(
-    trace: Trace, ids: pa.StringArray | None, result: FilterResult, review_folder: Path
+    trace: Trace, ids: pa.StringArray | None, result: FilterResult, verdicts_folder: Path
 ) -> dict[str, np.ndarray]:
     """Returns the extra columns of the rows. See [`to_dataset`].
 
@@ -161,7 +161,7 @@ def row_columns(
             Sample ids of the rows. Rows that are not in the trace have unknown values. Defaults to the rows of the trace.
         result ([`FilterResult`]):
             Which rows are removed, and their forgetting.
-        review_folder (`Path`):
+        verdicts_folder (`Path`):
             The folder of the verdicts. It need not exist.
 
     Returns:
@@ -177,13 +177,13 @@ def row_columns(
 
     before, after = trace.first_and_last(result.step)
     unknown = np.full(len(trace_ids), np.nan)
-    labels = {each.row: each.verdict for each in read_verdicts(review_folder / VERDICTS_FILE, trace_ids)}
+    labels = {each.row: each.verdict for each in trace_verdicts(trace, verdicts_folder)}
     unsafe = unknown.copy()
     unsafe[list(labels)] = [label == "unsafe" for label in labels.values()]
     if not labels:
         logger.warning(
             f"`{PREFIX}weight` is null: only verdicts tell how likely a row is unsafe, and there are none in "
-            f"{review_folder}. Review rows with `forgetfilter review`."
+            f"{verdicts_folder}. Review rows with `forgetfilter review`."
         )
     columns = {
         "loss_base": of_rows(trace.mean_losses(trace.base_record) if trace.base_record is not None else unknown),
@@ -192,26 +192,22 @@ def row_columns(
         "forgetting": of_rows(result.values, result.ids),
         "verdict": np.array([_VERDICT.get(value) for value in of_rows(unsafe).tolist()], dtype=object),
         "removed": of_rows(result.removed.astype(np.float64), result.ids) == 1,
-        "weight": of_rows(_weights(trace, review_folder) if labels else unknown),
+        "weight": of_rows(_weights(trace, verdicts_folder) if labels else unknown),
     }
     return {f"{PREFIX}{name}": values for name, values in columns.items()}
 
 
-def _weights(trace: Trace, review_folder: Path) -> np.ndarray:
+def _weights(trace: Trace, verdicts_folder: Path) -> np.ndarray:
     """1 − the probability of being unsafe: shape `(samples,)`. NaN if there are too few verdicts."""
     from ..review.review_queue import ReviewQueue  # imports scikit-learn, which takes more than a second
     from ..review.unsafe_probabilities import unsafe_probabilities, why_no_probabilities
 
-    queue = ReviewQueue(trace, review_folder)
+    queue = ReviewQueue(trace, verdicts_folder)
     reason = why_no_probabilities(queue)
     if reason is not None:
         logger.warning(f"`{PREFIX}weight` is null: {reason}")
         return np.full(len(trace.rows), np.nan)
     return 1 - unsafe_probabilities(queue)
-
-
-def _review_folder(trace: Trace, config: FilterConfig) -> Path:
-    return Path(config.reviewed) if config.reviewed is not None else trace.folder / "review"
 
 
 def _stored_result(trace: Trace) -> FilterResult | None:

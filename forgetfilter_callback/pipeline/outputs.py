@@ -75,7 +75,12 @@ def filter_rows(
     ids, rows = load_source_rows(trace, source, tokenizer)
     result = find_forgotten(trace, filter_config, ids)
     if source_column is not None:
-        result = with_source_counts(result, trace, column_values(rows, source_column))
+        result = with_source_counts(
+            result,
+            trace,
+            column_values(rows, source_column),
+            reviewed=filter_config.reviewed if filter_config is not None else None,
+        )
     replaces = has_outputs(Path(output))
     write_filter_outputs(Path(output), source_lines(rows), result, trace)
     if replaces:

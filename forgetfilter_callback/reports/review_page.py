@@ -23,7 +23,7 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
 from ..measures.names import UNITS
-from ..review.verdicts import VERDICTS_FILE, VerdictLabel, read_verdicts
+from ..review.verdicts import VerdictLabel, trace_verdicts
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
@@ -85,11 +85,10 @@ def write_review_page(
 
     result = find_forgotten(trace, filter_config)
     unsafe = None if unsafe is None else np.asarray(unsafe, dtype=bool)
+    reviewed = filter_config.reviewed if filter_config is not None else None
     if sources is not None:
-        result = with_source_counts(result, trace, sources, unsafe)
-    given_folder = filter_config.reviewed if filter_config is not None else None
-    verdicts_file = (Path(given_folder) if given_folder is not None else trace.folder / "review") / VERDICTS_FILE
-    verdicts = {verdict.row: verdict.verdict for verdict in read_verdicts(verdicts_file, trace.rows.ids)}
+        result = with_source_counts(result, trace, sources, unsafe, reviewed)
+    verdicts = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace, reviewed)}
     data = _page_data(trace, result, tokenizer, unsafe, sources, verdicts)
     page = files("forgetfilter_callback.reports") / "page"
     script = (page / "review.js").read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from numbers import Integral
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..trace.trace import Trace
 from ..utils.argument_checks import check_fraction, check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
-from .verdicts import REVIEW_FOLDER, VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, read_verdicts
+from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, review_folder, trace_verdicts
 
 
 # Inverse regularization strength of the logistic regression.
@@ -81,8 +80,8 @@ class ReviewQueue:
         self.reviewer = reviewer
         self.seed = seed
         self.random_fraction = random_fraction
-        self._file = (Path(folder) if folder is not None else trace.folder / REVIEW_FOLDER) / VERDICTS_FILE
-        self.verdicts = read_verdicts(self._file, trace.rows.ids)
+        self._file = review_folder(trace, folder) / VERDICTS_FILE
+        self.verdicts = trace_verdicts(trace, folder)
         self._drawn_from: dict[int, int] = {}
         forgetting = trace.forgetting()
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)

@@ -66,9 +66,14 @@ def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def trace_verdicts(trace: Trace) -> list[Verdict]:
-    """Read the verdicts in the trace's own review folder. See [`read_verdicts`]."""
-    return read_verdicts(trace.folder / REVIEW_FOLDER / VERDICTS_FILE, trace.rows.ids)
+def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the verdicts. Defaults to the folder `review` in the trace's folder."""
+    return Path(folder) if folder is not None else trace.folder / REVIEW_FOLDER
+
+
+def trace_verdicts(trace: Trace, folder: str | os.PathLike[str] | None = None) -> list[Verdict]:
+    """Read the verdicts in the [`review_folder`]. See [`read_verdicts`]."""
+    return read_verdicts(review_folder(trace, folder) / VERDICTS_FILE, trace.rows.ids)
 
 
 def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:

@@ -113,6 +113,19 @@ def test_verdicts_are_counted_by_source(run_result, tmp_path):
     assert dict(zip(table.index, table["unsafe_found"], strict=True)) == {n: c[2] for n, c in expected.items()}
 
 
+def test_verdicts_of_another_review_do_not_count(run_result, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(run_result[0], output)
+    trace = Trace.open(output / "_forgetfilter")
+    ReviewQueue(trace).add({0: "unsafe", 2: "unsafe", 3: "safe"})
+    ReviewQueue(trace, tmp_path / "second").add({5: "unsafe", 7: "safe"})
+    options = ("--reviewed", tmp_path / "second", "--json")
+    filtered = call("filter", output, "--output", tmp_path / "filtered", *options)
+    removed = FilterResult.load(tmp_path / "filtered" / "filter_result").removed
+    expected = brute_force(rows_with_sources(), removed, {5: "unsafe", 7: "safe"}, {5})
+    assert of_json(filtered.stdout) == expected == of_json(call("show", output, *options).stdout)
+
+
 def shown_table(text: str) -> list[list[str]]:
     lines = text.split("By source")[1].split("most forgotten samples")[0].splitlines()
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]

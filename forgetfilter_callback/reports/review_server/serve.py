@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ...data.decode import Decoder
 from ...errors import DecisionError, TraceError
 from ...review.review_queue import ReviewQueue
-from ...review.verdicts import REVIEW_FOLDER
+from ...review.verdicts import review_folder
 from ...trace.trace import Trace
 from ...utils.optional_packages import requires_extra
 from .app import create_app
@@ -92,7 +92,7 @@ def review_server(
         DecisionError: if the folder is being reviewed already, or if the port cannot be used.
         TraceError: if the trace does not hold the records that a review needs.
     """
-    folder = trace.folder / REVIEW_FOLDER
+    folder = review_folder(trace)
     trace.first_and_last()  # raises before anything is written
     folder.mkdir(exist_ok=True)
     try:
