@@ -54,3 +54,17 @@ def test_the_defences_over_seeds(tables):
     expected = [value for name in ("unsafe", "task") for value in (frame[name].mean(), frame[name].std())]
     assert int(row[2]) == len(frame) == 5
     assert [float(part) for cell in row[3:5] for part in cell.split(" ± ")] == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_sets_with_few_unsafe_rows(tables):
+    frame = pd.read_json(RESULTS / "few.json")
+    frame = frame[(frame.signal == "smoothed") & (frame["set"] == "harmfulness-0.05-600-0")]
+    auroc, auprc = map(float, cells(tables.few_rankings())[0][3].split(" / "))
+    assert auroc == pytest.approx(frame.auroc.item(), abs=6e-4) and auprc == pytest.approx(frame.auprc.item(), abs=6e-3)
+
+    frame = pd.read_json(RESULTS / "looks.json")
+    frame = frame[(frame["set"] == "toxicity_dev-0.05-600-0") & (frame.looks == 60)]
+    (row,) = (row for row in cells(tables.few_looks()) if row[0] == "60")
+    found, by_measure = map(float, row[2].removesuffix(")").split(" ("))
+    assert found == pytest.approx(frame.found.mean(), abs=6e-3)
+    assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)

@@ -335,10 +335,47 @@ def gpu_speed() -> str:
     return table(header, lines)
 
 
+FEW_SETS = [f"{name}-0.05-600-0" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")]
+FEW_SIGNALS = {
+    "smoothed": "`smoothed` (default)",
+    "loss": "`loss`",
+    "relative": "`relative`",
+    "largest tenth": "largest tenth of the token rises",
+    "agreed": "`smoothed` before its smoothing",
+    "pooled": "`pooled`",
+    "mean of the six ranks": "mean of the six ranks",
+}
+
+
+def few_rankings() -> str:
+    """AUROC / AUPRC of the rankings where 30 of 600 rows are unsafe: development sets."""
+    lines = []
+    for signal, title in FEW_SIGNALS.items():
+        line = [title]
+        for name in FEW_SETS:
+            auroc, auprc = (find(read("few"), key, set=name, signal=signal) for key in ("auroc", "auprc"))
+            line.append(f"{decimal(auroc)} / {decimal(auprc, 2)}")
+        lines.append(line)
+    return table(["ranking", *(f"`{name.split('-')[0]}`" for name in FEW_SETS)], lines)
+
+
+def few_looks() -> str:
+    """Fraction of the unsafe rows found in a review, mean of the seeds, and by the ranking of the default measure."""
+    lines = []
+    for looks in (20, 40, 60, 100, 200):
+        line = [str(looks)]
+        for name in FEW_SETS:
+            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, looks)]
+            found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
+            line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
+        lines.append(line)
+    return table(["rows reviewed", *(f"`{name.split('-')[0]}`" for name in FEW_SETS)], lines, texts=0)
+
+
 ALL: tuple[Callable[[], str], ...] = (
     measures_by_seed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
     arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
-    rows_and_memory, page_sizes,
+    rows_and_memory, page_sizes, few_rankings, few_looks,
 )  # fmt: skip
 
 
