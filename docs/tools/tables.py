@@ -335,7 +335,8 @@ def gpu_speed() -> str:
     return table(header, lines)
 
 
-FEW_SETS = [f"{name}-0.05-600-0" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")]
+FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
+HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "smoothed": "`smoothed` (default)",
     "loss": "`loss`",
@@ -344,19 +345,22 @@ FEW_SIGNALS = {
     "agreed": "`smoothed` before its smoothing",
     "pooled": "`pooled`",
     "mean of the six ranks": "mean of the six ranks",
+    "mean of three, smoothed": "mean of three, smoothed",
 }
 
 
 def few_rankings() -> str:
-    """AUROC / AUPRC of the rankings where 30 of 600 rows are unsafe: development sets."""
+    """AUROC / AUPRC of the rankings: development sets with 30 of 600 and 100 of 200 unsafe rows."""
+    sets = FEW_SETS | HALF_SETS
     lines = []
     for signal, title in FEW_SIGNALS.items():
         line = [title]
-        for name in FEW_SETS:
+        for name in sets:
             auroc, auprc = (find(read("few"), key, set=name, signal=signal) for key in ("auroc", "auprc"))
             line.append(f"{decimal(auroc)} / {decimal(auprc, 2)}")
+        line.append(decimal(mean(find(read("few"), "auprc", set=name, signal=signal) for name in sets)))
         lines.append(line)
-    return table(["ranking", *(f"`{name.split('-')[0]}`" for name in FEW_SETS)], lines)
+    return table(["ranking", *sets.values(), "mean AUPRC"], lines)
 
 
 def few_looks() -> str:
@@ -369,7 +373,7 @@ def few_looks() -> str:
             found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
             line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
         lines.append(line)
-    return table(["rows reviewed", *(f"`{name.split('-')[0]}`" for name in FEW_SETS)], lines, texts=0)
+    return table(["rows reviewed", *FEW_SETS.values()], lines, texts=0)
 
 
 ALL: tuple[Callable[[], str], ...] = (

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..measures.names import Measure
-from ..utils.counted import counted
+from ..utils.counted import counted, counted_of
 
 
 # The anchor of φ: where half is lost. For `loss` and `pooled`, a rise of ln 2 nats halves a token's probability (for
@@ -35,13 +35,15 @@ BASE_THRESHOLD: dict[Measure, float] = {
 # enough to teach the model.
 RAISE_FRACTION = 0.25
 # Minimum distance between the median of the values above φ and the median of the others, in robust standard deviations
-# of the others. Cutting a single normal population anywhere between its 45th and 98th percentile gives a smaller
+# of the larger group. Cutting a single normal population anywhere between its 45th and 98th percentile gives a smaller
 # distance. `smoothed` is exempt: real populations that overlap are no further apart than such halves, and the position
 # of φ tells them apart. As a consequence, a single population that φ cuts in the middle is filtered.
 MIN_DISTANCE = 2.41
 # For every measure, the distance must also be this many times the distance that an equally large tail of a single
-# normal population would have.
+# normal population would have. The tail is the smaller group, above or below φ.
 MIN_TAIL_RATIO = 1.3
+# If a larger fraction is above φ, safety finetuning has moved all samples, and the few others say nothing about safe ones.
+MAX_FORGOTTEN_FRACTION = 0.9
 # Minimum slope of [`nats_per_unit`] for `smoothed`, in nats per typical change. At the end of gentle safety
 # finetuning, the slope was 0.70, 0.65 and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the
 # rows were unsafe. Exceptions: 3.2 on clean toxicity, where no value exceeds φ, and 2.7 on clean bias after hard
@@ -70,7 +72,7 @@ class Separability:
             Explanation in one sentence.
         distance (`float` or `None`):
             Distance between the median of the values above φ and the median of the others, in robust standard
-            deviations (1.48 MAD) of the others. `None` if no value or every value exceeds φ.
+            deviations (1.48 MAD) of the larger group. `None` if no value or more than 90 % of them exceed φ.
     """
 
     separable: bool
@@ -88,11 +90,11 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
 
     The values are not separable, and nothing should be removed, in these cases:
 
-    - No value or every value exceeds φ.
+    - No value or more than 90 % of the values exceed φ.
     - `smoothed` only: `nats_per_unit` is below 1, so samples hardly became less likely.
     - Not for `smoothed`: the median above φ is within 2.41 robust standard deviations of the median of the others.
-    - The median above φ is less far from the median of the others than 1.3 times the distance of an equally large tail
-      of a normal population.
+    - The medians are less far from each other than 1.3 times the distance that the smaller group would have as the tail of
+      a normal population.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`, float64):
@@ -117,13 +119,15 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
         return Separability(False, phi, f"no value exceeds φ = {phi:.2f}; nothing to remove")
-    if not len(kept):
+    if len(forgotten) > MAX_FORGOTTEN_FRACTION * len(values):
         return Separability(
             False,
             phi,
-            f"not separable: every value exceeds φ = {phi:.2f}, so φ separates no unsafe samples; nothing to remove",
+            f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety finetuning "
+            "has moved nearly all samples; nothing to remove",
         )
-    deviation = float(np.median(np.abs(kept - np.median(kept)))) / NormalDist().inv_cdf(0.75)
+    larger, smaller_count = (kept, len(forgotten)) if len(kept) >= len(forgotten) else (forgotten, len(kept))
+    deviation = float(np.median(np.abs(larger - np.median(larger)))) / NormalDist().inv_cdf(0.75)
     spread = max(deviation, MIN_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
     if measure == "smoothed" and nats_per_unit is not None and nats_per_unit < MIN_NATS_PER_UNIT:
@@ -135,7 +139,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             "samples, or has changed little so far; nothing to remove",
             distance,
         )
-    tail = -NormalDist().inv_cdf(len(forgotten) / len(values) / 2)
+    tail = -NormalDist().inv_cdf(smaller_count / len(values) / 2)
     min_distance = 0.0 if measure == "smoothed" else MIN_DISTANCE
     if distance < max(min_distance, MIN_TAIL_RATIO * tail):
         return Separability(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-_SINGULAR = {"are": "is", "do": "does", "have": "has", "were": "was"}
+_SINGULAR = {"are": "is", "do": "does", "exceed": "exceeds", "have": "has", "were": "was"}
 
 
 def counted(count: int, noun: str) -> str:

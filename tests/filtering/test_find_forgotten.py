@@ -15,7 +15,6 @@ from forgetfilter_callback import FilterConfig, ForgetTracker, find_forgotten
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.find_forgotten import align_values
-from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.measures.names import MEASURES
 
 
@@ -76,19 +75,24 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
 @pytest.mark.parametrize(
     ("kwargs", "method", "threshold", "reason"),
     [
-        ({"fraction": 0.4}, "fraction", 2.0, "the most forgotten 40.0%"),
+        ({"fraction": 0.4}, "fraction", 0.5, "the most forgotten 40.0%"),
         ({"threshold": 1.5}, "fixed", 1.5, "fixed threshold; values range from 0 to 4"),
         ({"threshold": math.inf}, "fixed", None, "fixed threshold; values range from 0 to 4"),
-        ({}, "auto", math.log(2), None),
+        (
+            {},
+            "auto",
+            math.log(2),
+            "the median above φ is 7.4 robust standard deviations above the median of the rest; not checked by anyone",
+        ),
     ],
 )
 def test_a_result_explains_how_it_was_made(kwargs, method, threshold, reason):
-    values = np.array([0.0, 4.0, 0.01, 2.0, 3.0], np.float32)
+    values = np.array([0.0, 4.0, 0.25, 2.0, 0.5], np.float32)
     result = filter_by_values(sample_ids(5), values, FilterConfig("loss", **kwargs), fingerprint="a fingerprint")
     assert (result.method, result.threshold, result.measure) == (method, threshold, "loss")
-    automatic = f"{find_threshold(values.astype(float), 'loss').reason}; not checked by anyone"
-    assert result.reason == (automatic if reason is None else reason)
-    assert result.separability == find_threshold(values.astype(float), "loss")
+    assert result.reason == reason
+    assert result.separability.separable and result.separability.threshold == math.log(2)
+    assert result.separability.distance == pytest.approx((3 - 0.25) / (0.25 * 1.4826), rel=1e-4)  # 1.4826 MAD
     assert result.fingerprint == "a fingerprint" and result.overrides == {}
     assert result.versions == {name: version(name) for name in LIBRARIES}
     assert result.values.dtype == np.float64 and result.removed.dtype == bool and result.ids == sample_ids(5)

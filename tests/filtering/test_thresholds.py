@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 
 from forgetfilter_callback import FilterConfig
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
-from forgetfilter_callback.filtering.thresholds import find_threshold, mixture_boundary
+from forgetfilter_callback.filtering.thresholds import BASE_THRESHOLD, find_threshold, mixture_boundary
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.25, 0.5, 0.75])
@@ -103,7 +103,22 @@ def test_a_normal_tail_is_not_a_second_population():
 
 def test_everything_forgotten_is_not_separable():
     found = find_threshold(np.full(30, 2.0), "loss")
-    assert not found.separable and "not separable: every value exceeds φ" in found.reason
+    assert not found.separable and "not separable: 30 of 30 values exceed φ" in found.reason
+
+
+@pytest.mark.parametrize("measure", ["smoothed", "loss", "relative", "pooled"])
+@pytest.mark.parametrize("below", [0.001, 0.01, 0.05, 0.1, 0.12])
+def test_the_lower_tail_of_one_population_is_not_a_second_one(below, measure):
+    """Safety finetuning has moved all samples: nearly all of one population are above φ."""
+    quantiles = norm.ppf((np.arange(1000) + 0.5) / 1000)
+    values = BASE_THRESHOLD[measure] + 0.15 * (quantiles - norm.ppf(below))
+    found = find_threshold(values, measure)
+    assert found.threshold == BASE_THRESHOLD[measure]
+    assert (values > found.threshold).sum() == round(1000 * (1 - below)) and not found.separable
+
+
+def test_one_kept_sample_is_not_a_population():
+    assert not find_threshold(np.append(np.full(99, 2.0), -2.0), "smoothed").separable
 
 
 @pytest.mark.parametrize("measure", ["loss", "relative", "pooled", "rouge1"])
@@ -127,7 +142,8 @@ def test_the_reason_when_not_separable():
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
     assert (
         every.reason
-        == "not separable: every value exceeds φ = 0.69, so φ separates no unsafe samples; nothing to remove"
+        == "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has moved nearly all samples; nothing to "
+        "remove"
     )
     # The robust standard deviation of the rest is 0.1, so the least distance is 0.241 above its median.
     others = norm.ppf((np.arange(999) + 0.5) / 999, half - 0.2, 0.1).clip(None, half)

@@ -119,7 +119,7 @@ def test_measures_do_not_depend_on_the_order_of_the_samples(rows, random):
     plain = measured(found, np.arange(len(rows)), states)
     shuffled = measured(found.select(order), order, states[order])
     for one, other in zip(plain, shuffled, strict=True):
-        np.testing.assert_allclose(other, one[order], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(other, one[order], rtol=1e-6, atol=1e-6)  # the ridge works in float32
 
 
 @given(VALUES, MEASURE, st.floats(-5, 5), st.floats(0, 5))
@@ -138,7 +138,7 @@ def test_a_decision_splits_the_rows_and_is_reproducible(values, measure, fractio
     first, second = (filter_by_values(sample_ids(len(values)), values, config) for _ in range(2))
     np.testing.assert_array_equal(first.removed, second.removed)
     counts = first.counts
-    assert counts["removed"] + counts["kept"] == counts["samples"] == len(values)
+    assert (counts["samples"], counts["kept"]) == (len(values), np.count_nonzero(~first.removed))
     assert not first.removed[~np.isfinite(values)].any()
     removed, kept = values[first.removed], values[~first.removed & np.isfinite(values)]
     assert not len(removed) or not len(kept) or removed.min() > kept.max()
