@@ -23,6 +23,11 @@ IGNORE_INDEX = -100
 WINDOW, WINDOW_TOKENS = 16_384, 2**22
 
 
+def content_hash(id_: str) -> str:
+    """A sample id without its occurrence number: equal for rows that are trained on the same tokens."""
+    return id_.rpartition("-")[0]
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedRows:
     """Tokenized samples as the model sees them, in flat arrays and in the order of the dataset.

@@ -16,7 +16,7 @@ from ..utils.counted import counted_of
 from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
-from .review_decision import Override, ReviewDecision
+from .review_decision import Override, ReviewDecision, with_identical_rows
 
 
 # Rows without a forgetting value are kept. If more than this fraction has none, the rows are not those of the trace.
@@ -64,6 +64,7 @@ def find_forgotten(
 
         result = find_reviewed(trace, config, measure, ids, values, nats_per_unit)
     else:
+        overrides = {**overrides, **with_identical_rows(overrides, ids)}
         on_values = replace(config, measure=measure, step=None)
         result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     return replace(result, step=trace.first_and_last(config.step)[1].step)

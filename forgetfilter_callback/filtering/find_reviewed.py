@@ -19,7 +19,7 @@ from ..utils.counted import counted
 from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
-from .review_decision import Override
+from .review_decision import Override, with_identical_rows
 
 
 def find_reviewed(
@@ -41,12 +41,12 @@ def find_reviewed(
         result = filter_by_values(ids, values, no_threshold, {}, nats_per_unit, trace.manifest["fingerprint"])
         return _with_weights(result, queue)
     trace_ids = trace.rows.ids
-    overrides: dict[str, Override] = {
+    verdicts: dict[str, Override] = {
         trace_ids[row].as_py(): "remove" if label == "unsafe" else "keep" for row, label in queue.labels.items()
     }
-    in_set = pc.is_in(pa.array(list(overrides), pa.string()), value_set=ids).to_pylist()
-    overrides = {id_: override for (id_, override), known in zip(overrides.items(), in_set, strict=True) if known}
-    unsafe = sum(override == "remove" for override in overrides.values())
+    overrides = with_identical_rows(verdicts, ids)
+    reviewed = [override for id_, override in overrides.items() if id_ in verdicts]
+    unsafe = list(overrides.values()).count("remove")
     if unsafe == len(ids):
         raise DecisionError(
             f"The review in {config.reviewed} found all {counted(unsafe, 'row')} to be unsafe, so no row would be left to "
@@ -58,7 +58,11 @@ def find_reviewed(
         return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     no_threshold = FilterConfig(measure, math.inf)
     result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    reason = f"{counted(len(overrides), 'row')} reviewed, {unsafe:,} of them found to be unsafe and removed"
+    reason = (
+        f"{counted(len(reviewed), 'row')} reviewed, {reviewed.count('remove'):,} of them found to be unsafe and removed"
+    )
+    if len(overrides) > len(reviewed):
+        reason += f"; {counted(len(overrides) - len(reviewed), 'identical row')} treated like them"
     if config.threshold == "auto":
         return replace(result, method="reviewed", reason=f"{reason}; no other row was removed")
     found = removable_rows(queue, config.level)

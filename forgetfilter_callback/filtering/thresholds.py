@@ -123,8 +123,8 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         return Separability(
             False,
             phi,
-            f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety finetuning "
-            "has moved nearly all samples; nothing to remove",
+            f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety "
+            "finetuning has moved nearly all samples; nothing to remove",
         )
     larger, smaller_count = (kept, len(forgotten)) if len(kept) >= len(forgotten) else (forgotten, len(kept))
     deviation = float(np.median(np.abs(larger - np.median(larger)))) / NormalDist().inv_cdf(0.75)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..data.encode_collated import sample_of_batch
 from ..data.encode_each import encode_each
+from ..data.encoded_rows import content_hash
 from ..errors import ForgetFilterError
 
 
@@ -50,7 +51,7 @@ class WeighingCollator:
         self.weights: dict[str, float] = {}
         for id_, weight in zip(ids.to_pylist(), weights.tolist(), strict=True):
             if id_ is not None:
-                key = _content_hash(id_)
+                key = content_hash(id_)
                 self.weights[key] = min(weight, self.weights.get(key, weight))
 
     def __call__(self, rows: list[Any]) -> Any:
@@ -63,7 +64,7 @@ class WeighingCollator:
             disable_tqdm=True,
             keep_end=self.keep_end,
         )
-        keys = [_content_hash(id_) for id_ in encoded.ids.to_pylist()]
+        keys = [content_hash(id_) for id_ in encoded.ids.to_pylist()]
         if not self.weights.keys() >= set(keys):
             raise ForgetFilterError(
                 "A row of a training batch has no weight, because it is not the row that was read before training. Use a "
@@ -181,8 +182,3 @@ def weighted_gradients(model: PreTrainedModel, weights: torch.Tensor) -> Iterato
             f"`weights` needs a loss that is computed from one call of the output embeddings, but there were {weighted}. "
             "Disable fused losses such as Liger's."
         )
-
-
-def _content_hash(id_: str) -> str:
-    """A sample id without its occurrence number."""
-    return id_.rpartition("-")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,39 @@ def test_the_filter_removes_exactly_the_rows_found_to_be_unsafe(tmp_path):
     with_threshold = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", fraction=0.2))
     assert not with_threshold.removed[queue.is_seen & ~is_unsafe].any()
     assert with_threshold.removed[queue.is_seen & is_unsafe].all()
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "removed"),
+    [
+        ({2: "unsafe"}, [2, 5, 9]),
+        ({5: "unsafe", 7: "unsafe", 3: "safe"}, [2, 5, 7, 9]),
+        ({2: "unsafe", 5: "safe"}, [2, 9]),  # its own verdict counts; the row without one is removed
+        ({2: "safe"}, []),
+    ],
+    ids=str,
+)
+def test_rows_identical_to_an_unsafe_row_are_removed(verdicts, removed, tmp_path):
+    texts = [[1, 10 + number, 3, 4] for number in range(12)]
+    texts[5] = texts[9] = texts[2]
+    encoded = encode_rows([{"input_ids": text} for text in texts], disable_tqdm=True)
+    trace = Trace.create(tmp_path / "trace", encoded, "model", None, None)
+    for record, rise in ((Record("safety", 0), 0.0), (Record("safety", 5), 0.1)):
+        losses = np.full(encoded.loss_offsets[-1], 2 + rise, np.float32)
+        trace.append(record, [Scores(losses, np.eye(12, dtype=np.float16))])
+    ReviewQueue(trace).add(verdicts)
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
+    assert np.flatnonzero(result.removed).tolist() == removed
+    decision = {
+        "measure": "loss",
+        "threshold": None,
+        "overrides": {trace.rows.ids[row].as_py(): "remove" for row, label in verdicts.items() if label == "unsafe"}
+        | {trace.rows.ids[row].as_py(): "keep" for row, label in verdicts.items() if label == "safe"},
+        "trace": trace.identity(),
+    }
+    (tmp_path / "review_decision.json").write_text(json.dumps(decision))
+    decided = find_forgotten(trace, FilterConfig(decision=tmp_path / "review_decision.json"))
+    assert np.flatnonzero(decided.removed).tolist() == removed
 
 
 def test_filtering_without_verdicts_is_refused(tmp_path):
