@@ -91,7 +91,8 @@ def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, token
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     padded = {"input_ids": [5, 6, 7, pad], "labels": [-100, 6, 7, pad], "attention_mask": [1, 1, 1, 0]}
     blank = {"input_ids": [5, 6, eos], "labels": [-100, -100, eos], "attention_mask": [1, 1, 1]}
-    rows = [padded, blank, *[{**row, "attention_mask": [1] * len(row["labels"])} for row in noisy]]
+    padded_on_the_left = {"input_ids": [pad, 6, 7], "labels": [pad, 6, 7], "attention_mask": [0, 1, 1]}
+    rows = [padded, blank, padded_on_the_left, *[{**row, "attention_mask": [1] * len(row["labels"])} for row in noisy]]
     losses = []
     for folder, named in (("rows", rows), ("encoded", encode_rows(rows))):
         caplog.clear()
@@ -99,7 +100,7 @@ def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, token
         train_tracked(safety, lambda folder=folder: make_args(folder), collator, tracker, processing_class=tokenizer)
         losses.append(tracker.trace.losses())
         assert "loss tokens is padding with a label other than -100" in caplog.text
-        assert "1 of 26 samples has a completion that is empty or only white space" in caplog.text
+        assert "1 of 27 samples has a completion that is empty or only white space" in caplog.text
     np.testing.assert_array_equal(*losses)
 
 
