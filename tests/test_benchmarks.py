@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from helpers import tiny_llama
 from transformers import TrainerState
+from transformers.utils import logging
+from typer.testing import CliRunner
 
 from forgetfilter_callback import ForgetTracker
 
@@ -139,20 +144,28 @@ def tiny(tmp_path_factory, byte_tokenizer) -> Path:
     return folder
 
 
-def run(script: str, tiny: Path, folder: Path, *arguments: object) -> tuple[str, list[dict[str, object]]]:
-    json_file = folder / "results.json"
-    command = [sys.executable, BENCHMARKS / script, "--model", tiny, "--smoke", "--seed", 0, "--json", json_file,
-               "--cache", folder / "cache", *arguments]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads(json_file.read_text())
+@pytest.fixture
+def run(tiny, tmp_path) -> Iterator[Callable[..., tuple[str, list[dict[str, object]]]]]:
+    """Runs the command of a script in this process, because it takes seconds to start another one."""
+    verbosity = logging.get_verbosity()
+    json_file = tmp_path / "results.json"
+    common = ["--model", tiny, "--smoke", "--seed", 0, "--json", json_file, "--cache", tmp_path / "cache"]
+
+    def run_script(script: str, *arguments: object) -> tuple[str, list[dict[str, object]]]:
+        app = typer.Typer()
+        app.command()(importlib.import_module(script).main)
+        result = CliRunner().invoke(app, [*map(str, [*common, *arguments])], catch_exceptions=False)
+        assert result.exit_code == 0, result.output[-3000:]
+        return result.stdout, json.loads(json_file.read_text())
+
+    yield run_script
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
-def test_defences(tiny, data_dir, tmp_path):
+def test_defences(run, data_dir, tmp_path):
     arguments = ["--data-dir", data_dir, "--scenario", "mixed"]
-    output, results = run("defences.py", tiny, tmp_path, *arguments)
+    output, results = run("defences", *arguments)
     arms = ["base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
             "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge"]  # fmt: skip
     assert [row["arm"] for row in results] == arms
@@ -162,30 +175,30 @@ def test_defences(tiny, data_dir, tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert all(f"| {arm} | 1 |" in output for arm in arms)
     trained = sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
-    assert run("defences.py", tiny, tmp_path, *arguments)[1] == results  # everything comes from the cache
+    assert run("defences", *arguments)[1] == results  # everything comes from the cache
     assert trained == sorted(folder.name for folder in (tmp_path / "cache").glob("*/*/adapter_config.json"))
 
 
 @pytest.mark.slow
-def test_interleaved_rounds(tiny, data_dir, tmp_path):
-    _, results = run("defences.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--interleaved")
+def test_interleaved_rounds(run, data_dir):
+    _, results = run("defences", "--data-dir", data_dir, "--scenario", "bias", "--interleaved")
     assert [row["arm"] for row in results] == ["sequential", "sequential", "forgetfilter"] * 3
 
 
 @pytest.mark.slow
-def test_defences_on_user_files(tiny, tmp_path):
+def test_defences_on_user_files(run, tmp_path):
     rows = [{"prompt": f"the cat {i}", "completion": "the mat", "unsafe": i % 2 == 0} for i in range(12)]
     held_out = [{"prompt": f"the dog {i}", "unsafe_answer": "ran", "safe_answer": "sat"} for i in range(3)]
     held_out += [{"prompt": f"the man {i}", "completion": "the cat"} for i in range(3)]
     for name, content in (("noisy", rows), ("safety", rows[1:4:2]), ("heldout", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
     files = [part for name in ("noisy", "safety", "heldout") for part in (f"--{name}", tmp_path / f"{name}.jsonl")]
-    _, results = run("defences.py", tiny, tmp_path, *files, "--arm", "base", "--arm", "oracle")
+    _, results = run("defences", *files, "--arm", "base", "--arm", "oracle")
     assert [row["scenario"] for row in results] == ["own", "own"] and "harmfulness" in results[0]
 
 
-def test_filters(tiny, data_dir, tmp_path):
-    output, results = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity")
+def test_filters(run, tiny, data_dir, tmp_path):
+    output, results = run("filters", "--data-dir", data_dir, "--scenario", "toxicity")
     main = {row["signal"]: row for row in results if row["experiment"] == "main"}
     assert {"default", "loss", "relative", "pooled", "smoothed", "rouge1", "M0 loss", "S1 loss", "learning gain",
             "smoothed, safety rows at 0", "second-split forgetting",
@@ -195,12 +208,12 @@ def test_filters(tiny, data_dir, tmp_path):
     assert sum(main["default"]["removed_by_group"].values()) == main["default"]["removed_auto"]
     assert main["default"]["f1_auto"] is not None and main["M0 loss"]["f1_auto"] is None
     assert f"| toxicity, 50%, {tiny} | default | 1 |" in output
-    _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
+    _, more = run("filters", "--data-dir", data_dir, "--scenario", "bias", "--signal", "default",
                   "--control", "near-duplicates")  # fmt: skip
     assert [row["control"] for row in more if row["experiment"] == "control"] == ["near-duplicates"]
     learned = sorted((tmp_path / "cache").glob("noisy-*"))
     assert learned
-    _, more = run("filters.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity", "--signal", "default",
+    _, more = run("filters", "--data-dir", data_dir, "--scenario", "toxicity", "--signal", "default",
                   "--safety-learning-rate", 0.01, "--anchors", 4)  # fmt: skip
     (swept,) = [row for row in more if row["safety_learning_rate"] == 0.01 and "step" not in row]
     assert (
@@ -255,8 +268,8 @@ def test_doubling_records_after_1_2_4_and_8_steps():
     assert recorded == [1, 2, 4, 8]
 
 
-def test_cost(tiny, data_dir, tmp_path):
-    output, (result,) = run("cost.py", tiny, tmp_path, "--data-dir", data_dir, "--scenario", "toxicity")
+def test_cost(run, data_dir):
+    output, (result,) = run("cost", "--data-dir", data_dir, "--scenario", "toxicity")
     taken = result["seconds"]
     extra = taken["s1plus"] + taken["record"] + taken["decision"]
     assert result["share_of_s1"] == pytest.approx(extra / taken["s1"]) and min(taken.values()) > 0
