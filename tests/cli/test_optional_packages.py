@@ -39,7 +39,6 @@ CASES = {
         "The plot",
     ),
     "rouge_score": ("from forgetfilter_callback.measures.rouge import rouge1; rouge1(['a'], ['a'])", "rouge", "rouge1"),
-    "trl": ("from forgetfilter_callback import FilteredSFTTrainer", "trl", "FilteredSFTTrainer"),
 }
 
 
@@ -65,16 +64,23 @@ def test_a_missing_package_names_its_extra(package, tmp_path, byte_tokenizer):
 
 
 def test_everything_else_works_without_optional_packages(tmp_path, byte_tokenizer):
-    """Recording, measuring and filtering work without the optional packages."""
+    """Recording, measuring and filtering work. FilteredSFTTrainer says that it needs trl."""
     hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
     names = ("ForgetTracker", "FilteredTrainer", "ForgetFilter", "RunConfig", "run", "encode_rows", "score_checkpoints")
-    optional = [package for package in CASES if package != "jinja2"]  # torch needs jinja2, so it is always there
+    optional = [
+        "trl",
+        *(package for package in CASES if package != "jinja2"),
+    ]  # torch needs jinja2, so it is always there
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({optional})); import forgetfilter_callback as package; "
         f"[getattr(package, name) for name in {names}]; "
         f"trace = package.Trace.open({str(tmp_path / 'trace')!r}); "
-        "print(package.find_forgotten(trace, package.FilterConfig('loss')).counts['removed'])"
+        "print(package.find_forgotten(trace, package.FilterConfig('loss')).counts['removed'], flush=True); "
+        "package.FilteredSFTTrainer"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "10"
+    assert result.stdout.strip() == "10", result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.endswith('FilteredSFTTrainer needs the package trl: pip install "forgetfilter-callback[trl]"'), (
+        message
+    )
