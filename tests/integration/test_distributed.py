@@ -18,25 +18,26 @@ from accelerate.utils import DistributedType
 from helpers import plain_loop, random_rows, reference_means, tiny_llama
 from transformers import Trainer
 
-from forgetfilter_callback import ForgetTracker, Trace, encode_rows
-from forgetfilter_callback.scoring.token_losses import token_losses
+from forgetfilter_callback import ForgetTracker, Trace
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.trainers.base_model_check import BaseModelCheck
-from forgetfilter_callback.utils.model_state import preserve_state, why_unsupported
+from forgetfilter_callback.utils.model_state import why_unsupported
 
 
 SCRIPT = """
-import json, os, sys
+import gc, json, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from helpers import random_rows, tiny_llama
-from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker, Trace
+from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker, ReviewQueue, Trace
+from forgetfilter_callback.filtering import find_reviewed
 from forgetfilter_callback.scoring import forward_pass
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
-output, tracked, rows = Path(sys.argv[1]), sys.argv[2] != "untracked", int(sys.argv[3])
+output, rows = Path(sys.argv[1]), int(sys.argv[2])
+gc.freeze()  # each training run collects garbage, and looks at all imported modules otherwise
 forward_pass._LOGITS_PER_PASS = 5 * 128  # processes need different numbers of passes through the output head
 if "fsdp2" in sys.argv:
     # accelerate has FSDP on accelerators only; torch has it on the CPU too.
@@ -70,49 +71,63 @@ def args(folder):
                              use_cpu="gpu" not in sys.argv, logging_steps=1, save_strategy="no", report_to="none",
                              disable_tqdm=True)
 
-stopping = sys.argv[2] == "stopping"
-model, tracker = tiny_llama(), ForgetTracker(record_steps=2, stop_early=stopping)
+stopping = "stopping" in sys.argv
 noisy, safety = random_rows(rows, seed=1), random_rows(36 if stopping else 12, seed=2)
-logs = []
-for folder, dataset in (("noisy", noisy), ("safety", safety)):
-    trainer = Trainer(model, args(folder), train_dataset=dataset, data_collator=collate,
-                      callbacks=[tracker] if tracked else [])
-    trainer.train()
-    logs += [
-        {{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
-        for log in trainer.state.log_history if "forgetfilter/loss" not in log
-    ]
-    state = whole(model.state_dict())
-    if trainer.args.process_index == 0:
-        torch.save(state, output / f"{{folder}}.pt")
-generators = (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
-removed = None
-if trainer.args.process_index > 0:  # only the main process reads records
-    Trace.records = Trace.token_losses = None
-if "weighted" in sys.argv:
-    from forgetfilter_callback import ReviewQueue
-    from forgetfilter_callback.filtering import find_reviewed
 
+
+def train_both(name, callbacks):
+    model, logs = tiny_llama(), []
+    for session, dataset in (("noisy", noisy), ("safety", safety)):
+        trainer = Trainer(model, args(name + session), train_dataset=dataset, data_collator=collate,
+                          callbacks=callbacks)
+        trainer.train()
+        logs += [
+            {{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
+            for log in trainer.state.log_history if "forgetfilter/loss" not in log
+        ]
+        save(trainer, name + session)
+    return logs, torch.get_rng_state().sum().item(), int(np.random.get_state()[2])
+
+
+def save(trainer, name):
+    state = whole(trainer.model.state_dict())
+    if is_main:
+        torch.save(state, output / f"{{name}}.pt")
+
+
+is_main = args("").process_index == 0
+tracker, report = ForgetTracker(record_steps=2, stop_early=stopping), {{}}
+if "plain" in sys.argv:
+    report["plain"] = train_both("plain-", [])
+report["tracked"] = train_both("", [tracker])
+if not is_main:  # only the main process reads records
+    Trace.records = Trace.token_losses = None
+filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
+                           forgetting=tracker, filter_config=FilterConfig(fraction=0.3))
+filtered.train()
+report["removed"] = np.flatnonzero(filtered.filter_result.removed).tolist()
+if "weighted" in sys.argv:
     weights = np.linspace(0, 1, rows)
     find_reviewed.unsafe_probabilities = lambda queue: 1 - weights
-    if trainer.args.process_index == 0:
+    if is_main:
         ReviewQueue(tracker.trace).add({{0: "safe"}})
     torch.distributed.barrier()
     descent = args("weighted")
     descent.optim, descent.learning_rate, descent.lr_scheduler_type = "sgd", 0.1, "constant"
-    descent.gradient_accumulation_steps, descent.max_grad_norm = rows // 4, 0.0
-    trainer = FilteredTrainer(tiny_llama(), descent, train_dataset=noisy, data_collator=collate, forgetting=tracker,
-                              filter_config=FilterConfig(reviewed=tracker.trace.folder / "review", weights=True))
-    trainer.train()
-    state = whole(trainer.model.state_dict())
-    if trainer.args.process_index == 0:
-        torch.save(state, output / "weighted.pt")
-elif tracked:
-    filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
-                               forgetting=tracker, filter_config=FilterConfig(fraction=0.3))
-    filtered.train()
-    removed = np.flatnonzero(filtered.filter_result.removed).tolist()
-(output / f"rank-{{trainer.args.process_index}}.json").write_text(json.dumps([logs, removed, generators]))
+    descent.gradient_accumulation_steps, descent.max_grad_norm = 4, 0.0  # 2 processes × 2 rows × 4: all rows in one step
+    weighted = FilteredTrainer(tiny_llama(), descent, train_dataset=noisy.select(range(16)), data_collator=collate,
+                               forgetting=tracker,
+                               filter_config=FilterConfig(reviewed=tracker.trace.folder / "review", weights=True))
+    weighted.train()
+    save(weighted, "weighted")
+if "failing" in sys.argv:
+    (output / "file").touch()
+    failing = ForgetTracker(trace_dir=output / "file")  # only the main process makes this folder
+    try:
+        Trainer(tiny_llama(), args("failing"), train_dataset=noisy, data_collator=collate, callbacks=[failing]).train()
+    except OSError as error:
+        report["error"] = type(error).__name__
+(output / f"rank-{{args('').process_index}}.json").write_text(json.dumps(report))
 torch.distributed.barrier()
 # torch sometimes aborts a process that has run DDP on the CPU while it takes itself down (without the tracker too).
 sys.stdout.flush()
@@ -150,10 +165,15 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, kind) -> Path:
+    """Everything that the tests below look at, from one launch."""
     folder = tmp_path_factory.mktemp("tracked")
-    process = launch(folder, "tracked", 17, kind)  # an odd number: shards of 9 and 8
+    process = launch(folder, 17, kind, "plain", "weighted", "failing")  # an odd number: shards of 9 and 8
     assert process.returncode == 0, process.stderr[-4000:]
     return folder
+
+
+def reports(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_values_equal_those_of_one_process(tracked):
@@ -173,32 +193,24 @@ def test_values_equal_those_of_one_process(tracked):
 
 
 def test_all_processes_remove_the_same_samples(tracked):
-    removed = [json.loads((tracked / f"rank-{rank}.json").read_text())[1] for rank in range(2)]
+    removed = [report["removed"] for report in reports(tracked)]
     values = Trace.open(tracked / "noisy" / "_forgetfilter").forgetting()
     assert removed[0] == removed[1] == np.sort(np.argsort(values)[-5:]).tolist()
 
 
-def test_training_is_unchanged_on_every_process(tracked, kind, tmp_path):
-    process = launch(tmp_path / "plain", "untracked", 17, kind)
-    assert process.returncode == 0, process.stderr[-4000:]
-    for rank in range(2):
-        plain, with_tracker = (
-            json.loads((folder / f"rank-{rank}.json").read_text()) for folder in (tmp_path / "plain", tracked)
-        )
-        assert plain[0] == with_tracker[0] and len(plain[0]) > 16
-        assert plain[2] == with_tracker[2]
+def test_training_is_unchanged_on_every_process(tracked):
+    for report in reports(tracked):
+        logs, *generators = report["plain"]
+        assert report["tracked"] == [logs, *generators] and len(logs) > 16
     for session in ("noisy", "safety"):
-        plain_weights, tracked_weights = (weights(folder / f"{session}.pt") for folder in (tmp_path / "plain", tracked))
+        plain_weights, tracked_weights = (weights(tracked / f"{name}{session}.pt") for name in ("plain-", ""))
         for name, value in plain_weights.items():
             np.testing.assert_array_equal(value.numpy(), tracked_weights[name].numpy())
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_weights_equal_a_plain_loop(kind, tmp_path):
-    process = launch(tmp_path / "weighted", "tracked", 16, kind, "weighted")
-    assert process.returncode == 0, process.stderr[-4000:]
-    trained = weights(tmp_path / "weighted" / "weighted.pt")
-    expected = plain_loop(tiny_llama(), random_rows(16, seed=1), np.linspace(0, 1, 16), 2)
+def test_weights_equal_a_plain_loop(tracked):
+    trained, rows = weights(tracked / "weighted.pt"), random_rows(17, seed=1).select(range(16))
+    expected = plain_loop(tiny_llama(), rows, np.linspace(0, 1, 17)[:16], 2)
     for name, start in tiny_llama().named_parameters():
         moved = float((expected[name] - start.detach()).abs().max())
         torch.testing.assert_close(trained[name], expected[name], rtol=1e-5, atol=max(5e-3 * moved, 1e-7))
@@ -206,7 +218,7 @@ def test_weights_equal_a_plain_loop(kind, tmp_path):
 
 @pytest.mark.slow
 def test_more_processes_than_rows(tmp_path, kind):
-    process = launch(tmp_path / "three", "stopping", 2, kind, processes=3)
+    process = launch(tmp_path / "three", 2, kind, "stopping", processes=3)
     assert process.returncode == 0, process.stderr[-4000:]
     trace = Trace.open(tmp_path / "three" / "noisy" / "_forgetfilter")
     np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(2, seed=1)), rtol=1e-5)
@@ -214,19 +226,17 @@ def test_more_processes_than_rows(tmp_path, kind):
     assert [check["step"] for check in checks] == [4, 6, 8]
 
 
-def test_a_failure_of_the_main_process_ends_all_processes(tmp_path):
-    (tmp_path / "full" / "noisy").mkdir(parents=True)
-    (tmp_path / "full" / "noisy" / "_forgetfilter").write_text("a file where the trace's folder should be")
-    process = launch(tmp_path / "full", "tracked", 6)
-    assert process.returncode != 0
-    assert "FileExistsError" in process.stderr or "NotADirectoryError" in process.stderr
+def test_a_failure_of_the_main_process_is_raised_on_all_processes(tracked):
+    """A file is where the folder of the trace should be."""
+    (error,) = {report["error"] for report in reports(tracked)}
+    assert error in ("FileExistsError", "NotADirectoryError")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
 def test_sharded_weights_on_gpus(config, tmp_path):
-    process = launch(tmp_path / "gpus", "tracked", 17, "gpu", config=config)
+    process = launch(tmp_path / "gpus", 17, "gpu", config=config)
     if config != "fsdp2":
         assert "ForgetTracker cannot record here" in process.stderr
         return
@@ -272,28 +282,3 @@ def test_split_sequences_are_refused(split, noisy, make_args, collator, monkeypa
 def test_unsharded_weights_on_any_accelerator_are_supported(whole, monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", whole)
     assert why_unsupported(tiny_llama()) is None
-
-
-def test_score_on_two_processes(tmp_path, byte_tokenizer):
-    model = tiny_llama(vocab_size=len(byte_tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"the cat {i} ", "completion": "the dog ran " * (1 + i % 3)} for i in range(7)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "forgetfilter_callback", "score", "--noisy", str(tmp_path / "rows.jsonl"),
-               "--before", str(tmp_path / "model"), "--output", str(tmp_path / "trace"), "--json"]  # fmt: skip
-    process = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    (account,) = [
-        json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")
-    ]  # printed by the main process
-    assert account["samples"] == 7
-    trace = Trace.open(tmp_path / "trace")
-    encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
-    with preserve_state(model):
-        expected = token_losses(model, encoded, disable_tqdm=True)
-    np.testing.assert_allclose(trace.token_losses(Record("safety", 0)), expected, rtol=1e-5)
-    assert trace.states(Record("safety", 0)).shape == (7, 32)

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import call, reference_means, run_options, texts
+from helpers import call, reference_losses, reference_means, run_options, texts, tiny_llama
 from transformers import LlamaForCausalLM
 
 from forgetfilter_callback import FilterResult, Trace, encode_rows
+from forgetfilter_callback.trace.records import Record
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -22,16 +24,37 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
 
+# Runs several commands one after another, because each start of two processes takes long.
+COMMANDS = """
+import json, os, sys
+from pathlib import Path
+from forgetfilter_callback.cli.main import main
+
+folder = Path(sys.argv[1])
+for name, arguments in json.loads((folder / "commands.json").read_text()).items():
+    file = folder / f"{name}-{os.environ['RANK']}"
+    for number in (1, 2):  # standard output and standard error
+        os.dup2(os.open(f"{file}.{number}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["forgetfilter", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        Path(f"{file}.code").write_text(str(stop.code))
+"""
+
+
 def launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "forgetfilter_callback", *map(str, arguments)],
+        [sys.executable, "-m", *launcher, *map(str, arguments)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
 def test_a_run_on_two_processes(files, tmp_path, byte_tokenizer):
     options = [*run_options(files, tmp_path / "out"), "--training", "per_device_train_batch_size=2", "--resume"]
-    process = launch(TORCHRUN, "run", *options, "--fraction", 0.25, "--refit", "--json")
+    process = launch(
+        ACCELERATE, "-m", "forgetfilter_callback", "run", *options, "--fraction", 0.25, "--refit", "--json"
+    )
     assert process.returncode == 0, process.stderr[-4000:]
     account = json.loads(process.stdout)  # printed by the main process only
     sessions = ("noisy", "safety", "filtered")  # each warning is logged by the main process only
@@ -54,45 +77,86 @@ def test_a_run_on_two_processes(files, tmp_path, byte_tokenizer):
     assert call("filter", tmp_path / "out", "--output", tmp_path / "again", "--fraction", 0.5).exit_code == 0
 
 
-def test_the_cost_is_estimated_for_two_processes(files, tmp_path):
-    options = [*run_options(files, tmp_path / "out"), "--max-length", 8]
-    process = launch(TORCHRUN, "run", *options, "--dry-run", "--json")
-    assert process.returncode == 0, process.stderr[-4000:]
-    for source in (files["noisy"], files["safety"]):  # read by the main process only
-        truncated = [line for line in process.stderr.splitlines() if line.startswith(f"{source}: ")]
-        assert len(truncated) == 1 and "truncated on the right, to 8 tokens" in truncated[0]
-    cost = json.loads(process.stdout)
-    assert (cost["steps"], cost["safety_steps"]) == (4 * 2, 2 * 1)  # 2 × 4 rows a step
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def _rows_in_both_sets(files: dict[str, Path], folder: Path) -> dict[str, Path]:
-    return {**files, "safety": files["noisy"]}
+@dataclass
+class Ended:
+    """A command that two processes have run: what each of them returned and wrote."""
+
+    codes: list[str]
+    stdout: list[str]
+    stderr: list[str]
 
 
-def _no_file(files: dict[str, Path], folder: Path) -> dict[str, Path]:
-    return {**files, "noisy": folder / "nowhere.jsonl"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("commands")
 
 
-def _other_rows_in_the_folder(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def commands(files, folder) -> dict[str, Ended]:
+    scored = ("score", "--noisy", files["noisy"], "--before", files["model"])
     Dataset.from_list(texts(12, seed=77)).to_json(folder / "others.jsonl")
-    scored = ("score", "--noisy", folder / "others.jsonl", "--before", files["model"])
-    assert call(*scored, "--output", folder / "out" / "_forgetfilter").exit_code == 0
-    return files
+    others = ("score", "--noisy", folder / "others.jsonl", "--before", files["model"])
+    assert call(*others, "--output", folder / "others" / "_forgetfilter").exit_code == 0
+    before = contents(folder / "others")
+    arguments = {
+        "score": [*scored, "--output", folder / "scored", "--json"],
+        "dry run": ["run", *run_options(files, folder / "out"), "--max-length", 8, "--dry-run", "--json"],
+        "rows in both sets": ["run", *run_options({**files, "safety": files["noisy"]}, folder / "out")],
+        "no file": ["run", *run_options({**files, "noisy": folder / "nowhere.jsonl"}, folder / "out")],
+        "other rows in the folder": ["run", *run_options(files, folder / "others")],
+    }
+    (folder / "commands.json").write_text(json.dumps({name: [*map(str, each)] for name, each in arguments.items()}))
+    (folder / "commands.py").write_text(COMMANDS)
+    process = launch(TORCHRUN, folder / "commands.py", folder)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert contents(folder / "others") == before and not (folder / "out").exists()
+    return {
+        name: Ended(
+            *([(folder / f"{name}-{rank}.{kind}").read_text() for rank in (0, 1)] for kind in ("code", "1", "2"))
+        )
+        for name in arguments
+    }
+
+
+def test_score_on_two_processes(commands, folder, files, byte_tokenizer):
+    ended = commands["score"]
+    assert ended.codes == ["0", "0"], ended.stderr
+    assert json.loads(ended.stdout[0])["samples"] == 12 and ended.stdout[1] == ""  # printed by the main process only
+    rows = encode_rows(texts(12, seed=1), byte_tokenizer, disable_tqdm=True).as_dataset()
+    expected = reference_losses(tiny_llama(vocab_size=len(byte_tokenizer)), rows)
+    record, trace = Record("safety", 0), Trace.open(folder / "scored")
+    np.testing.assert_allclose(trace.token_losses(record), expected, rtol=1e-5)
+    alone = ("score", "--noisy", files["noisy"], "--before", files["model"], "--output", folder / "alone")
+    assert call(*alone).exit_code == 0
+    states = Trace.open(folder / "alone").states(record)
+    assert states.shape == (12, 32)
+    np.testing.assert_allclose(trace.states(record), states, rtol=2e-3, atol=1e-5)  # half precision
+
+
+def test_the_cost_is_estimated_for_two_processes(commands, files):
+    ended = commands["dry run"]
+    assert ended.codes == ["0", "0"], ended.stderr
+    for source in (files["noisy"], files["safety"]):  # read by the main process only
+        truncated = [line for line in "".join(ended.stderr).splitlines() if line.startswith(f"{source}: ")]
+        assert len(truncated) == 1 and "truncated on the right, to 8 tokens" in truncated[0]
+    cost = json.loads(ended.stdout[0])
+    assert (cost["steps"], cost["safety_steps"]) == (4 * 2, 2 * 1) and ended.stdout[1] == ""  # 2 × 4 rows a step
 
 
 @pytest.mark.parametrize(
-    ("launcher", "prepare", "sentence"),
+    ("name", "sentence"),
     [
-        (TORCHRUN, _rows_in_both_sets, "12 of 12 safe rows are also in the noisy set"),
-        (ACCELERATE, _no_file, "nowhere.jsonl does not exist"),
-        (TORCHRUN, _other_rows_in_the_folder, "contains a run on other rows"),
+        ("no file", "nowhere.jsonl does not exist"),
+        ("rows in both sets", "12 of 12 safe rows are also in the noisy set"),
+        ("other rows in the folder", "contains a run on other rows"),
     ],
 )
-def test_an_error_of_the_main_process_ends_both_with_its_sentence(launcher, prepare, sentence, files, tmp_path):
-    given = prepare(files, tmp_path)
-    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    process = launch(launcher, "run", *run_options(given, tmp_path / "out"))
-    assert process.returncode == 1  # that of the launcher
-    errors = [line for line in process.stderr.splitlines() if line.startswith("forgetfilter: ")]
-    assert len(errors) == 2 and errors[0] == errors[1] and sentence in errors[0], process.stderr[-4000:]
-    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+def test_an_error_of_the_main_process_is_that_of_both(name, sentence, commands):
+    ended = commands[name]
+    assert ended.codes == ["2", "2"]
+    lines = [[line for line in stderr.splitlines() if line.startswith("forgetfilter: ")] for stderr in ended.stderr]
+    assert len(lines[0]) == 1 and lines[0] == lines[1] and sentence in lines[0][0], ended.stderr

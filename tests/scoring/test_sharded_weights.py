@@ -27,22 +27,33 @@ model = tiny_llama()
 for layer in model.model.layers:
     fully_shard(layer, reshard_after_forward=True)
 fully_shard(model, reshard_after_forward=True)  # each pass through the model gathers the output head
-losses = token_losses(model, encode_rows(random_rows(int(sys.argv[2])), disable_tqdm=True), disable_tqdm=True)
-np.save(f"{sys.argv[1]}/{dist.get_rank()}.npy", losses)
+for count in map(int, sys.argv[2:]):
+    losses = token_losses(model, encode_rows(random_rows(count), disable_tqdm=True), disable_tqdm=True)
+    np.save(f"{sys.argv[1]}/{count}-{dist.get_rank()}.npy", losses)
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("count", [9, 1])  # with one row, the second process has none
-def test_processes_with_different_numbers_of_predictions(count, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+COUNTS = [9, 1]  # with one row, the second process has none
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The losses that each of two processes has computed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path), str(count)], check=True, env=environment, timeout=120,
+        [*command, str(folder / "script.py"), str(folder), *map(str, COUNTS)], check=True, env=environment,
         capture_output=True,
     )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_processes_with_different_numbers_of_predictions(count, folder):
     expected = reference_losses(tiny_llama(), random_rows(count))
     for rank in range(2):
-        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.load(folder / f"{count}-{rank}.npy"), expected, rtol=1e-5, atol=1e-6)
