@@ -129,14 +129,21 @@ class EncodedRows:
         """
         from datasets import Dataset
 
-        labelled = self.loss_mask.copy()
-        starts = self.offsets[:-1][np.diff(self.offsets) > 0]
-        labelled[starts] |= ~self.attention_mask[starts]  # nothing predicts this token, but its label keeps the padding
-        columns = {"input_ids": self.tokens, "labels": np.where(labelled, self.tokens, IGNORE_INDEX)}
+        # The types that `datasets` gives to lists of integers in columns of these names.
+        schema = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int64())})
         if not self.attention_mask.all():
-            columns["attention_mask"] = self.attention_mask.astype(np.int64)
-        samples = {name: np.split(values, self.offsets[1:-1]) for name, values in columns.items()}
-        return Dataset.from_dict({name: [values.tolist() for values in arrays] for name, arrays in samples.items()})
+            schema = schema.append(pa.field("attention_mask", pa.list_(pa.int8())))
+        batches = []
+        for window in self.windows():
+            labelled, attended = window.loss_mask.copy(), window.attention_mask
+            starts = window.offsets[:-1][np.diff(window.offsets) > 0]
+            labelled[starts] |= ~attended[starts]  # nothing predicts this token, but its label keeps the padding
+            labels = np.where(labelled, window.tokens, np.int64(IGNORE_INDEX))
+            offsets, columns = window.offsets.astype(np.int32), [window.tokens, labels, attended.view(np.int8)]
+            lists = [pa.ListArray.from_arrays(offsets, values) for values in columns[: len(schema)]]
+            batches.append(pa.record_batch(lists, schema=schema))
+        table = pa.Table.from_batches(batches, schema)
+        return Dataset(table, fingerprint=self.fingerprint)  # without it, `datasets` copies the table to hash it
 
     @property
     def loss_tokens(self) -> np.ndarray:

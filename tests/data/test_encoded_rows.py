@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
-from helpers import rows_with_common_prefixes, tiny_llama
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from helpers import rows_with_common_prefixes, sample_ids, tiny_llama
+from transformers import DataCollatorForSeq2Seq
 
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.data import encode_each, encoded_rows
+from forgetfilter_callback.data.encoded_rows import EncodedRows
 from forgetfilter_callback.scoring.token_losses import token_losses
+
+
+def rows_of(lengths: list[int], padded: bool) -> EncodedRows:
+    """Random rows. With `padded`, any token may be padding, whether it counts or not."""
+    rng, total = np.random.default_rng(0), sum(lengths)
+    attention_mask = rng.random(total) < 0.7 if padded else np.ones(total, bool)
+    tokens = rng.integers(0, 90, total, dtype=np.int32)
+    offsets, loss_mask = np.cumsum([0, *lengths]), rng.random(total) < 0.5
+    loss_mask[offsets[:-1][np.diff(offsets) > 0]] = False
+    return EncodedRows(sample_ids(len(lengths)), tokens, loss_mask, attention_mask, offsets)
 
 
 def test_windows_give_the_same_losses(monkeypatch):
@@ -35,3 +52,48 @@ def test_windows_are_bounded_by_tokens(monkeypatch):
     np.testing.assert_allclose(token_losses(model, rows, disable_tqdm=True), expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(encoded_rows, "WINDOW", 2)
     assert [len(window) for window in rows.windows()] == [2, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_dataset_to_train_on(padded, monkeypatch, chat_tokenizer):
+    """Against one row at a time. It is built from windows, of which the last has no token."""
+    rows = rows_of([5, 0, 4, 12, 0, 3, 1, 6, 10, 2, 0, 0], padded)
+    expected = []
+    for index in range(len(rows)):
+        tokens, loss_mask = rows.sample(index)
+        attention_mask = rows.attention_mask[rows.offsets[index] : rows.offsets[index + 1]]
+        labels = [int(token) if counts else -100 for token, counts in zip(tokens, loss_mask, strict=True)]
+        if len(tokens) and not attention_mask[0]:
+            labels[0] = int(tokens[0])
+        row = {"input_ids": tokens.tolist(), "labels": labels}
+        expected.append({**row, "attention_mask": [int(mask) for mask in attention_mask]} if padded else row)
+    monkeypatch.setattr(encoded_rows, "WINDOW_TOKENS", 10)
+    assert len(list(rows.windows())) > 4
+    dataset = rows.as_dataset()
+    assert list(dataset) == expected
+    from_lists = Dataset.from_list(expected)
+    assert dataset.features == from_lists.features
+    assert rows.select([3, 0]).as_dataset()[:] == dataset[[3, 0]] == from_lists[[3, 0]]
+    collate = DataCollatorForSeq2Seq(chat_tokenizer)
+    batch, expected_batch = collate([dataset[0], dataset[3]]), collate([from_lists[0], from_lists[3]])
+    assert set(batch) == set(expected_batch)
+    for name, tensor in expected_batch.items():
+        assert batch[name].dtype == torch.int64 and torch.equal(batch[name], tensor)
+
+
+def test_the_dataset_of_rows_without_tokens():
+    integers = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
+    for count in (0, 2):
+        dataset = rows_of([0] * count, padded=False).as_dataset()
+        assert dataset.features == integers
+        assert list(dataset) == [{"input_ids": [], "labels": []}] * count
+
+
+def test_the_dataset_takes_few_bytes_per_token():
+    rows = rows_of([500] * 400, padded=True)
+    rows.select([0]).as_dataset()  # imports
+    tracemalloc.start()
+    dataset = rows.as_dataset()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(dataset) == 400 and peak < 12 * len(rows.tokens)
