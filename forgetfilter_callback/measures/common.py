@@ -5,9 +5,55 @@ Per-token values are stored flat: the values of sample `i` are `values[offsets[i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+
+
+# Samples are processed in windows of at most this many tokens, to bound the memory of intermediate results.
+WINDOW_TOKENS = 2**17
+
+
+def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
+    """Iterates over the samples in windows of at most 131,072 tokens. A longer sample is a window of its own.
+
+    Args:
+        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
+            Start of each sample in the flat values; the last entry is `loss_tokens`.
+
+    Yields:
+        The offsets of the window's samples, which start at 0, and the slice of their tokens.
+    """
+    start = 0
+    while start < len(offsets) - 1:
+        within = int(np.searchsorted(offsets, offsets[start] + WINDOW_TOKENS, side="right")) - 1
+        stop = max(within, start + 1)
+        yield offsets[start : stop + 1] - offsets[start], slice(offsets[start], offsets[stop])
+        start = stop
+
+
+def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: np.ndarray) -> np.ndarray:
+    """Computes one value per sample in windows, so that intermediate results do not grow with the number of samples.
+
+    Args:
+        function (`Callable`):
+            Called with the offsets of a window's samples and the window's part of each of `values`. Returns one value per
+            sample of the window.
+        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
+            Start of each sample in `values`.
+        *values (`np.ndarray` of shape `(loss_tokens,)`):
+            Values of the loss tokens.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`.
+    """
+    results = [function(window, *(each[span] for each in values)) for window, span in windows(offsets)]
+    return np.concatenate([np.zeros(0), *results])
+
+
+def loss_rises(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Computes the rise of each loss in float64: `after - before`."""
+    return after.astype(np.float64) - before
 
 
 def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -22,6 +68,10 @@ def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(samples,)`, float64, in nats per token; NaN for samples without loss tokens.
     """
+    return by_window(_mean_losses, offsets, losses)
+
+
+def _mean_losses(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
     counts = np.diff(offsets)
     sums = np.add.reduceat(np.append(losses, np.float32(0)), offsets[:-1], dtype=np.float64)
     return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
@@ -33,14 +83,14 @@ def all_finite(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(samples,)`, bool; `True` for samples without loss tokens.
     """
-    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return np.bincount(samples[~np.isfinite(losses)], minlength=len(offsets) - 1) == 0
+    samples = np.searchsorted(offsets, np.flatnonzero(~np.isfinite(losses)), side="right") - 1
+    return np.bincount(samples, minlength=len(offsets) - 1) == 0
 
 
 def mean_of_largest(
     values: np.ndarray, offsets: np.ndarray, limit: Callable[[np.ndarray], np.ndarray | int]
 ) -> np.ndarray:
-    """Averages the largest values of each sample.
+    """Averages the largest values of each sample. For many samples, call it by window (see [`by_window`]).
 
     Args:
         values (`np.ndarray` of shape `(loss_tokens,)`):

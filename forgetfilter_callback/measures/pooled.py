@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .common import all_finite, mean_of_largest
+from .common import all_finite, by_window, loss_rises, mean_of_largest, windows
 
 
 # Number of prior observations added to the occurrences of each token, so that a rare token needs a large rise.
@@ -38,14 +40,51 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
         `np.ndarray` of shape `(samples,)`, float64, in nats. Higher is more forgotten. NaN for samples without loss
         tokens and for samples with a loss that is not finite.
     """
-    rises = after.astype(np.float64) - before
-    values = mean_of_largest(pool_over_samples(tokens, offsets, rises), offsets, lambda counts: POOLED_TOP_TOKENS)
-    values[~all_finite(rises, offsets)] = np.nan
-    return values
+    totals = token_totals(loss_rises, tokens, offsets, before, after)
+
+    def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        rises = loss_rises(before, after)
+        pooled = pool_over_samples(tokens, offsets, rises, totals)
+        values = mean_of_largest(pooled, offsets, lambda counts: POOLED_TOP_TOKENS)
+        values[~all_finite(rises, offsets)] = np.nan
+        return values
+
+    return by_window(of_window, offsets, tokens, before, after)
+
+
+def token_totals(
+    change: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums a change of the losses over all occurrences of each token.
+
+    Args:
+        change (`Callable`):
+            Maps the losses before and after to the change, float64. Changes that are not finite contribute as 0.
+        tokens, offsets, before, after:
+            As in [`pooled_forgetting`].
+
+    Returns:
+        `tuple` of two `np.ndarray` of shape `(largest token id + 1,)`: the sums (float64), in the unit of the change, and
+        the numbers of occurrences (int64).
+    """
+    vocabulary = int(tokens.max(initial=0)) + 1
+    sums, counts = np.zeros(vocabulary), np.zeros(vocabulary, np.int64)
+    for _, span in windows(offsets):
+        sums += np.bincount(tokens[span], _finite(change(before[span], after[span])), vocabulary)
+        counts += np.bincount(tokens[span], minlength=vocabulary)
+    return sums, counts
 
 
 def pool_over_samples(
-    tokens: np.ndarray, offsets: np.ndarray, values: np.ndarray, prior: np.ndarray | float = 0.0
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    values: np.ndarray,
+    totals: tuple[np.ndarray, np.ndarray],
+    prior: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """Averages the value of each token over the token's occurrences in other samples.
 
@@ -54,25 +93,27 @@ def pool_over_samples(
 
     Args:
         tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
-            Token ids.
+            Token ids, of all samples or of a window of them.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `tokens`.
         values (`np.ndarray` of shape `(loss_tokens,)`, float64):
             The values to average. Values that are not finite contribute as 0.
+        totals:
+            The [`token_totals`] of all samples.
         prior (`float` or `np.ndarray` of shape `(loss_tokens,)`, defaults to 0.0):
             Value to shrink towards, with the weight of three occurrences.
 
     Returns:
         `np.ndarray` of shape `(loss_tokens,)`, float64, in the unit of `values`.
     """
-    values = np.where(np.isfinite(values), values, 0.0)  # one diverged sample must not spoil the others
+    sums, counts = totals
     samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    vocabulary = tokens.max(initial=0) + 1
-    _, token_in_sample = np.unique(samples * vocabulary + tokens, return_inverse=True)
-
-    def total(group: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(group, weights=weights)[group]
-
-    others = total(tokens, values) - total(token_in_sample, values)
-    others_count = total(tokens) - total(token_in_sample)
+    _, token_in_sample = np.unique(samples * len(counts) + tokens, return_inverse=True)
+    others = sums[tokens] - np.bincount(token_in_sample, _finite(values))[token_in_sample]
+    others_count = counts[tokens] - np.bincount(token_in_sample)[token_in_sample]
     return (others + POOLED_PRIOR_COUNT * prior) / (others_count + POOLED_PRIOR_COUNT)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Replaces values that are not finite by 0: one diverged sample must not spoil the others."""
+    return np.where(np.isfinite(values), values, 0.0)

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from .common import all_finite, mean_losses, mean_of_largest
-from .pooled import pool_over_samples
+from .common import all_finite, by_window, loss_rises, mean_losses, mean_of_largest
+from .pooled import pool_over_samples, token_totals
 
 
 # Weight of a token's own value where no other sample contains the token.
@@ -80,12 +80,21 @@ def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
         `np.ndarray` of shape `(samples,)`, float64, in typical changes. NaN for samples without loss tokens and for
         samples with a loss that is not finite.
     """
-    rises = after.astype(np.float64) - before
-    lost = -np.sign(rises) * np.expm1(-np.abs(rises))
-    agreed = np.minimum(lost, pool_over_samples(tokens, offsets, lost, prior=SMOOTHED_PRIOR_WEIGHT * lost))
-    largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
-    largest[~all_finite(rises, offsets)] = np.nan
-    return largest / typical_loss(before, after, offsets)
+    totals = token_totals(_lost_probability, tokens, offsets, before, after)
+
+    def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        lost = _lost_probability(before, after)
+        agreed = np.minimum(lost, pool_over_samples(tokens, offsets, lost, totals, SMOOTHED_PRIOR_WEIGHT * lost))
+        largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
+        largest[~all_finite(loss_rises(before, after), offsets)] = np.nan
+        return largest
+
+    return by_window(of_window, offsets, tokens, before, after) / typical_loss(before, after, offsets)
+
+
+def _lost_probability(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    rises = loss_rises(before, after)
+    return -np.sign(rises) * np.expm1(-np.abs(rises))
 
 
 def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -178,8 +187,11 @@ def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> 
     Returns:
         `float` between 0 and 1; NaN if no sample has finite losses.
     """
-    rises = after.astype(np.float64) - before
-    squares, counts = mean_losses(rises**2, offsets), np.diff(offsets)
+
+    def mean_squares(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return mean_losses(loss_rises(before, after) ** 2, offsets)
+
+    squares, counts = by_window(mean_squares, offsets, before, after), np.diff(offsets)
     known = np.isfinite(squares)
     if not known.any():
         return math.nan
@@ -210,8 +222,12 @@ def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, off
         `float`, in nats per typical change; NaN if all values are equal or none is known. Rises are clipped to the
         central 96 % range, extended by its own width on both sides.
     """
+
+    def mean_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return mean_losses(loss_rises(before, after), offsets)
+
     counts = np.diff(offsets)
-    rises = mean_losses(after.astype(np.float64) - before, offsets)
+    rises = by_window(mean_rises, offsets, before, after)
     known = np.isfinite(values) & np.isfinite(rises)
     if not known.any():
         return math.nan

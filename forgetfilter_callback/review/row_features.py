@@ -7,7 +7,7 @@ from scipy.stats import norm, rankdata
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
-from ..measures.common import mean_of_largest
+from ..measures.common import by_window, loss_rises, mean_of_largest
 from ..measures.smoothed import agreed_forgetting
 from ..trace.trace import Trace
 
@@ -42,19 +42,22 @@ def row_features(trace: Trace) -> np.ndarray:
     before, after = trace.first_and_last()
     tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
     losses = trace.token_losses(before), trace.token_losses(after)
-    rises = losses[1].astype(np.float64) - losses[0]
     values = [
         trace.forgetting("smoothed"),
         trace.forgetting("loss"),
         trace.forgetting("pooled"),
         agreed_forgetting(tokens, offsets, *losses),
-        mean_of_largest(rises, offsets, lambda counts: np.ceil(LARGEST_FRACTION * counts)),
+        by_window(_largest_rises, offsets, *losses),
         trace.mean_losses(before),
         np.diff(offsets).astype(np.float64),
     ]
     if trace.base_record is not None:
         values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
     return np.column_stack([*map(_normal_scores, values), _state_components(trace.states(before))])
+
+
+def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return mean_of_largest(loss_rises(before, after), offsets, lambda counts: np.ceil(LARGEST_FRACTION * counts))
 
 
 def _normal_scores(values: np.ndarray) -> np.ndarray:

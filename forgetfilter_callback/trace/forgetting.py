@@ -66,9 +66,11 @@ def compute_forgetting_by_record(
         return np.array([compute_forgetting(trace, measure, step) for step in steps]).reshape(-1, len(trace.rows))
     tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
     first, last = (trace.token_losses(record) for record in trace.first_and_last(unit_step))
-    losses = [trace.token_losses(Record("safety", step)) for step in steps]
-    agreed = np.column_stack([agreed_forgetting(tokens, offsets, first, after) for after in losses])
-    units = np.array([typical_loss(first, after, offsets) for after in losses])
+    agreed, units = np.empty((len(trace.rows), len(steps))), np.empty(len(steps))
+    for index, step in enumerate(steps):  # one record in memory at a time
+        losses = trace.token_losses(Record("safety", step))
+        agreed[:, index] = agreed_forgetting(tokens, offsets, first, losses)
+        units[index] = typical_loss(first, losses, offsets)
     smoothed = smoothed_over_states(agreed, trace.states(trace.first_and_last()[0]))
     return smoothed.T * (units / typical_loss(first, last, offsets))[:, None]
 
