@@ -31,6 +31,10 @@ logger = get_logger(__name__)
 MIN_ADAPTED = 0.01
 
 
+class _NotLearnedError(Exception):
+    """The adapter has not learned anything, so the model without it may not be the base model."""
+
+
 class Recorder:
     """Takes records and writes them to `trace`. Call it inside [`preserve_state`].
 
@@ -103,11 +107,24 @@ class Recorder:
         if any(adapter.get("init_lora_weights", True) not in (True, "gaussian") for adapter in settings):
             return
         with model.disable_adapter():
-            scores = [*window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))]
-        base_losses = mean_losses(np.concatenate([window.losses for window in scores]), self._trace.rows.loss_offsets)
+            scores = window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))
+            checked_scores = self._check_base(scores)
+            with suppress(_NotLearnedError):
+                run_on_main(partial(self._trace.append, Record("noisy", 0), checked_scores), drain=checked_scores)
+
+    def _check_base(self, scores: Iterator[Scores]) -> Iterator[Scores]:
+        """Yield each item of `scores`. Then raise an error if the adapter has not learned anything.
+
+        An error here prevents the record from being written.
+        """
+        means: list[np.ndarray] = []
+        for window, window_score in zip(self._trace.rows.windows(), scores, strict=True):
+            means.append(mean_losses(window_score.losses, window.loss_offsets))
+            yield window_score
+        base_losses = np.concatenate(means)
         compared = np.isfinite([base_losses, self._last_losses]).all(axis=0)
-        if compared.any() and (base_losses - self._last_losses)[compared].mean() > MIN_ADAPTED:
-            run_on_main(partial(self._trace.append, Record("noisy", 0), scores))
+        if not compared.any() or (base_losses - self._last_losses)[compared].mean() <= MIN_ADAPTED:
+            raise _NotLearnedError
 
     def _earlier_losses(self, record: Record) -> np.ndarray | None:
         """The mean losses of the record that a session replaces when it starts again, if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from copy import deepcopy
 
 import numpy as np
@@ -21,7 +22,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
 from forgetfilter_callback.callbacks import recorder
+from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.errors import ForgetFilterError
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.scoring.token_losses import window_scores
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.trainers import base_model_check
 
@@ -164,6 +168,27 @@ def test_the_base_record_is_taken_with_the_adapter_disabled(noisy, safety, make_
     )  # fmt: skip
     with pytest.raises(ForgetFilterError, match="not the base model of the trace"):
         trainer.train()
+
+
+def test_records_hold_few_windows_in_memory(noisy, safety, make_args, collator, monkeypatch):
+    """Also the base record, which is written only if the adapter turns out to have learned something."""
+    in_memory: weakref.WeakSet[Scores] = weakref.WeakSet()
+    counts = []
+
+    def watched_scores(*args, **kwargs):
+        for scores in window_scores(*args, **kwargs):
+            in_memory.add(scores)
+            counts.append(len(in_memory))
+            yield scores
+
+    model, tracker = adapted(CONFIGS["LoRA"]), ForgetTracker(noisy)
+    train(model, make_args("noisy", learning_rate=0.1), noisy, collator)
+    monkeypatch.setattr(encoded_rows, "WINDOW", 3)
+    monkeypatch.setattr(recorder, "window_scores", watched_scores)
+    train(model, make_args("safety", max_steps=1), safety, collator, tracker)
+    assert tracker.trace.records() == [Record("noisy", 0), Record("safety", 0), Record("safety", 1)]
+    assert len(counts) == 3 * math.ceil(len(noisy) / 3) and max(counts) <= 3
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
 
 
 @pytest.mark.parametrize("overflows", [False, True])
