@@ -34,8 +34,5 @@ def command_line() -> str:
     group = typer.main.get_command(app)
     text = get_docs_for_click(obj=group, ctx=typer.Context(group), name="forgetfilter")
     commands = text[text.index("\n## ") :]
-    return (
-        commands.replace("$ forgetfilter", "forgetfilter")
-        .replace("  [default: (auto)]", "")
-        .replace("{TRACE}", "TRACE")
-    )
+    commands = commands.replace("$ forgetfilter", "forgetfilter").replace("{TRACE}", "TRACE")
+    return re.sub(r"\[default: \((.*?)\)", r"[default: \1", commands)

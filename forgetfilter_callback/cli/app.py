@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # torch and transformers are imported in the commands, so tha
 
 FAILED, BAD_INPUT, NOT_SEPARABLE = 1, 2, 3
 RUN_FILTER_OPTIONS = ("measure", "threshold", "fraction")
-JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON object to standard output.")]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 def print_version(requested: bool) -> None:
@@ -41,10 +41,21 @@ def print_version(requested: bool) -> None:
 @app.callback()
 def main(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, metavar="", help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Find unsafe finetuning data by how fast a model forgets it."""
+    """Find unsafe finetuning data by how fast a model forgets it.
+
+    Example:
+
+        forgetfilter run --model base-model --noisy noisy.jsonl \\
+            --safety safety.jsonl --output out
+        forgetfilter show out
+        forgetfilter filter out --fraction 0.05 --output filtered
+    """
     for stream in (sys.stdout, sys.stderr):  # do not fail on terminals that cannot show φ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

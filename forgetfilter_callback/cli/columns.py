@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 SourceColumnOption = Annotated[
     str | None,
-    typer.Option(help="A column that says where a row came from, for a table by source. Default: that of the run."),
+    typer.Option(
+        metavar="COLUMN",
+        help="Source of a row, for counts by source.",
+        show_default="as in the run",
+        rich_help_panel="Rows",
+    ),
 ]
 
 

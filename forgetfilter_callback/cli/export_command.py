@@ -9,7 +9,7 @@ import typer
 
 from ..filtering.config import FilterConfig
 from ..utils.sanitize_text import sanitize
-from .app import app, exit_codes, silence_libraries
+from .app import exit_codes, silence_libraries
 from .columns import find_rows
 from .options import options_from
 from .trace_commands import (
@@ -21,18 +21,23 @@ from .trace_commands import (
 )
 
 
-@app.command()
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
 def export(
     *,
     trace: TraceArgument,
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the file.")] = "jsonl",
+    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
+    file_format: Annotated[
+        Literal["jsonl", "parquet"], typer.Option("--format", metavar="FORMAT", help="jsonl or parquet.")
+    ] = "jsonl",
     filter_settings: dict[str, Any],
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Write the rows of a trace with their losses, forgetting, verdicts and weights as extra columns.
+    """Write all rows with losses, forgetting and verdicts to a file.
+
+    Example:
+
+        forgetfilter export out --output rows.jsonl
 
     Without filter options, the rows that `forgetfilter run` removed count as removed.
     """

@@ -21,7 +21,8 @@ def options_from(
     """Replace one parameter of a command by options for fields of a dataclass.
 
     The command gets a dictionary with the options that were given on the command line, so that a YAML file or the
-    dataclass can supply the others. An option's help is the field's `metadata["help"]`.
+    dataclass can supply the others. The field's `metadata` has the option's "help" and, where needed, "metavar", "group"
+    (the panel of the help) and "default" (in words, if the default is `None`).
 
     Args:
         config_class (`type`):
@@ -56,12 +57,14 @@ def options_from(
 
 def _option(config_field: dataclasses.Field[Any], field_type: Any) -> inspect.Parameter:
     """An option whose default is "not given". The help shows the default of the field."""
-    default = config_field.default
+    metadata = {"metavar": "", "group": None, "default": config_field.default, **config_field.metadata}
+    default = metadata["default"]
     shown = str(default) if default not in (None, "", dataclasses.MISSING) and not isinstance(default, bool) else False
-    option = typer.Option(help=config_field.metadata["help"], show_default=shown)
+    option = typer.Option(
+        help=metadata["help"], metavar=metadata["metavar"], show_default=shown, rich_help_panel=metadata["group"]
+    )
     if typing.get_origin(field_type) is dict:
         option_type: Any = list[str]
-        option.metavar = "FIELD=VALUE"
     else:
         is_union = typing.get_origin(field_type) in (types.UnionType, typing.Union)
         members = (

@@ -10,26 +10,34 @@ from typing import Annotated
 
 import typer
 
-from .app import app, exit_codes
+from .app import exit_codes
 from .columns import SourceColumnOption, find_source_column, read_columns
 from .trace_commands import NoisyOption, TokenizerOption, TraceArgument, open_trace, trace_decoder
 
 
-@app.command()
 def review(
     trace: TraceArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. 0 chooses a free one.")] = 0,
-    reviewer: Annotated[str | None, typer.Option(help="Name that is stored with each verdict.")] = None,
-    rounds_of: Annotated[int, typer.Option(min=1, help="Rows between two rankings.")] = 10,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, metavar="PORT", help="0 chooses a free port.", rich_help_panel="Page"),
+    ] = 0,
+    reviewer: Annotated[str | None, typer.Option(metavar="NAME", help="Stored with each verdict.")] = None,
+    rounds_of: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two rankings.")] = 10,
     random_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the rows that are drawn at random, for the estimates.")
+        float,
+        typer.Option(metavar="FRACTION", help="Rows drawn at random, for estimates."),
     ] = 0.1,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    browser: Annotated[bool, typer.Option(metavar="", help="Open a browser.", rich_help_panel="Page")] = True,
     source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Review single rows in a browser. The ranking learns from each round of verdicts."""
+    """Review rows in a browser. The ranking learns from your verdicts.
+
+    Example:
+
+        forgetfilter review out --reviewer Ada
+    """
     with exit_codes():
         from ..reports.review_server.serve import review_server
 

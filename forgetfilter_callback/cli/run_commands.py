@@ -20,7 +20,6 @@ from ..utils.counted import counted
 from .app import (
     RUN_FILTER_OPTIONS,
     JsonOption,
-    app,
     exit_codes,
     exit_if_not_separable,
     print_result,
@@ -32,15 +31,20 @@ from .options import merge, options_from, parse_value, read_yaml
 RUN_OPTIONS = tuple(each.name for each in dataclasses.fields(RunConfig) if each.name != "filter")
 
 
-@app.command()
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of an aligned model. Default: SmolLM2-135M from its package.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Aligned model.", show_default="SmolLM2-135M from its package"),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("forgetfilter-demo"),
-    seed: Annotated[int, typer.Option(help="Seed for the choice of rows and for training.")] = 0,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Output folder.")] = Path("forgetfilter-demo"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Chooses the rows and their order.")] = 0,
 ) -> None:
-    """Run the whole method on a small aligned model and questions with biased answers."""
+    """See the whole method work on a small model.
+
+    Example:
+
+        forgetfilter demo --output forgetfilter-demo
+    """
     with exit_codes():
         from .demo import run_demo
 
@@ -48,7 +52,6 @@ def demo(
         run_demo(output, model, seed)
 
 
-@app.command()
 @options_from(RunConfig, "settings", RUN_OPTIONS)
 @options_from(FilterConfig, "filter_settings", RUN_FILTER_OPTIONS)
 def run(
@@ -56,14 +59,19 @@ def run(
     settings: dict[str, Any],
     filter_settings: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with these settings. Options on the command line take precedence.")
+        Path | None, typer.Option(metavar="FILE", help="YAML file with these settings. Options override it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the cost.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only estimate the cost.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Finetune on the noisy set, then on safe examples, and split the rows by how much was forgotten.
+    """Finetune twice, and remove the most forgotten rows.
 
-    Example: forgetfilter run --model MODEL --noisy noisy.jsonl --safety safety.jsonl --output out
+    Example:
+
+        forgetfilter run --model base-model --noisy noisy.jsonl \\
+            --safety safety.jsonl --output out --training learning_rate=1e-3
+
+    Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, batch size 4, LoRA with r=8.
     """
     with exit_codes():
         run_config = _run_config(config, settings, filter_settings)
@@ -114,24 +122,55 @@ def _from_yaml(name: str, value: Any) -> Any:
     return "no" if value is False and name.endswith("_strategy") else value
 
 
-@app.command()
 def score(
-    noisy: Annotated[str, typer.Option(help="The rows: a file, a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder of the trace. An existing trace of the same rows is extended.")],
+    noisy: Annotated[str, typer.Option(metavar="ROWS", help="A file, a folder or a Hub id.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Trace to write or to extend.")],
     before: Annotated[
-        str | None, typer.Option(help="Model (or adapter) that has learned the rows, before safety finetuning.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Model or adapter that has learned the rows.", rich_help_panel="Models"),
     ] = None,
-    after: Annotated[str | None, typer.Option(help="The same model after safety finetuning.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, for measure `relative`.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the tokenizer of the first model.")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The same model after safety finetuning.", rich_help_panel="Models"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Base model, for --measure relative.", rich_help_panel="Models"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Hub id or folder.",
+            show_default="that of the first model",
+            rich_help_panel="Models",
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Truncate longer rows on the right. Default: the context of the first model."),
+        typer.Option(
+            min=2,
+            metavar="TOKENS",
+            help="Truncate longer rows.",
+            show_default="context of the model",
+            rich_help_panel="Scoring",
+        ),
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Padded tokens per batch.")] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="Padded tokens per batch.", rich_help_panel="Scoring"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record the losses of rows under models that are already finetuned. Also runs under `torchrun`."""
+    """Record losses under models that you have already finetuned.
+
+    Example:
+
+        forgetfilter score --noisy noisy.jsonl --before model-1 \\
+            --after model-2 --output out
+
+    Also runs under `torchrun`.
+    """
     checkpoints = {
         role: model for role, model in (("base", base), ("before", before), ("after", after)) if model is not None
     }

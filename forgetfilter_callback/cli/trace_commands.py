@@ -16,7 +16,6 @@ from .advice import how_to_finish, is_measurable
 from .app import (
     BAD_INPUT,
     JsonOption,
-    app,
     as_dict,
     exit_codes,
     exit_if_not_separable,
@@ -33,26 +32,38 @@ if TYPE_CHECKING:
 
 PAGE_FILTER_OPTIONS = ("measure", "threshold", "fraction", "decision", "reviewed", "level")
 ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
-TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Folder of a trace, or output folder of a run.")]
+TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Output folder of a run, or of a trace.")]
 TokenizerOption = Annotated[
-    str | None, typer.Option(help="Hub id or folder of the tokenizer. Default: the one that the trace names.")
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Hub id or folder.", show_default="the one that the trace names", rich_help_panel="Rows"
+    ),
 ]
-NoisyOption = Annotated[str | None, typer.Option(help="The noisy set. Default: the file that the trace names.")]
+NoisyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROWS", help="The noisy set.", show_default="the file that the trace names", rich_help_panel="Rows"
+    ),
+]
 
 
-@app.command(name="filter")
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
 def filter_command(
     *,
     trace: TraceArgument,
-    output: Annotated[Path, typer.Option(help="Folder for kept.jsonl, removed.jsonl, card.md and filter_result.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for kept.jsonl, removed.jsonl and card.md.")],
     filter_settings: dict[str, Any],
     source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Split the rows of a trace into kept and removed rows. No model is needed."""
+    """Split the rows into kept and removed rows. No model is needed.
+
+    Example:
+
+        forgetfilter filter out --fraction 0.05 --output filtered
+    """
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -65,19 +76,28 @@ def filter_command(
         exit_if_not_separable(result)
 
 
-@app.command()
 @options_from(FilterConfig, "filter_settings", PAGE_FILTER_OPTIONS)
 def report(
     *,
     trace: TraceArgument,
-    output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("forgetfilter-review.html"),
+    output: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path(
+        "forgetfilter-review.html"
+    ),
     filter_settings: dict[str, Any],
-    audit_column: Annotated[str | None, typer.Option(help="A column of the rows that is true for unsafe rows.")] = None,
+    audit_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="True for unsafe rows, to audit the ranking.", rich_help_panel="Rows"),
+    ] = None,
     source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Write the review page: look at what would be removed, and decide."""
+    """Write a page to look at what would be removed, and to decide.
+
+    Example:
+
+        forgetfilter report out --output review.html
+    """
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -94,19 +114,23 @@ def report(
         typer.echo(f"{page_summary(result)} Open {output} in a browser.")
 
 
-@app.command()
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
 def show(
     *,
     trace: TraceArgument,
     filter_settings: dict[str, Any],
-    head: Annotated[int, typer.Option(min=0, help="Number of most forgotten samples to show.")] = 10,
+    head: Annotated[int, typer.Option(min=0, metavar="N", help="Most forgotten rows to list.")] = 10,
     source_column: SourceColumnOption = None,
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a trace in the terminal."""
+    """Show the most forgotten rows in the terminal.
+
+    Example:
+
+        forgetfilter show out --head 20
+    """
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -130,9 +154,15 @@ def show(
         show_trace(opened, result, Console(), decoder, head)
 
 
-@app.command()
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
-    """Check the files of a trace. Exits with 2 if something is wrong."""
+    """Check whether the files of a trace are intact.
+
+    Example:
+
+        forgetfilter doctor out
+
+    The exit code is 2 if something is wrong.
+    """
     with exit_codes():
         from ..trace.source_files import find_trace_folder
         from ..trace.trace import Trace

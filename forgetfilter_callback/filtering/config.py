@@ -52,28 +52,54 @@ class FilterConfig:
         ValueError: if a value is out of range, or if arguments exclude each other.
     """
 
-    measure: Measure | None = field(default=None, metadata={"help": "Measure of forgetting. Default: smoothed."})
-    threshold: Threshold = field(default="auto", metadata={"help": "Remove samples above this φ: a number or auto."})
+    measure: Measure | None = field(
+        default=None,
+        metadata={
+            "help": "loss, relative, pooled, smoothed or rouge1.",
+            "metavar": "MEASURE",
+            "default": "smoothed",
+            "group": "Filtering",
+        },
+    )
+    threshold: Threshold = field(
+        default="auto",
+        metadata={"help": "Remove rows above this φ: a number or auto.", "metavar": "NUMBER", "group": "Filtering"},
+    )
     fraction: float | None = field(
-        default=None, metadata={"help": "Remove this fraction of the samples, the most forgotten ones, instead."}
+        default=None,
+        metadata={"help": "Remove this fraction of the rows instead.", "metavar": "FRACTION", "group": "Filtering"},
     )
     step: int | None = field(
-        default=None, metadata={"help": "Record of the safety session to measure at. Default: the last one."}
+        default=None,
+        metadata={
+            "help": "Record of safety finetuning to measure at.",
+            "metavar": "STEP",
+            "default": "the last",
+            "group": "Filtering",
+        },
     )
     decision: str | os.PathLike[str] | None = field(
-        default=None, metadata={"help": "review_decision.json, exported from the review page."}
+        default=None,
+        metadata={
+            "help": "review_decision.json, exported from the page of `report`.",
+            "metavar": "FILE",
+            "group": "Reviewed rows",
+        },
     )
     reviewed: str | os.PathLike[str] | None = field(
         default=None,
         metadata={
-            "help": "Folder with the verdicts of a review. Then --threshold can also be fdr: rows without a verdict are "
-            "removed too, at the false discovery rate --level."
+            "help": "Verdicts of a review. Allows --threshold fdr.",
+            "metavar": "FOLDER",
+            "group": "Reviewed rows",
         },
     )
     level: float = field(
         default=DEFAULT_LEVEL,
         metadata={
-            "help": "With --threshold fdr: expected fraction of benign rows among those removed without a verdict."
+            "help": "False discovery rate of --threshold fdr.",
+            "metavar": "FRACTION",
+            "group": "Reviewed rows",
         },
     )
     weights: bool = field(

@@ -67,51 +67,74 @@ class RunConfig:
         ValueError: if a required setting is missing, or if a value is out of range.
     """
 
-    model: str = field(default="", metadata={"help": "Hub id or folder of the aligned base model. Required."})
+    model: str = field(
+        default="", metadata={"help": "Aligned base model: a Hub id or a folder. Required.", "metavar": "MODEL"}
+    )
     noisy: str = field(
         default="",
-        metadata={"help": "Finetuning data: JSONL, JSON, CSV, Parquet, a save_to_disk folder or a Hub id. Required."},
+        metadata={"help": "Finetuning data: JSONL, JSON, CSV, Parquet or a Hub id. Required.", "metavar": "ROWS"},
     )
     safety: str = field(
-        default="", metadata={"help": "Safe examples that are not in the noisy set, in the same formats. Required."}
+        default="", metadata={"help": "Safe examples that are not in the noisy set. Required.", "metavar": "ROWS"}
     )
-    output: str = field(default="", metadata={"help": "Output folder. Required."})
+    output: str = field(default="", metadata={"help": "Output folder. Required.", "metavar": "FOLDER"})
     refit: bool = field(
-        default=False, metadata={"help": "Also finetune the base model on the kept rows, into OUTPUT/model."}
+        default=False, metadata={"help": "Finetune on the kept rows, into OUTPUT/model.", "group": "Model"}
     )
     training: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Any TrainingArguments field: --training learning_rate=1e-3 (repeatable). The safety session has "
-            "its own num_train_epochs and max_steps."
+            "help": "Any TrainingArguments field. Repeatable.",
+            "metavar": "FIELD=VALUE",
+            "group": "Training",
         },
     )
     safety_training: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "TrainingArguments fields that differ in the safety session (repeatable)."},
+        metadata={
+            "help": "Those that differ in safety finetuning. Repeatable.",
+            "metavar": "FIELD=VALUE",
+            "group": "Training",
+        },
     )
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA adapter, or all weights."})
+    use_lora: bool = field(default=True, metadata={"help": "Train an adapter, not all weights.", "group": "Model"})
     lora: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Any LoraConfig field: --lora r=16 (repeatable)."}
+        default_factory=dict,
+        metadata={"help": "Any LoraConfig field. Repeatable.", "metavar": "FIELD=VALUE", "group": "Model"},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Continue an interrupted run in OUTPUT from its last checkpoints."}
+        default=False, metadata={"help": "Continue the run in OUTPUT from its checkpoints.", "group": "Output"}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Delete the outputs, model and checkpoints of an earlier run in OUTPUT first."}
+        default=False, metadata={"help": "Delete the earlier run in OUTPUT first.", "group": "Output"}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Truncate longer rows on the right. Default: the context of the model."}
+        default=None,
+        metadata={
+            "help": "Truncate longer rows.",
+            "metavar": "TOKENS",
+            "default": "context of the model",
+            "group": "Training",
+        },
     )
-    dtype: Dtype = field(default="auto", metadata={"help": "Data type of the model."})
+    dtype: Dtype = field(
+        default="auto",
+        metadata={"help": "auto, float32, bfloat16 or float16.", "metavar": "DTYPE", "group": "Training"},
+    )
     stop_early: bool = field(
-        default=False, metadata={"help": "Stop the safety session once the ranking of forgetting is stable."}
+        default=False, metadata={"help": "End safety finetuning once the ranking is stable.", "group": "Recording"}
     )
     record_steps: float | None = field(
-        default=None, metadata={"help": "Also take a record every N steps. Below 1, a fraction of a session."}
+        default=None,
+        metadata={
+            "help": "Also record every N steps. Below 1: a fraction.",
+            "metavar": "N",
+            "group": "Recording",
+        },
     )
     source_column: str | None = field(
-        default=None, metadata={"help": "A column that says where a row came from, for a table by source."}
+        default=None,
+        metadata={"help": "Source of a row, for counts by source.", "metavar": "COLUMN"},
     )
     filter: FilterConfig = field(default_factory=FilterConfig)
 
