@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -26,10 +25,13 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_every_table_is_on_a_page_and_every_page_names_tables_that_exist(tables):
-    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
-    named = {name for text in pages for name in re.findall(r"^\{\{ (\w+) \}\}$", text, flags=re.MULTILINE)}
-    assert named - {"command_line"} == {table.__name__ for table in tables.ALL}
+def test_every_table_is_on_a_page_and_every_page_is_current(tables):
+    generate = importlib.import_module("generate")
+    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")}
+    named = [name for text in pages.values() for _, name, _ in generate.GENERATED.findall(text)]
+    assert sorted(named) == sorted(["command_line", *(table.__name__ for table in tables.ALL)])
+    for page, text in pages.items():
+        assert generate.with_generated_parts(text) == text, f"run `python docs/tools/generate.py` for {page}"
 
 
 def test_no_table_is_empty(tables):
