@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callbacks.tracker import ForgetTracker
     from .data.encode_text import encode_rows
+    from .data.load_rows import load_rows
     from .errors import ForgetFilterError
     from .filtering.config import FilterConfig
     from .filtering.find_forgotten import find_forgotten
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "encode_rows": "data.encode_text",
     "filtered": "trainers.filtered_trainer",
     "find_forgotten": "filtering.find_forgotten",
+    "load_rows": "data.load_rows",
     "run": "pipeline.run",
     "score_checkpoints": "pipeline.checkpoints",
     "to_dataset": "pipeline.export",
@@ -58,6 +60,7 @@ __all__ = [
     "encode_rows",
     "filtered",
     "find_forgotten",
+    "load_rows",
     "run",
     "score_checkpoints",
     "to_dataset",

@@ -148,7 +148,8 @@ def run_command(line: str) -> None:
 
 def test_options_named_in_the_documents_exist():
     group = typer.main.get_command(app)
-    existing = {option for command in group.commands.values() for each in command.params for option in each.opts}
+    parameters = [each for command in group.commands.values() for each in command.params]
+    existing = {option for each in parameters for option in [*each.opts, *each.secondary_opts]}
     named = {
         option
         for page, text in PAGES.items()

@@ -34,6 +34,7 @@ PUBLIC_NAMES = [
     "encode_rows",
     "filtered",
     "find_forgotten",
+    "load_rows",
     "run",
     "score_checkpoints",
     "to_dataset",
