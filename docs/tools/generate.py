@@ -1,7 +1,7 @@
 """Write the tables of figures and the options of all commands into the pages: `python docs/tools/generate.py`.
 
-The text between `<!-- generated: name -->` and `<!-- end -->` is replaced by what the function `name` of `tables.py` returns,
-or by [`command_line`].
+The text between `<!-- generated: name -->` and `<!-- end -->` is replaced by what the function `name` of `tables.py`
+returns, or by [`command_line`].
 """
 
 from __future__ import annotations
