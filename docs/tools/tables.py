@@ -336,7 +336,7 @@ def gpu_speed() -> str:
 
 
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
-HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("toxicity_dev", "harmfulness")}
+HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "smoothed": "`smoothed` (default)",
     "loss": "`loss`",

@@ -106,7 +106,11 @@ def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
         if removed.shape != (rows,):
             raise ValueError(f"`removed` is a mask of shape {removed.shape}, but the set has {counted(rows, 'row')}.")
         return removed
+    if removed.ndim != 1 or (len(removed) and not np.issubdtype(removed.dtype, np.integer)):
+        raise ValueError(f"`removed` must be row numbers or a mask of bool, not an array of {removed.dtype}.")
     numbers = removed.astype(int)
+    if len(np.unique(numbers)) < len(numbers):
+        raise ValueError("`removed` has the same row number twice. For a mask, pass an array of bool.")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < rows:
         raise ValueError(
             f"`removed` has row numbers from {numbers.min()} to {numbers.max()}, but the set has the rows 0 to {rows - 1}."

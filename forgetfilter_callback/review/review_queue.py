@@ -33,7 +33,7 @@ class ReviewQueue:
     without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on.
 
     Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
-    folder again continues with them.
+    folder again continues with them, and two queues on one folder see each other's verdicts.
 
     Args:
         trace ([`Trace`]):
@@ -80,8 +80,10 @@ class ReviewQueue:
         self.reviewer = reviewer
         self.seed = seed
         self.random_fraction = random_fraction
-        self._file = review_folder(trace, folder) / VERDICTS_FILE
-        self.verdicts = trace_verdicts(trace, folder)
+        self._folder = review_folder(trace, folder)
+        self._file = self._folder / VERDICTS_FILE
+        self._size_read = -1
+        self._read()
         self._drawn_from: dict[int, int] = {}
         forgetting = trace.forgetting()
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)
@@ -104,6 +106,7 @@ class ReviewQueue:
             ValueError: if `count` is not a whole number of at least 1.
         """
         check_positive("count", count, whole=True)
+        self._read()
         rng = np.random.default_rng([self.seed, len(self.verdicts)])
         unseen = np.flatnonzero(~self.is_seen)
         count = min(count, len(unseen))
@@ -133,6 +136,7 @@ class ReviewQueue:
                 raise ValueError(f"There is no row {row!r}. The trace has the rows 0 to {len(self.trace.rows) - 1}.")
             if verdict not in get_args(VerdictLabel):
                 raise ValueError(f"The verdict on row {row} is {verdict!r}. It must be 'unsafe' or 'safe'.")
+        self._read()
         time = datetime.now(UTC).isoformat(timespec="seconds")
         ids = self.trace.rows.ids
         # A row that was drawn at random stays one when its verdict is changed.
@@ -145,7 +149,16 @@ class ReviewQueue:
         ]
         append_verdicts(new, self._file)
         self.verdicts = [*self.verdicts, *new]
+        self._size_read = self._file.stat().st_size
         self.__dict__.pop("scores", None)
+
+    def _read(self) -> None:
+        """Read the verdicts. Another queue on the same folder may have added some."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        if size != self._size_read:
+            self.verdicts = trace_verdicts(self.trace, self._folder)
+            self._size_read = size
+            self.__dict__.pop("scores", None)
 
     @property
     def labels(self) -> dict[int, VerdictLabel]:

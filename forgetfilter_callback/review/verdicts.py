@@ -67,8 +67,18 @@ def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
 
 
 def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the verdicts. Defaults to the folder `review` in the trace's folder."""
-    return Path(folder) if folder is not None else trace.folder / REVIEW_FOLDER
+    """The folder of the verdicts. Defaults to the folder `review` in the trace's folder.
+
+    Raises:
+        DecisionError: if `folder` is a file or the folder of a trace.
+    """
+    if folder is None:
+        return trace.folder / REVIEW_FOLDER
+    if Path(folder).is_file():
+        raise DecisionError(f"{folder} is a file. Pass the folder of the verdicts, {Path(folder).parent}.")
+    if Trace.exists(folder):
+        raise DecisionError(f"{folder} is a trace. Pass the folder of its verdicts, {Path(folder) / REVIEW_FOLDER}.")
+    return Path(folder)
 
 
 def trace_verdicts(trace: Trace, folder: str | os.PathLike[str] | None = None) -> list[Verdict]:

@@ -34,13 +34,13 @@ def simulate(rng: np.random.Generator, rows: int, unsafe_rows: int, rounds: int)
 def test_intervals_contain_the_unsafe_rows_that_are_left_in_about_nine_of_ten_reviews():
     rng = np.random.default_rng(0)
     covered = []
-    for _ in range(150):
+    for _ in range(500):
         verdicts, unsafe = simulate(rng, 200, 60, 6)
         estimate = estimate_unsafe_rows(verdicts, 200)
         left = unsafe.sum() - estimate.unsafe_found
         covered.append(estimate.unsafe_left[0] <= left <= estimate.unsafe_left[1])
         assert estimate.benign_removed == (0, 0)
-    assert 0.84 < np.mean(covered) < 0.97
+    assert 0.87 < np.mean(covered) < 0.93
 
 
 def test_one_round_of_random_rows_gives_the_binomial_interval():
@@ -67,7 +67,14 @@ def test_removed_rows_are_numbers_or_a_mask():
 
 @pytest.mark.parametrize(
     ("removed", "said"),
-    [([-1], "from -1 to -1"), ([3, 200], "from 3 to 200"), (np.zeros(10, bool), r"shape \(10,\)")],
+    [
+        ([-1], "from -1 to -1"),
+        ([3, 200], "from 3 to 200"),
+        (np.zeros(10, bool), r"shape \(10,\)"),
+        (np.arange(200) % 2, "the same row number twice. For a mask, pass an array of bool"),
+        ([4, 4], "the same row number twice"),
+        ([1.7, 2.2], "must be row numbers or a mask of bool, not an array of float64"),
+    ],
 )
 def test_removed_rows_that_are_not_in_the_set_are_refused(removed, said):
     with pytest.raises(ValueError, match=said):

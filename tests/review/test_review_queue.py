@@ -288,6 +288,48 @@ def test_the_scores_do_not_learn_from_the_rows_that_calibrate_them(tmp_path, mon
     assert learned == [expected] and calibrating == 60 - len(expected) > 0
 
 
+def test_the_removed_rows_equal_those_of_a_loop(tmp_path):
+    """Conformal p-values and the procedure of Benjamini and Hochberg, row by row."""
+    trace, is_unsafe = make_trace(tmp_path, rows=400, unsafe=80)
+    queue = ReviewQueue(trace, random_fraction=1)
+    queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in queue.next(200)})
+    found = removable_rows(queue, 0.3)
+    scores = queue.fit_scores({row: label for row, label in queue.labels.items() if label == "unsafe"})
+    calibration = [scores[row] for row, label in queue.labels.items() if label == "safe"]
+    p_values = {
+        row: (1 + sum(other >= scores[row] for other in calibration)) / (1 + len(calibration))
+        for row in range(400)
+        if row not in queue.labels
+    }
+    ordered = sorted(p_values.values())
+    allowed = [p for place, p in enumerate(ordered, start=1) if p <= 0.3 * place / len(ordered)]
+    expected = [row for row, p in p_values.items() if p <= max(allowed, default=0)]
+    assert len(expected) > 3 and np.flatnonzero(found.removed).tolist() == expected
+
+
+def test_two_queues_on_one_folder_see_each_others_verdicts(tmp_path):
+    trace, _ = make_trace(tmp_path)
+    first, second = ReviewQueue(trace), ReviewQueue(trace)
+    first.add(dict.fromkeys(first.next(10), "safe"))
+    rows = second.next(10)
+    assert not set(rows) & set(first.labels)
+    second.add(dict.fromkeys(rows, "unsafe"))
+    first.next(10)
+    assert first.labels == second.labels and len(first.labels) == 20
+
+
+@pytest.mark.parametrize("name", ["review/verdicts.jsonl", "."])
+def test_the_folder_of_a_review_is_not_a_file_or_a_trace(name, tmp_path):
+    trace, _ = make_trace(tmp_path)
+    ReviewQueue(trace).add({0: "unsafe"})
+    for use in (
+        lambda: ReviewQueue(trace, tmp_path / name),
+        lambda: find_forgotten(trace, FilterConfig(reviewed=tmp_path / name)),
+    ):
+        with pytest.raises(DecisionError, match=f"Pass the folder of (the|its) verdicts, {tmp_path / 'review'}"):
+            use()
+
+
 def test_the_false_discovery_rate_is_kept_on_average(tmp_path):
     """Over 20 sets, at most a tenth of the rows that are removed without a verdict is benign (with room for chance)."""
     rates, recalls = [], []
