@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..utils.sanitize_text import sanitize
+from .messages import LogFormatter, say
 
 
 if TYPE_CHECKING:  # torch and transformers are imported in the commands, so that `--help` is fast
@@ -59,7 +59,9 @@ def main(
     for stream in (sys.stdout, sys.stderr):  # do not fail on terminals that cannot show φ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("forgetfilter_callback").setLevel(logging.INFO)
 
 
@@ -69,12 +71,12 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # all errors about inputs and settings
-        typer.echo(f"forgetfilter: {sanitize(str(error))}", err=True)
+        say(f"forgetfilter: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
             raise
-        typer.echo(f"forgetfilter: {type(error).__name__}: {sanitize(str(error))}", err=True)
+        say(f"forgetfilter: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(FAILED) from error
 
 
@@ -101,14 +103,15 @@ def as_dict(result: FilterResult) -> dict[str, Any]:
     }
 
 
-def print_result(result: FilterResult, output: Path, as_json: bool) -> None:
+def print_result(result: FilterResult, output: Path, as_json: bool, next_step: str) -> None:
     if as_json:
         typer.echo(json.dumps({**as_dict(result), "output": str(output)}))
     else:
         summary = result.summary()
-        typer.echo(f"{summary[0].upper()}{summary[1:]}.")
+        say(f"{summary[0].upper()}{summary[1:]}.")
         files = sorted(file.name for file in output.iterdir() if not file.name.startswith("."))
-        typer.echo(f"Files in {output}: {', '.join(files)}.")
+        say(f"Files in {output}: {', '.join(files)}.")
+        say(f"Next: {next_step}")
 
 
 def exit_if_not_separable(result: FilterResult) -> None:

@@ -10,8 +10,8 @@ import typer
 
 from ..data.columns import column_values
 from ..data.source_paths import check_source
-from ..utils.sanitize_text import sanitize
 from .app import silence_libraries
+from .messages import say
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def find_source_column(trace: Trace, noisy: str | None, given: str | None) -> st
         f"forgetfilter: there is no table by source, because {source} is not the JSON or CSV file that was recorded. To "
         f"read the rows again, pass --source-column {shlex.quote(column)}."
     )
-    typer.echo(sanitize(message), err=True)
+    say(message, err=True)
     return None
 
 

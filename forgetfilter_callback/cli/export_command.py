@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..filtering.config import FilterConfig
-from ..utils.sanitize_text import sanitize
 from .app import exit_codes, silence_libraries
 from .columns import find_rows
+from .messages import say
 from .options import options_from
 from .trace_commands import (
     ALL_FILTER_OPTIONS,
@@ -50,4 +50,4 @@ def export(
         if file_format == "parquet":
             silence_libraries()
         removed = export_rows(opened, output, file_format, filter_config, source, loaded_tokenizer)
-        typer.echo(f"Wrote {len(opened.rows)} rows to {output}. {sanitize(removed)}")
+        say(f"Wrote {len(opened.rows)} rows to {output}. {removed}")

@@ -105,20 +105,20 @@ def read_yaml(file: Path, config_class: type[Any]) -> dict[str, Any]:
     """Read settings from a YAML file.
 
     Raises:
-        typer.BadParameter: if the file cannot be read, or if it contains an unknown setting.
+        ValueError: if the file cannot be read, or if it contains an unknown setting.
     """
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     names = [each.name for each in dataclasses.fields(config_class)]
     if not isinstance(settings, dict):
-        raise typer.BadParameter(f"{file} contains no settings. It must map names to values; the names are {names}.")
+        raise ValueError(f"{file} contains no settings. It must map names to values; the names are {names}.")
     unknown = sorted(map(str, set(settings) - set(names)))
     if unknown:
-        raise typer.BadParameter(
-            f"{file} contains unknown settings: {', '.join(unknown)}. Known settings: {', '.join(names)}."
-        )
+        raise ValueError(f"{file} contains unknown settings: {', '.join(unknown)}. Known settings: {', '.join(names)}.")
     return settings
 
 

@@ -12,6 +12,7 @@ import typer
 
 from .app import exit_codes
 from .columns import SourceColumnOption, find_source_column, read_columns
+from .messages import say
 from .trace_commands import NoisyOption, TokenizerOption, TraceArgument, open_trace, trace_decoder
 
 
@@ -53,7 +54,8 @@ def review(
             if browser and _has_display():
                 webbrowser.open(running.address)
             running.server.serve_forever()  # until Ctrl-C
-            typer.echo(f"\n{running.queue.estimate()}")
+            typer.echo()
+            say(str(running.queue.estimate()))
             if running.queue.verdicts:
                 typer.echo(f"Next: {running.next_command}")
 

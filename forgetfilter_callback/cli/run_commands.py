@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .app import (
     print_result,
     silence_libraries,
 )
+from .messages import say
 from .options import merge, options_from, parse_value, read_yaml
 
 
@@ -86,8 +88,12 @@ def run(
         silence_libraries()
         if dry_run:
             cost = plan(run_config)
-            if rank_and_world_size()[0] == 0:
-                typer.echo(json.dumps(dataclasses.asdict(cost)) if as_json else str(cost))
+            if rank_and_world_size()[0] > 0:
+                return
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(cost)))
+            else:
+                say(str(cost))
             return
         if as_json:
             with _stdout_to_stderr():
@@ -95,7 +101,9 @@ def run(
         else:
             result = run_pipeline(run_config)
         if rank_and_world_size()[0] == 0:
-            print_result(result, Path(run_config.output), as_json)
+            look = "show" if result.separability.separable else "review"
+            next_step = shlex.join(["forgetfilter", look, run_config.output])
+            print_result(result, Path(run_config.output), as_json, next_step)
         exit_if_not_separable(result)
 
 
@@ -106,12 +114,12 @@ def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: di
         section = content.get(name)
         section = {} if section is None else section
         if not isinstance(section, dict):
-            raise typer.BadParameter(f"{file}: `{name}` must map names to values.")
+            raise ValueError(f"{file}: `{name}` must map names to values.")
         content[name] = {key: _from_yaml(key, value) for key, value in section.items()}
     merged = merge(content, {**settings, "filter": filter_settings})
     unknown = set(merged["filter"]) - set(RUN_FILTER_OPTIONS)
     if unknown:
-        raise typer.BadParameter(f"{file}: `filter` contains unknown settings: {', '.join(sorted(unknown))}.")
+        raise ValueError(f"{file}: `filter` contains unknown settings: {', '.join(sorted(unknown))}.")
     return RunConfig(**{**merged, "filter": FilterConfig(**merged["filter"])})
 
 
@@ -197,12 +205,14 @@ def score(
             typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
             return
         for role, mean in means.items():
-            typer.echo(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
+            say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
         is_complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
         next_step = (
-            f"forgetfilter report {output}" if is_complete else "`score` with --before and --after into this folder"
+            shlex.join(["forgetfilter", "show", str(output)])
+            if is_complete
+            else "`score` with --before and --after into this folder"
         )
-        typer.echo(f"Wrote the trace to {output}. Next: {next_step}")
+        say(f"Wrote the trace to {output}. Next: {next_step}")
 
 
 def is_single_process() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..utils.optional_packages import requires_extra
-from ..utils.sanitize_text import sanitize
 from .advice import how_to_finish, is_measurable
 from .app import (
     BAD_INPUT,
@@ -22,6 +22,7 @@ from .app import (
     print_result,
 )
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
+from .messages import say
 from .options import options_from
 
 
@@ -72,7 +73,12 @@ def filter_command(
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        print_result(result, output, as_json)
+        next_step = (
+            f"finetune the base model on {output / 'kept.jsonl'}."
+            if result.counts["removed"]
+            else shlex.join(["forgetfilter", "review", str(trace)])
+        )
+        print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
 
 
@@ -111,7 +117,7 @@ def report(
         unsafe = None if audit_column is None else as_labels(columns[audit_column], audit_column)
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
-        typer.echo(f"{page_summary(result)} Open {output} in a browser.")
+        say(f"{page_summary(result)} Open {output} in a browser.")
 
 
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
@@ -152,6 +158,8 @@ def show(
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
         show_trace(opened, result, Console(), decoder, head)
+        if filter_config.reviewed is None and filter_config.decision is None:
+            say(f"Next: {shlex.join(['forgetfilter', 'review', str(trace)])}")
 
 
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
@@ -178,8 +186,8 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps(findings._asdict()))
         else:
             for text in findings.problems + findings.notes:
-                typer.echo(sanitize(text))
-            typer.echo(f"{trace} {'has problems' if findings.problems else 'is valid'}.")
+                say(text)
+            say(f"{trace} {'has problems' if findings.problems else 'is valid'}.")
         if findings.problems:
             raise typer.Exit(BAD_INPUT)
 
@@ -194,7 +202,7 @@ def open_trace(path: Path) -> Trace:
     if advice is not None and not is_measurable(trace):
         raise TraceError(advice)
     if advice is not None:
-        typer.echo(f"forgetfilter: {sanitize(advice)}", err=True)
+        say(f"forgetfilter: {advice}", err=True)
     return trace
 
 

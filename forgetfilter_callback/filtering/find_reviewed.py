@@ -34,7 +34,7 @@ def find_reviewed(
     queue = ReviewQueue(trace, config.reviewed)
     if not queue.verdicts:
         raise DecisionError(
-            f"There are no verdicts in {config.reviewed}. Review rows first: `ReviewQueue` stores them."
+            f"There are no verdicts in {config.reviewed}. Review rows first, with `forgetfilter review` or `ReviewQueue`."
         )
     if config.weights:
         no_threshold = FilterConfig(measure, math.inf)

@@ -7,7 +7,7 @@ from typing import Any, cast
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from ..utils.argument_checks import check_no_text_for_numbers, check_positive
+from ..utils.argument_checks import check_fields, check_positive
 from .run_config import RunConfig
 
 
@@ -37,7 +37,7 @@ def lora_config(settings: dict[str, Any]) -> LoraConfig:
         ValueError: if `settings` is not valid.
     """
     check_positive("lora: r", settings.get("r", 8), whole=True)  # peft checks it when the model is already loaded
-    check_no_text_for_numbers("lora", LoraConfig, settings)
+    check_fields("lora", LoraConfig, settings)
     defaults = {
         "r": 8,
         "lora_alpha": 2 * settings.get("r", 8),

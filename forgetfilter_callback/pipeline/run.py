@@ -27,7 +27,7 @@ from ..filtering.by_source import with_source_counts
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..trace.trace import TRACE_FOLDER, Trace
-from ..utils.argument_checks import check_no_text_for_numbers, check_positive
+from ..utils.argument_checks import check_fields, check_positive
 from ..utils.counted import counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
@@ -137,7 +137,7 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
 
 def _build_arguments(config: RunConfig, section: str, settings: dict[str, Any]) -> TrainingArguments:
     """Build the arguments of one session. Errors name `section`, the setting that they come from."""
-    check_no_text_for_numbers(section, TrainingArguments, settings)
+    check_fields(section, TrainingArguments, settings)
     for name in ("num_train_epochs", "learning_rate"):
         check_positive(f"{section}: {name}", settings[name])
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -19,7 +19,7 @@ from .summary import page_summary
 
 BINS = 20
 BAR_WIDTH = 50  # characters
-MAX_COMPLETION_LENGTH = 160  # characters
+MAX_COMPLETION_LENGTH = 500  # characters
 
 
 def show(
@@ -44,10 +44,11 @@ def show(
             How many of the most forgotten samples to list.
     """
     console.print(Text(page_summary(result), style="bold"))
-    console.print(Text(result.reason))
+    if result.threshold is not None:  # otherwise, the summary contains the reason
+        console.print(Text(f"{result.reason[0].upper()}{result.reason[1:]}."))
     before, after = trace.first_and_last(result.step)
     model = sanitize(trace.manifest["model"])
-    console.print(Text(f"Model {model}, safety session, step {before.step} to step {after.step}."))
+    console.print(Text(f"Model {model}, safety session, step {before.step} to step {after.step}."), soft_wrap=True)
     known = result.values[np.isfinite(result.values)]
     phi = result.threshold
     counts, edges = np.histogram(known, BINS)
@@ -62,7 +63,14 @@ def show(
         console.print(line)
     if result.source_counts is not None:
         console.print(_table_by_source(result.source_counts))
-    table = Table("row", "forgetting", "tokens", "decision", "completion", title="The most forgotten samples")
+    table = Table(title="The most forgotten rows")
+    for name in ("row", "forgetting", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("decision", no_wrap=True)
+    # One line a row, so that the list fits on a screen
+    table.add_column(
+        "completion", no_wrap=True, overflow="ellipsis"
+    )  # one line a row, so that the list fits on a screen
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)
@@ -73,7 +81,7 @@ def show(
             f"{result.values[index]:.3f}",
             str(lengths[index]),
             Text(decision, style="red" if result.removed[index] else "blue"),
-            Text(sanitize(text[:MAX_COMPLETION_LENGTH] + ("…" if len(text) > MAX_COMPLETION_LENGTH else ""))),
+            Text(" ".join(sanitize(text[:MAX_COMPLETION_LENGTH]).split())),
         )
     console.print(table)
 

@@ -38,7 +38,9 @@ def find_source(trace: Trace) -> str:
         DataError: if the trace does not name it, or if the file is no longer there.
     """
     if "source" not in trace.manifest:
-        raise DataError(f"The trace in {trace.folder} does not name the file of its rows. Pass the noisy set.")
+        raise DataError(
+            f"The trace in {trace.folder} does not name the file of its rows. Pass the noisy set (--noisy)."
+        )
     source: str = trace.manifest["source"]
     # Files and folders are stored as absolute paths, Hub ids are not.
     if Path(source).is_absolute() and not Path(source).exists():

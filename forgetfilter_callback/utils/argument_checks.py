@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -46,15 +47,21 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a number between 0 and 1.")
 
 
-def check_no_text_for_numbers(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
-    """Refuse text for fields of a dataclass whose default is a number or a Boolean. The text "False" would be true.
+def check_fields(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
+    """Check that settings are fields of a dataclass.
+
+    Text is refused for fields whose default is a number or a Boolean: the text "False" would be true.
 
     Raises:
-        ValueError: if a value is text. The message starts with `section`.
+        ValueError: if there is no such field, or if a value is text. The message starts with `section`.
     """
-    defaults = {each.name: each.default for each in dataclasses.fields(config_class)}
+    defaults = {each.name: each.default for each in dataclasses.fields(config_class) if each.init}
     for name, value in settings.items():
-        default = defaults.get(name)
+        if name not in defaults:
+            similar = difflib.get_close_matches(name, defaults, n=1)
+            suggestion = f" Did you mean {similar[0]}?" if similar else ""
+            raise ValueError(f"{section}: {config_class.__name__} has no field {name}.{suggestion}")
+        default = defaults[name]
         if isinstance(default, bool | int | float) and isinstance(value, str):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ValueError(f"{section}: {name}={value!r} must be {kind}.")

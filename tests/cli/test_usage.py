@@ -24,7 +24,12 @@ RUN = ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o"]
         ([*RUN, "--threshold", "0.5", "--fraction", "0.2"], "`threshold` and `fraction` exclude each other"),
         ([*RUN, "--no-use-lora", "--lora", "r=2"], "`lora` has settings, but `use_lora` is false"),
         ([*RUN, "--training", "output_dir=elsewhere"], "`training` must not contain output_dir"),
-        (["run", "--config", "no-such.yaml"], "cannot be read"),
+        (
+            [*RUN, "--training", "learning_rte=1"],
+            "TrainingArguments has no field learning_rte. Did you mean learning_rate?",
+        ),
+        ([*RUN, "--lora", "lora_alfa=1"], "LoraConfig has no field lora_alfa. Did you mean lora_alpha?"),
+        (["run", "--config", "no-such.yaml"], "no-such.yaml cannot be read: No such file or directory."),
         (["score", "--noisy", "n", "--output", "o"], "Pass at least one model: --before, --after or --base"),
         (["filter", "nowhere", "--output", "o"], "nowhere contains no trace"),
         (

@@ -1,0 +1,77 @@
+"""Messages in a terminal: lines end between words, paths stay whole, and the last line says what to type next."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shlex
+
+import pytest
+import typer
+from helpers import call
+from rich.console import Console
+
+from forgetfilter_callback import FilterConfig, Trace, find_forgotten
+from forgetfilter_callback.cli.commands import app
+from forgetfilter_callback.cli.messages import LogFormatter, fitted
+from forgetfilter_callback.data.decode import load_decoder
+from forgetfilter_callback.reports.terminal import show
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+PATH = f"/data/{'customer-tickets/' * 6}smollm2-1.7b-instruct/_forgetfilter"
+MESSAGE = f"The trace in {PATH} does not name the file of its rows. Pass the noisy set, as the run was given it."
+COMMAND = f"forgetfilter run --config {PATH}/config.yaml --output {PATH} --resume"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_lines_end_between_words(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = fitted(MESSAGE, Terminal()).split("\n")
+    assert [word for line in lines for word in line.split()] == MESSAGE.split()  # no word is cut, also not the path
+    assert len(lines) > 1 and all(len(line) <= width or line == PATH for line in lines)
+    assert fitted(MESSAGE, io.StringIO()) == MESSAGE  # a pipe or a file
+    assert fitted("out is valid.", Terminal()) == "out is valid."
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_command_can_be_copied(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert fitted(f"{MESSAGE} Continue: {COMMAND}", Terminal()).endswith(f"Continue:\n{COMMAND}")
+
+
+def test_log_messages_fit_too(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    text = LogFormatter().format(logging.makeLogRecord({"msg": f"[RANK 0] {MESSAGE}"}))
+    assert text == fitted(MESSAGE, Terminal())
+
+
+def test_the_last_line_says_what_to_type_next(finished_run, tmp_path):
+    group = typer.main.get_command(app)
+    for arguments, expected in (
+        (("show", finished_run), ["forgetfilter", "review", str(finished_run)]),
+        (
+            ("filter", finished_run, "--threshold", 99, "--output", tmp_path),
+            ["forgetfilter", "review", str(finished_run)],
+        ),
+    ):
+        command = shlex.split(call(*arguments).output.splitlines()[-1].removeprefix("Next: "))
+        assert command == expected
+        group.commands[command[1]].make_context(command[1], command[2:])  # raises if it cannot be typed
+    result = call("filter", finished_run, "--fraction", 0.25, "--output", tmp_path)
+    assert result.output.endswith(f"Next: finetune the base model on {tmp_path / 'kept.jsonl'}.\n")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_row_takes_one_line(finished_run, files, width, monkeypatch):
+    monkeypatch.setattr("forgetfilter_callback.reports.terminal.decode", lambda *_, **__: "a b\n" + "word " * 60)
+    trace = Trace.open(finished_run / "_forgetfilter")
+    console = Console(width=width, file=io.StringIO())
+    show(trace, find_forgotten(trace, FilterConfig(fraction=0.25)), console, load_decoder(str(files["model"])), head=10)
+    listed = console.file.getvalue().split("completion")[1].split("┡")[1].splitlines()[1:-1]
+    assert len(listed) == 10 and all("a b word" in line and "…" in line and len(line) <= width for line in listed)
