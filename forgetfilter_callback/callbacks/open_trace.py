@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..data.as_rows import as_rows
+from ..data.audit_labels import as_labels
 from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
@@ -117,7 +118,8 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
 
     Raises:
         EncodingError: if `noisy` is a stream, is no table of rows, or has no rows.
-        ValueError: if a row has no such column, or text in it.
+        DataError: if a row has no audit label in this column. See [`as_labels`].
+        ValueError: if a row has no such column.
     """
     if noisy is None:
         raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but no rows were given.")
@@ -132,12 +134,8 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
         if not isinstance(row, Mapping) or audit_column not in row:
             has = f"has {sorted(row)}" if isinstance(row, Mapping) else f"is {type(row).__name__}"
             raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but row {index} {has}.")
-        if isinstance(row[audit_column], str):  # the text "False" would be true
-            raise ValueError(
-                f"audit_column={audit_column!r} contains text (row {index}). It must contain true/false or numbers."
-            )
-        labels.append(bool(row[audit_column]))
-    return np.array(labels)
+        labels.append(row[audit_column])
+    return as_labels(labels, f"The column {audit_column!r}")
 
 
 def model_and_tokenizer_names(

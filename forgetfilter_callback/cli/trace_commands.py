@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..data.audit_labels import as_labels
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..utils.optional_packages import requires_extra
@@ -109,12 +110,11 @@ def report(
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
-        from ..trace.source_files import as_labels
 
         source_column = find_source_column(opened, noisy, source_column)
         names = [name for name in (audit_column, source_column) if name is not None]
         columns = dict(zip(names, read_columns(opened, noisy, tokenizer, names), strict=True)) if names else {}
-        unsafe = None if audit_column is None else as_labels(columns[audit_column], audit_column)
+        unsafe = None if audit_column is None else as_labels(columns[audit_column], f"The column {audit_column!r}")
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
         say(f"{page_summary(result)} Open {output} in a browser.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.audit_labels import as_labels
 from ..review.verdicts import Verdict, trace_verdicts
 from ..trace.trace import Trace
 from ..utils.counted import counted
@@ -91,7 +92,7 @@ def count_by_source(
     found = [is_unsafe.get(id_) for id_ in result.ids.to_pylist()]
     rows, removed = Counter(names), Counter(compress(names, result.removed))
     seen, unsafe_found = Counter(compress(names, (each is not None for each in found))), Counter(compress(names, found))
-    labeled = None if unsafe is None else Counter(compress(names, unsafe))
+    labeled = None if unsafe is None else Counter(compress(names, as_labels(unsafe, "`unsafe`")))
     counts = [
         _source_counts(
             name, rows[name], seen[name], unsafe_found[name], None if labeled is None else labeled[name], removed[name]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
 
+from ..data.audit_labels import as_labels
 from ..data.columns import column_values
 from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
@@ -20,9 +21,6 @@ from .trace import TRACE_FOLDER, Trace
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-_TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
 def find_trace_folder(path: str | os.PathLike[str]) -> Path:
@@ -70,22 +68,17 @@ def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTok
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the trace.
         column (`str`):
-            A column of `rows` that is true (or not 0) for unsafe rows. It may hold the texts "true" and "false", or "1" and
-            "0", as in a CSV file.
+            A column of `rows` that is true (or not 0) for unsafe rows. See [`as_labels`].
 
     Returns:
         `np.ndarray` of shape `(samples,)`, bool.
 
     Raises:
-        DataError: if the column is missing or holds text, or if a sample of the trace is not among the rows.
+        DataError: if the column is missing, if a row has no audit label in it, or if a sample of the trace is not among
+            the rows.
     """
-    labels = as_labels(column_values(rows, column), column)
+    labels = as_labels(column_values(rows, column), f"The column {column!r}")
     return labels[match_rows(trace, rows, tokenizer)]
-
-
-def as_labels(values: list[Any], column: str) -> np.ndarray:
-    """Audit labels as Booleans: shape `(samples,)`. See [`find_labels`] for the values that `column` may hold."""
-    return np.array([_is_unsafe(value, column) for value in values], bool)
 
 
 def match_rows(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -111,14 +104,6 @@ def match_rows(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedToke
     return order
 
 
-def _is_unsafe(label: Any, column: str) -> bool:
-    if isinstance(label, bool | int | float):
-        return bool(label)
-    if isinstance(label, str) and label.lower() in _TRUTH:
-        return _TRUTH[label.lower()]
-    raise DataError(f"The column {column!r} must hold true/false or numbers, but it holds values such as {label!r}.")
-
-
 def find_tokenizer(trace: Trace) -> str:
     """The folder or Hub id of the tokenizer that the rows of a trace were encoded with.
 
@@ -126,7 +111,7 @@ def find_tokenizer(trace: Trace) -> str:
         DataError: if the trace does not name it.
     """
     name: str | None = trace.manifest["tokenizer"]
-    if name is None:
+    if not name:  # a tokenizer that was built in memory has an empty name
         raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass the tokenizer.")
     return name
 

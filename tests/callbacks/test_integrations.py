@@ -101,7 +101,10 @@ LABELED = {"input_ids": [1, 2], "unsafe": True}
         ([], "`noisy` has no rows"),
         ([LABELED, {"input_ids": [1]}], r"but row 1 has \['input_ids'\]"),
         ([[1, 2]], "but row 0 is list"),
-        ([LABELED, LABELED | {"unsafe": "False"}], r"audit_column='unsafe' contains text \(row 1\)"),
+        (
+            [LABELED, LABELED | {"unsafe": "no"}],
+            "The column 'unsafe' must hold true/false or numbers .* but row 1 holds 'no'",
+        ),
     ],
 )
 def test_rows_without_audit_labels_are_refused(noisy, message):
