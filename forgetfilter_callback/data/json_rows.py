@@ -51,9 +51,12 @@ def read_text_file(path: Path) -> JsonRows:
 
     Raises:
         ValueError: if the file is not UTF-8, if it is neither JSON Lines nor one list of JSON objects, or if a line of a CSV
-            file does not have as many values as its header or has a wrong quote.
+            file does not have as many values as its header or has a wrong quote or separator.
     """
-    return _read_csv(path) if path.suffix.lower() == ".csv" else _read_json(path)
+    try:
+        return _read_csv(path) if path.suffix.lower() == ".csv" else _read_json(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its text is not UTF-8 ({error.reason}). Save the file as UTF-8") from None
 
 
 def _read_json(path: Path) -> JsonRows:
@@ -72,13 +75,23 @@ def _read_json(path: Path) -> JsonRows:
 
 
 def _read_csv(path: Path) -> JsonRows:
-    csv.field_size_limit(2**31 - 1)  # 128 KiB by default
+    limit = csv.field_size_limit(2**31 - 1)  # 128 KiB by default; it applies to the whole process
+    try:
+        return _read_csv_values(path)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_csv_values(path: Path) -> JsonRows:
     lines = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Otherwise a quote that is not closed would turn all following rows into one value.
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            if len(header) == 1 and (separators := set(header[0]) & {";", "\t", "|"}):
+                found = " or ".join(map(repr, sorted(separators)))
+                raise csv.Error(f"the values must be separated by commas, but the header {header[0]!r:.60} has {found}")
             if len(set(header)) < len(header):
                 raise csv.Error(f"two columns have the same name ({', '.join(header)})")
             for values in filter(None, reader):  # a blank line has no values

@@ -37,7 +37,7 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
             dataset. `owner/name` loads the `train` split. `owner/name:split` loads another split.
 
     Raises:
-        DataError: if the file or dataset does not exist, cannot be read, or has no rows.
+        DataError: if the file or dataset does not exist, has another format, cannot be read, or has no rows.
     """
     path = Path(source)
     extension = path.suffix.lower()
@@ -62,10 +62,13 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
         if isinstance(error, DataError):
             raise
         cause = error.__cause__ if error.__cause__ is not None else error
-        raise DataError(
-            f"{source} cannot be read: {cause}. It must be a file ({', '.join(FILE_EXTENSIONS)}), a folder written by "
-            "`Dataset.save_to_disk`, or the Hub id of a dataset."
-        ) from error
+        advice = ""
+        if not path.is_file():
+            advice = (
+                f" It must be a file ({', '.join(FILE_EXTENSIONS)}), a folder written by `Dataset.save_to_disk`, or the "
+                "Hub id of a dataset."
+            )
+        raise DataError(f"{source} cannot be read: {cause}.{advice}") from error
     if not len(rows):
         raise DataError(f"{source} has no rows.")
     return rows

@@ -14,11 +14,16 @@ def check_source(source: str) -> None:
     """Check that `source`, as [`load_rows`] takes it, exists and is not empty. Hub ids are not looked up.
 
     Raises:
-        DataError: if it names a file or folder that does not exist, or an empty file.
+        DataError: if it names a file or folder that does not exist, an empty file, or a file of another format.
     """
     path = Path(source)
     if not path.exists() and (path.suffix.lower() in FILE_EXTENSIONS or is_path(source)):
         raise DataError(f"File {source} does not exist.")
+    if path.is_file() and path.suffix.lower() not in FILE_EXTENSIONS:
+        raise DataError(
+            f"{source} has the extension {path.suffix!r}, which is not supported. Convert the file to one of "
+            f"{', '.join(FILE_EXTENSIONS)}, and name it so."
+        )
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{source} is empty.")
 

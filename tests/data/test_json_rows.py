@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -67,6 +69,15 @@ def test_values_of_a_csv_file_are_text(tmp_path):
 def test_a_long_value_of_a_csv_file(tmp_path):
     (tmp_path / "rows.csv").write_text("text\n" + "a" * 200_000 + "\n")
     assert list(load_rows(tmp_path / "rows.csv")) == [{"text": "a" * 200_000}]
+
+
+def test_the_limits_of_the_csv_module_stay_as_they_are(tmp_path):
+    before = csv.field_size_limit()
+    for name, text in (("rows.csv", "text\na\n"), ("wrong.csv", 'text\n"a\n')):
+        (tmp_path / name).write_text(text)
+        with suppress(DataError):
+            load_rows(tmp_path / name)
+        assert csv.field_size_limit() == before
 
 
 def test_a_quote_that_is_not_closed_is_refused(tmp_path):

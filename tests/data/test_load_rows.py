@@ -46,7 +46,17 @@ def test_rows_of_all_file_formats(files, tmp_path):
         ("more.json", '[{"text": "a"}]\n{}', "more text after the end of the list"),
         ("empty-list.json", "[]", "has no rows"),
         ("columns.json", '{\n"text": ["a"]\n}', "line 1: Expecting property name"),
-        ("utf16.csv", b"\xff\xfea\x00", "utf16.csv cannot be read: 'utf-8' codec can't decode"),
+        ("utf16.csv", b"\xff\xfea\x00", "utf16.csv cannot be read: its text is not UTF-8"),
+        ("latin.csv", "prompt,completion\na,é\n".encode("latin-1"), r"Save the file as UTF-8\.$"),
+        ("latin.jsonl", '{"text": "é"}\n'.encode("latin-1"), r"Save the file as UTF-8\.$"),
+        ("semicolon.csv", "prompt;completion\na;b\n", "line 1: the values must be separated by commas, but .* has ';'"),
+        ("tab.csv", "prompt\tcompletion\na\tb\n", r"separated by commas, but .* has '\\t'\.$"),
+        (
+            "data.txt",
+            "the cat\n",
+            r"data.txt has the extension '.txt', which is not supported. Convert the file to one of",
+        ),
+        ("data", "the cat\n", "has the extension '', which is not supported"),
         ("broken.parquet", "PAR1", "cannot be read"),
     ],
 )
