@@ -33,7 +33,7 @@ from ..errors import TraceError, UnsupportedDatasetError
 from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
-from ..utils.argument_checks import check_record_steps
+from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps
 from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import is_sharded, preserve_state, why_unsupported
@@ -133,11 +133,9 @@ class ForgetTracker(TrainerCallback):
         if session not in get_args(SessionArgument):
             raise ValueError(f"session={session!r} is unknown. Choose 'auto', 'noisy' or 'safety'.")
         check_record_steps(record_steps)
-        for name, value, minimum in (
-            ("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1), ("max_new_tokens", max_new_tokens, 1)
-        ):  # fmt: skip
-            if value is not None and value < minimum:
-                raise ValueError(f"{name}={value} must be at least {minimum}.")
+        check_max_length(max_length)
+        check_minimum("batch_tokens", batch_tokens, 1)
+        check_minimum("max_new_tokens", max_new_tokens, 1)
         self.noisy = noisy
         self.session: SessionArgument = session
         self.trace_dir = trace_dir

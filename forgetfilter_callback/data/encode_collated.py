@@ -60,6 +60,7 @@ def encode_collated(
             those of one run of tokens.
         EncodingError: if the dataset is empty, if a row is not a causal language modeling sample, or if a row changes
             each time it is read.
+        ValueError: if `max_length` is not an integer of at least 2.
     """
     dataset = as_rows(dataset, "The training set")
     if isinstance(dataset, torch.utils.data.IterableDataset):

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from ..errors import EncodingError
+from ..utils.argument_checks import check_max_length
 from .encoded_rows import WINDOW, EncodedRows
 from .token_sample import Sample
 
@@ -46,7 +47,9 @@ def encode_each(
 
     Raises:
         EncodingError: if a row cannot be encoded. The message names the row.
+        ValueError: if `max_length` is not an integer of at least 2.
     """
+    check_max_length(max_length)
     # Growing buffers, because one Python object per row would take more memory than most rows.
     all_tokens, offsets, ids = array("i"), array("q", [0]), bytearray()
     all_loss_masks, all_attention_masks = bytearray(), bytearray()
@@ -82,6 +85,7 @@ def encode_each(
         offsets=np.frombuffer(offsets, np.int64),
         truncated=truncated,
         left_padded=left_padded,
+        max_length=max_length,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -84,6 +85,7 @@ def encode_rows(
         EncodingError: if there are no rows, if `rows` is a `DatasetDict`, if a row has an unsupported form (preferences,
             images, content that is not text, or unknown columns), or if a tokenizer or chat template is required and
             missing.
+        ValueError: if `max_length` is not an integer of at least 2.
     """
 
     @cache
@@ -148,7 +150,15 @@ def encode_rows(
         raise UnsupportedDatasetError(
             "An IterableDataset has no fixed rows, so it is not supported. Pass a map-style dataset or a list of rows."
         )
-    return encode_each(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
+    encoding = {
+        "text_column": text_column,
+        "completion_only_loss": completion_only_loss,
+        "assistant_only_loss": assistant_only_loss,
+        "keep_end": keep_end,
+        "chat_template": chat_template,
+    }
+    encoded = encode_each(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
+    return replace(encoded, encoding=encoding)
 
 
 def _text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
@@ -175,7 +185,11 @@ def _tokenizer(
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Return a function that tokenizes text or messages of `row` into token ids and a loss mask."""
     if processing_class is None or unwrap_tokenizer(processing_class) is None:
-        raise EncodingError("rows of text require a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+        raise EncodingError(
+            "rows of text require a tokenizer, but `processing_class` is "
+            f"{'None' if processing_class is None else f'of type {type(processing_class).__name__}'}. Pass a "
+            "`PreTrainedTokenizerBase`, such as `AutoTokenizer.from_pretrained(...)`, or a processor that contains one."
+        )
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
     def tokenize(

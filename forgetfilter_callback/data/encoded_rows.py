@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,10 @@ class EncodedRows:
             Number of samples that were truncated to the maximum length.
         left_padded (`int`, defaults to 0):
             Number of samples whose padding on the left was removed. Models with absolute positions count it.
+        max_length (`int`, *optional*):
+            The number of tokens above which samples were truncated.
+        encoding (`dict`, defaults to `{}`):
+            Further arguments of [`encode_rows`] that encode the rows again. They are stored in the trace.
     """
 
     ids: pa.StringArray
@@ -59,6 +63,8 @@ class EncodedRows:
     offsets: np.ndarray
     truncated: int = 0
     left_padded: int = 0
+    max_length: int | None = None
+    encoding: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,6 +86,8 @@ class EncodedRows:
             self.loss_mask[positions],
             self.attention_mask[positions],
             offsets,
+            max_length=self.max_length,
+            encoding=self.encoding,
         )
 
     def windows(self) -> Iterator[EncodedRows]:

@@ -22,6 +22,7 @@ from ..scoring.model_capabilities import describe_left_padding
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record
 from ..trace.trace import Trace
+from ..utils.argument_checks import check_max_length, check_minimum
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_main
 from ..utils.model_state import preserve_state
 from ..utils.paths import absolute_path_or_hub_id
@@ -51,13 +52,15 @@ def score_checkpoints(
         folder (`str` or `Path`):
             Folder of the trace. An existing trace of the same rows gets the new records.
         rows ([`EncodedRows`]):
-            The noisy set.
+            The noisy set, as [`encode_rows`] returns it. The trace also stores how the rows were encoded.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer that `rows` were encoded with.
         checkpoints (`dict[str, str]`):
             Hub ids or folders of models or PEFT adapters: `"before"` (the model that has learned the rows), `"after"` (the
             same after safety finetuning) and, for relative forgetting, `"base"` (the base model).
-        max_length, batch_tokens:
+        max_length (`int`, *optional*):
+            The `max_length` that the rows were encoded with. Defaults to that of `rows`, and must be equal to it.
+        batch_tokens (`int`, *optional*):
             As in [`ForgetTracker`].
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide progress bars.
@@ -68,7 +71,23 @@ def score_checkpoints(
     Raises:
         DataError: if a model has an encoder, or if its configuration cannot be loaded.
         TraceError: if the trace in `folder` belongs to other rows or to a tracked run, or if a model cannot be loaded.
+        ValueError: if an argument is not valid. Nothing is loaded then.
     """
+    _check_arguments(checkpoints, batch_tokens)
+    if not isinstance(rows, EncodedRows):
+        raise ValueError(
+            f"`rows` must be EncodedRows, but it is {type(rows).__name__}. Pass `encode_rows(rows, tokenizer)`."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`tokenizer` must be a `PreTrainedTokenizerBase`, but it is {type(tokenizer).__name__}. Pass the tokenizer "
+            "that the rows were encoded with."
+        )
+    if max_length not in (None, rows.max_length):
+        raise ValueError(
+            f"max_length={max_length!r} is not what the rows were encoded with ({rows.max_length}). Leave it out, or "
+            "pass it to `encode_rows`."
+        )
     device = _start_processes()
     tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path)
     first_checkpoint = next(iter(checkpoints.values()))
@@ -79,7 +98,8 @@ def score_checkpoints(
 
     def open_or_create() -> None:
         if not Trace.exists(folder):
-            Trace.create(folder, rows, absolute_path_or_hub_id(first_checkpoint), tokenizer_name, max_length)
+            model_name = absolute_path_or_hub_id(first_checkpoint)
+            Trace.create(folder, rows, model_name, tokenizer_name, rows.max_length, rows.encoding)
 
     with locked_output(Path(folder), Path(folder)):
         run_on_main(open_or_create)
@@ -127,23 +147,38 @@ def score_source(
             As in [`score_checkpoints`].
 
     Raises:
-        ForgetFilterError: if the rows cannot be loaded or encoded, or as [`score_checkpoints`].
+        ForgetFilterError, ValueError: if the rows cannot be loaded or encoded, or as [`score_checkpoints`].
     """
+    _check_arguments(checkpoints, batch_tokens)
+    check_max_length(max_length)
     first = next(iter(checkpoints.values()))
     _start_processes()
 
-    def load_on_main() -> tuple[PreTrainedTokenizerBase, int | None, str | None, EncodedRows]:
+    def load_on_main() -> tuple[PreTrainedTokenizerBase, str | None, EncodedRows]:
         loaded_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else first)
         length = max_length if max_length is not None else model_context_length(first)
         digest = file_digest(source)
         rows = encode_source(source, load_rows(source), loaded_tokenizer, length)
         warn_about_rows(source, rows, loaded_tokenizer)
-        return loaded_tokenizer, length, digest, rows
+        return loaded_tokenizer, digest, rows
 
-    loaded_tokenizer, length, digest, rows = run_on_main(load_on_main)
-    trace = score_checkpoints(folder, rows, loaded_tokenizer, checkpoints, length, batch_tokens)
+    loaded_tokenizer, digest, rows = run_on_main(load_on_main)
+    trace = score_checkpoints(folder, rows, loaded_tokenizer, checkpoints, batch_tokens=batch_tokens)
     run_on_main(partial(trace.set_source, absolute_path_or_hub_id(source), digest, rows.truncated))
     return trace
+
+
+def _check_arguments(checkpoints: dict[str, str], batch_tokens: int | None) -> None:
+    known = "'before', 'after' or 'base'"
+    if not isinstance(checkpoints, dict) or not checkpoints or not checkpoints.keys() <= RECORD_OF.keys():
+        given = ", ".join(map(repr, checkpoints)) if isinstance(checkpoints, dict) else type(checkpoints).__name__
+        raise ValueError(f"`checkpoints` must map {known} to models, but it has {given or 'no models'}.")
+    for role, checkpoint in checkpoints.items():
+        if not isinstance(checkpoint, str):
+            raise ValueError(
+                f"checkpoints[{role!r}] must be a Hub id or a folder as text, but it is {type(checkpoint).__name__}."
+            )
+    check_minimum("batch_tokens", batch_tokens, 1)
 
 
 def _start_processes() -> torch.device:

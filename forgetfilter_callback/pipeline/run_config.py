@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from ..filtering.config import FilterConfig
-from ..utils.argument_checks import check_record_steps
+from ..utils.argument_checks import check_max_length, check_record_steps
 from ..utils.atomic_files import write_text
 
 
@@ -153,10 +153,7 @@ class RunConfig:
         if not (self.source_column is None or isinstance(self.source_column, str)):
             raise ValueError(f"source_column={self.source_column!r} must be text.")
         check_record_steps(self.record_steps)
-        if self.max_length is not None and not (isinstance(self.max_length, int) and self.max_length >= 2):
-            raise ValueError(
-                f"max_length={self.max_length!r} must be a whole number of at least 2, or there is no token to predict."
-            )
+        check_max_length(self.max_length)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
         if self.filter.measure == "rouge1":

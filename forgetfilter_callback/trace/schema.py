@@ -106,6 +106,17 @@ def rows_table(rows: EncodedRows) -> pa.Table:
     return pa.table({"id": rows.ids, **lists})
 
 
+def is_new_or_has_rows(file: Path, rows: EncodedRows) -> bool:
+    """Whether `rows.parquet` does not exist, or holds `rows`: a crash has prevented the manifest from being written."""
+    if not file.exists():
+        return True
+    try:
+        with pq.ParquetFile(file) as parquet:
+            return bool(parquet.read(["id"])["id"].combine_chunks().equals(rows.ids))
+    except (OSError, KeyError, pa.ArrowException):
+        return False
+
+
 def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     """Read and check `rows.parquet`.
 
@@ -136,6 +147,8 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
         attention_mask=attention_mask,
         offsets=to_numpy(input_ids.offsets),
         truncated=manifest["truncated"],
+        max_length=manifest["max_length"],
+        encoding=manifest["encoding"],
     )
     found = {"fingerprint": rows.fingerprint, "samples": len(rows), "loss_tokens": int(rows.loss_mask.sum())}
     for name, value in found.items():

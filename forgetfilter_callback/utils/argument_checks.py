@@ -36,6 +36,26 @@ def check_positive(name: str, value: Any, whole: bool = False) -> None:
         raise ValueError(f"{name}={value} must be a {'whole' if whole else 'finite'} number larger than 0.")
 
 
+def check_minimum(name: str, value: Any, minimum: int) -> None:
+    """Check that `value` is `None` or an integer of at least `minimum`. Errors begin with `name`.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is not None and not (is_whole and value >= minimum):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}.")
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Check that `max_length` is `None` or an integer of at least 2, because nothing predicts the first token.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    check_minimum("max_length", max_length, 2)
+
+
 def check_fraction(name: str, value: Any) -> None:
     """Check that `value` is a number from 0 to 1. Errors begin with `name`.
 

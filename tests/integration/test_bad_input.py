@@ -8,11 +8,13 @@ import re
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import PAIR, call, refused, run_options, texts
+from helpers import PAIR, call, refused, run_options, texts, tiny_llama
 
-from forgetfilter_callback import ForgetTracker, Trace, encode_rows
+from forgetfilter_callback import ForgetTracker, RunConfig, Trace, encode_rows
+from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.errors import EncodingError
 from forgetfilter_callback.pipeline import run as run_module
+from forgetfilter_callback.pipeline.checkpoints import score_source
 
 
 BAD_TABLES = {
@@ -226,5 +228,29 @@ def test_invalid_arguments_of_the_library_are_refused(byte_tokenizer, noisy):
                   {"max_new_tokens": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ForgetTracker(noisy, **wrong)
-    with pytest.raises(ValueError, match="contains text"):
-        ForgetTracker([{"input_ids": [1], "unsafe": "False"}], audit_column="unsafe")
+
+
+@pytest.mark.parametrize("max_length", [-1, 0, 1, 2.5, True, "9"])
+def test_a_max_length_without_a_token_to_predict_is_refused(max_length, byte_tokenizer, noisy, collator):
+    """Slicing by -1 would drop the last token of each row, and 0 all of them."""
+    uses = (
+        lambda: encode_rows([PAIR], byte_tokenizer, max_length),
+        lambda: encode_collated(noisy, collator, tiny_llama(), max_length),
+        lambda: ForgetTracker(max_length=max_length),
+        lambda: RunConfig("m", "n", "s", "o", max_length=max_length),
+        lambda: score_source("out", "noisy.jsonl", {"before": "m"}, max_length=max_length),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=f"max_length={max_length!r} must be a whole number of at least 2"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["gpt2", 5, None], ids=repr)
+def test_a_tokenizer_of_the_wrong_type_is_named(name):
+    kind = "None" if name is None else f"of type {type(name).__name__}"
+    message = (
+        f"Row 0: rows of text require a tokenizer, but `processing_class` is {kind}. Pass a `PreTrainedTokenizerBase`"
+    )
+    with pytest.raises(EncodingError, match=message) as error:
+        encode_rows([PAIR], name)
+    assert "trainer" not in str(error.value)
