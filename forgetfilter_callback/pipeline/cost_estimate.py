@@ -67,8 +67,9 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _steps_per_epoch(args: TrainingArguments, rows: int) -> int:
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
-    return math.ceil(batches / args.gradient_accumulation_steps)
+    batches = rows / (args.train_batch_size * args.world_size)
+    whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return max(math.ceil(whole_batches / args.gradient_accumulation_steps), 1)
 
 
 def _steps(args: TrainingArguments, rows: int) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import call, run_options, texts
+from helpers import call, random_rows, run_options, texts, tiny_llama
+from transformers import Trainer
 
 from forgetfilter_callback import RunConfig, Trace
 from forgetfilter_callback.pipeline import run as run_module
@@ -142,6 +143,18 @@ def test_dry_run_predicts_the_number_of_steps(files, tmp_path):
     assert call("run", *arguments).exit_code == 0
     made = [entry["max_steps"] for entry in Trace.open(tmp_path / "out" / "_forgetfilter").manifest["sessions"]]
     assert [planned["steps"], planned["safety_steps"]] == made
+
+
+@pytest.mark.parametrize("batch", [5, 20])
+def test_dry_run_counts_no_batch_that_the_trainer_drops(batch, files, tmp_path, make_args, collator):
+    Dataset.from_list(texts(13, seed=1)).to_json(tmp_path / "noisy.jsonl")
+    options = {"per_device_train_batch_size": batch, "dataloader_drop_last": True, "num_train_epochs": 1}
+    trainer = Trainer(tiny_llama(), make_args(**options), train_dataset=random_rows(13), data_collator=collator)
+    batches = len(trainer.get_train_dataloader())
+    training = [part for name, value in options.items() for part in ("--training", f"{name}={json.dumps(value)}")]
+    given = run_options({**files, "noisy": tmp_path / "noisy.jsonl"}, tmp_path / "out")
+    planned = json.loads(call("run", *given, *training, "--dry-run", "--json").stdout)
+    assert batches == 13 // batch and planned["steps"] == max(batches, 1)
 
 
 def test_truncated_rows_are_counted(files, tmp_path, caplog):
