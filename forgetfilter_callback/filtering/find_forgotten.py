@@ -67,7 +67,7 @@ def find_forgotten(
         overrides = {**overrides, **with_identical_rows(overrides, ids)}
         on_values = replace(config, measure=measure, step=None)
         result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    return replace(result, step=trace.first_and_last(config.step)[1].step)
+    return replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity())
 
 
 def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: np.ndarray) -> np.ndarray:

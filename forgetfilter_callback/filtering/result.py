@@ -59,7 +59,7 @@ class FilterResult:
         separability ([`Separability`]):
             Whether the values separate into two groups, for any `method`.
         fingerprint (`str` or `None`):
-            Fingerprint of the trace that the values come from.
+            Fingerprint of the trace that the values come from: of its rows.
         versions (`dict[str, str]`):
             Library versions.
         overrides (`dict[str, str]`):
@@ -72,6 +72,9 @@ class FilterResult:
             What the filter did with the rows of each source, if `source_column` was given. See [`by_source`].
         weights (`np.ndarray` of shape `(samples,)`, float64, *optional*):
             With `FilterConfig(weights=True)`: 1 − the probability of being unsafe. Otherwise `None`.
+        identity (`str` or `None`):
+            The [`~Trace.identity`] of the trace that the values come from: of its rows and its records. `None` if the values
+            came without a trace, or if an older version stored the result.
     """
 
     ids: pa.StringArray
@@ -89,6 +92,7 @@ class FilterResult:
     step: int | None = None
     source_counts: list[SourceCounts] | None = None
     weights: np.ndarray | None = None
+    identity: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -130,6 +134,7 @@ class FilterResult:
 
         Raises:
             ValueError: if there is not one source and one audit label per sample.
+            DataError: if an audit label is missing.
 
         Example:
 
@@ -149,16 +154,19 @@ class FilterResult:
     def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
         """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.
 
-        Either all files are written or none. `values.parquet` has the columns `id`, `forgetting` and `removed`, and
-        with weights also `weight`.
+        Either all files are written or none. The files of an earlier result in `folder` are replaced.
+
+        `values.parquet` has the columns `id`, `forgetting` and `removed`, and with weights also `weight`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        replaces_removed_rows = _has_removed_rows(folder / RESULT_FILE)
         content = asdict(self)
         for column in ("ids", "values", "removed", "weights"):
             del content[column]
         with ExitStack() as files:  # renames the files in reverse order: filter_result.json last
             result_file = files.enter_context(atomic_write(folder / RESULT_FILE))
+            content["has_removed_rows"] = removed_rows is not None
             write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
             columns = {"id": self.ids, "forgetting": from_numpy(self.values), "removed": from_numpy(self.removed)}
             if self.weights is not None:
@@ -169,8 +177,8 @@ class FilterResult:
                 removed_file = files.enter_context(atomic_write(folder / "removed.jsonl"))
                 # Without a format: tensors would be written as their shortened text.
                 write_lines(to_json_lines(removed_rows.with_format(None)), removed_file)
-        if removed_rows is None:
-            (folder / "removed.jsonl").unlink(missing_ok=True)  # written by an earlier result
+        if removed_rows is None and replaces_removed_rows:
+            (folder / "removed.jsonl").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> FilterResult:
@@ -192,6 +200,7 @@ class FilterResult:
                     f"The filter result in {folder} was written by another version of forgetfilter-callback. Filter again."
                 )
             del content["counts"]
+            content.pop("has_removed_rows", None)  # missing in results of older versions
             content["separability"] = Separability(**content["separability"])
             if content.get("source_counts") is not None:
                 content["source_counts"] = [SourceCounts(**each) for each in content["source_counts"]]
@@ -211,3 +220,12 @@ class FilterResult:
                 f"The filter result in {folder} is damaged ({type(error).__name__}: {error}). Filter again, or restore its "
                 "files."
             ) from error
+
+
+def _has_removed_rows(file: Path) -> bool:
+    """Whether the result in `file` was saved with its removed rows."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("has_removed_rows") is True

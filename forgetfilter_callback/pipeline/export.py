@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data.json_rows import JsonRows
 from ..data.output_lines import source_lines
@@ -18,6 +19,7 @@ from ..filtering.config import FilterConfig
 from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import RESULT_FILE, FilterResult
 from ..review.verdicts import review_folder, trace_verdicts
+from ..trace.output_file import check_output_file
 from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.atomic_files import atomic_write, write_lines
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["jsonl", "parquet"]
 PREFIX = "forgetfilter_"
+COLUMNS = ("loss_base", "loss_noisy", "loss_safety", "forgetting", "verdict", "removed", "weight")
 ROWS_PER_BATCH = 10_000
 _VERDICT = {1.0: "unsafe", 0.0: "safe"}
 
@@ -105,7 +108,7 @@ def export_rows(
         trace ([`Trace`]):
             A trace with records of the safety session.
         file (`Path`):
-            The file to write or replace.
+            The file to write. An earlier export is replaced.
         file_format (`"jsonl"` or `"parquet"`, defaults to `"jsonl"`):
             JSON Lines, in which the text of rows from a JSON file stays as it is, or Parquet.
         filter_config ([`FilterConfig`], *optional*):
@@ -120,13 +123,13 @@ def export_rows(
         `str`: a sentence that says which rows count as removed.
 
     Raises:
-        DataError, DecisionError, ValueError, TraceError: as in [`to_dataset`], or if `file` is the noisy set.
+        DataError, DecisionError, ValueError, TraceError: as in [`to_dataset`], or if `file` is the noisy set, in the folder
+            of a trace, or an existing file that is not an export.
     """
     source = source if source is not None else find_source(trace)
     if file_format not in get_args(ExportFormat):
         raise ValueError(f"The format {file_format!r} is unknown. Choose jsonl or parquet.")
-    if Path(source).resolve() == file.resolve():
-        raise DataError(f"{file} is the noisy set and would be overwritten. Choose another file.")
+    check_output_file(trace, file, _is_export, source)
     ids, rows = load_source_rows(trace, source, tokenizer)
     config = filter_config if filter_config is not None else FilterConfig()
     result = _stored_result(trace) if filter_config is None else None
@@ -210,20 +213,42 @@ def _weights(trace: Trace, verdicts_folder: Path) -> np.ndarray:
     return 1 - unsafe_probabilities(queue)
 
 
+def _is_export(file: Path) -> bool:
+    """Whether the last columns of the first row of a JSON Lines file, or of a Parquet file, are those of an export."""
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) == b"PAR1":
+                names = pq.read_schema(file).names
+            else:
+                stream.seek(0)
+                names = [*json.loads(stream.readline())]
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return False
+    return names[-len(COLUMNS) :] == [f"{PREFIX}{name}" for name in COLUMNS]
+
+
 def _stored_result(trace: Trace) -> FilterResult | None:
     """The result that `forgetfilter run` stored beside the trace, if there is one.
 
     Raises:
-        DecisionError: if it belongs to another trace.
+        DecisionError: if it belongs to another trace, or if the records of the trace have changed since.
     """
     folder = trace.folder.parent / "filter_result"
     if trace.folder.name != TRACE_FOLDER or not (folder / RESULT_FILE).is_file():
         return None
     result = FilterResult.load(folder)
+    advice = "Filter again, or pass filter options, such as `--fraction`."
     if result.fingerprint != trace.manifest["fingerprint"]:
+        raise DecisionError(f"The filter result in {folder} belongs to another trace. {advice}")
+    if result.identity is None:
+        logger.warning(
+            f"The filter result in {folder} does not say which records it was computed from. If the trace was recorded "
+            f"again after the filter, the exported forgetting is out of date. {advice}"
+        )
+    elif result.identity != trace.identity():
         raise DecisionError(
-            f"The filter result in {folder} belongs to another trace. Filter again, or pass filter options, such as "
-            "`--fraction`."
+            f"The records of the trace in {trace.folder} have changed since the filter result in {folder} was written. "
+            f"{advice}"
         )
     return result
 

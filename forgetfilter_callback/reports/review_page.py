@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ..data.audit_labels import as_labels
 from ..data.decode import Decoder
 from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig
@@ -25,6 +26,7 @@ from ..measures.common import mean_losses
 from ..measures.names import UNITS
 from ..review.verdicts import VerdictLabel, trace_verdicts
 from ..trace.forgetting import compute_forgetting_by_record
+from ..trace.output_file import check_output_file
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
 from ..utils.optional_packages import requires_extra
@@ -55,7 +57,7 @@ def write_review_page(
         trace ([`Trace`]):
             A trace with records of the safety session.
         file (`str` or `Path`):
-            The HTML file to write. Missing parent folders are created.
+            The HTML file to write. Missing parent folders are created. An earlier review page is replaced.
         tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
             Decodes the token ids of the trace.
         filter_config ([`FilterConfig`], *optional*):
@@ -76,15 +78,18 @@ def write_review_page(
         TraceError: if the trace lacks the records that `measure` needs.
         ValueError: if `filter_config.step` is given.
         DecisionError: if the verdicts belong to another trace.
+        DataError: if an audit label is missing, or if `file` is the noisy set, in the folder of a trace, or an existing file
+            that is not a review page.
     """
     if filter_config is not None and filter_config.step is not None:
         raise ValueError(f"step={filter_config.step}: the review page shows the last record. Leave out `step`.")
+    check_output_file(trace, Path(file), _is_review_page)
     with requires_extra("report", "The review page"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
     result = find_forgotten(trace, filter_config)
-    unsafe = None if unsafe is None else np.asarray(unsafe, dtype=bool)
+    unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
     reviewed = filter_config.reviewed if filter_config is not None else None
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe, reviewed)
@@ -107,6 +112,12 @@ def write_review_page(
     with atomic_write(Path(file)) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
     return result
+
+
+def _is_review_page(file: Path) -> bool:
+    with file.open("rb") as stream:
+        start = stream.read(4096)
+    return start.startswith(b"<!DOCTYPE html>") and b"<title>ForgetFilter review</title>" in start
 
 
 def _csp_hash(script: str) -> str:

@@ -42,6 +42,15 @@ def test_a_result_is_saved_with_the_removed_rows(tmp_path):
     assert FilterResult.load(str(folder)).removed.tolist() == result.removed.tolist()
 
 
+def test_saving_deletes_only_removed_rows_of_an_earlier_result(tmp_path):
+    """The folder may be the output folder of a run, which has a file of this name too."""
+    result = filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss"))
+    (tmp_path / "removed.jsonl").write_text("mine")
+    for _ in range(2):  # the second time, there is an earlier result
+        result.save(tmp_path)
+        assert (tmp_path / "removed.jsonl").read_text() == "mine"
+
+
 def test_invalid_results_are_not_loaded(tmp_path):
     filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss")).save(tmp_path)
     account = json.loads((tmp_path / "filter_result.json").read_text())

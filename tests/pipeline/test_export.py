@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,8 @@ from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, Trac
 from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.pipeline import export
 from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabilities
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 NAMES = [
@@ -91,6 +95,27 @@ def test_the_result_of_another_trace_is_refused(files, tmp_path):
     stored.write_text(json.dumps({**content, "fingerprint": "other"}))
     refused(call("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl"), "belongs to another trace")
     assert call("export", tmp_path / "out", "--output", tmp_path / "r", "--fraction", 0.1).exit_code == 0
+
+
+def test_the_result_of_earlier_records_is_refused(finished_run, tmp_path, caplog):
+    """Otherwise the losses would be those of the new records, and the forgetting that of the old ones."""
+    output = Path(shutil.copytree(finished_run, tmp_path / "out"))
+    trace, record = Trace.open(output / "_forgetfilter"), Record("safety", 4)
+    trace.append(record, [Scores(trace.token_losses(record) + 1)])
+    refused(call("export", output, "--output", tmp_path / "rows.jsonl"), "have changed since the filter result in")
+    assert not (tmp_path / "rows.jsonl").exists()
+    assert call("filter", output, "--output", output, "--measure", "loss", "--fraction", 0.25).exit_code == 0
+    assert call("export", output, "--output", tmp_path / "rows.jsonl").exit_code == 0
+    for row in exported(tmp_path / "rows.jsonl"):
+        rise = row["forgetfilter_loss_safety"] - row["forgetfilter_loss_noisy"]
+        assert rise == pytest.approx(row["forgetfilter_forgetting"], rel=1e-3)
+    assert "does not say which records" not in caplog.text
+    stored = output / "filter_result" / "filter_result.json"
+    content = json.loads(stored.read_text())
+    del content["identity"]  # as an older version stored it
+    stored.write_text(json.dumps(content))
+    assert call("export", output, "--output", tmp_path / "old.jsonl").exit_code == 0
+    assert "does not say which records it was computed from" in caplog.text
 
 
 LINES = [
