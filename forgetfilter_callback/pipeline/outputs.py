@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..reports.dataset_card import dataset_card
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write, write_lines, write_text
+from .output_record import FILTER_OUTPUTS, add_to_record, check_files_are_ours
 
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Written beside the folder `filter_result`.
-OUTPUT_FILES = ("kept.jsonl", "removed.jsonl", "card.md")
 
 
 def filter_rows(
@@ -66,12 +63,12 @@ def filter_rows(
 
     Raises:
         DataError: if the rows cannot be found or loaded, if they have no `source_column`, or if files with the names of the
-            outputs come from elsewhere.
+            outputs come from elsewhere or were changed.
         ValueError: if more than 1 % of the rows are not in the trace.
     """
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
-    check_outputs_are_ours(Path(output))
+    check_files_are_ours(Path(output), FILTER_OUTPUTS)
     ids, rows = load_source_rows(trace, source, tokenizer)
     result = find_forgotten(trace, filter_config, ids)
     if source_column is not None:
@@ -114,12 +111,17 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
             What is removed.
         trace ([`Trace`]):
             The trace that `result` was computed from, for the card.
+
+    Raises:
+        DataError: if files with these names come from elsewhere or were changed.
     """
+    check_files_are_ours(output, FILTER_OUTPUTS)
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         write_kept_and_removed(output, lines, result.removed, files)
         write_text(dataset_card(result, trace), files.enter_context(atomic_write(output / "card.md")))
         result.save(output / "filter_result")
+    add_to_record(output, FILTER_OUTPUTS)
 
 
 def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
@@ -132,27 +134,6 @@ def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarr
 def has_outputs(output: Path) -> bool:
     """Whether `output` contains what [`write_filter_outputs`] writes."""
     return (output / "filter_result" / RESULT_FILE).exists()
-
-
-def delete_outputs(output: Path) -> None:
-    """Delete what [`write_filter_outputs`] wrote to `output`: the filter result last, because it marks the files as ours."""
-    for name in OUTPUT_FILES:
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / "filter_result", ignore_errors=True)
-
-
-def check_outputs_are_ours(output: Path) -> None:
-    """Refuse to overwrite files that a filter has not written.
-
-    Raises:
-        DataError: if `output` contains a file with the name of an output, but no filter result.
-    """
-    foreign = [name for name in OUTPUT_FILES if (output / name).exists()]
-    if foreign and not has_outputs(output):
-        raise DataError(
-            f"{output / foreign[0]} would be overwritten, and there is no filter result beside it. Choose another output "
-            "folder, or move the file."
-        )
 
 
 def check_output_is_not_source(source: str, output: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,13 +33,21 @@ from ..utils.paths import absolute_path_or_hub_id
 from .forget_filter import ForgetFilter
 from .load_model import load_model, lora_config
 from .locked_output import locked_output
-from .outputs import (
-    check_output_is_not_source,
-    check_outputs_are_ours,
-    delete_outputs,
-    has_outputs,
-    write_filter_outputs,
+from .output_record import (
+    CONFIG_FILE,
+    FILTER_OUTPUTS,
+    MODEL_FOLDER,
+    RECORD_FILE,
+    SESSIONS_FOLDER,
+    add_model_to_record,
+    add_sessions_to_record,
+    add_to_record,
+    check_files_are_ours,
+    check_folders_are_ours,
+    delete_recorded,
+    is_recorded,
 )
+from .outputs import check_output_is_not_source, has_outputs, write_filter_outputs
 from .run_config import RunConfig
 
 
@@ -155,7 +162,8 @@ def run(config: RunConfig) -> FilterResult:
     (Zhao et al. 2024, Algorithm 1). Under `torchrun` or `accelerate launch`, only the main process reads and writes files.
 
     Writes `config.yaml`, `_forgetfilter` (the trace), `kept.jsonl`, `removed.jsonl`, `card.md`, `filter_result` and, with
-    `config.refit`, `model` to `config.output`.
+    `config.refit`, `model` to `config.output`. Only files that an earlier run has written are replaced or deleted. A run
+    that fails before its first record leaves the folder as it was, except for what `config.overwrite` has deleted.
 
     Args:
         config ([`RunConfig`]):
@@ -165,8 +173,8 @@ def run(config: RunConfig) -> FilterResult:
         [`FilterResult`]: what was removed and why, in the order of the noisy set.
 
     Raises:
-        ForgetFilterError: if the inputs are not usable, or if the output folder contains a run on other rows, or an earlier
-            run without `config.resume` or `config.overwrite`.
+        ForgetFilterError: if the inputs are not usable, or if the output folder contains a run on other rows, an earlier
+            run without `config.resume` or `config.overwrite`, or files from elsewhere with the names of the outputs.
         ValueError: if a setting is not valid.
     """
     inputs = load_inputs(config)
@@ -174,18 +182,27 @@ def run(config: RunConfig) -> FilterResult:
 
     def prepare_output() -> None:
         _check_earlier_run(config, inputs, output)
-        config.save(output / "config.yaml")
+        if config.overwrite:
+            delete_recorded(output)
+        if not (config.resume and (output / CONFIG_FILE).exists()):
+            config.save(output / CONFIG_FILE)
+            add_to_record(output, [CONFIG_FILE])
+        add_sessions_to_record(output)
 
     for source in (config.noisy, config.safety):
         check_output_is_not_source(source, output)
-    with locked_output(output, output / TRACE_FOLDER):
+    with locked_output(
+        output, output / TRACE_FOLDER, (CONFIG_FILE, RECORD_FILE), (f"{SESSIONS_FOLDER}/noisy", SESSIONS_FOLDER)
+    ):
         run_on_main(prepare_output)
         return _run_sessions(config, inputs, output)
 
 
 def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> None:
-    """Check that this run can continue or replace what an earlier run has left in `output`, and delete what it replaces."""
-    check_outputs_are_ours(output)
+    """Check that this run can continue or replace what an earlier run has left in `output`."""
+    is_resumed = config.resume and (output / CONFIG_FILE).exists()
+    check_files_are_ours(output, FILTER_OUTPUTS if is_resumed else (*FILTER_OUTPUTS, CONFIG_FILE))
+    check_folders_are_ours(output, config.refit or config.overwrite, replaces_sessions=config.overwrite)
     earlier = Trace.open(output / TRACE_FOLDER) if Trace.exists(output / TRACE_FOLDER) else None
     if earlier is not None and earlier.rows.fingerprint != inputs.noisy.fingerprint:
         raise TraceError(
@@ -197,16 +214,13 @@ def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> No
             f"{output} contains an earlier run. Choose another output folder, or set `resume` to continue the run or "
             "`overwrite` to replace it."
         )
-    if config.resume and (output / "config.yaml").exists():
-        config.check_same_as(output / "config.yaml")
+    if is_resumed:
+        config.check_same_as(output / CONFIG_FILE)
     if config.overwrite:
-        replaced = [output / name for name in ("model", "sessions")]
+        replaced = [output / name for name in (MODEL_FOLDER, SESSIONS_FOLDER) if is_recorded(output, name)]
         for source in (config.model, config.noisy, config.safety):
             if any(Path(source).resolve().is_relative_to(folder.resolve()) for folder in replaced):
                 raise DataError(f"{source} belongs to the run that `overwrite` replaces. Choose another output folder.")
-        delete_outputs(output)
-        for folder in replaced:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:
@@ -232,9 +246,13 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     result = run_on_main(partial(_filter_and_write, config, inputs, tracker, output))
     if config.refit:
         trainer = pipeline.refit(_checkpoint(config, "filtered"))
-        trainer.save_model(str(output / "model"))
-        if trainer.args.should_save:
-            inputs.tokenizer.save_pretrained(str(output / "model"))
+        try:
+            trainer.save_model(str(output / MODEL_FOLDER))
+            if trainer.args.should_save:
+                inputs.tokenizer.save_pretrained(str(output / MODEL_FOLDER))
+        finally:
+            if trainer.args.should_save:
+                add_model_to_record(output)
     return result
 
 

@@ -38,7 +38,7 @@ from ..utils.counted import counted
 from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
 from .records import SESSIONS, Record, Session
-from .schema import SCHEMA_VERSION, read_column, read_manifest, read_rows, rows_table
+from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_column, read_manifest, read_rows, rows_table
 from .superseded import supersede
 
 
@@ -91,12 +91,14 @@ class Trace:
         """Create an empty trace of `rows` in `folder`.
 
         Raises:
-            TraceError: if `folder` contains a trace or records, or if no token contributes to the loss.
+            TraceError: if `folder` contains a trace or files of another, or if no token contributes to the loss.
         """
         if cls.exists(folder):
             raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
         if any((Path(folder) / "records").glob("*.parquet")):
             raise TraceError(f"{folder} has records, but no manifest.json. Restore it, or choose another folder.")
+        if not is_new_or_has_rows(Path(folder) / "rows.parquet", rows):
+            raise TraceError(f"{folder} has a rows.parquet of other rows, which would be lost. Choose another folder.")
         if not rows.loss_mask.any():
             raise TraceError("No sample has a token that contributes to the loss. Check the labels and `max_length`.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,37 @@ def test_a_run_that_fails_before_its_first_record_leaves_nothing(place, stop, fi
     assert call("run", *options, "--fraction", 0.25).exit_code == 0
 
 
+@pytest.mark.parametrize("stop", [fail, interrupt])
+@pytest.mark.parametrize("command", ["run", "score"])
+def test_files_that_others_write_meanwhile_are_kept(command, stop, files, tmp_path, monkeypatch):
+    """The output folder may be the working directory."""
+    output = tmp_path / "out"
+
+    def write_and_stop(*arguments: object, **more: object) -> None:
+        for name in ("notes.txt", "folder/notes.txt", "_forgetfilter/notes.txt", "sessions/notes.txt"):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_text("mine")
+        (output / "empty").mkdir(exist_ok=True)
+        stop()
+
+    monkeypatch.setattr(recorder if command == "run" else checkpoints, "window_scores", write_and_stop)
+    score = ("score", "--noisy", files["noisy"], "--before", files["model"], "--output", output)
+    assert call(*(score if command == "score" else ("run", *run_options(files, output)))).exit_code != 0
+    names = ["_forgetfilter/notes.txt", "folder/notes.txt", "notes.txt", "sessions/notes.txt"]
+    assert sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()) == names
+    assert (output / "empty").is_dir() and not (output / "records").exists()
+
+
+def test_files_with_the_names_of_a_trace_are_kept(files, tmp_path):
+    for name in ("rows.parquet", "records/mine.parquet"):
+        folder = tmp_path / name.partition(".")[0].replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"mine")
+        result = call("score", "--noisy", files["noisy"], "--before", files["model"], "--output", folder)
+        assert result.exit_code == 2 and "hoose another folder" in result.output
+        assert [*contents(folder).items()] == [(folder / name, b"mine")]
+
+
 def test_a_failed_run_is_repeated_in_the_same_process(files, tmp_path, monkeypatch):
     """The error holds the tracker of the failed run, which holds its lock."""
     config = RunConfig(

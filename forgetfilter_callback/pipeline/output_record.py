@@ -1,0 +1,147 @@
+"""Which files of an output folder a command has written. Only these are replaced or deleted.
+
+The record is a JSON file in the folder. It maps the name of a file to its hash, so that a file that somebody has changed
+since is recognized. The files in `model` are recorded without a hash, because hashing a large model takes minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import DataError
+from ..utils.atomic_files import write_json
+
+
+RECORD_FILE = ".forgetfilter-outputs.json"
+CONFIG_FILE = "config.yaml"
+FILTER_OUTPUTS = (
+    "kept.jsonl",
+    "removed.jsonl",
+    "card.md",
+    "filter_result/filter_result.json",
+    "filter_result/values.parquet",
+)
+MODEL_FOLDER, SESSIONS_FOLDER = "model", "sessions"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_ADVICE = "Choose another output folder, or move it."
+
+
+def check_files_are_ours(output: Path, names: Iterable[str]) -> None:
+    """Refuse to replace or delete files of `output` that no command has written, or that were changed since.
+
+    Raises:
+        DataError: if there is one.
+    """
+    record = _read(output)
+    for name in names:
+        if not (output / name).exists():
+            continue
+        if name not in record:
+            raise DataError(
+                f"{output / name} would be overwritten, but no earlier run or filter has written it. {_ADVICE}"
+            )
+        if record[name] is not None and record[name] != _digest(output / name):
+            raise DataError(
+                f"{output / name} would be overwritten, but it was changed after an earlier run or filter had written it. "
+                f"{_ADVICE}"
+            )
+
+
+def check_folders_are_ours(output: Path, replaces_model: bool, replaces_sessions: bool) -> None:
+    """Refuse to write a model or checkpoints into a folder that contains others, or to delete them.
+
+    Args:
+        output (`Path`):
+            The output folder of a run.
+        replaces_model, replaces_sessions (`bool`):
+            Whether the run deletes or writes the folder `model`, and whether it deletes checkpoints.
+
+    Raises:
+        DataError: if the folder `model` or `sessions` comes from elsewhere.
+    """
+    if replaces_model:
+        check_files_are_ours(output, _files(output, MODEL_FOLDER))
+    sessions = output / SESSIONS_FOLDER
+    is_used = replaces_sessions or any(_checkpoints(output))
+    if sessions.exists() and is_used and SESSIONS_FOLDER not in _read(output):
+        raise DataError(f"{sessions} would be overwritten, but no earlier run has created it. {_ADVICE}")
+
+
+def add_to_record(output: Path, names: Iterable[str]) -> None:
+    """Add files that were written to `output`."""
+    digests = {name: _digest(output / name) for name in names}
+    write_json({**_read(output), **digests}, output / RECORD_FILE)
+
+
+def add_model_to_record(output: Path) -> None:
+    """Add the files that were written to the folder `model`."""
+    write_json({**_read(output), **dict.fromkeys(_files(output, MODEL_FOLDER))}, output / RECORD_FILE)
+
+
+def add_sessions_to_record(output: Path) -> None:
+    """Add the folder `sessions`, before trainers write checkpoints to it."""
+    write_json({**_read(output), SESSIONS_FOLDER: None}, output / RECORD_FILE)
+
+
+def is_recorded(output: Path, folder: str) -> bool:
+    """Whether an earlier run has written to `folder`, which is `"model"` or `"sessions"`."""
+    return any(name == folder or name.startswith(f"{folder}/") for name in _read(output))
+
+
+def delete_recorded(output: Path) -> None:
+    """Delete the outputs of a filter, the model and the checkpoints that the record names. Other files are kept.
+
+    Call [`check_files_are_ours`] first.
+    """
+    record = _read(output)
+    # Names of the record are looked up, never followed: a record from elsewhere could name any file of this machine.
+    for name in (*FILTER_OUTPUTS, *_files(output, MODEL_FOLDER)):
+        if name in record:
+            (output / name).unlink(missing_ok=True)
+    if SESSIONS_FOLDER in record:
+        for folder in [*_checkpoints(output), output / SESSIONS_FOLDER / "filtered" / "_forgetfilter-result"]:
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in ("filter_result", MODEL_FOLDER, SESSIONS_FOLDER):
+        _remove_empty_folders(output / name)
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove `folder` and the folders in it, except those that contain a file."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def _read(output: Path) -> dict[str, str | None]:
+    file = output / RECORD_FILE
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Choose another output folder.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{file} contains no record of outputs. Choose another output folder.")
+    return record
+
+
+def _files(output: Path, folder: str) -> list[str]:
+    return [path.relative_to(output).as_posix() for path in sorted((output / folder).rglob("*")) if not path.is_dir()]
+
+
+def _checkpoints(output: Path) -> Iterator[Path]:
+    return (path for path in (output / SESSIONS_FOLDER).glob("*/checkpoint-*") if _CHECKPOINT.fullmatch(path.name))
+
+
+def _digest(file: Path) -> str:
+    if file.is_dir():
+        raise DataError(f"{file} is a folder, but a file is written there. {_ADVICE}")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
