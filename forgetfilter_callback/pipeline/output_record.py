@@ -1,17 +1,19 @@
 """Which files of an output folder a command has written. Only these are replaced or deleted.
 
 The record is a JSON file in the folder. It maps the name of a file to its hash, so that a file that somebody has changed
-since is recognized. The files in `model` are recorded without a hash, because hashing a large model takes minutes.
+since is recognized. The hash is null while a file is being written, so that a crash does not leave files that nobody seems
+to have written. It stays null for the files in `model`, because hashing a large model takes minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import DataError
@@ -40,7 +42,7 @@ def check_files_are_ours(output: Path, names: Iterable[str]) -> None:
     """
     record = _read(output)
     for name in names:
-        if not (output / name).exists():
+        if not os.path.lexists(output / name):
             continue
         if name not in record:
             raise DataError(
@@ -65,7 +67,7 @@ def check_folders_are_ours(output: Path, replaces_model: bool, replaces_sessions
     Raises:
         DataError: if the folder `model` or `sessions` comes from elsewhere.
     """
-    if replaces_model:
+    if replaces_model and MODEL_FOLDER not in _read(output):  # otherwise a run has ended while it saved the model
         check_files_are_ours(output, _files(output, MODEL_FOLDER))
     sessions = output / SESSIONS_FOLDER
     is_used = replaces_sessions or any(_checkpoints(output))
@@ -73,20 +75,30 @@ def check_folders_are_ours(output: Path, replaces_model: bool, replaces_sessions
         raise DataError(f"{sessions} would be overwritten, but no earlier run has created it. {_ADVICE}")
 
 
-def add_to_record(output: Path, names: Iterable[str]) -> None:
-    """Add files that were written to `output`."""
-    digests = {name: _digest(output / name) for name in names}
-    write_json({**_read(output), **digests}, output / RECORD_FILE)
+@contextmanager
+def recorded(output: Path, names: Iterable[str]) -> Iterator[None]:
+    """Record files that the block writes to `output`. If the block raises, the record is as before."""
+    before, names = _read(output), list(names)
+    _write(output, {**before, **dict.fromkeys(names)})
+    try:
+        yield
+        after = {**before, **{name: _digest(output / name) for name in names}}
+    except BaseException:
+        _write(output, before)
+        raise
+    _write(output, after)
 
 
-def add_model_to_record(output: Path) -> None:
-    """Add the files that were written to the folder `model`."""
-    write_json({**_read(output), **dict.fromkeys(_files(output, MODEL_FOLDER))}, output / RECORD_FILE)
+def record_folder(output: Path, folder: str) -> None:
+    """Record the folder `model` or `sessions`, before anything is written to it."""
+    _write(output, {**_read(output), folder: None})
 
 
-def add_sessions_to_record(output: Path) -> None:
-    """Add the folder `sessions`, before trainers write checkpoints to it."""
-    write_json({**_read(output), SESSIONS_FOLDER: None}, output / RECORD_FILE)
+def record_saved_model(output: Path) -> None:
+    """Record the files in the folder `model`, once they are written, instead of the folder."""
+    record = {**_read(output), **dict.fromkeys(_files(output, MODEL_FOLDER))}
+    record.pop(MODEL_FOLDER, None)
+    _write(output, record)
 
 
 def is_recorded(output: Path, folder: str) -> bool:
@@ -102,13 +114,14 @@ def delete_recorded(output: Path) -> None:
     record = _read(output)
     # Names of the record are looked up, never followed: a record from elsewhere could name any file of this machine.
     for name in (*FILTER_OUTPUTS, *_files(output, MODEL_FOLDER)):
-        if name in record:
+        if name in record or (MODEL_FOLDER in record and name.startswith(f"{MODEL_FOLDER}/")):
             (output / name).unlink(missing_ok=True)
     if SESSIONS_FOLDER in record:
         for folder in [*_checkpoints(output), output / SESSIONS_FOLDER / "filtered" / "_forgetfilter-result"]:
             shutil.rmtree(folder, ignore_errors=True)
     for name in ("filter_result", MODEL_FOLDER, SESSIONS_FOLDER):
         _remove_empty_folders(output / name)
+    _write(output, {name: digest for name, digest in record.items() if os.path.lexists(output / name)})
 
 
 def _remove_empty_folders(folder: Path) -> None:
@@ -132,6 +145,13 @@ def _read(output: Path) -> dict[str, str | None]:
     return record
 
 
+def _write(output: Path, record: dict[str, str | None]) -> None:
+    if record:
+        write_json(record, output / RECORD_FILE)
+    else:
+        (output / RECORD_FILE).unlink(missing_ok=True)
+
+
 def _files(output: Path, folder: str) -> list[str]:
     return [path.relative_to(output).as_posix() for path in sorted((output / folder).rglob("*")) if not path.is_dir()]
 
@@ -141,7 +161,7 @@ def _checkpoints(output: Path) -> Iterator[Path]:
 
 
 def _digest(file: Path) -> str:
-    if file.is_dir():
-        raise DataError(f"{file} is a folder, but a file is written there. {_ADVICE}")
+    if not file.is_file():
+        raise DataError(f"{file} would be overwritten, but it is not a file. {_ADVICE}")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()

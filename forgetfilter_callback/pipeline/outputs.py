@@ -24,7 +24,7 @@ from ..reports.dataset_card import dataset_card
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write, write_lines, write_text
-from .output_record import FILTER_OUTPUTS, add_to_record, check_files_are_ours
+from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
 
 
 if TYPE_CHECKING:
@@ -117,11 +117,10 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
     """
     check_files_are_ours(output, FILTER_OUTPUTS)
     output.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+    with recorded(output, FILTER_OUTPUTS), ExitStack() as files:
         write_kept_and_removed(output, lines, result.removed, files)
         write_text(dataset_card(result, trace), files.enter_context(atomic_write(output / "card.md")))
         result.save(output / "filter_result")
-    add_to_record(output, FILTER_OUTPUTS)
 
 
 def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:

@@ -39,13 +39,13 @@ from .output_record import (
     MODEL_FOLDER,
     RECORD_FILE,
     SESSIONS_FOLDER,
-    add_model_to_record,
-    add_sessions_to_record,
-    add_to_record,
     check_files_are_ours,
     check_folders_are_ours,
     delete_recorded,
     is_recorded,
+    record_folder,
+    record_saved_model,
+    recorded,
 )
 from .outputs import check_output_is_not_source, has_outputs, write_filter_outputs
 from .run_config import RunConfig
@@ -185,9 +185,9 @@ def run(config: RunConfig) -> FilterResult:
         if config.overwrite:
             delete_recorded(output)
         if not (config.resume and (output / CONFIG_FILE).exists()):
-            config.save(output / CONFIG_FILE)
-            add_to_record(output, [CONFIG_FILE])
-        add_sessions_to_record(output)
+            with recorded(output, [CONFIG_FILE]):
+                config.save(output / CONFIG_FILE)
+        record_folder(output, SESSIONS_FOLDER)
 
     for source in (config.noisy, config.safety):
         check_output_is_not_source(source, output)
@@ -246,14 +246,17 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     result = run_on_main(partial(_filter_and_write, config, inputs, tracker, output))
     if config.refit:
         trainer = pipeline.refit(_checkpoint(config, "filtered"))
-        try:
-            trainer.save_model(str(output / MODEL_FOLDER))
-            if trainer.args.should_save:
-                inputs.tokenizer.save_pretrained(str(output / MODEL_FOLDER))
-        finally:
-            if trainer.args.should_save:
-                add_model_to_record(output)
+        run_on_main(partial(_check_and_record_model, output))
+        trainer.save_model(str(output / MODEL_FOLDER))
+        if trainer.args.should_save:
+            inputs.tokenizer.save_pretrained(str(output / MODEL_FOLDER))
+        run_on_main(partial(record_saved_model, output))
     return result
+
+
+def _check_and_record_model(output: Path) -> None:
+    check_folders_are_ours(output, replaces_model=True, replaces_sessions=False)
+    record_folder(output, MODEL_FOLDER)
 
 
 def _filter_and_write(config: RunConfig, inputs: RunInputs, tracker: ForgetTracker, output: Path) -> FilterResult:

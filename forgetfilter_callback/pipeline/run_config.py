@@ -47,8 +47,8 @@ class RunConfig:
             Whether to continue an interrupted run in `output` from its last checkpoints, with the same settings. The run
             must save checkpoints, for example with `training={"save_strategy": "epoch"}`.
         overwrite (`bool`, defaults to `False`):
-            Whether to replace an earlier run on the same rows in `output`. Its outputs, model and checkpoints are deleted.
-            Its records are kept in the folder `superseded` of the trace.
+            Whether to replace an earlier run on the same rows in `output`. Its outputs, model and checkpoints are deleted,
+            and other files are kept. Its records are kept in the folder `superseded` of the trace.
         max_length (`int`, *optional*):
             Longer rows are truncated on the right. Defaults to the context of the model.
         dtype (`"auto"`, `"float32"`, `"bfloat16"` or `"float16"`, defaults to `"auto"`):
