@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
@@ -85,7 +87,8 @@ def encode_collated(
         return sample_of_batch(batch, model)
 
     def collate_one(index: int) -> Mapping[str, torch.Tensor]:
-        row = dataset[index]
+        # A list returns the user's own row, and a collator may change it. A `Dataset` creates each row when it is read.
+        row = dataset[index] if isinstance(dataset, Dataset) else copy.deepcopy(dataset[index])
         try:
             batch = collate_fn([row])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -58,7 +58,7 @@ class WeighingCollator:
         # Each row is collated alone, as it was for its id: what padding a batch adds depends on its other rows.
         encoded = encode_each(
             rows,
-            lambda row: sample_of_batch(self.collate([copy.copy(row)])),
+            lambda row: sample_of_batch(self.collate([copy.deepcopy(row)])),
             len(rows),
             self.max_length,
             disable_tqdm=True,

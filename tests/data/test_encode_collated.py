@@ -80,3 +80,30 @@ def test_a_random_dataset_is_refused(noisy, make_args, collator):
 
     with pytest.raises(EncodingError, match="Row 0: the dataset or the collator returns a different batch"):
         train_tracked(Drawing(), make_args, collator, ForgetTracker())
+
+
+@pytest.mark.parametrize("change", ["pops a column", "changes a list in place"])
+def test_a_collator_that_changes_its_rows_trains_as_without_the_tracker(change, noisy, make_args):
+    """Trainer gives the collator the user's own rows. Reading them for a record must leave them as they are."""
+
+    def collate(rows):
+        labels = [torch.tensor(row.pop("labels")) for row in rows]
+        if change == "changes a list in place":
+            for row in rows:
+                row["input_ids"].append(2)
+            labels = [torch.cat([each, torch.tensor([2])]) for each in labels]
+        tokens = [torch.tensor(row["input_ids"]) for row in rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(tokens, batch_first=True),
+            "attention_mask": pad([torch.ones_like(each) for each in tokens], batch_first=True),
+            "labels": pad(labels, batch_first=True, padding_value=-100),
+        }
+
+    losses = []
+    for callbacks in ([], [ForgetTracker()]):
+        rows = [{name: list(row[name]) for name in ("input_ids", "labels")} for row in noisy]
+        args = make_args(f"{len(callbacks)}", remove_unused_columns=False, num_train_epochs=1)
+        trainer = Trainer(tiny_llama(), args, train_dataset=rows, data_collator=collate, callbacks=callbacks)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == losses[1]
