@@ -27,7 +27,7 @@ trainer = SFTTrainer(
     model,
     SFTConfig("two-lines/safety", **args),
     train_dataset=safety,
-    callbacks=[ForgetTracker(noisy)],  # +
+    callbacks=[ForgetTracker(noisy, session="safety")],  # +
     **common,
 )
 trainer.train()

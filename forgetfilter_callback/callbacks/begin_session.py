@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
+from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
@@ -21,6 +22,9 @@ from .sessions import (
     digest_of_rows,
     warn_if_noisy_session_is_unfinished,
 )
+
+
+logger = get_logger(__name__)
 
 
 def begin_session(
@@ -68,6 +72,11 @@ def begin_session(
     )
     digest = digest_of_rows(training_rows) if training_rows is not None else None
     begun = run_on_main(partial(trace.begin_session, session, output_dir, state.max_steps, digest))
+    if session == "safety" and resumed and Record("safety", 0) not in records:
+        logger.warning(
+            f"The safety session resumes at step {state.global_step}, but the trace in {trace.folder} has no record of its "
+            "step 0. Forgetting cannot be measured without it: start the safety session again to measure it."
+        )
     if session == "safety" and "noisy" in begun:
         warn_if_noisy_session_is_unfinished(trace, records)
     has_base = "noisy" in begun or Record("noisy", 0) in records

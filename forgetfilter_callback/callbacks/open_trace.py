@@ -37,6 +37,7 @@ def open_trace(
     max_length: int | None,
     *,
     continue_trace: bool,
+    resumed_step: int,
     args: TrainingArguments,
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
@@ -51,6 +52,8 @@ def open_trace(
             As in [`ForgetTracker`].
         continue_trace (`bool`):
             Whether an existing trace is opened without checking its rows, if `noisy` is not given.
+        resumed_step (`int`):
+            The step at which the run resumes; 0 for a new run.
         args, model, processing_class, train_dataloader:
             Of the trainer.
 
@@ -59,10 +62,19 @@ def open_trace(
 
     Raises:
         ScoringError: if the model is not a causal language model.
-        TraceError: if the trace in `folder` belongs to other rows, or if the noisy set is unknown.
+        TraceError: if the trace in `folder` belongs to other rows, if the noisy set is unknown, or if a resumed run has no
+            trace.
     """
     check_is_causal(model)
-    if continue_trace and noisy is None and run_on_main(partial(Trace.exists, folder)):
+    exists = run_on_main(partial(Trace.exists, folder))
+    if resumed_step > 0 and not exists:
+        raise TraceError(
+            f"This run resumes at step {resumed_step}, but there is no trace in {folder}. A new trace would lack the first "
+            "record of the session. Pass the folder of the trace that the run started with: "
+            "`ForgetTracker(trace_dir=...)`. By default, it is `_forgetfilter` in the output folder of the noisy session. "
+            "If there is none, start the session again, or train without the tracker."
+        )
+    if continue_trace and noisy is None and exists:
         trace = Trace.open(folder)
         return trace, trace.rows
     if noisy is None and session == "safety":
@@ -106,9 +118,9 @@ def open_trace(
         raise TraceError(
             f"The trace in {folder} belongs to another dataset or tokenizer: "
             f"{counted_of(overlap, len(rows), 'sample', 'are')} among its {counted(len(trace.rows), 'sample')} (its "
-            f"tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat template must be the same too). Choose "
-            "another `trace_dir` or `output_dir`, or delete the folder. If this is the safety session of that trace, use "
-            f"`ForgetTracker(trace_dir={str(folder)!r})`."
+            f"tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat template must be the same too). If this is "
+            f"the safety session of that trace, new or resumed, use `ForgetTracker(trace_dir={str(folder)!r})`. Otherwise "
+            "choose another `trace_dir` or `output_dir`."
         )
     return trace, rows
 

@@ -28,6 +28,12 @@ SessionArgument = Literal["auto", "noisy", "safety"]
 # fraction of its training set. (A safety set may contain some rows of the noisy set.)
 MIN_OVERLAP = 0.5
 
+_WHY_NOT_FOUND = (
+    "the tracker and the trainer encode the rows differently. The usual causes are an EOS token that only one of them adds, "
+    "and another chat template, max_length or tokenizer. Give the tracker the rows that the trainer trains on (`input_ids` "
+    "and `labels`), or use `ForgetTracker()` without rows"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class RunningSession:
@@ -118,7 +124,8 @@ def check_session(
     already_recorded: bool,
     resumed: bool,
 ) -> None:
-    """Refuse a session that does not fit the trace. Warn about noisy rows in the safety set.
+    """Refuse a session that does not fit the trace. Warn about noisy rows in the safety set, and about tracked rows that
+    are not found in a training set.
 
     Args:
         detected ([`DetectedSession`]):
@@ -140,10 +147,19 @@ def check_session(
         TraceError: if the tracker has recorded the session already, or if records would be replaced because of a guess.
     """
     session = detected.session
+    tracked = counted(len(trace.rows), "tracked row")
+    is_guessed_safety = session == "safety" and not detected.certain
+    lacks_noisy_session = is_guessed_safety and not _has_noisy_session(trace, records)
+    explanation = ""
+    if lacks_noisy_session:
+        explanation = (
+            f" The trace has no noisy session: no run trained on most of the {tracked}. If the earlier run was noisy "
+            f"finetuning, {_WHY_NOT_FOUND}, and run both sessions again with another `trace_dir` or `output_dir`."
+        )
     if already_recorded:
         raise TraceError(
-            f"This tracker has already recorded a {session} session (in {trace.folder}). A tracker records at most one "
-            "noisy and one safety session. To train without recording, call `trainer.remove_callback(tracker)`. To "
+            f"This tracker has already recorded a {session} session (in {trace.folder}).{explanation} A tracker records at "
+            "most one noisy and one safety session. To train without recording, call `trainer.remove_callback(tracker)`. To "
             "record this run, create a new ForgetTracker with another `trace_dir` or `output_dir`. If this run is the "
             f"other session of the same trace, use `ForgetTracker(trace_dir={str(trace.folder)!r}, session=...)`."
         )
@@ -152,18 +168,35 @@ def check_session(
     if recorded and not detected.certain and not _is_same_run(trace, session, training_rows, output_dir, resumed):
         reason = "its rows could not be encoded"
         if training_rows is not None:
-            tracked = counted(len(trace.rows), "tracked row")
             reason = f"it trains on other rows, with {detected.overlap:,} of {tracked} among them"
+        verb = "resumes" if resumed else "repeats"
         raise TraceError(
             f"The trace in {trace.folder} already has records of the {session} session, and it is not certain that this "
-            f"run {'resumes' if resumed else 'repeats'} it: {reason}. Pass `ForgetTracker(session='noisy')` or "
+            f"run {verb} it: {reason}.{explanation} Pass `ForgetTracker(session='noisy')` or "
             "`ForgetTracker(session='safety')`, or choose another `trace_dir`."
+        )
+    if lacks_noisy_session and training_rows is not None and not detected.overlap:
+        logger.warning(
+            f"This run trains on 0 of {tracked}, so it is treated as safety finetuning of a model that has learned them "
+            "already. If that is right, `ForgetTracker(noisy, session='safety')` says so. If it is noisy finetuning, "
+            f"{_WHY_NOT_FOUND}."
+        )
+    if session == "noisy" and training_rows is not None and detected.overlap < MIN_OVERLAP * len(trace.rows):
+        logger.warning(
+            f"This noisy session trains on {detected.overlap:,} of {tracked}, so the others cannot be learned. Give the "
+            "tracker the rows that the trainer trains on."
         )
     if session == "safety" and training_rows is not None and detected.overlap:
         logger.warning(
             f"{counted_of(detected.overlap, len(training_rows), 'row', 'are')} in both the safety set and the noisy set. "
             "The model trains on such rows again, so it cannot forget them. Remove them from the safety set."
         )
+
+
+def _has_noisy_session(trace: Trace, records: Sequence[Record]) -> bool:
+    """Whether a noisy session has begun. The record at its step 0 can also come from a safety session with adapters."""
+    is_in_manifest = any(entry["session"] == "noisy" for entry in trace.manifest["sessions"])
+    return is_in_manifest or any(record.session == "noisy" and record.step > 0 for record in records)
 
 
 def _is_same_run(

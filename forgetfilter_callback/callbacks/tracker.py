@@ -298,6 +298,7 @@ class ForgetTracker(TrainerCallback):
                 self.session,
                 self.max_length,
                 continue_trace=self.trace_dir is not None,
+                resumed_step=state.global_step,
                 args=args,
                 model=model,
                 processing_class=processing_class,

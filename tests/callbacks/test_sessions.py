@@ -186,3 +186,32 @@ def test_resuming_does_not_change_the_model_name_of_a_trace(noisy, make_args, co
         model.config.name_or_path = name
         Trainer(model, args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train(checkpoint)
         assert Trace.open(tracker.trace.folder).manifest["model"] == "org/first"
+
+
+def test_rows_that_the_trainer_encodes_differently_are_not_taken_as_safety_in_silence(make_args, collator, caplog):
+    """The trainer adds no EOS token, so it trains on none of the rows that the tracker was given."""
+    without_eos = random_rows(24, seed=1)
+    with_eos = without_eos.map(lambda row: {name: [*row[name], 2] for name in ("input_ids", "labels")})
+    model, tracker = tiny_llama(), ForgetTracker(with_eos)
+    Trainer(model, make_args("a"), train_dataset=without_eos, data_collator=collator, callbacks=[tracker]).train()
+    assert "This run trains on 0 of 24 tracked rows, so it is treated as safety finetuning" in caplog.text
+    assert "The usual causes are an EOS token that only one of them adds" in caplog.text
+    safety = random_rows(12, seed=2)
+    message = (
+        r"no run trained on most of the 24 tracked rows\. If the earlier run was noisy finetuning, .* an EOS token"
+    )
+    for next_tracker in (tracker, ForgetTracker(with_eos, trace_dir=tracker.trace.folder)):
+        trainer = Trainer(model, make_args("b"), train_dataset=safety, data_collator=collator, callbacks=[next_tracker])
+        with pytest.raises(TraceError, match=message):
+            trainer.train()
+
+
+def test_a_safety_session_that_is_named_gives_no_warning(noisy, safety, make_args, collator, caplog):
+    tracker = ForgetTracker(noisy, session="safety")
+    train_tracked(safety, make_args, collator, tracker)
+    assert "tracked rows" not in caplog.text
+
+
+def test_a_named_noisy_session_on_other_rows_gives_a_warning(noisy, safety, make_args, collator, caplog):
+    train_tracked(safety, make_args, collator, ForgetTracker(noisy, session="noisy"))
+    assert "This noisy session trains on 0 of 24 tracked rows, so the others cannot be learned." in caplog.text
