@@ -6,6 +6,7 @@ evenly over the file operations of an undisturbed run. Each run is a fork of thi
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -72,9 +73,9 @@ def last_good_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def watch(output: Path, kill_at: int | None) -> Callable[[], int]:
-    """Count the file operations in `output`; kill this process at operation `kill_at`."""
-    count = 0
+def watch(output: Path, kill_at: int | None, tear: int | None = None) -> Callable[[], int]:
+    """Count the file operations in `output`; kill this process at operation `kill_at`, or in the middle of record `tear`."""
+    count = records = 0
 
     def operation() -> None:
         nonlocal count
@@ -93,8 +94,13 @@ def watch(output: Path, kill_at: int | None) -> Callable[[], int]:
             operation()
 
         def close(self) -> None:
+            nonlocal records
             operation()
             super().close()
+            records += Path(self.where).parent.name == "records"
+            if records == tear:
+                os.truncate(self.where, os.path.getsize(self.where) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
             operation()
 
     parquet.ParquetWriter = Watched
@@ -139,6 +145,7 @@ def run_in_fork(action: Callable[[], object]) -> tuple[int, object]:
 
 def main(folder: Path, kills: int) -> None:
     logging.set_verbosity_error()
+    gc.freeze()  # Trainer collects garbage, which would copy all imported modules into each fork
     sys.stdout.flush()
     hide_progress = os.open(os.devnull, os.O_WRONLY)
     stdout = os.dup(1)
@@ -152,12 +159,21 @@ def main(folder: Path, kills: int) -> None:
 
     code, (operations, whole) = run_in_fork(undisturbed)
     assert code == 0
-    report = {"operations": operations, "records": len(whole), "killed": 0, "broken": [], "different": [], "lost": []}
-    for kill_at in np.unique(np.linspace(1, operations, kills).astype(int)).tolist():
+    report = {
+        "operations": operations,
+        "records": len(whole),
+        "killed": 0,
+        "torn": 0,
+        "broken": [],
+        "different": [],
+        "lost": [],
+    }
+    points = np.unique(np.linspace(1, operations, kills).astype(int)).tolist()
+    for kill_at, tear in [*((point, None) for point in points), (None, 3)]:
         output = folder / f"killed-{kill_at}"
 
-        def killed(output: Path = output, kill_at: int = kill_at) -> None:
-            watch(output, kill_at)
+        def killed(output: Path = output, kill_at: int | None = kill_at, tear: int | None = tear) -> None:
+            watch(output, kill_at, tear)
             program(output)
 
         code, _ = run_in_fork(killed)
@@ -169,6 +185,7 @@ def main(folder: Path, kills: int) -> None:
 
         code, found = run_in_fork(look)
         after, written = found or [{}, []]
+        report["torn"] = len(after)  # the last run is the torn one
         if code != 0 or any(whole[name] != content for name, content in after.items()):
             report["broken"].append(kill_at)
 

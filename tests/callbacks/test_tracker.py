@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_rows, reference_losses, reference_means, run_both, tiny_llama, tiny_lora, train_tracked
+from helpers import reference_losses, reference_means, run_both, tiny_llama, tiny_lora, train_tracked
 from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
@@ -74,43 +71,6 @@ def test_the_cost_of_records_is_logged_at_the_start(make_model, passes, noisy, m
 def test_invalid_record_steps_are_refused(record_steps):
     with pytest.raises(ValueError, match="record_steps"):
         ForgetTracker(record_steps=record_steps)
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from helpers import random_rows, tiny_llama
-from forgetfilter_callback import ForgetTracker
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from pyarrow import parquet
-count = 0
-class KilledWhileWriting(parquet.ParquetWriter):
-    def close(self):
-        global count
-        super().close()
-        count += "record" in str(self.where)
-        if count == 3:
-            os.truncate(self.where, os.path.getsize(self.where) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-parquet.ParquetWriter = KilledWhileWriting
-def collate(rows):
-    import torch
-    (row,) = rows
-    return {{k: torch.tensor([v]) for k, v in row.items()}}
-args = TrainingArguments({output!r}, per_device_train_batch_size=1, report_to="none", use_cpu=True)
-Trainer(tiny_llama(), args, train_dataset=random_rows(6), data_collator=collate,
-        callbacks=[ForgetTracker(record_steps=2)]).train()
-"""
-
-
-def test_a_killed_process_leaves_a_readable_trace(tmp_path):
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), output=str(tmp_path))
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    trace = Trace.open(tmp_path / "_forgetfilter")
-    assert trace.records() == [Record("noisy", 0), Record("noisy", 2)]
-    assert np.isfinite(trace.losses()).all()
-    np.testing.assert_allclose(trace.losses()[0], reference_means(tiny_llama(), random_rows(6)), rtol=1e-5)
 
 
 def test_no_rows_are_pushed_to_the_hub(noisy, safety, make_args, collator, monkeypatch):

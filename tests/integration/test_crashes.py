@@ -38,7 +38,8 @@ def test_a_killed_run_resumes_to_the_same_trace(kills, tmp_path):
     report = json.loads(process.stdout)
     print(report)
     assert report["records"] == 17 and report["operations"] >= 200
-    assert report["killed"] == min(kills, report["operations"])
+    assert report["killed"] == min(kills, report["operations"]) + 1
+    assert report["torn"] == 2  # killed in the middle of the third record
     assert report["broken"] == report["different"] == report["lost"] == []
 
 
@@ -89,9 +90,7 @@ def untracked(noisy, safety, make_args, collator) -> dict[str, torch.Tensor]:
     return WEIGHTS
 
 
-@pytest.mark.parametrize(
-    ("code", "after"), [(errno.ENOSPC, 0), (errno.ENOSPC, 2), (errno.EROFS, 0), (errno.EIO, 2)], ids=str
-)
+@pytest.mark.parametrize(("code", "after"), [(errno.EROFS, 0), (errno.ENOSPC, 2)], ids=str)
 @pytest.mark.parametrize("what", WRITES)
 def test_training_continues_when_the_disk_fails(
     what, after, code, untracked, noisy, safety, make_args, collator, monkeypatch, caplog
