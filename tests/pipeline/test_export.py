@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers import call, reference_means, refused, run_both, run_options, texts, tiny_llama
+from sft_helpers import one_row_losses
+from trl import SFTTrainer
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, Trace, encode_rows, to_dataset
 from forgetfilter_callback.errors import DataError
@@ -68,6 +70,9 @@ def test_losses_are_those_of_transformers(file_format, files, scored, tmp_path, 
     np.testing.assert_allclose(values["forgetfilter_forgetting"], after - before, rtol=1e-3, atol=1e-6)
     for name in ("loss_base", "verdict", "weight"):  # there is no record of the base model, and no verdict
         assert values[f"forgetfilter_{name}"] == [None] * 12
+    if file_format == "parquet":  # as documented, also where all values are null
+        types = [str(pq.read_schema(file).field(name).type) for name in NAMES]
+        assert types == [*["double"] * 4, "string", "bool", "double"]
     assert "`forgetfilter_weight` is null: only verdicts tell how likely a row is unsafe" in caplog.text
 
 
@@ -265,13 +270,28 @@ def test_to_dataset_finds_rows_in_any_order(container, finished_run, tmp_path):
 
 
 def test_to_dataset_of_encoded_rows(noisy, safety, make_args, collator):
-    tracker, model = ForgetTracker(), tiny_llama()
+    tracker, model = ForgetTracker(record_steps=2), tiny_llama()
     base = reference_means(model, noisy)
     run_both(model, noisy, safety, make_args, collator, tracker)
-    dataset = to_dataset(tracker.trace, noisy)
+    trace = tracker.trace
+    dataset = to_dataset(trace, noisy)
     np.testing.assert_allclose(dataset["forgetfilter_loss_base"][:], base, rtol=1e-5)
     np.testing.assert_allclose(dataset["forgetfilter_loss_safety"][:], reference_means(model.eval(), noisy), rtol=1e-5)
     assert dataset["input_ids"][:] == noisy["input_ids"][:]
+    earlier = to_dataset(trace, noisy, FilterConfig("loss", step=2))
+    first, at_step = (trace.losses()[trace.records().index(Record("safety", step))] for step in (0, 2))
+    np.testing.assert_array_equal(earlier["forgetfilter_loss_safety"][:], at_step)
+    np.testing.assert_allclose(earlier["forgetfilter_forgetting"][:], at_step - first, rtol=1e-4, atol=1e-6)
+
+
+def test_to_dataset_encodes_rows_as_the_trainer_does(sft_config, tokenizer):
+    rows, args = texts(12, seed=1), sft_config(completion_only_loss=False, max_length=9)
+    tracker, safety = ForgetTracker(rows), Dataset.from_list(texts(6, seed=2))
+    SFTTrainer(tiny_llama(), args, train_dataset=safety, processing_class=tokenizer, callbacks=[tracker]).train()
+    assert 0 < tracker.trace.rows.truncated < 12
+    dataset = to_dataset(tracker.trace, rows, FilterConfig("loss"), tokenizer)
+    expected = one_row_losses(Dataset.from_list(rows), args, tokenizer)
+    np.testing.assert_allclose(dataset["forgetfilter_loss_noisy"][:], expected, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_null(finished_run, tmp_path, monkeypatch):

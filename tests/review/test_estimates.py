@@ -100,6 +100,28 @@ def test_removed_rows_without_a_verdict_widen_both_intervals():
     assert estimate.unsafe_left == (0, 6) and estimate.benign_removed == (0, 2)
 
 
+@pytest.mark.parametrize("removed", [range(10, 38), range(10, 15), range(0, 40, 3)], ids=str)
+def test_intervals_contain_every_split_of_the_unsafe_rows_that_are_left(removed):
+    """By brute force: a filter may keep any of them and remove the others, as far as it keeps and removes such rows."""
+    verdicts = [given(row, row < 8, 40) for row in range(10)]
+    low, high = estimate_unsafe_rows(verdicts, 40).unsafe_left  # where no row without a verdict is removed
+    assert 10 < low < high < 30
+    unseen_removed, unseen_kept = len({*removed} - {*range(10)}), len({*range(10, 40)} - {*removed})
+    unsafe_kept, safe_removed = len({*range(8)} - {*removed}), len({8, 9} & {*removed})
+    kept, benign = zip(
+        *(
+            (unsafe_kept + left, safe_removed + unseen_removed - (total - left))
+            for total in range(low, high + 1)
+            for left in range(total + 1)
+            if left <= unseen_kept and total - left <= unseen_removed
+        ),
+        strict=True,
+    )
+    estimate = estimate_unsafe_rows(verdicts, 40, removed)
+    assert estimate.unsafe_left == (min(kept), max(kept))
+    assert estimate.benign_removed == (min(benign), max(benign))
+
+
 @pytest.mark.parametrize(("first", "second", "found"), [(True, False, 0), (False, True, 1)])
 def test_the_last_verdict_on_a_row_counts(first, second, found):
     estimate = estimate_unsafe_rows([given(3, first, 10), given(3, second, 10)], 10)
