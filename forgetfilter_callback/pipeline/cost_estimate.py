@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import TrainingArguments
 
+from ..data.encoded_rows import EncodedRows
 from ..utils.counted import counted
 from .run import load_inputs
 from .run_config import RunConfig
+
+
+# Rows are reported as long if they have this many times the tokens of all other rows, and are at most 1 % of the rows.
+LONG_ROW_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,12 @@ class Plan:
         records (`int`): Number of forward passes over the noisy set.
         extra_fraction (`float`): Cost of the safety session and the records, as a fraction of the noisy session. The refit
             is not included.
+        batch_rows (`int`): Rows of the largest batch on one device.
+        longest_row (`int`): Tokens of the longest row in this batch. All of its rows are padded to this length.
+        logits_bytes (`int`): Size of the logits of this batch in float32.
+        long_rows (`int`): Number of rows that are at least 1.5 times as long as all others; 0 if there are none.
+        other_rows (`int`): Tokens of the longest other row.
+        gradient_checkpointing (`bool`): Whether the run uses gradient checkpointing.
     """
 
     samples: int
@@ -33,14 +46,44 @@ class Plan:
     safety_steps: int
     records: int
     extra_fraction: float
+    batch_rows: int
+    longest_row: int
+    logits_bytes: int
+    long_rows: int
+    other_rows: int
+    gradient_checkpointing: bool
 
     def __str__(self) -> str:
-        return (
+        return "\n".join([" ".join(self._describe_time()), " ".join(self._describe_memory())])
+
+    def _describe_time(self) -> Iterator[str]:
+        yield (
             f"Noisy finetuning: {counted(self.steps, 'step')} over {counted(self.samples, 'row')} "
             f"({counted(self.tokens, 'token')} per epoch). Safety finetuning: {counted(self.safety_steps, 'step')} over "
             f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
             f"and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
         )
+        yield "The time of a step depends on the device: the progress bar of a run shows it."
+
+    def _describe_memory(self) -> Iterator[str]:
+        size = f"{self.logits_bytes / 1e9:.1f} GB" if self.logits_bytes >= 1e8 else f"{self.logits_bytes / 1e6:.1f} MB"
+        yield (
+            f"The longest row has {counted(self.longest_row, 'token')}. A batch is padded to its longest row, so the "
+            f"largest one has {self.batch_rows} x {self.longest_row:,} = {self.batch_rows * self.longest_row:,} tokens. Its "
+            f"logits take {size} in float32. Training also needs copies of them for the loss, and the activations of all "
+            "layers, which are not estimated."
+        )
+        if self.long_rows:
+            are, them = ("is", "it") if self.long_rows == 1 else ("are", "them")
+            yield (
+                f"{counted(self.long_rows, 'row')} {are} at least {LONG_ROW_RATIO} times as long as all others: "
+                f"`--max-length {self.other_rows}` truncates {them}, and the largest batch then has "
+                f"{self.batch_rows * self.other_rows:,} tokens."
+            )
+        if not self.gradient_checkpointing:
+            yield "`--training gradient_checkpointing=true` needs less memory and more time."
+        if self.batch_rows > 1:
+            yield "A smaller `per_device_train_batch_size` with more `gradient_accumulation_steps` needs less memory too."
 
 
 def plan(config: RunConfig) -> Plan:
@@ -61,9 +104,40 @@ def plan(config: RunConfig) -> Plan:
     trained = passes * _epochs(inputs.args, steps, len(noisy)) * len(noisy.tokens)
     extra = passes * _epochs(inputs.safety_args, safety_steps, len(safety)) * len(safety.tokens)
     extra += records * len(noisy.tokens)
-    return Plan(
-        len(noisy), len(safety), len(noisy.tokens), len(safety.tokens), steps, safety_steps, records, extra / trained
+    batch_rows, longest_row = max(
+        map(_largest_batch, (noisy, safety), (inputs.args, inputs.safety_args)), key=math.prod
     )
+    long_rows, other_rows = _long_rows(np.concatenate([np.diff(noisy.offsets), np.diff(safety.offsets)]))
+    return Plan(
+        samples=len(noisy),
+        safety_samples=len(safety),
+        tokens=len(noisy.tokens),
+        safety_tokens=len(safety.tokens),
+        steps=steps,
+        safety_steps=safety_steps,
+        records=records,
+        extra_fraction=extra / trained,
+        batch_rows=batch_rows,
+        longest_row=longest_row,
+        logits_bytes=4 * batch_rows * longest_row * len(inputs.tokenizer),
+        long_rows=long_rows,
+        other_rows=other_rows,
+        gradient_checkpointing=bool(inputs.args.gradient_checkpointing),
+    )
+
+
+def _largest_batch(rows: EncodedRows, args: TrainingArguments) -> tuple[int, int]:
+    """The number of rows of the largest batch on one device, and the number of tokens that they are padded to."""
+    return min(args.per_device_train_batch_size, len(rows)), int(np.diff(rows.offsets).max())
+
+
+def _long_rows(lengths: np.ndarray) -> tuple[int, int]:
+    """The number of rows that are much longer than all others, or 0, and the tokens of the longest other row."""
+    longest_first = np.maximum(np.sort(lengths)[::-1], 2)  # the smallest `max_length`
+    most = max(1, len(lengths) // 100)
+    ratios = longest_first[:most] / longest_first[1 : most + 1]
+    count = int(ratios.argmax()) + 1 if ratios.max() >= LONG_ROW_RATIO else 0
+    return count, int(longest_first[count])
 
 
 def _steps_per_epoch(args: TrainingArguments, rows: int) -> int:

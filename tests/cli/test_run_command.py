@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import call, random_rows, run_options, texts, tiny_llama
+from helpers import call, run_options, texts
 from transformers import Trainer
 
 from forgetfilter_callback import RunConfig, Trace
@@ -65,6 +66,46 @@ def test_dry_run_reports_the_cost_and_writes_nothing(files, tmp_path):
     assert (cost["samples"], cost["safety_samples"], cost["steps"], cost["safety_steps"]) == (12, 6, 12, 4)
     made = RunConfig(*(str(files[name]) for name in ("model", "noisy", "safety")), output="out", record_steps=0.5)
     assert plan(made).records == 3 + 1 + 1
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of all training batches."""
+    made: list[tuple[int, ...]] = []
+    training_step = Trainer.training_step
+
+    def remember(trainer, model, inputs, *more):
+        made.append(tuple(inputs["input_ids"].shape))
+        return training_step(trainer, model, inputs, *more)
+
+    monkeypatch.setattr(Trainer, "training_step", remember)
+    return made
+
+
+@pytest.mark.parametrize("long_set", ["noisy", "safety"])
+def test_dry_run_predicts_the_largest_batch(long_set, files, sizes, tmp_path, byte_tokenizer):
+    """One row is much longer than all others. Truncated as advised, it is no longer."""
+    given = {**files, long_set: tmp_path / "rows.jsonl"}
+    rows = texts(12, seed=1) if long_set == "noisy" else texts(6, seed=2)
+    Dataset.from_list([*rows, {**rows[0], "completion": " cat" * 50}]).to_json(given[long_set])
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 3}
+    training = [argument for name, value in settings.items() for argument in ("--training", f"{name}={value}")]
+    arguments = [*run_options(given, tmp_path / "out"), *training, "--fraction", 0.25]
+    planned = json.loads(call("run", *arguments, "--dry-run", "--json").stdout)
+    assert call("run", *arguments).exit_code == 0
+    largest = max(sizes, key=math.prod)
+    assert (planned["batch_rows"], planned["longest_row"]) == largest
+    assert planned["logits_bytes"] == 4 * math.prod(largest) * len(byte_tokenizer)
+    assert planned["long_rows"] == 1
+    told = call("run", *arguments, "--dry-run").stdout
+    assert f"1 row is at least 1.5 times as long as all others: `--max-length {planned['other_rows']}`" in told
+    assert "gradient_checkpointing=true" in told
+    sizes.clear()
+    shorter = [*arguments, "--max-length", planned["other_rows"], "--training", "gradient_checkpointing=true"]
+    again = call("run", *shorter, "--output", tmp_path / "again", "--dry-run").stdout
+    assert call("run", *shorter, "--output", tmp_path / "again").exit_code == 0
+    assert f"the largest batch then has {math.prod(max(sizes, key=math.prod))} tokens" in told
+    assert "times as long" not in again and "gradient_checkpointing" not in again
 
 
 def test_run_exits_with_3_when_not_separable(files, tmp_path):

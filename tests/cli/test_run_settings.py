@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def parsed(monkeypatch, tmp_path):
 
     def remember(config: RunConfig) -> Plan:
         configs.append(config)
-        return Plan(*[0] * 8)
+        return Plan(*[0] * len(dataclasses.fields(Plan)))
 
     monkeypatch.setattr(plan_module, "plan", remember)
 
