@@ -272,11 +272,13 @@ def _values(column: np.ndarray) -> Iterator[Any]:
 def _joined(rows: Any, columns: dict[str, np.ndarray]) -> Dataset:
     """The rows as a dataset, with the columns beside their own."""
     from datasets import Dataset, concatenate_datasets
+    from datasets.fingerprint import generate_random_fingerprint
 
     _check_names(rows)
     if not isinstance(rows, Dataset):
         try:
-            rows = Dataset(pa.concat_tables(_tables(rows), promote_options="permissive"))
+            table = pa.concat_tables(_tables(rows), promote_options="permissive")
+            rows = Dataset(table, fingerprint=generate_random_fingerprint())  # hashing the table would copy all texts
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise _no_columns(error) from error
     types = {name: pa.string() if values.dtype == object else None for name, values in columns.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import call, run_options, texts
+from helpers import call, random_rows, run_options, texts, tiny_llama
 from transformers import Trainer
 
 from forgetfilter_callback import RunConfig, Trace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,19 @@ def test_a_loss_that_is_not_finite_is_null(finished_run, tmp_path, monkeypatch):
     rows = exported(tmp_path / "rows.jsonl")
     assert [row["forgetfilter_loss_safety"] is None for row in rows] == [True, True, *[False] * 10]
     assert trace.losses().shape[1] == 12
+
+
+def test_long_texts_are_not_copied_to_hash_them(tmp_path):
+    rows = [{"input_ids": [5, index, 7], "note": f"{index}" + "x" * 50_000} for index in range(100)]
+    encoded = encode_rows(rows, disable_tqdm=True)
+    trace = Trace.create(tmp_path / "trace", encoded, "model", None, None)
+    losses = np.random.default_rng(0).gamma(2, size=(2, len(encoded.loss_tokens))).astype(np.float32)
+    for step in (0, 1):
+        trace.append(Record("safety", step), [Scores(losses[step])])
+    config = FilterConfig("loss", fraction=0.25)
+    to_dataset(trace, rows[:2], config)  # imports
+    tracemalloc.start()
+    dataset = to_dataset(trace, rows, config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert dataset["note"] == [row["note"] for row in rows] and peak < 50_000 * len(rows) / 2
