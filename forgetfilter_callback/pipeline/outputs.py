@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from ..filtering.result import RESULT_FILE, FilterResult
 from ..reports.dataset_card import dataset_card
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
-from ..utils.atomic_files import atomic_write, write_lines, write_text
+from ..utils.atomic_files import atomic_write, write_text
 from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
 
 
@@ -125,9 +124,12 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
 
 def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
     """Write `kept.jsonl` and `removed.jsonl`, and rename them from temporary names when `files` closes without an error."""
-    lines = [*lines]
-    for name, selected in (("kept", ~removed), ("removed", removed)):
-        write_lines(itertools.compress(lines, selected), files.enter_context(atomic_write(output / f"{name}.jsonl")))
+    streams = []
+    for name in ("kept", "removed"):
+        temporary = files.enter_context(atomic_write(output / f"{name}.jsonl"))
+        streams.append(files.enter_context(temporary.open("w", encoding="utf-8", newline="")))
+    for line, is_removed in zip(lines, removed.tolist(), strict=True):
+        streams[is_removed].write(f"{line}\n")
 
 
 def has_outputs(output: Path) -> bool:
