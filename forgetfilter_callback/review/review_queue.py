@@ -83,6 +83,7 @@ class ReviewQueue:
         self._folder = review_folder(trace, folder)
         self._file = self._folder / VERDICTS_FILE
         self._size_read = -1
+        self.verdicts: list[Verdict] = []
         self._read()
         self._drawn_from: dict[int, int] = {}
         forgetting = trace.forgetting()
