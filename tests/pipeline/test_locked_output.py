@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from helpers import call, run_options, texts
+from transformers import Trainer
 
 from forgetfilter_callback import RunConfig, Trace
 from forgetfilter_callback.callbacks import recorder
-from forgetfilter_callback.pipeline import checkpoints
+from forgetfilter_callback.pipeline import checkpoints, outputs
 from forgetfilter_callback.pipeline import run as run_module
 
 
@@ -72,6 +73,41 @@ def test_files_with_the_names_of_a_trace_are_kept(files, tmp_path):
         result = call("score", "--noisy", files["noisy"], "--before", files["model"], "--output", folder)
         assert result.exit_code == 2 and "hoose another folder" in result.output
         assert [*contents(folder).items()] == [(folder / name, b"mine")]
+
+
+def test_a_run_that_fails_while_it_saves_the_model_is_resumed(files, tmp_path, monkeypatch):
+    """The files of the model are not in the record yet, and no other run may take them for files from elsewhere."""
+    output = tmp_path / "out"
+    options = [*run_options(files, output), "--fraction", 0.25, "--refit"]
+
+    def save_and_fail(trainer: Trainer, folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_model", save_and_fail)
+        assert "no space left" in call("run", *options).output
+    assert call("run", *options, "--resume").exit_code == 0
+    assert (output / "model" / "adapter_model.safetensors").read_bytes() != b"half"
+    (output / "model" / "notes.txt").write_text("mine")
+    result = call("run", *options, "--overwrite")
+    assert result.exit_code == 2 and "notes.txt would be overwritten" in result.output
+    assert (output / "model" / "notes.txt").exists() and (output / "kept.jsonl").exists()
+
+
+def test_a_filter_that_fails_leaves_the_record_of_outputs(finished_run, tmp_path, monkeypatch):
+    """A file that the filter has not written must not become one of its own."""
+    command = ("filter", finished_run, "--output", tmp_path, "--fraction", 0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "dataset_card", fail)
+        assert call(*command).exit_code == 1
+    assert [file for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+    assert call(*command).exit_code == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(outputs, "dataset_card", fail)
+    assert call(*command).exit_code == 1
+    assert contents(tmp_path) == before
 
 
 def test_a_failed_run_is_repeated_in_the_same_process(files, tmp_path, monkeypatch):
