@@ -27,6 +27,10 @@ class ScoringError(ForgetFilterError):
     """The rows cannot be scored with this model on this device."""
 
 
+class BrokenPassError(ScoringError):
+    """A process failed in a forward pass that needs weights of other processes. They wait for it and cannot be told."""
+
+
 class TraceError(ForgetFilterError):
     """A trace cannot be read, or does not hold the requested records."""
 

@@ -36,7 +36,8 @@ from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps
 from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_main
-from ..utils.model_state import is_sharded, preserve_state, why_unsupported
+from ..utils.model_state import preserve_state
+from ..utils.parallelism import shares_weights, unwrapped, why_unsupported
 from .begin_session import begin_session
 from .early_stopping import RankingMonitor, is_check_step
 from .integrations import LoggingIntegrations, summarize_record
@@ -111,8 +112,8 @@ class ForgetTracker(TrainerCallback):
             time it is read.
         UnsupportedDatasetError: if rows have images or other model inputs; without `noisy`, if they are packed or streamed.
         TraceError: if the trace in the folder belongs to other data, or if the sessions do not fit together.
-        NotImplementedError: if the weights are sharded by anything but FSDP2 (FSDP1, DeepSpeed, tensor parallelism), if
-            sequences are split (context or sequence parallelism), or with `rouge1=True` under FSDP2.
+        NotImplementedError: if sequences are split (context or sequence parallelism), if weights are divided in another
+            way than by FSDP, DeepSpeed ZeRO or tensor parallelism, or with `rouge1=True` if processes share weights.
     """
 
     def __init__(
@@ -185,11 +186,13 @@ class ForgetTracker(TrainerCallback):
         reason = why_unsupported(model)
         if reason is not None:
             raise NotImplementedError(
-                f"ForgetTracker cannot record here: {reason}. Train with DDP, with FSDP2, on one process, or without it."
+                f"ForgetTracker cannot record here: {reason}. Train with DDP, FSDP or DeepSpeed, on one process, or without "
+                "it."
             )
-        if self.rouge1 and is_sharded(model):
+        if self.rouge1 and shares_weights(model):
             raise NotImplementedError(
-                "rouge1=True generates text, which does not work with FSDP yet. Use rouge1=False."
+                "rouge1=True generates text, which does not work yet with weights that processes share (FSDP, DeepSpeed "
+                "ZeRO-3, tensor parallelism). Use rouge1=False."
             )
         running = self._running
         self._running = self._ranking_monitor = None
@@ -370,7 +373,7 @@ class ForgetTracker(TrainerCallback):
             tokenizer = unwrap_tokenizer(kwargs["processing_class"])
             losses = self._recorder.record(record, args, model, tokenizer, is_session_end)
             has_base = Record("noisy", 0) in self._recorder.records()
-            if record == Record("safety", 0) and isinstance(model, PeftModel) and not has_base:
+            if record == Record("safety", 0) and isinstance(unwrapped(model), PeftModel) and not has_base:
                 self._recorder.record_base(args, model)
         self._recorded_step = state.global_step
         self._log(record, losses, state, control)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import EncodingError, UnsupportedDatasetError
+from ..utils.parallelism import unwrapped
 from .as_rows import as_rows
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows
@@ -136,6 +137,7 @@ def sample_of_batch(batch: Mapping[str, Any], model: nn.Module | None = None) ->
 
 def model_inputs(model: nn.Module) -> Collection[str]:
     """Return the names of the inputs of a model. `Trainer` removes the columns of a dataset that are not among them."""
+    model = unwrapped(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return inspect.signature(type(base).forward).parameters.keys()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..data.encoded_rows import EncodedRows
+from ..utils.parallelism import unwrapped
+from .joint_pass import run_jointly
 from .model_capabilities import is_padding_free
 from .packing import Layout, Pack, lay_out
 from .scores import STATE_SIZE, Scores
@@ -45,10 +47,14 @@ def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_sta
         with_states (`bool`):
             Whether to return states. They are `None` if the model's output head cannot be reached.
         passes (`int`, defaults to 1):
-            Minimum number of passes through the output head. Processes that share sharded weights need equal numbers.
+            Minimum number of passes through the output head. Processes that share weights need equal numbers.
 
     Returns:
         [`Scores`]: the scores of the rows.
+
+    Raises:
+        torch.OutOfMemoryError: if the batch does not fit into the device's memory.
+        FailedElsewhereError, BrokenPassError: see [`run_jointly`].
     """
     layout = lay_out(rows, batch)
     forward = _ForwardPass(model, layout)
@@ -56,15 +62,15 @@ def score_batch(model: nn.Module, rows: EncodedRows, batch: list[Pack], with_sta
     averaging = _averaging_matrix(rows, batch, layout) if with_states else None
     losses: list[torch.Tensor] = []  # they stay on the device, because a copy would wait for each slice
     means: torch.Tensor | None = None
-    for selected in slices:
-        slice_losses, hidden = forward.run(selected)
+    for index, selected in enumerate(slices):
+        slice_losses, hidden = run_jointly(model, partial(forward.run, selected), can_fail=index == 0)
         losses.append(slice_losses)
         if averaging is not None and hidden is not None:
             weights = torch.from_numpy(averaging[:, selected].toarray()).to(hidden.device)
             part = _weighted_sums(weights, hidden.float())
             means = part if means is None else means + part
     for _ in range(passes - len(slices)):
-        forward.run(slices[-1])
+        run_jointly(model, partial(forward.run, slices[-1]), can_fail=False)
     states = _states(means.cpu().numpy()) if means is not None else None
     return Scores(torch.cat(losses).cpu().numpy()[layout.prediction_index], states)
 
@@ -180,6 +186,7 @@ def _trunk(model: nn.Module, head: nn.Module) -> nn.Module | None:
 
     Without it, or if `model` does not call it, the whole model runs again for each slice of predictions.
     """
+    model = unwrapped(model)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     trunk = cast(nn.Module, whole.base_model)
     return trunk if head not in trunk.modules() else None

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from ..data.encoded_rows import EncodedRows
 from ..errors import EncodingError, ScoringError
 from ..utils.counted import counted, counted_of
+from ..utils.parallelism import unwrapped
 from .packing import needed_lengths
 
 
@@ -33,6 +34,7 @@ def can_reuse_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
 
 
 def _takes_own_positions(model: nn.Module) -> bool:
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         adapters = [model.peft_config[name] for name in model.active_adapters]
         # Prompt-learning adapters insert virtual tokens before the row. Activated LoRA starts at the first invocation
@@ -68,6 +70,7 @@ def longrope_context(model: nn.Module) -> float:
 
 def _virtual_tokens(model: nn.Module) -> int:
     """Return the number of virtual tokens that prompt-learning adapters insert before a row."""
+    model = unwrapped(model)
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return 0
     return model.active_peft_config.num_virtual_tokens
@@ -79,6 +82,7 @@ def check_is_causal(model: nn.Module) -> None:
     Raises:
         ScoringError: if it has an encoder, or if it is a masked language model.
     """
+    model = unwrapped(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cast(PreTrainedConfig, model.config)
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:

@@ -24,8 +24,9 @@ from ..data.encoded_rows import EncodedRows
 from ..errors import ScoringError
 from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_all, shard_indices
-from ..utils.model_state import is_sharded
+from ..utils.parallelism import leaders_of_processes, shares_weights
 from .forward_pass import count_passes, score_batch
+from .joint_pass import FailedElsewhereError
 from .model_capabilities import can_reuse_prefixes, check_is_causal, check_rows, longrope_context
 from .packing import Pack, mask_fits, plan_packs, split_pack
 from .scores import Scores
@@ -93,7 +94,8 @@ def window_scores(
     """Score `rows` in windows (`rows.windows()`), to bound memory.
 
     In a run of several processes, each process scores a shard of every window, and all processes get all scores of the
-    window. They must iterate together and have the same weights.
+    window. They must iterate together and have the same weights. Under tensor parallelism, the processes that hold one
+    copy of the weights together score the same shard.
 
     Args:
         model, rows, batch_tokens, reuse_prefixes, disable_tqdm, description:
@@ -111,14 +113,20 @@ def window_scores(
     if batch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         batch_tokens = BATCH_TOKENS_ON_CPU if on_cpu else BATCH_TOKENS_ON_ACCELERATORS
-    total = sum(len(shard_indices(len(window))) for window in rows.windows())
+    leaders = leaders_of_processes(model)
+    total = sum(len(shard_indices(len(window), leaders)) for window in rows.windows())
     with tqdm(total=total, desc=description, disable=disable_tqdm, leave=False) as bar:
         for window in rows.windows():
             check_rows(model, window)
-            shard = window.select(shard_indices(len(window)))
-            filler = window.select(np.flatnonzero(np.diff(window.loss_offsets))[:1])
+            shard = window.select(shard_indices(len(window), leaders))
+            counts = np.diff(window.loss_offsets)
+            scorable = np.flatnonzero(counts)
+            filler = window.select(scorable[np.argsort(counts[scorable])[:1]])
             score_shard = partial(_score_shard, model, shard, filler, batch_tokens, reuse_prefixes, bar, with_states)
-            shard_losses, shard_states, shard_batch_tokens = zip(*run_on_all(score_shard), strict=True)
+            scored = run_on_all(score_shard)
+            shard_losses, shard_states, shard_batch_tokens = zip(
+                *(scored[rank] for rank in sorted(set(leaders))), strict=True
+            )
             if min(shard_batch_tokens) < batch_tokens:
                 if rank_and_world_size()[0] == 0:
                     logger.warning(
@@ -155,45 +163,48 @@ def _score_shard(
         rows ([`EncodedRows`]):
             The shard.
         filler ([`EncodedRows`]):
-            A single row. If weights are sharded, a process without batches runs it while other processes still have
-            batches.
+            The row with the fewest loss tokens, so that no batch needs fewer passes. If processes share weights, one
+            without batches runs it while others still have batches.
 
     Returns:
         The losses and the states of `rows`, as in [`Scores`], and the number of tokens per batch that fits into the
         device's memory. The states have 0 columns if none were computed.
     """
-    sharded = is_sharded(model)
+    shared = shares_weights(model)
     states = np.zeros((len(rows), 0), np.float16)
     losses = np.full(rows.loss_offsets[-1], np.nan, dtype=np.float32)
     packs = plan_packs(rows, batch_tokens if reuse_prefixes and can_reuse_prefixes(model, rows) else None)
     offsets = rows.loss_offsets
     batches = _build_batches(packs, rows, batch_tokens, longrope_context(model))
     not_finite: set[int] = set()
-    failure: Exception | None = None
-    while passes := (_passes_of_next_batch(model, rows, batches, failure) if sharded else len(batches[:1])):
-        if not batches:
-            score_batch(model, filler, plan_packs(filler, None), with_states=False, passes=passes)
-            continue
-        batch = batches.pop()
+    failure: ScoringError | None = None
+    while passes := (_passes_of_next_batch(model, rows, batches, failure) if shared else len(batches[:1])):
+        batch = batches.pop() if batches else []
+        scored: Scores | None = None
         try:
-            scored = score_batch(model, rows, batch, with_states, passes)
+            if batch:
+                scored = score_batch(model, rows, batch, with_states, passes)
+            else:
+                score_batch(model, filler, plan_packs(filler, None), with_states=False, passes=passes)
+                continue
         except torch.OutOfMemoryError:
-            if len(batch) == len(batch[0].rows) == 1:
+            if len(batch) <= 1 and all(len(pack.rows) == 1 for pack in batch):
+                length = batch[0].length if batch else int(np.diff(filler.offsets).max())
                 # Not torch's own error, because `auto_find_batch_size` would halve the training batch in response.
-                raise ScoringError(
-                    f"A row of {counted(batch[0].length, 'token')} does not fit into the device's memory in addition to the "
+                failure = ScoringError(
+                    f"A row of {counted(length, 'token')} does not fit into the device's memory in addition to the "
                     "training state. Lower `max_length`."
-                ) from None
-            scored = None
-        except Exception as error:
-            if not sharded:
-                raise
-            failure = error  # the next `_passes_of_next_batch` raises it on all processes
-            continue
+                )
+        except FailedElsewhereError:
+            pass
+        if failure is not None:
+            if not shared:
+                raise failure
+            continue  # the next `_passes_of_next_batch` raises it on all processes
         if scored is None:  # outside `except`, where the traceback would keep the failed batch's tensors alive
             clear_device_cache()
             batch_tokens = max(1, batch_tokens // 2)
-            failed = split_pack(rows, batch[0]) if len(batch) == 1 else batch
+            failed = split_pack(rows, batch[0]) if len(batch) == 1 and len(batch[0].rows) > 1 else batch
             remaining = sorted([*chain(*batches), *failed], key=lambda pack: pack.length, reverse=True)
             batches = _build_batches(remaining, rows, batch_tokens, longrope_context(model))
             continue
@@ -226,13 +237,12 @@ def _not_finite_in_shared_packs(batch: list[Pack], losses: np.ndarray, offsets: 
 
 
 def _passes_of_next_batch(
-    model: nn.Module, rows: EncodedRows, batches: list[list[Pack]], failure: Exception | None
+    model: nn.Module, rows: EncodedRows, batches: list[list[Pack]], failure: ScoringError | None
 ) -> int:
     """Return how often all processes must run the output head for their next batches; 0 if no process has batches left.
 
-    Each pass may gather weights, so processes that share sharded weights make equal numbers of passes. If a process has
-    failed, its error is raised on all of them: a process that fails in the middle of a forward pass cannot report it,
-    and the others wait for its shard of the weights until torch's timeout ends them.
+    Each pass may gather weights, so processes that share weights make equal numbers of passes. If a process has failed,
+    its error is raised on all of them.
     """
     reports = gather_from_all((count_passes(model, rows, batches[-1]) if batches else 0, failure))
     for _, error in reports:

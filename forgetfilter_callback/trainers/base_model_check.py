@@ -16,7 +16,8 @@ from ..scoring.token_losses import token_losses
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.distributed import run_on_main
-from ..utils.model_state import preserve_state, why_unsupported
+from ..utils.model_state import preserve_state
+from ..utils.parallelism import unwrapped, why_unsupported
 from ..utils.row_numbers import describe_rows
 
 
@@ -69,7 +70,8 @@ class BaseModelCheck(TrainerCallback):
         reason = why_unsupported(model)
         if reason is not None:
             return reason
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        whole = unwrapped(model)
+        if isinstance(whole, PeftModel) and whole.active_peft_config.is_prompt_learning:
             return "its prompt embeddings are initialized at random each time"
         if self.trace is None or self.trace.base_record is None:
             return "there is no record of it (step 0 of the noisy session)"

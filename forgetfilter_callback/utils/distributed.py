@@ -9,6 +9,8 @@ from typing import TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from ..errors import BrokenPassError
+
 
 T = TypeVar("T")
 
@@ -18,13 +20,22 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def shard_indices(count: int) -> np.ndarray:
+def shard_indices(count: int, leaders: list[int] | None = None) -> np.ndarray:
     """Return this process's shard of `range(count)`.
 
     Shards are contiguous, because neighbouring rows often share a prefix.
+
+    Args:
+        count (`int`):
+            The number of items.
+        leaders (`list[int]`, *optional*):
+            A rank for each process, in rank order, as in [`leaders_of_processes`]. Processes with the same leader get
+            the same shard. By default, each process gets its own.
     """
     rank, world_size = rank_and_world_size()
-    return np.array_split(np.arange(count), world_size)[rank]
+    leaders = leaders if leaders is not None else list(range(world_size))
+    distinct = sorted(set(leaders))
+    return np.array_split(np.arange(count), len(distinct))[distinct.index(leaders[rank])]
 
 
 def gather_from_all(value: T) -> list[T]:
@@ -40,7 +51,8 @@ def gather_from_all(value: T) -> list[T]:
 def run_on_all(action: Callable[[], T]) -> list[T]:
     """Run `action` on every process, and return the results of all processes in rank order.
 
-    If `action` raises on any process, every process raises the exception of the lowest rank that failed.
+    If `action` raises on any process, every process raises the exception of the lowest rank that failed. A
+    [`BrokenPassError`] is raised at once, on its own process only.
     """
     if rank_and_world_size()[1] == 1:
         return [action()]
@@ -48,6 +60,8 @@ def run_on_all(action: Callable[[], T]) -> list[T]:
     error: Exception | None = None
     try:
         result = action()
+    except BrokenPassError:
+        raise  # the other processes wait in the model and not below, so they cannot be told
     except Exception as raised:  # reported to the other processes, which would otherwise wait forever
         error = _sendable(raised)
     outcomes = gather_from_all((result, error))

@@ -1,4 +1,4 @@
-"""Preserve a model's state during scoring; hash its weights; detect sharding that scoring does not support."""
+"""Preserve a model's state during scoring, and hash its weights."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import DistributedType
 from peft.import_utils import is_bnb_4bit_available
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig
+
+from .parallelism import shares_weights
 
 
 # Attributes that every module has; a module's other attributes are its settings.
@@ -37,7 +36,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     - `requires_grad` of every parameter, which PEFT changes when adapters are disabled and enabled.
     - The random generators of Python, NumPy and torch (CPU and the model's device).
     """
-    saved_modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    saved_modules = [(module, _attributes(module), dict(module._buffers)) for module in model.modules()]
     saved_contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _MAX_COPIED_BUFFER]
     saved_requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -52,8 +51,9 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, attributes, buffers in saved_modules:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
+            if not isinstance(module, FullyShardedDataParallel):
+                for name in vars(module).keys() - attributes.keys():
+                    del vars(module)[name]
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
@@ -69,6 +69,11 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module to restore. The wrappers of FSDP1 keep what they know about their weights in theirs."""
+    return {"training": module.training} if isinstance(module, FullyShardedDataParallel) else dict(vars(module))
+
+
 def _eval_unsafe_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that must stay in training mode: the 4-bit layers of bitsandbytes.
 
@@ -82,27 +87,6 @@ def _eval_unsafe_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether weights are sharded by FSDP2, so that all processes must run every forward pass together."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def why_unsupported(model: nn.Module) -> str | None:
-    """Return why the processes of this run cannot each score their own rows with `model`, or `None` if they can."""
-    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    if any(mesh.ndim > 1 for mesh in meshes) or (meshes and not is_sharded(model)):
-        return "weights are split by tensor parallelism or over a multi-dimensional mesh (hybrid sharding)"
-    parallelism = AcceleratorState().parallelism_config if is_initialized() else None
-    if parallelism is not None and {"cp", "sp"} & set(parallelism.non_dp_dim_names):
-        return "sequences are split over processes by context or sequence parallelism (`parallelism_config`)"
-    distributed_type = PartialState().distributed_type
-    # "MULTI_GPU", "MULTI_CPU" and so on: data parallelism, with all weights on every process.
-    replicated = distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")
-    if replicated or (distributed_type == DistributedType.FSDP and is_sharded(model)):
-        return None
-    return f"weights are sharded by {distributed_type.value}"
-
-
 @torch.no_grad()
 def model_digest(model: nn.Module) -> str | None:
     """Hash everything that the losses of `model` depend on: weights, buffers, settings and active adapters.
@@ -114,6 +98,8 @@ def model_digest(model: nn.Module) -> str | None:
         under autocast) may change the losses, or if weights are not plain tensors (offloaded, sharded or, for some
         methods, quantized).
     """
+    if shares_weights(model):
+        return None
     config = cast(PreTrainedConfig, model.config)
     digest = hashlib.blake2b(digest_size=16)
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
