@@ -34,6 +34,8 @@ def sharded(model, engine):
     if engine == "fsdp1":
         policy = ModuleWrapPolicy({LlamaDecoderLayer})
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    if engine == "whole":  # as under DDP
+        return model
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=True)
     return fully_shard(model, reshard_after_forward=True)
@@ -45,7 +47,7 @@ for case in sys.argv[2:]:
     model = sharded(model, engine)
     failing.register_forward_pre_hook(run_out_of_memory, prepend=True)
     rows = encode_rows(random_rows(9), disable_tqdm=True)
-    np.save(f"{sys.argv[1]}/{place}-{dist.get_rank()}.npy", token_losses(model, rows, disable_tqdm=True))
+    np.save(f"{sys.argv[1]}/{case}-{dist.get_rank()}.npy", token_losses(model, rows, disable_tqdm=True))
 dist.destroy_process_group()
 """
 
@@ -62,14 +64,14 @@ def launch(folder: Path, *cases: str) -> subprocess.CompletedProcess:
 
 
 def test_batches_are_halved_on_all_processes(tmp_path):
-    places = ["layer", "gathering", "norm"]
-    process = launch(tmp_path, *(f"fsdp2:{place}" for place in places))
+    cases = ["whole:layer", "fsdp2:layer", "fsdp2:gathering", "fsdp2:norm"]
+    process = launch(tmp_path, *cases)
     assert process.returncode == 0, process.stderr[-4000:]
     expected = reference_losses(tiny_llama(), random_rows(9))
-    for place in places:
+    for case in cases:
         for rank in range(2):
-            np.testing.assert_allclose(np.load(tmp_path / f"{place}-{rank}.npy"), expected, rtol=1e-5, atol=1e-6)
-    assert process.stderr.count("does not fit into the device's memory") == len(places)  # said by the main process
+            np.testing.assert_allclose(np.load(tmp_path / f"{case}-{rank}.npy"), expected, rtol=1e-5, atol=1e-6)
+    assert process.stderr.count("does not fit into the device's memory") == len(cases)  # said by the main process
 
 
 def test_without_a_way_to_recover_all_processes_end(tmp_path):
