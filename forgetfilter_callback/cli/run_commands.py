@@ -18,6 +18,7 @@ from ..data.source_paths import check_model, check_source
 from ..filtering.config import FilterConfig
 from ..pipeline.run_config import RunConfig
 from ..utils.counted import counted
+from .advice import how_to_finish
 from .app import (
     RUN_FILTER_OPTIONS,
     JsonOption,
@@ -206,13 +207,8 @@ def score(
             return
         for role, mean in means.items():
             say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
-        is_complete = {RECORD_OF["before"], RECORD_OF["after"]} <= set(trace.records())
-        next_step = (
-            shlex.join(["forgetfilter", "show", str(output)])
-            if is_complete
-            else "`score` with --before and --after into this folder"
-        )
-        say(f"Wrote the trace to {output}. Next: {next_step}")
+        say(f"Wrote the trace to {output}.")
+        say(how_to_finish(trace) or f"Next: {shlex.join(['forgetfilter', 'show', str(output)])}")
 
 
 def is_single_process() -> bool:

@@ -38,6 +38,12 @@ def check_model(name: str, kind: str = "model") -> None:
         raise DataError(f"The {kind} {name!r} cannot be loaded: the folder does not exist.")
 
 
+def cannot_be_loaded(name: str, error: Exception, kind: str = "model") -> str:
+    """The message for a model or tokenizer that transformers cannot load. If no folder has its name, it is a Hub id."""
+    place = "" if Path(name).exists() else "There is no such folder. From the Hub: "
+    return f"The {kind} {name!r} cannot be loaded. {place}{str(error).splitlines()[0]}"
+
+
 def is_path(name: str) -> bool:
     """Whether `name` can only be a path, not the Hub id `owner/name`."""
     return Path(name).is_absolute() or name.startswith((".", "~")) or len(Path(name).parts) > 2

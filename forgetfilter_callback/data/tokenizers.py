@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import DataError
+from .source_paths import cannot_be_loaded
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -46,7 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"The tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DataError(cannot_be_loaded(name, error, "tokenizer")) from error
 
 
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
@@ -91,4 +92,4 @@ def _load_config(model: str) -> PreTrainedConfig:
             return _load_config(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DataError(cannot_be_loaded(model, error)) from error

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..data.encoded_rows import EncodedRows
 from ..data.load_rows import encode_source, load_rows, warn_about_rows
 from ..data.output_lines import file_digest
+from ..data.source_paths import cannot_be_loaded
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length
 from ..errors import TraceError
 from ..scoring.model_capabilities import describe_left_padding
@@ -216,4 +217,4 @@ def _load(checkpoint: str, device: torch.device) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
         return cast(nn.Module, model).to(device)  # type: ignore[return-value] # the decorated `to` hides its types
     except (OSError, ValueError) as error:
-        raise TraceError(f"The model {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise TraceError(cannot_be_loaded(checkpoint, error)) from error

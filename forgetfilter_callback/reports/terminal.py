@@ -62,7 +62,9 @@ def show(
             line.append(f"  ← φ = {phi:.3g}", style="bold")
         console.print(line)
     if result.source_counts is not None:
+        console.print()
         console.print(_table_by_source(result.source_counts))
+    console.print()
     table = Table(title="The most forgotten rows")
     for name in ("row", "forgetting", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)

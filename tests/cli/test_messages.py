@@ -15,6 +15,7 @@ from forgetfilter_callback import FilterConfig, Trace, find_forgotten
 from forgetfilter_callback.cli.commands import app
 from forgetfilter_callback.cli.messages import LogFormatter, fitted
 from forgetfilter_callback.data.decode import load_decoder
+from forgetfilter_callback.data.source_paths import cannot_be_loaded
 from forgetfilter_callback.reports.terminal import show
 
 
@@ -60,11 +61,11 @@ def test_the_last_line_says_what_to_type_next(finished_run, tmp_path):
             ["forgetfilter", "review", str(finished_run)],
         ),
     ):
-        command = shlex.split(call(*arguments).output.splitlines()[-1].removeprefix("Next: "))
+        command = shlex.split(call(*arguments).stdout.splitlines()[-1].removeprefix("Next: "))
         assert command == expected
         group.commands[command[1]].make_context(command[1], command[2:])  # raises if it cannot be typed
     result = call("filter", finished_run, "--fraction", 0.25, "--output", tmp_path)
-    assert result.output.endswith(f"Next: finetune the base model on {tmp_path / 'kept.jsonl'}.\n")
+    assert result.stdout.endswith(f"Next: finetune the base model on {tmp_path / 'kept.jsonl'}.\n")
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -75,3 +76,21 @@ def test_a_row_takes_one_line(finished_run, files, width, monkeypatch):
     show(trace, find_forgotten(trace, FilterConfig(fraction=0.25)), console, load_decoder(str(files["model"])), head=10)
     listed = console.file.getvalue().split("completion")[1].split("┡")[1].splitlines()[1:-1]
     assert len(listed) == 10 and all("a b word" in line and "…" in line and len(line) <= width for line in listed)
+
+
+def test_score_says_how_to_complete_a_trace(files, tmp_path):
+    result = call("score", "--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace")
+    assert result.exit_code == 0, result.output
+    said, _, command = result.stdout.splitlines()[-1].partition(": ")
+    assert said.endswith("has no record of the model after safety finetuning. Record it")
+    expected = ["forgetfilter", "score", "--noisy", str(files["noisy"]), "--after", "MODEL", "--output"]
+    assert shlex.split(command) == [*expected, str(tmp_path / "trace")]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_model_that_cannot_be_loaded(exists, tmp_path):
+    error = OSError("We couldn't connect to the Hub\nand some advice")
+    name = str(tmp_path if exists else tmp_path / "modle")
+    place = "" if exists else "There is no such folder. From the Hub: "
+    said = f"The model {name!r} cannot be loaded. {place}We couldn't connect to the Hub"
+    assert cannot_be_loaded(name, error) == said
