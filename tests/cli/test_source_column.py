@@ -129,7 +129,7 @@ def test_verdicts_of_another_review_do_not_count(run_result, tmp_path):
 
 
 def shown_table(text: str) -> list[list[str]]:
-    lines = text.split("By source")[1].split("most forgotten samples")[0].splitlines()
+    lines = text.split("By source")[1].split("most forgotten rows")[0].splitlines()
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
 
 
