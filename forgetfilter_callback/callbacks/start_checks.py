@@ -60,8 +60,8 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
         )
     elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
         raise TraceError(
-            f"The safety session must start from the model after noisy finetuning, but does not ({figures}). What was "
-            "not learned cannot be forgotten. Pass the same model object, or load its last checkpoint."
+            f"The safety session must start from the model after noisy finetuning, but does not ({figures}). "
+            "Pass the same model object, or load its last checkpoint."
         )
 
 

@@ -275,7 +275,7 @@ class ForgetTracker(TrainerCallback):
             self._running = self._ranking_monitor = None
             self._disk_failed = True
             logger.error(
-                f"FORGETTING IS NO LONGER TRACKED: the trace could not be written ({error}). Training continues without it. "
+                f"Forgetting is no longer tracked: the trace could not be written ({error}). Training continues without it. "
                 "The records written before are intact. Free the disk and resume the session from a checkpoint "
                 "(`resume_from_checkpoint`), or run it again. To stop training on disk errors, use "
                 "`ForgetTracker(raise_on_disk_error=True)`."

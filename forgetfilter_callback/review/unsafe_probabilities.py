@@ -39,7 +39,7 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
     turns scores into probabilities (Platt scaling). It can learn from the rows that the ranking chose too, because they were
     chosen by their scores and not by their labels. The rows that were drawn at random show how it continues to low scores.
 
-    With few verdicts, the probabilities of rows without a verdict are rather too high than too low.
+    With few verdicts, the probabilities of rows without a verdict tend to be too high.
 
     Args:
         queue ([`ReviewQueue`]):

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from ..data.audit_labels import as_labels
-from ..data.columns import column_values
 from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
 from ..errors import DataError
@@ -55,30 +53,6 @@ def is_unchanged(trace: Trace, source: str) -> bool:
     """
     digest = trace.manifest.get("source_digest")
     return digest is not None and file_digest(source) == digest
-
-
-def find_labels(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:
-    """Audit labels of the samples of a trace. Rows are matched by the tokens they are trained on.
-
-    Args:
-        trace ([`Trace`]):
-            The trace.
-        rows (`Dataset` or `JsonRows`):
-            The rows the trace was created from, in any order.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the trace.
-        column (`str`):
-            A column of `rows` that is true (or not 0) for unsafe rows. See [`as_labels`].
-
-    Returns:
-        `np.ndarray` of shape `(samples,)`, bool.
-
-    Raises:
-        DataError: if the column is missing, if a row has no audit label in it, or if a sample of the trace is not among
-            the rows.
-    """
-    labels = as_labels(column_values(rows, column), f"The column {column!r}")
-    return labels[match_rows(trace, rows, tokenizer)]
 
 
 def match_rows(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

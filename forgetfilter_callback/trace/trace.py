@@ -292,7 +292,7 @@ class Trace:
         return sorted(records)
 
     def token_losses(self, record: Record) -> np.ndarray:
-        """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`."""
+        """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`. Read-only."""
         return to_numpy(self._read(record, "loss").values)
 
     def states(self, record: Record) -> np.ndarray:

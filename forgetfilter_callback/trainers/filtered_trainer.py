@@ -43,8 +43,8 @@ class FilteredTrainer(FilterMixin, Trainer):
         removed_dataset:
             The removed rows, unchanged. `None` without `forgetting`.
         filter_result ([`FilterResult`]):
-            What was removed and why. `None` without `forgetting`. It is also written, with the removed rows, to
-            `output_dir/_forgetfilter-result`.
+            What was removed and why. `None` without `forgetting`. It is also written to
+            `output_dir/_forgetfilter-result`, with the removed rows if they are a [`~datasets.Dataset`].
 
     Raises:
         ValueError: if more than 1 % of the rows have no forgetting value, if all rows would be removed, or if `forgetting`

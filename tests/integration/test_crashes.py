@@ -102,7 +102,7 @@ def test_training_continues_when_the_disk_fails(
         model = train(safety, make_args("safety"), collator, tracker, model=model)
     assert all(torch.equal(weights, untracked[name]) for name, weights in model.state_dict().items())
     # Reported once in each affected session; some writes do not occur in both, or not often enough to fail.
-    errors = caplog.text.count("FORGETTING IS NO LONGER TRACKED")
+    errors = caplog.text.count("Forgetting is no longer tracked")
     assert errors <= 2
     folder = Path(make_args("noisy").output_dir) / "_forgetfilter"
     if Trace.exists(folder):
@@ -125,7 +125,7 @@ def test_training_continues_when_the_ranking_checks_cannot_be_written(
 
     monkeypatch.setattr(early_stopping, "write_json", on_a_full_disk)
     train(safety, make_args("safety"), collator, tracker, model=model)
-    assert caplog.text.count("FORGETTING IS NO LONGER TRACKED") == 1
+    assert caplog.text.count("Forgetting is no longer tracked") == 1
     assert [record.step for record in tracker.trace.records() if record.session == "safety"] == [0]
 
 

@@ -104,8 +104,8 @@ def test_a_process_that_is_killed_between_records_ends_the_other(tmp_path):
 def test_a_full_disk_of_the_main_process_ends_tracking_on_both(tmp_path):
     (code, errors), (other_code, other_errors) = run_two(tmp_path, "full disk")
     assert code == other_code == 0, errors[-4000:]
-    assert errors.count("FORGETTING IS NO LONGER TRACKED") == 1
-    assert "FORGETTING IS NO LONGER TRACKED" not in other_errors
+    assert errors.count("Forgetting is no longer tracked") == 1
+    assert "Forgetting is no longer tracked" not in other_errors
     for rank in range(2):
         assert json.loads((tmp_path / f"rank-{rank}.json").read_text())
     check_records(tmp_path, [Record("noisy", 0), Record("noisy", 2)])

@@ -13,7 +13,7 @@ from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, ForgetTracke
 from forgetfilter_callback.errors import UnsupportedDatasetError
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.trace.records import Record
-from forgetfilter_callback.trace.source_files import find_labels
+from forgetfilter_callback.trace.source_files import match_rows
 
 
 CASES = {
@@ -70,7 +70,7 @@ def test_the_trace_encodes_the_rows_as_the_trainer_did(sft_config, chat_tokenize
         chat_tokenizer,
     )
     assert result.ids == tracker.trace.rows.ids and result.counts["unknown"] == 0
-    assert find_labels(tracker.trace, rows, chat_tokenizer, "unsafe").tolist() == rows["unsafe"]
+    assert match_rows(tracker.trace, rows, chat_tokenizer).tolist() == list(range(len(rows)))
 
 
 def test_a_formatting_function(sft_config, chat_tokenizer):
