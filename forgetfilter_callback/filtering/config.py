@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from ..measures.names import MEASURES, Measure
 
@@ -15,7 +15,7 @@ Threshold = float | Literal["auto", "fdr"]
 DEFAULT_LEVEL = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class FilterConfig:
     """Which samples are removed. Used by the trainers, [`ForgetFilter`], [`find_forgotten`] and the command line.
 
@@ -65,6 +65,7 @@ class FilterConfig:
         default="auto",
         metadata={"help": "Remove rows above this φ: a number or auto.", "metavar": "NUMBER", "group": "Filtering"},
     )
+    _: KW_ONLY
     fraction: float | None = field(
         default=None,
         metadata={"help": "Remove this fraction of the rows instead.", "metavar": "FRACTION", "group": "Filtering"},
@@ -109,7 +110,7 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if self.measure is not None and self.measure not in MEASURES:
             raise ValueError(f"measure={self.measure!r} is unknown. Choose one of {', '.join(MEASURES)}.")
-        self.threshold = parse_threshold(self.threshold)
+        object.__setattr__(self, "threshold", parse_threshold(self.threshold))
         if self.fraction is not None and not (isinstance(self.fraction, Real) and 0 < self.fraction < 1):
             raise ValueError(f"fraction={self.fraction!r} must be between 0 and 1 (both excluded).")
         if self.fraction is not None and self.threshold != "auto":
@@ -143,6 +144,22 @@ class FilterConfig:
                 "`decision` already contains the measure and the threshold, and it was made on the last record. Pass "
                 "either `decision`, or `measure`, `threshold`, `fraction` and `step`."
             )
+
+
+def filter_config_or_default(filter_config: Any, name: str = "filter_config") -> FilterConfig:
+    """Return `filter_config`, or `FilterConfig()` for `None`. `name` is the name of the argument.
+
+    Raises:
+        TypeError: if it is anything else, such as a dictionary.
+    """
+    if filter_config is None:
+        return FilterConfig()
+    if not isinstance(filter_config, FilterConfig):
+        raise TypeError(
+            f"`{name}` must be a FilterConfig, but it is {type(filter_config).__name__}. Pass `FilterConfig(...)`, or "
+            "`FilterConfig(**settings)` for a dictionary."
+        )
+    return filter_config
 
 
 def parse_threshold(threshold: float | str) -> Threshold:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..measures.names import DEFAULT_MEASURE
-from ..trace.trace import Trace
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.counted import counted_of
-from .config import FilterConfig
+from .config import FilterConfig, filter_config_or_default
 from .filter_by_values import filter_by_values
 from .result import FilterResult
 from .review_decision import Override, ReviewDecision, with_identical_rows
@@ -24,12 +24,12 @@ MAX_UNKNOWN_FRACTION = 0.01
 
 
 def find_forgotten(
-    trace: Trace, filter_config: FilterConfig | None = None, ids: pa.StringArray | None = None
+    trace: TraceOrFolder, filter_config: FilterConfig | None = None, ids: pa.StringArray | None = None
 ) -> FilterResult:
     """Decide which samples of a trace to remove, without training.
 
     Args:
-        trace ([`Trace`]):
+        trace ([`Trace`], or the folder of one):
             A trace with records of the safety session.
         filter_config ([`FilterConfig`], *optional*):
             Which samples are removed. Defaults to `FilterConfig()`.
@@ -42,10 +42,11 @@ def find_forgotten(
     Raises:
         TraceError: if the trace does not hold the records that the measure needs.
         DecisionError: if the reviewer's decision or the verdicts belong to another trace, or if there are no verdicts.
+        TypeError: if `trace` or `filter_config` is something else.
         ValueError: if more than 1 % of `ids` are not in the trace, if no sample has a finite value, or if all samples would
             be removed.
     """
-    config = filter_config if filter_config is not None else FilterConfig()
+    trace, config = as_trace(trace), filter_config_or_default(filter_config)
     overrides: Mapping[str, Override] = {}
     if config.decision is not None:
         decision = ReviewDecision.load(config.decision)

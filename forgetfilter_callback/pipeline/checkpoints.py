@@ -22,6 +22,7 @@ from ..errors import TraceError
 from ..scoring.model_capabilities import describe_left_padding
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record
+from ..trace.schema import WITHOUT_STATES, has_column
 from ..trace.trace import Trace
 from ..utils.argument_checks import check_max_length, check_minimum
 from ..utils.distributed import gather_from_all, rank_and_world_size, run_on_main
@@ -202,6 +203,8 @@ def _record(trace: Trace, role: str, model: PreTrainedModel, batch_tokens: int |
         def append() -> None:
             replaces = record in trace.records()
             trace.append(record, scores)
+            if record.has_states and not has_column(trace.folder / "records" / record.file_name, "state"):
+                logger.warning(WITHOUT_STATES)
             if replaces:
                 logger.warning(
                     f"The trace already had a record of the model {role!r}. It was replaced, and is kept in "

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from ..data.json_rows import JsonRows
 from ..data.output_lines import source_lines
 from ..errors import DataError, DecisionError
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import RESULT_FILE, FilterResult
 from ..review.verdicts import review_folder, trace_verdicts
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.output_file import check_output_file
 from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import TRACE_FOLDER, Trace
@@ -40,7 +41,7 @@ _VERDICT = {1.0: "unsafe", 0.0: "safe"}
 
 
 def to_dataset(
-    trace: Trace,
+    trace: TraceOrFolder,
     rows: Any,
     filter_config: FilterConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -61,7 +62,7 @@ def to_dataset(
     tells how likely a row is unsafe: a warning says so.
 
     Args:
-        trace ([`Trace`]):
+        trace ([`Trace`], or the folder of one):
             A trace with records of the safety session.
         rows (`Dataset`, `DataFrame` or a sequence of dictionaries):
             The rows that the trace was created from, in any order.
@@ -76,12 +77,14 @@ def to_dataset(
 
     Raises:
         DataError: if a row has a column with one of these names, or if the rows cannot become columns.
+        TypeError: if `trace` or `filter_config` is something else.
         ValueError: if more than 1 % of the rows are not in the trace.
         TraceError: if the trace does not hold the records that the measure needs.
     """
     from ..data.as_rows import as_rows  # imports torch
     from ..data.encode_text import encode_rows
 
+    trace, config = as_trace(trace), filter_config_or_default(filter_config)
     rows = as_rows(rows, "`rows`")
     is_encoded = len(rows) > 0 and "input_ids" in rows[0]
     if tokenizer is None and not is_encoded:
@@ -89,7 +92,6 @@ def to_dataset(
     encoded = encode_rows(
         rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True, **trace.manifest["encoding"]
     )
-    config = filter_config if filter_config is not None else FilterConfig()
     result = find_forgotten(trace, config, encoded.ids)
     return _joined(rows, row_columns(trace, encoded.ids, result, review_folder(trace, config.reviewed)))
 
@@ -131,7 +133,7 @@ def export_rows(
         raise ValueError(f"The format {file_format!r} is unknown. Choose jsonl or parquet.")
     check_output_file(trace, file, _is_export, source)
     ids, rows = load_source_rows(trace, source, tokenizer)
-    config = filter_config if filter_config is not None else FilterConfig()
+    config = filter_config_or_default(filter_config)
     result = _stored_result(trace) if filter_config is None else None
     origin = "by the filter result of the run"
     if result is None:

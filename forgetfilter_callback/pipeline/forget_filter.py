@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..callbacks.tracker import ForgetTracker
 from ..data.as_rows import as_rows
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..trace.records import Session
+from ..trainers.filter_mixin import explain_filter_settings
 from ..trainers.filtered_trainer import FilteredTrainer
 
 
@@ -67,7 +68,7 @@ class ForgetFilter:
         self.args = args
         self.safety_args = safety_args if safety_args is not None else args
         self.tracker = tracker if tracker is not None else ForgetTracker()
-        self.filter_config = filter_config
+        self.filter_config = filter_config_or_default(filter_config)
         self.callbacks = callbacks or []
         self.trainer_kwargs = trainer_kwargs
         self.model: PreTrainedModel | None = None
@@ -110,7 +111,8 @@ class ForgetFilter:
         args = self._args_in_folder(session, args)
         self.tracker.session = session  # known here, so the tracker does not guess it
         callbacks = [*self.callbacks, self.tracker]
-        return Trainer(model, args, train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs)
+        with explain_filter_settings(self.trainer_kwargs):
+            return Trainer(model, args, train_dataset=rows, callbacks=callbacks, **self.trainer_kwargs)
 
     def _args_in_folder(self, folder: str, args: TrainingArguments) -> TrainingArguments:
         args = copy.deepcopy(args)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..utils.argument_checks import check_max_length, check_record_steps
 from ..utils.atomic_files import write_text
 
@@ -64,6 +64,7 @@ class RunConfig:
             Which rows are removed: `measure`, `threshold` and `fraction`.
 
     Raises:
+        TypeError: if `filter` is no [`FilterConfig`].
         ValueError: if a required setting is missing, or if a value is out of range.
     """
 
@@ -156,6 +157,7 @@ class RunConfig:
         check_max_length(self.max_length)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
+        self.filter = filter_config_or_default(self.filter, "filter")
         if self.filter.measure == "rouge1":
             raise ValueError("measure='rouge1' needs generation. Use `ForgetTracker(rouge1=True)` in Python.")
         if any(setting is not None for setting in (self.filter.decision, self.filter.reviewed, self.filter.step)):

@@ -19,12 +19,13 @@ import numpy as np
 from ..data.audit_labels import as_labels
 from ..data.decode import Decoder
 from ..filtering.by_source import with_source_counts
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
 from ..measures.names import UNITS
 from ..review.verdicts import VerdictLabel, trace_verdicts
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.output_file import check_output_file
 from ..trace.trace import Trace
@@ -44,7 +45,7 @@ MAX_TEXTS = 900
 
 
 def write_review_page(
-    trace: Trace,
+    trace: TraceOrFolder,
     file: str | Path,
     tokenizer: Decoder,
     filter_config: FilterConfig | None = None,
@@ -54,7 +55,7 @@ def write_review_page(
     """Writes the review page of a trace.
 
     Args:
-        trace ([`Trace`]):
+        trace ([`Trace`], or the folder of one):
             A trace with records of the safety session.
         file (`str` or `Path`):
             The HTML file to write. Missing parent folders are created. An earlier review page is replaced.
@@ -76,24 +77,25 @@ def write_review_page(
     Raises:
         ImportError: if plotly or jinja2 is not installed.
         TraceError: if the trace lacks the records that `measure` needs.
+        TypeError: if `trace` or `filter_config` is something else.
         ValueError: if `filter_config.step` is given.
         DecisionError: if the verdicts belong to another trace.
         DataError: if an audit label is missing, or if `file` is the noisy set, in the folder of a trace, or an existing file
             that is not a review page.
     """
-    if filter_config is not None and filter_config.step is not None:
-        raise ValueError(f"step={filter_config.step}: the review page shows the last record. Leave out `step`.")
+    trace, config = as_trace(trace), filter_config_or_default(filter_config)
+    if config.step is not None:
+        raise ValueError(f"step={config.step}: the review page shows the last record. Leave out `step`.")
     check_output_file(trace, Path(file), _is_review_page)
     with requires_extra("report", "The review page"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
-    result = find_forgotten(trace, filter_config)
+    result = find_forgotten(trace, config)
     unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
-    reviewed = filter_config.reviewed if filter_config is not None else None
     if sources is not None:
-        result = with_source_counts(result, trace, sources, unsafe, reviewed)
-    verdicts = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace, reviewed)}
+        result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
+    verdicts = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace, config.reviewed)}
     data = _page_data(trace, result, tokenizer, unsafe, sources, verdicts)
     page = files("forgetfilter_callback.reports") / "page"
     script = (page / "review.js").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from ..trace.trace import Trace
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
@@ -36,7 +36,7 @@ class ReviewQueue:
     folder again continues with them, and two queues on one folder see each other's verdicts.
 
     Args:
-        trace ([`Trace`]):
+        trace ([`Trace`], or the folder of one):
             A trace with records of the safety session.
         folder (`str` or `Path`, *optional*):
             The folder of the verdicts. Defaults to the folder `review` in the trace's folder.
@@ -53,7 +53,9 @@ class ReviewQueue:
             All verdicts in the order in which they were given. If a row has several, the last one is valid.
 
     Raises:
-        TraceError: if the trace does not hold the records that the measures need.
+        TypeError: if `trace` is something else.
+        TraceError: if the trace does not hold the records that the measures need, or no hidden states (with a model whose
+            output head cannot be read).
         DecisionError: if the verdicts in `folder` are about another trace.
         ValueError: if `random_fraction` is not between 0 and 1.
 
@@ -69,24 +71,24 @@ class ReviewQueue:
 
     def __init__(
         self,
-        trace: Trace,
+        trace: TraceOrFolder,
         folder: str | os.PathLike[str] | None = None,
         reviewer: str | None = None,
         seed: int = 0,
         random_fraction: float = 0.1,
     ):
         check_fraction("random_fraction", random_fraction)
-        self.trace = trace
+        self.trace = as_trace(trace)
         self.reviewer = reviewer
         self.seed = seed
         self.random_fraction = random_fraction
-        self._folder = review_folder(trace, folder)
+        self._folder = review_folder(self.trace, folder)
         self._file = self._folder / VERDICTS_FILE
         self._size_read = -1
         self.verdicts: list[Verdict] = []
         self._read()
         self._drawn_from: dict[int, int] = {}
-        forgetting = trace.forgetting()
+        forgetting = self.trace.forgetting()
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)
 
     def next(self, count: int = 10, skipped: Collection[int] = ()) -> list[int]:

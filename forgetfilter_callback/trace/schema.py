@@ -52,11 +52,16 @@ _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
     "rouge1": lambda dtype: dtype == pa.float64(),
     "state": lambda dtype: pa.types.is_fixed_size_list(dtype) and dtype.value_type == pa.float16(),
 }
+WITHOUT_STATES = (
+    "The input of the model's output head could not be read, so there are no hidden states. The measure smoothed and "
+    "reviews (`ReviewQueue`, `forgetfilter review`) need them. Use the measure pooled or loss: "
+    "`FilterConfig(measure='pooled')`."
+)
 # What to do if a record has no such column.
 _ADVICE = {
     "loss": "The file is not a record of this library.",
     "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
-    "state": "The input of the model's output head could not be read. Use the measure pooled or loss.",
+    "state": WITHOUT_STATES,
 }
 
 
@@ -189,6 +194,11 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
     if column == "loss" and not np.array_equal(to_numpy(values.offsets), rows.loss_offsets):
         raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
     return values
+
+
+def has_column(file: Path, column: str) -> bool:
+    """Whether a record has a column. Only the schema is read."""
+    return column in pq.read_schema(file).names
 
 
 def _is_session(entry: Any) -> bool:

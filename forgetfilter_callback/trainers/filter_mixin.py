@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ from ..filtering.config import FilterConfig
 from ..filtering.filter_by_values import filter_by_values
 from ..filtering.find_forgotten import align_values, find_forgotten
 from ..filtering.result import FilterResult
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.distributed import run_on_main
@@ -32,7 +35,7 @@ logger = get_logger(__name__)
 # `Trainer.push_to_hub` skips names that begin with "_". The removed rows must not be published.
 RESULT_FOLDER = "_forgetfilter-result"
 
-Forgetting = ForgetTracker | str | os.PathLike[str] | tuple[Sequence[str], Sequence[float]] | np.ndarray
+Forgetting = ForgetTracker | TraceOrFolder | tuple[Sequence[str], Sequence[float]] | np.ndarray
 
 
 class FilterMixin(RowWeightsMixin):
@@ -53,7 +56,7 @@ class FilterMixin(RowWeightsMixin):
         dataset: Any,
         ids: pa.StringArray,
         forgetting: Forgetting,
-        filter_config: FilterConfig | None,
+        filter_config: FilterConfig,
         max_length: int | None,
         keep_end: bool = False,
     ) -> Any:
@@ -66,8 +69,7 @@ class FilterMixin(RowWeightsMixin):
             trace = get_trace(forgetting)
             if trace is not None:
                 return find_forgotten(trace, filter_config, ids)
-            config = filter_config if filter_config is not None else FilterConfig()
-            return filter_by_values(ids, _values_of(ids, forgetting), config)
+            return filter_by_values(ids, _values_of(ids, forgetting), filter_config)
 
         self.filter_result = result = run_on_main(decide)
         self.removed_dataset = _select(dataset, np.flatnonzero(result.removed))
@@ -88,10 +90,38 @@ class FilterMixin(RowWeightsMixin):
 
 
 def get_trace(forgetting: Forgetting) -> Trace | None:
-    """The trace of a tracker or of a folder; `None` for plain values."""
+    """The trace of a tracker or of a folder; `None` for plain values.
+
+    Raises:
+        TypeError: if `forgetting` is something else.
+    """
     if isinstance(forgetting, ForgetTracker):
         return forgetting.trace
-    return Trace.open(forgetting) if isinstance(forgetting, str | os.PathLike) else None
+    if isinstance(forgetting, Trace | str | os.PathLike):
+        return as_trace(forgetting)
+    _plain_values(forgetting)
+    return None
+
+
+@contextmanager
+def explain_filter_settings(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Say where a setting of the filter belongs if a trainer refuses it as an unknown argument.
+
+    Raises:
+        TypeError: the error of the trainer, with this advice.
+    """
+    try:
+        yield
+    except TypeError as error:
+        for name in arguments:
+            setting = "fraction" if name == "share" else name
+            is_setting = setting in (each.name for each in fields(FilterConfig))
+            if is_setting and f"unexpected keyword argument '{name}'" in str(error):
+                raise TypeError(
+                    f"{error}. It is a setting of the filter: pass "
+                    f"`filter_config=FilterConfig({setting}={arguments[name]!r})`."
+                ) from error
+        raise
 
 
 def check_nothing_to_filter(filter_config: FilterConfig | None) -> None:
@@ -103,16 +133,45 @@ def check_nothing_to_filter(filter_config: FilterConfig | None) -> None:
     logger.warning("`forgetting` was not given, so no sample is removed.")
 
 
+def _plain_values(forgetting: Any) -> tuple[pa.StringArray | None, np.ndarray]:
+    """The ids, if there are any, and the values of `(ids, values)` or of an array.
+
+    Raises:
+        TypeError: if `forgetting` is something else.
+    """
+    ids, values = None, forgetting
+    try:
+        if isinstance(forgetting, tuple):
+            given_ids, values = forgetting
+            ids = pa.array(given_ids, pa.string())
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, pa.ArrowException):
+        values = None
+    if values is None or values.ndim != 1:
+        raise TypeError(
+            "`forgetting` must be a ForgetTracker, a Trace or its folder, a tuple (ids, values), or an array of one number "
+            f"per row, but it is {_described(forgetting)}."
+        )
+    return ids, values
+
+
+def _described(forgetting: Any) -> str:
+    """The type of a value, and its shape or length."""
+    if isinstance(forgetting, np.ndarray):
+        return f"an array of the shape {forgetting.shape}"
+    kind = type(forgetting).__name__
+    return f"{kind} of length {len(forgetting)}" if isinstance(forgetting, Sized) else kind
+
+
 def _values_of(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
     """Plain values, `(ids, values)` or an array, for the samples `ids`: shape `(samples,)`, NaN where unknown."""
-    if isinstance(forgetting, tuple):
-        known_ids, known_values = pa.array(forgetting[0], pa.string()), np.asarray(forgetting[1], dtype=np.float64)
-        if len(known_ids) != len(known_values):
+    known_ids, values = _plain_values(forgetting)
+    if known_ids is not None:
+        if len(known_ids) != len(values):
             raise ValueError(
-                f"forgetting=(ids, values) has {len(known_ids):,} ids, but {counted(len(known_values), 'value')}."
+                f"forgetting=(ids, values) has {len(known_ids):,} ids, but {counted(len(values), 'value')}."
             )
-        return align_values(ids, known_ids, known_values)
-    values = np.asarray(forgetting, dtype=np.float64)
+        return align_values(ids, known_ids, values)
     if len(values) != len(ids):
         raise ValueError(
             f"`forgetting` has {counted(len(values), 'value')}, but the training set has {counted(len(ids), 'row')}. An "

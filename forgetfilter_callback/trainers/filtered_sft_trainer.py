@@ -14,11 +14,11 @@ from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
 from ..errors import EncodingError
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
 from ..utils.optional_packages import requires_extra
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, get_trace
+from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, get_trace
 
 
 with requires_extra("trl", "FilteredSFTTrainer"):
@@ -45,7 +45,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
             As in [`FilteredTrainer`].
 
     Raises:
-        ValueError, ForgetFilterError: as in [`FilteredTrainer`].
+        TypeError, ValueError, ForgetFilterError: as in [`FilteredTrainer`].
         EncodingError: for an `IterableDataset`, whose rows have no ids, and with `skip_prepare_dataset`.
     """
 
@@ -56,10 +56,11 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         filter_config: FilterConfig | None = None,
         **kwargs: Any,
     ):
-        self._forgetting, self._filter_config = forgetting, filter_config
+        self._forgetting, self._filter_config = forgetting, filter_config_or_default(filter_config)
         if forgetting is not None and "train_dataset" in kwargs:
             kwargs["train_dataset"] = as_rows(kwargs["train_dataset"], "`train_dataset`")
-        super().__init__(*args, **kwargs)
+        with explain_filter_settings(kwargs):
+            super().__init__(*args, **kwargs)
         if forgetting is None:
             check_nothing_to_filter(filter_config)
             return
@@ -69,7 +70,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 "FilteredSFTTrainer filters while SFTTrainer prepares the dataset, but `skip_prepare_dataset` skips that. "
                 "Use `filtered(SFTTrainer)` for datasets that are already prepared."
             )
-        if filter_config is not None and filter_config.weights:
+        if self._filter_config.weights:
             self.check_weights_are_possible()
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(get_trace(forgetting)))
@@ -87,7 +88,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         if self._forgetting is not None and dataset_name == "train" and self.filter_result is None:
             if not isinstance(dataset, Dataset):
                 raise EncodingError("FilteredSFTTrainer needs a map-style `Dataset`: rows of a stream have no ids.")
-            if (packing or args.padding_free) and self._filter_config is not None and self._filter_config.weights:
+            if (packing or args.padding_free) and self._filter_config.weights:
                 raise ValueError(
                     "`weights` needs one sequence per row, but packing and padding-free batches join rows. Disable "
                     "`packing` and `padding_free`, or remove rows instead."

@@ -12,11 +12,11 @@ from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
 from ..utils.model_state import preserve_state
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, get_trace
+from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, get_trace
 
 
 class FilteredTrainer(FilterMixin, Trainer):
@@ -27,7 +27,7 @@ class FilteredTrainer(FilterMixin, Trainer):
     `filtered(MyTrainer)`. For TRL's `SFTTrainer`, use [`FilteredSFTTrainer`].
 
     Args:
-        forgetting ([`ForgetTracker`], folder of a trace, `(ids, values)` or array, *optional*):
+        forgetting ([`ForgetTracker`], [`Trace`] or its folder, `(ids, values)` or array, *optional*):
             How much each sample was forgotten. Samples are matched by id, regardless of their order. A plain array must
             match the rows in their order.
         filter_config ([`FilterConfig`], *optional*):
@@ -47,6 +47,7 @@ class FilteredTrainer(FilterMixin, Trainer):
             `output_dir/_forgetfilter-result`, with the removed rows if they are a [`~datasets.Dataset`].
 
     Raises:
+        TypeError: if `forgetting` or `filter_config` is something else, or if an argument is unknown.
         ValueError: if more than 1 % of the rows have no forgetting value, if all rows would be removed, or if `forgetting`
             is plain values and `filter_config.measure` is not given.
         ForgetFilterError: from `train()`, if the model is not the base model of the trace. With weights, also if the model
@@ -60,10 +61,12 @@ class FilteredTrainer(FilterMixin, Trainer):
         filter_config: FilterConfig | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with explain_filter_settings(kwargs):
+            super().__init__(*args, **kwargs)
         if forgetting is None:
             check_nothing_to_filter(filter_config)
             return
+        config = filter_config_or_default(filter_config)
         self.train_dataset = dataset = as_rows(self.train_dataset, "`train_dataset`")
         if isinstance(dataset, IterableDataset):
             raise UnsupportedDatasetError(
@@ -73,7 +76,7 @@ class FilteredTrainer(FilterMixin, Trainer):
         trace = get_trace(forgetting)
         model = cast(nn.Module, self.model)
         check_is_causal(model)
-        if filter_config is not None and filter_config.weights:
+        if config.weights:
             self.check_weights_are_possible()
         prepared = [*self.accelerator._dataloaders]
         with preserve_state(model):
@@ -81,7 +84,7 @@ class FilteredTrainer(FilterMixin, Trainer):
             max_length = trace.manifest["max_length"] if trace is not None else None
             rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args))
         self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
-        self.train_dataset = self._filter(dataset, rows.ids, forgetting, filter_config, max_length)
+        self.train_dataset = self._filter(dataset, rows.ids, forgetting, config, max_length)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))
 

@@ -17,7 +17,7 @@ def check_record_steps(record_steps: float | None) -> None:
     """
     if record_steps is None:
         return
-    is_number = isinstance(record_steps, Real)
+    is_number = isinstance(record_steps, Real) and not isinstance(record_steps, bool)
     if not is_number or not (0 < record_steps < 1 or (record_steps >= 1 and record_steps % 1 == 0)):
         raise ValueError(
             f"record_steps={record_steps} is invalid. Use a whole number of optimizer steps, at least 1 (for example "
@@ -33,7 +33,17 @@ def check_positive(name: str, value: Any, whole: bool = False) -> None:
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf or (whole and not isinstance(value, Integral)):
-        raise ValueError(f"{name}={value} must be a {'whole' if whole else 'finite'} number larger than 0.")
+        raise ValueError(f"{name}={value!r} must be a {'whole' if whole else 'finite'} number larger than 0.")
+
+
+def check_true_or_false(name: str, value: Any) -> None:
+    """Check that `value` is `True` or `False`. The text "no" would count as true. Errors begin with `name`.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
 
 
 def check_minimum(name: str, value: Any, minimum: int) -> None:

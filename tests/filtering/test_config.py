@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import sample_ids
+from helpers import sample_ids, tiny_llama
 
-from forgetfilter_callback import FilterConfig
+from forgetfilter_callback import (
+    FilterConfig,
+    FilteredSFTTrainer,
+    FilteredTrainer,
+    ForgetFilter,
+    RunConfig,
+    find_forgotten,
+    to_dataset,
+)
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.reports.review_page import write_review_page
 
 
 def test_the_defaults():
@@ -104,3 +113,37 @@ def test_a_decision_is_accepted_alone(file):
     """`"auto"` is the default threshold, so it may be written out."""
     assert FilterConfig(decision=file).decision == file
     assert FilterConfig(threshold="auto", decision=file).threshold == "auto"
+
+
+def test_a_config_cannot_be_changed_without_its_checks():
+    config = FilterConfig("loss", 0.5)
+    with pytest.raises(FrozenInstanceError):
+        config.fraction = 7
+    with pytest.raises(ValueError, match="fraction=7 must be between 0 and 1"):
+        replace(config, threshold="auto", fraction=7)
+
+
+def test_only_the_measure_and_the_threshold_are_positional():
+    with pytest.raises(TypeError, match="positional arguments"):
+        FilterConfig("loss", "auto", 0.5)
+
+
+def test_a_dictionary_is_no_config(trace, noisy, safety, make_args, byte_tokenizer, tmp_path):
+    settings = {"threshold": 0.5}
+    rows = trace.rows.as_dataset()
+    for name, calls in {
+        "filter_config": [
+            lambda: find_forgotten(trace, settings),
+            lambda: to_dataset(trace, rows, settings),
+            lambda: write_review_page(trace, tmp_path / "page.html", byte_tokenizer, settings),
+            lambda: ForgetFilter(tiny_llama, noisy, safety, make_args(), filter_config=settings),
+            lambda: FilteredTrainer(
+                tiny_llama(), make_args(), train_dataset=noisy, forgetting=np.zeros(24), filter_config=settings
+            ),
+            lambda: FilteredSFTTrainer("model", forgetting=np.zeros(24), filter_config=settings),
+        ],
+        "filter": [lambda: RunConfig("model", "noisy", "safety", "out", filter=settings)],
+    }.items():
+        for each in calls:
+            with pytest.raises(TypeError, match=f"`{name}` must be a FilterConfig, but it is dict"):
+                each()

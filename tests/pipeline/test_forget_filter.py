@@ -76,3 +76,9 @@ def test_the_sessions_are_not_guessed(noisy, safety, make_args, collator):
     named = run_of(noisy, safety, make_args("named"), collator, tracker=ForgetTracker(random_rows(9, seed=5)))
     named.finetune()
     assert named.tracker.trace.records() == [Record("noisy", 0), Record("noisy", 12)]
+
+
+def test_filter_settings_outside_filter_config_are_named(noisy, safety, make_args):
+    run = ForgetFilter(tiny_llama, noisy, safety, make_args(), threshold=0.5)
+    with pytest.raises(TypeError, match=r"`filter_config=FilterConfig\(threshold=0\.5\)`"):
+        run.finetune()

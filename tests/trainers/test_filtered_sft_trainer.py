@@ -156,3 +156,8 @@ def test_a_stream_is_refused(tracker, sft_config, chat_tokenizer):
         FilteredSFTTrainer(
             tiny_llama(), sft_config(), train_dataset=rows, processing_class=chat_tokenizer, forgetting=tracker
         )
+
+
+def test_filter_settings_outside_filter_config_are_named():
+    with pytest.raises(TypeError, match=r"`filter_config=FilterConfig\(threshold=0\.5\)`"):
+        FilteredSFTTrainer("model", forgetting=np.zeros(3), threshold=0.5)

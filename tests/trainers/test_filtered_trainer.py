@@ -291,10 +291,52 @@ def test_ids_and_values_of_different_lengths_are_refused(noisy, make_args, colla
 
 @pytest.mark.parametrize("old", [{"threshold": 0.5}, {"fraction": 0.5}, {"share": 0.5}, {"measure": "loss"}], ids=str)
 def test_filter_settings_outside_filter_config_are_refused(old, noisy, make_args, collator):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(old))}'"):
+    ((name, value),) = old.items()
+    setting = "fraction" if name == "share" else name
+    message = f"unexpected keyword argument '{name}'. .* `filter_config=FilterConfig\\({setting}={value!r}\\)`"
+    with pytest.raises(TypeError, match=message):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.zeros(24), **old
         )
+
+
+def test_other_unknown_arguments_keep_the_error_of_the_trainer(noisy, make_args):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'thresholds'$"):
+        FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, thresholds=0.5)
+
+
+def test_a_tracker_its_trace_and_its_folder_filter_alike(noisy, tracker, make_args, collator):
+    config = FilterConfig(fraction=0.25)
+    removed = [
+        FilteredTrainer(
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
+            forgetting=forgetting, filter_config=config,
+        ).removed_dataset.to_list()
+        for forgetting in (tracker, tracker.trace, tracker.trace.folder, str(tracker.trace.folder))
+    ]  # fmt: skip
+    assert len(removed[0]) == 6 and removed == [removed[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "described"),
+    [
+        ({"a": 1.0}, "dict of length 1"),
+        ((0.5,) * 24, "tuple of length 24"),
+        ((0.5, 0.5), "tuple of length 2"),
+        (["high"] * 24, "list of length 24"),
+        (np.zeros((24, 2)), r"an array of the shape \(24, 2\)"),
+        (FilterConfig("loss"), "FilterConfig"),
+        (0.5, "float"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_forgetting_of_another_kind_is_named(wrong, described, noisy, make_args, collator):
+    message = rf"`forgetting` must be a ForgetTracker, a Trace or its folder, .* but it is {described}\."
+    with pytest.raises(TypeError, match=message):
+        FilteredTrainer(
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
+            forgetting=wrong, filter_config=FilterConfig("loss"),
+        )  # fmt: skip
 
 
 class Doubling(Trainer):

@@ -1,0 +1,36 @@
+"""Functions that take a trace also take its folder, and name anything else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten, to_dataset
+from forgetfilter_callback.reports.review_page import write_review_page
+
+
+@pytest.fixture
+def functions(rows, byte_tokenizer, tmp_path):
+    """Each function of the library that takes a trace, with its other arguments."""
+    config = FilterConfig("loss", 99.0)
+    dataset = rows.as_dataset()
+    return [
+        lambda trace: find_forgotten(trace, config).values,
+        lambda trace: ReviewQueue(trace).ranking,
+        lambda trace: to_dataset(trace, dataset, config)["forgetfilter_forgetting"][:],
+        lambda trace: write_review_page(trace, tmp_path / "page.html", byte_tokenizer, config).values,
+    ]
+
+
+def test_the_folder_of_a_trace_is_as_good_as_the_trace(trace, functions):
+    for function in functions:
+        np.testing.assert_array_equal(function(trace.folder), function(trace))
+        np.testing.assert_array_equal(function(str(trace.folder)), function(trace))
+
+
+@pytest.mark.parametrize("wrong", [ForgetTracker(), None, np.zeros(7)], ids=lambda wrong: type(wrong).__name__)
+def test_anything_else_is_named(wrong, functions):
+    message = f"`trace` must be a Trace or its folder, but it is {type(wrong).__name__}. The trace of a tracker is"
+    for function in functions:
+        with pytest.raises(TypeError, match=message):
+            function(wrong)
