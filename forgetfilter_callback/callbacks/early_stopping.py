@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 from scipy.stats import spearmanr
+from transformers import TrainerState, TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
@@ -18,8 +20,11 @@ from ..trace.records import Record
 from ..trace.superseded import supersede
 from ..trace.trace import Trace
 from ..utils.atomic_files import write_json
+from ..utils.counted import counted_of
 from ..utils.distributed import run_on_main
 
+
+logger = get_logger(__name__)
 
 # A tenth of the samples is monitored, so that a check is cheap compared with a record. Below MIN_SAMPLES a rank
 # correlation is not meaningful.
@@ -30,6 +35,11 @@ FIRST_CHECK = 4
 # STABLE_CORRELATION and forgetting has at least the standard deviation MIN_SPREAD (nats per token). With a smaller spread,
 # safety finetuning has hardly changed the model yet.
 STABLE_CORRELATION, STABLE_CHECKS, MIN_SPREAD = 0.95, 2, 0.02
+
+
+def steps_since_warmup(args: TrainingArguments, state: TrainerState) -> int:
+    """Number of optimizer steps since the end of the warm-up; 0 during it."""
+    return max(0, state.global_step - args.get_warmup_steps(state.max_steps))
 
 
 def is_check_step(step: int) -> bool:
@@ -53,8 +63,8 @@ def _read_checks(file: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"the check at step {check['step']!r} has a value of a wrong type")
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise TraceError(
-            f"{file} is damaged ({type(error).__name__}: {error}). Delete the file: the checks of early stopping then start "
-            "again."
+            f"{file} is damaged ({type(error).__name__}: {error}). Move it to another folder: the checks of early stopping "
+            "then start again."
         ) from error
     return checks
 
@@ -90,6 +100,11 @@ class RankingMonitor:
         ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
         samples = np.sort(scorable[np.argsort(ids)[: monitored_samples(len(scorable))]])
         self.rows: EncodedRows = trace.rows.select(samples)
+        if len(samples) < MIN_SAMPLES:
+            logger.warning(
+                f"`stop_early` has no effect: {counted_of(len(samples), len(trace.rows), 'sample', 'have')} a finite loss, "
+                f"and a ranking of fewer than {MIN_SAMPLES} is not meaningful. The safety session runs to its end."
+            )
         self._losses_before = losses_before[samples]
         self._file = trace.folder / "early_stopping.json"
         stored = run_on_main(partial(_read_checks, self._file))

@@ -16,6 +16,7 @@ from ..measures.common import all_finite, mean_losses
 from ..scoring.scores import Scores
 from ..scoring.token_losses import window_scores
 from ..trace.records import Record, Session
+from ..trace.schema import WITHOUT_STATES
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_all, run_on_main, shard_indices
@@ -53,6 +54,7 @@ class Recorder:
         self._last_record: Record | None = None
         self._last_digest: str | None = None  # of the model at the last record
         self._last_losses = np.zeros(0)
+        self._lacks_states = False  # a warning has said so
 
     def record(
         self,
@@ -187,7 +189,8 @@ class Recorder:
         return completions, rouge1(completions, references)
 
     def _check_scores(self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray]) -> Iterator[Scores]:
-        """Yield each item of `scores` and append its mean losses to `losses`. Then warn about losses that are not finite.
+        """Yield each item of `scores` and append its mean losses to `losses`. Then warn about losses that are not finite,
+        and once about missing states.
 
         An error here prevents the record from being written.
         """
@@ -196,6 +199,9 @@ class Recorder:
             finite.append(all_finite(window_score.losses, window.loss_offsets))
             losses.append(mean_losses(window_score.losses, window.loss_offsets))
             yield window_score
+            if record.has_states and window_score.states is None and not self._lacks_states:
+                logger.warning(WITHOUT_STATES)
+                self._lacks_states = True
         not_finite = np.flatnonzero(~np.concatenate(finite))
         if len(not_finite):
             logger.warning(

@@ -27,19 +27,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..data.as_rows import as_rows
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError, UnsupportedDatasetError
 from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
-from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps
+from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps, check_true_or_false
 from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import preserve_state
 from ..utils.parallelism import shares_weights, unwrapped, why_unsupported
 from .begin_session import begin_session
-from .early_stopping import RankingMonitor, is_check_step
+from .early_stopping import RankingMonitor, is_check_step, steps_since_warmup
 from .integrations import LoggingIntegrations, summarize_record
 from .open_trace import open_trace, read_audit_labels
 from .record_cost import describe_cost
@@ -84,12 +85,13 @@ class ForgetTracker(TrainerCallback):
         stop_early (`bool`, defaults to `False`):
             Whether to stop the safety session (`control.should_training_stop`) once the ranking of a fixed tenth of the
             samples (between 20 and 128) is stable. It is checked 4, 6, 8, 12, 16, 24, … steps after the warm-up, so the
-            session stops after step 12 at the earliest. A full record is taken then.
+            session stops after step 12 at the earliest. A full record is taken then. With fewer than 20 samples, it does
+            not stop early, and a warning says so.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record, for the measure of the paper. Slow. Needs
             `pip install "forgetfilter-callback[rouge]"`.
         max_new_tokens (`int`, *optional*):
-            Maximum number of generated tokens. Defaults to the longest completion of the noisy set.
+            Maximum number of generated tokens with `rouge1`. Defaults to the longest completion of the noisy set.
         max_length (`int`, *optional*):
             Longer rows are truncated on the right. Defaults to the context of the model.
         batch_tokens (`int`, *optional*):
@@ -105,7 +107,8 @@ class ForgetTracker(TrainerCallback):
             The records. Available once the first session has begun.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument has a wrong value.
+        EncodingError: if `noisy` is no table of rows, such as the name of a file.
 
     When a training run begins, it raises:
         EncodingError: if the rows are not samples of causal language modeling, if there are none, or if a row changes each
@@ -137,7 +140,12 @@ class ForgetTracker(TrainerCallback):
         check_max_length(max_length)
         check_minimum("batch_tokens", batch_tokens, 1)
         check_minimum("max_new_tokens", max_new_tokens, 1)
-        self.noisy = noisy
+        switches = {"stop_early": stop_early, "rouge1": rouge1, "raise_on_disk_error": raise_on_disk_error}
+        for name, switch in switches.items():
+            check_true_or_false(name, switch)
+        if max_new_tokens is not None and not rouge1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} has an effect only with rouge1=True. Pass both or none.")
+        self.noisy = None if noisy is None else as_rows(noisy, "`noisy`")
         self.session: SessionArgument = session
         self.trace_dir = trace_dir
         self.record_steps = record_steps
@@ -220,7 +228,7 @@ class ForgetTracker(TrainerCallback):
 
     def _begin_early_stopping(self, args: TrainingArguments, state: TrainerState) -> None:
         if Record("safety", 0) in self._recorder.records():
-            self._ranking_monitor = RankingMonitor(self.trace, _steps_since_warmup(args, state))
+            self._ranking_monitor = RankingMonitor(self.trace, steps_since_warmup(args, state))
         else:
             logger.warning("The safety session will not stop early: it has no record at step 0 to compare with.")
 
@@ -231,7 +239,7 @@ class ForgetTracker(TrainerCallback):
     def _on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = _steps_since_warmup(args, state)
+        steps = steps_since_warmup(args, state)
         if self._ranking_monitor is not None and state.global_step < state.max_steps and is_check_step(steps):
             with preserve_state(kwargs["model"]):
                 losses = token_losses(kwargs["model"], self._ranking_monitor.rows, self.batch_tokens, disable_tqdm=True)
@@ -391,7 +399,3 @@ class ForgetTracker(TrainerCallback):
     def _compute_forgetting(self, step: int) -> tuple[np.ndarray, float]:
         values = self.trace.forgetting(step=step)
         return values, self.trace.nats_per_unit(values, step)
-
-
-def _steps_since_warmup(args: TrainingArguments, state: TrainerState) -> int:
-    return max(0, state.global_step - args.get_warmup_steps(state.max_steps))

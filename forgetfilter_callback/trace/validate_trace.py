@@ -84,7 +84,9 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             if column in columns:
                 read(record)
     except (OSError, TraceError, pa.ArrowException) as error:
-        return Findings([f"{file}: {error} Delete the file. The next run of the session records it again."], [])
+        return Findings(
+            [f"{file}: {error} Move it to another folder. The next run of the session records it again."], []
+        )
     notes = []
     not_finite = int((~np.isfinite(losses)).sum())
     if not_finite:

@@ -189,7 +189,19 @@ def test_damaged_checks_are_refused_with_a_sentence(content, tmp_path):
     file.write_bytes(content)
     with pytest.raises(TraceError) as error:
         RankingMonitor(trace, 8)
-    assert str(error.value).startswith(f"{file} is damaged (") and "Delete the file" in str(error.value)
+    assert str(error.value).startswith(f"{file} is damaged (") and "Move it to another folder" in str(error.value)
     assert file.read_bytes() == content
     file.unlink()
     assert not RankingMonitor(trace, 8).check(4, np.ones(RankingMonitor(trace, 8).rows.loss_offsets[-1], np.float32))
+
+
+@pytest.mark.parametrize(("samples", "warnings"), [(19, 1), (20, 0)])
+def test_too_few_samples_to_stop_early_are_reported_once(samples, warnings, safety, make_args, collator, caplog):
+    rows = random_rows(samples, seed=1)
+    tracker = ForgetTracker(rows, session="safety", stop_early=True)
+    trainer = Trainer(
+        tiny_llama(), make_args(max_steps=13), train_dataset=safety, data_collator=collator, callbacks=[tracker]
+    )
+    trainer.train()
+    message = "`stop_early` has no effect: 19 of 19 samples have a finite loss, and a ranking of fewer than 20"
+    assert caplog.text.count(message) == warnings

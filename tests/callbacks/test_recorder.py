@@ -8,8 +8,9 @@ import torch
 from helpers import reference_means, tiny_llama, tiny_lora
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten
 from forgetfilter_callback.callbacks import recorder
+from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.scoring.token_losses import window_scores
 from forgetfilter_callback.trace.records import Record
 
@@ -207,3 +208,18 @@ def test_bfloat16_autocast(noisy, make_args, collator):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = reference_means(model.eval(), noisy)
     np.testing.assert_allclose(tracker.trace.losses()[-1], expected, rtol=0.01)
+
+
+def test_a_model_without_hidden_states_is_reported_once(noisy, safety, make_args, collator, caplog, monkeypatch):
+    model, tracker = tiny_llama(), ForgetTracker(record_steps=4)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    Trainer(model, make_args("noisy"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    assert caplog.text.count("there are no hidden states. The measure smoothed and reviews") == 1
+    Trainer(model, make_args("safety"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
+    assert caplog.text.count("there are no hidden states") == 1
+    for needs_states in (find_forgotten, ReviewQueue):
+        with pytest.raises(
+            TraceError, match=r"need them\. Use the measure pooled or loss: `FilterConfig\(measure='pooled'\)`"
+        ):
+            needs_states(tracker.trace)
+    assert find_forgotten(tracker.trace, FilterConfig("pooled", 99.0)).counts["removed"] == 0

@@ -161,3 +161,32 @@ def test_two_trackers_in_one_trainer(noisy, safety, make_args, collator):
     for tracker, rows in ((adopting, noisy), (other, safety)):
         np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), rows), rtol=1e-5)
         np.testing.assert_allclose(tracker.trace.losses()[1], reference_means(model.eval(), rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_length": "64"}, "max_length='64' must be a whole number of at least 2"),
+        ({"max_length": 64.5}, "max_length=64.5 must be a whole number of at least 2"),
+        ({"max_length": 1}, "max_length=1 must be a whole number of at least 2"),
+        ({"max_length": True}, "max_length=True must be a whole number of at least 2"),
+        ({"batch_tokens": 10.5}, "batch_tokens=10.5 must be a whole number of at least 1"),
+        ({"max_new_tokens": "8", "rouge1": True}, "max_new_tokens='8' must be a whole number of at least 1"),
+        ({"max_new_tokens": 8}, "max_new_tokens=8 has an effect only with rouge1=True"),
+        ({"record_steps": True}, "record_steps=True is invalid"),
+        ({"stop_early": "no"}, "stop_early='no' must be True or False"),
+        ({"rouge1": 1}, "rouge1=1 must be True or False"),
+        ({"raise_on_disk_error": None}, "raise_on_disk_error=None must be True or False"),
+        ({"noisy": "noisy.jsonl"}, "`noisy` must be a dataset or a list of rows, but it is str"),
+        ({"noisy": []}, "`noisy` has no rows"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_refused_when_the_tracker_is_created(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ForgetTracker(**wrong)
+
+
+def test_whole_numbers_of_numpy_are_accepted():
+    tracker = ForgetTracker(max_length=np.int64(64), batch_tokens=np.int32(2048), record_steps=np.float64(0.25))
+    assert (tracker.max_length, tracker.batch_tokens, tracker.record_steps) == (64, 2048, 0.25)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import texts, tiny_llama
+from transformers import LlamaForCausalLM
 
 from forgetfilter_callback import FilterConfig, encode_rows, score_checkpoints, to_dataset
 from forgetfilter_callback.pipeline import checkpoints as checkpoints_module
@@ -67,3 +68,11 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(files, tmp_path, 
             with pytest.raises(ValueError, match=message):
                 checkpoints_module.score_source(tmp_path / "trace", str(files["noisy"]), **of_source)
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_model_without_hidden_states_is_reported(files, byte_tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda model: None)
+    checkpoints = {role: str(files["model"]) for role in ("base", "before", "after")}
+    rows = encode_rows(texts(6, seed=1), byte_tokenizer, disable_tqdm=True)
+    score_checkpoints(tmp_path / "trace", rows, byte_tokenizer, checkpoints, disable_tqdm=True)
+    assert caplog.text.count("there are no hidden states. The measure smoothed and reviews") == 1
