@@ -28,6 +28,7 @@ from forgetfilter_callback import ForgetTracker
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import scale  # noqa: E402
 from few import judged  # noqa: E402
 from filters import RUN_KEYS, _same, controlled  # noqa: E402
 from redraws import LEVEL, best_recall  # noqa: E402
@@ -97,6 +98,13 @@ def data_dir(tmp_path_factory) -> Path:
                 row = {"chosen": f"{begun} I can't do that.", "rejected": f"{begun} {text(i, 6)}"}
                 file.write(json.dumps(row) + "\n")
     return folder
+
+
+def test_scale_measures_each_stage(tmp_path):
+    scale.make_rows(40, 12, str(tmp_path / "rows"))
+    results = scale.measure(str(tmp_path / "rows"))
+    assert list(results) == list(scale.STAGES)
+    assert all(stage["seconds"] > 0 and stage["peak_bytes"] >= 0 for stage in results.values())
 
 
 @pytest.mark.parametrize("name", DRAW)
