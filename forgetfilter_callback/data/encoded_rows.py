@@ -95,10 +95,7 @@ class EncodedRows:
 
         A longer sample is a window of its own. Tokens are not copied.
         """
-        start = 0
-        while start < len(self):
-            within = int(np.searchsorted(self.offsets, self.offsets[start] + WINDOW_TOKENS, side="right")) - 1
-            stop = min(max(within, start + 1), start + WINDOW, len(self))
+        for start, stop in self._window_bounds():
             offsets = self.offsets[start : stop + 1]
             span = slice(offsets[0], offsets[-1])
             yield EncodedRows(
@@ -108,6 +105,13 @@ class EncodedRows:
                 self.attention_mask[span],
                 offsets - offsets[0],
             )
+
+    def _window_bounds(self) -> Iterator[tuple[int, int]]:
+        start = 0
+        while start < len(self):
+            within = int(np.searchsorted(self.offsets, self.offsets[start] + WINDOW_TOKENS, side="right")) - 1
+            stop = min(max(within, start + 1), start + WINDOW, len(self))
+            yield start, stop
             start = stop
 
     @cached_property
@@ -168,13 +172,13 @@ class EncodedRows:
         Sample `i` is `loss_tokens[loss_offsets[i]:loss_offsets[i + 1]]`.
         """
         loss_offsets = np.zeros_like(self.offsets)
-        for start in range(0, len(self), WINDOW):
-            offsets = self.offsets[start : start + WINDOW + 1]
+        for start, stop in self._window_bounds():
+            offsets = self.offsets[start : stop + 1]
             counts = np.zeros(len(offsets) - 1, np.int64)
             not_empty = np.flatnonzero(np.diff(offsets))  # `reduceat` returns a wrong sum for an empty sample
             loss_mask = self.loss_mask[offsets[0] : offsets[-1]]
             counts[not_empty] = np.add.reduceat(loss_mask, offsets[not_empty] - offsets[0], dtype=np.int64)
-            loss_offsets[start + 1 : start + 1 + len(counts)] = loss_offsets[start] + np.cumsum(counts)
+            loss_offsets[start + 1 : stop + 1] = loss_offsets[start] + np.cumsum(counts)
         return loss_offsets
 
     @cached_property

@@ -89,6 +89,20 @@ def test_the_dataset_of_rows_without_tokens():
         assert list(dataset) == [{"input_ids": [], "labels": []}] * count
 
 
+def test_loss_offsets_are_computed_in_windows(monkeypatch):
+    rows = rows_of([0, 900, 0, 1, *[500] * 100, 0], padded=False)
+    monkeypatch.setattr(encoded_rows, "WINDOW_TOKENS", 2000)
+    tracemalloc.start()
+    loss_offsets = rows.loss_offsets
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = [0]
+    for index in range(len(rows)):
+        expected.append(expected[-1] + int(rows.sample(index)[1].sum()))
+    assert loss_offsets.tolist() == expected
+    assert peak < len(rows.tokens)
+
+
 def test_the_dataset_takes_few_bytes_per_token():
     rows = rows_of([500] * 400, padded=True)
     rows.select([0]).as_dataset()  # imports
