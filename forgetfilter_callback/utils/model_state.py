@@ -6,13 +6,13 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from .parallelism import shares_weights
@@ -36,7 +36,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     - `requires_grad` of every parameter, which PEFT changes when adapters are disabled and enabled.
     - The random generators of Python, NumPy and torch (CPU and the model's device).
     """
-    saved_modules = [(module, _attributes(module), dict(module._buffers)) for module in model.modules()]
+    saved_modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     saved_contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _MAX_COPIED_BUFFER]
     saved_requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -51,9 +51,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, attributes, buffers in saved_modules:
-            if not isinstance(module, FullyShardedDataParallel):
-                for name in vars(module).keys() - attributes.keys():
-                    del vars(module)[name]
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
@@ -67,11 +66,6 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 module.reshard()  # some keep gathered weights for a backward pass, which scoring never runs
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module to restore. The wrappers of FSDP1 keep what they know about their weights in theirs."""
-    return {"training": module.training} if isinstance(module, FullyShardedDataParallel) else dict(vars(module))
 
 
 def _eval_unsafe_modules(model: nn.Module) -> list[nn.Module]:
