@@ -110,6 +110,7 @@ def report(
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
+        from ..review.verdicts import trace_verdicts
 
         source_column = find_source_column(opened, noisy, source_column)
         names = [name for name in (audit_column, source_column) if name is not None]
@@ -117,7 +118,8 @@ def report(
         unsafe = None if audit_column is None else as_labels(columns[audit_column], f"The column {audit_column!r}")
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
-        say(f"{page_summary(result)} Open {output} in a browser.")
+        summary = page_summary(result, trace_verdicts(opened, filter_config.reviewed))
+        say(f"{summary} Open {output} in a browser.")
 
 
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)

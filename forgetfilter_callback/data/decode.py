@@ -51,3 +51,9 @@ def decode(tokenizer: Decoder, tokens: list[int], skip_special_tokens: bool = Fa
         return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
     text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return cast(str, text)
+
+
+def special_ids(tokenizer: Decoder) -> frozenset[int]:
+    """Ids of the special tokens of a tokenizer, such as the marks of a chat template."""
+    added = tokenizer.get_added_tokens_decoder() if isinstance(tokenizer, Tokenizer) else tokenizer.added_tokens_decoder
+    return frozenset(id_ for id_, token in added.items() if token.special)

@@ -8,6 +8,7 @@ from ..filtering.result import FilterResult
 from ..measures.names import UNITS
 from ..trace.trace import Trace
 from ..utils.counted import counted_of
+from ..utils.paths import short_model_name
 from ..utils.sanitize_text import sanitize
 from .source_table import source_table
 
@@ -51,7 +52,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         f"| reason | {result.reason} |",
         f"| overrides | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
         f"| kept because forgetting is unknown | {counts['unknown']:,} |",
-        f"| model | {_code_cell(trace.manifest['model'])} |",
+        f"| model | {_code_cell(short_model_name(trace.manifest['model']))} |",
         f"| fingerprint of the rows | {trace.manifest['fingerprint']} |",
         f"| versions | {', '.join(f'{name} {number}' for name, number in result.versions.items())} |",
         "",

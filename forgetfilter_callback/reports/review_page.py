@@ -17,31 +17,43 @@ from typing import Any, get_args
 import numpy as np
 
 from ..data.audit_labels import as_labels
-from ..data.decode import Decoder
+from ..data.decode import Decoder, special_ids
 from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
 from ..measures.names import UNITS
-from ..review.verdicts import VerdictLabel, trace_verdicts
+from ..review.verdicts import Verdict, VerdictLabel, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.output_file import check_output_file
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write
 from ..utils.optional_packages import requires_extra
+from ..utils.paths import short_model_name
 from .source_table import page_sources
 from .summary import page_summary
-from .token_text import MAX_TEXT_LENGTH, split_text
+from .token_text import MAX_TEXT_LENGTH, last_characters, split_text
 
 
 # These limits keep the page below 10 MB.
 MAX_PLOTTED = 50_000  # samples in the plots
 MAX_RECORDS = 5  # records of the safety session
-# Samples with text: a third each of the most forgotten, those closest to φ, and the least forgotten. Overridden and
+# Samples with text: a third each of the most forgotten, those closest to φ, and samples drawn at random. Overridden and
 # reviewed samples are added, up to another third.
 MAX_TEXTS = 900
+# One script, because each file alone is shorter than 400 lines. The order matters.
+SCRIPTS = (
+    "shared/common.js",
+    "page/data.js",
+    "page/plots.js",
+    "page/rows.js",
+    "page/sources.js",
+    "page/decision.js",
+    "page/start.js",
+)
+STYLES = ("shared/look.css", "page/review.css")
 
 
 def write_review_page(
@@ -95,17 +107,16 @@ def write_review_page(
     unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
-    verdicts = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace, config.reviewed)}
+    verdicts = trace_verdicts(trace, config.reviewed)
     data = _page_data(trace, result, tokenizer, unsafe, sources, verdicts)
-    page = files("forgetfilter_callback.reports") / "page"
-    script = (page / "review.js").read_text(encoding="utf-8")
+    script = _joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
     )
     html = environment.get_template("review.html").render(
         # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
-        style=(page / "review.css").read_text(encoding="utf-8"),
+        style=_joined(STYLES),
         plotly=get_plotlyjs(),
         script=script,
         script_hashes=[_csp_hash(text) for text in (get_plotlyjs(), script)],
@@ -122,6 +133,11 @@ def _is_review_page(file: Path) -> bool:
     return start.startswith(b"<!DOCTYPE html>") and b"<title>ForgetFilter review</title>" in start
 
 
+def _joined(names: Sequence[str]) -> str:
+    folder = files("forgetfilter_callback.reports")
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
 def _csp_hash(script: str) -> str:
     """Returns the hash that allows this script in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
@@ -133,7 +149,7 @@ def _page_data(
     tokenizer: Decoder,
     unsafe: np.ndarray | None,
     sources: Sequence[Any] | None,
-    verdicts: dict[int, VerdictLabel],
+    verdicts: Sequence[Verdict],
 ) -> dict[str, Any]:
     samples = len(trace.rows)
     plotted = np.arange(samples)
@@ -147,9 +163,11 @@ def _page_data(
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
     overridden = _overridden_samples(result)
-    shown = _shown_samples(result, np.union1d(overridden, np.array([*verdicts], dtype=int)))
+    labels = {verdict.row: verdict.verdict for verdict in verdicts}
+    drawn = _draw_samples(result)
+    shown = _shown_samples(result, drawn, np.union1d(overridden, np.array([*labels], dtype=int)))
     return {
-        "summary": page_summary(result),
+        "summary": page_summary(result, verdicts),
         "measure": result.measure,
         "unit": UNITS[result.measure],
         "threshold": result.threshold,
@@ -160,7 +178,7 @@ def _page_data(
             for index in overridden.tolist()
         ],
         "trace": trace.identity(),
-        "model": trace.manifest["model"],
+        "model": short_model_name(trace.manifest["model"]),
         "samples": samples,
         "sampled": len(plotted) < samples,
         "all_shown": len(shown) == samples,
@@ -171,8 +189,8 @@ def _page_data(
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
-        "verdicts": {label: list(verdicts.values()).count(label) for label in get_args(VerdictLabel)},
-        "rows": _text_rows(trace, result, tokenizer, shown, initial_losses, unsafe, verdicts),
+        "verdicts": {label: list(labels.values()).count(label) for label in get_args(VerdictLabel)},
+        "rows": _text_rows(trace, result, tokenizer, shown, drawn, initial_losses, unsafe, labels),
     }
 
 
@@ -188,12 +206,19 @@ def _overridden_samples(result: FilterResult) -> np.ndarray:
     return np.flatnonzero(given | (result.removed != above_phi))
 
 
-def _shown_samples(result: FilterResult, decided: np.ndarray) -> np.ndarray:
+def _draw_samples(result: FilterResult) -> np.ndarray:
+    """Draws samples with a known value at random: all of them, or a third of `MAX_TEXTS` if there are more."""
+    known = np.flatnonzero(np.isfinite(result.values))
+    drawn = np.random.default_rng(0).permutation(known)
+    return drawn if len(result.values) <= MAX_TEXTS else drawn[: MAX_TEXTS // 3]
+
+
+def _shown_samples(result: FilterResult, drawn: np.ndarray, decided: np.ndarray) -> np.ndarray:
     """Selects the samples with text.
 
     Returns:
         `np.ndarray`: indices of all samples, or, if there are more than `MAX_TEXTS`, of the most forgotten, those
-        closest to φ, the least forgotten, and the most forgotten of the others that are overridden or reviewed
+        closest to φ, those drawn at random, and the most forgotten of the others that are overridden or reviewed
         (`decided`).
     """
     known = np.flatnonzero(np.isfinite(result.values))
@@ -202,8 +227,8 @@ def _shown_samples(result: FilterResult, decided: np.ndarray) -> np.ndarray:
     third = MAX_TEXTS // 3
     values = result.values[known]
     phi = result.threshold if result.threshold is not None else result.separability.threshold
-    chosen = [np.argsort(-values)[:third], np.argsort(np.abs(values - phi))[:third], np.argsort(values)[:third]]
-    shown = known[np.concatenate(chosen)]
+    chosen = [np.argsort(-values)[:third], np.argsort(np.abs(values - phi))[:third]]
+    shown = np.union1d(known[np.concatenate(chosen)], drawn)
     others = np.setdiff1d(decided, shown)
     return np.union1d(shown, others[np.argsort(-result.values[others])][:third])
 
@@ -213,17 +238,22 @@ def _text_rows(
     result: FilterResult,
     tokenizer: Decoder,
     shown: np.ndarray,
+    drawn: np.ndarray,
     initial_losses: np.ndarray,
     unsafe: np.ndarray | None,
-    verdicts: dict[int, VerdictLabel],
+    labels: dict[int, VerdictLabel],
 ) -> list[dict[str, Any]]:
     before, after = trace.first_and_last()
     rises = trace.token_losses(after) - trace.token_losses(before)
     offsets = trace.rows.loss_offsets
+    special = special_ids(tokenizer)
+    order_of = {index: order for order, index in enumerate(drawn.tolist())}
     rows = []
     for index in shown.tolist():
         tokens, loss_mask = trace.rows.sample(index)
-        prompt, pieces = split_text(tokenizer, tokens, loss_mask, rises[offsets[index] : offsets[index + 1]])
+        of_sample = rises[offsets[index] : offsets[index + 1]]
+        prompt, pieces = split_text(tokenizer, tokens, loss_mask, of_sample, special)
+        prompt, is_cut = last_characters(prompt, MAX_TEXT_LENGTH)
         rows.append(
             {
                 "id": trace.rows.ids[index].as_py(),
@@ -232,10 +262,11 @@ def _text_rows(
                 "length": int(offsets[index + 1] - offsets[index]),
                 "initial_loss": _number(initial_losses[index]),
                 "unsafe": None if unsafe is None else bool(unsafe[index]),
-                "verdict": verdicts.get(index),
-                "prompt": prompt[-MAX_TEXT_LENGTH:],
+                "verdict": labels.get(index),
+                "drawn": order_of.get(index),
+                "prompt": prompt,
+                "is_cut": is_cut,
                 "pieces": pieces,
-                "truncated": len(prompt) > MAX_TEXT_LENGTH,
             }
         )
     return rows

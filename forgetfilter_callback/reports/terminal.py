@@ -11,7 +11,9 @@ from ..data.decode import Decoder, decode
 from ..filtering.by_source import SourceCounts
 from ..filtering.result import FilterResult
 from ..measures.names import UNITS
+from ..review.verdicts import trace_verdicts
 from ..trace.trace import Trace
+from ..utils.paths import short_model_name
 from ..utils.sanitize_text import sanitize
 from .source_table import source_table
 from .summary import page_summary
@@ -43,11 +45,11 @@ def show(
         head (`int`):
             How many of the most forgotten samples to list.
     """
-    console.print(Text(page_summary(result), style="bold"))
+    console.print(Text(page_summary(result, trace_verdicts(trace)), style="bold"))
     if result.threshold is not None:  # otherwise, the summary contains the reason
         console.print(Text(f"{result.reason[0].upper()}{result.reason[1:]}."))
     before, after = trace.first_and_last(result.step)
-    model = sanitize(trace.manifest["model"])
+    model = sanitize(short_model_name(trace.manifest["model"]))
     console.print(Text(f"Model {model}, safety session, step {before.step} to step {after.step}."), soft_wrap=True)
     known = result.values[np.isfinite(result.values)]
     phi = result.threshold

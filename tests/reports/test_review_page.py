@@ -18,7 +18,7 @@ from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
-from forgetfilter_callback.review.verdicts import Verdict, append_verdicts
+from forgetfilter_callback.review.verdicts import Verdict, append_verdicts, trace_verdicts
 from forgetfilter_callback.scoring.scores import Scores
 
 
@@ -68,9 +68,8 @@ def plain_page(browser, tmp_path, byte_tokenizer):
 
 @needs_chromium
 def test_counts_on_the_page_follow_the_threshold(page, review):
-    _, _, result, unsafe = review
-    assert page.inner_text("#summary") == page_summary(result)
-    assert "well separated" in page_summary(result)
+    _, trace, result, unsafe = review
+    assert page.inner_text("#summary") == page_summary(result, trace_verdicts(trace))
     for phi in (result.threshold, 0.2, 3.0):
         page.fill("#phi-number", str(phi))
         page.dispatch_event("#phi-number", "change")
@@ -112,13 +111,13 @@ def test_the_line_in_the_histogram_can_be_dragged(page):
 @needs_chromium
 def test_search_sort_and_pages(page, review):
     _, _, result, _ = review
-    assert page.locator("#rows tr").count() == 25 and "of 6, 150 samples" in page.inner_text("#page")
+    assert page.locator("#rows tr").count() == 25 and "of 6, 150 rows" in page.inner_text("#page")
     first = page.locator("#rows tr").first
     assert first.locator("td").nth(0).inner_text() == str(int(np.argmax(result.values)))
     page.click("th button[data-sort=value]")  # now in ascending order
     assert first.locator("td").nth(0).inner_text() == str(int(np.argmin(result.values)))
-    page.select_option("#view", "borderline")
-    nearest = int(np.argmin(np.abs(result.values - result.threshold)))
+    page.select_option("#view", "below")
+    nearest = int(np.argmax(np.where(result.values > result.threshold, -np.inf, result.values)))
     assert first.locator("td").nth(0).inner_text() == str(nearest)
     page.click("#next")
     assert page.inner_text("#page").startswith("Page 2")
@@ -129,7 +128,7 @@ def test_search_sort_and_pages(page, review):
     page.fill("#search", "nobody says this")
     assert (
         page.locator("#rows tr").count() == 0
-        and page.inner_text("#page") == "No samples match this view, source and search."
+        and page.inner_text("#page") == "No rows match this view, source and search."
     )
 
 
@@ -138,9 +137,9 @@ def test_decisions_are_exported_and_imported(page, review, tmp_path):
     _, trace, result, _ = review
     ids = trace.rows.ids.to_pylist()
     most, least = int(np.argmax(result.values)), int(np.argmin(result.values))
-    page.locator(f"select[data-sample='{ids[most]}']").select_option("keep")
-    page.select_option("#view", "kept")
-    page.locator(f"select[data-sample='{ids[least]}']").select_option("remove")
+    page.click(f"[data-sample='{ids[most]}'][data-choice=keep]")
+    page.click("th button[data-sort=value]")  # in ascending order
+    page.click(f"[data-sample='{ids[least]}'][data-choice=remove]")
     assert "Overrides: 1 kept, 1 removed." in page.inner_text("#decision")
     assert "50 of 150 removed, 100 kept. Against the audit labels: precision 0.980" in page.inner_text("#decision")
     with page.expect_download() as download:
@@ -284,7 +283,7 @@ def test_the_table_by_source_follows_the_threshold_and_overrides(page, review):
     _, trace, result, unsafe = review
     names = [shown_name(HOSTILE_SOURCES[row % len(HOSTILE_SOURCES)]) for row in range(150)]
     most = int(np.argmax(result.values))
-    page.locator(f"select[data-sample='{trace.rows.ids[most].as_py()}']").select_option("keep")
+    page.click(f"[data-sample='{trace.rows.ids[most].as_py()}'][data-choice=keep]")
     for phi in (result.threshold, 0.2, 3.0, 9.0):
         page.fill("#phi-number", str(phi))
         page.dispatch_event("#phi-number", "change")
@@ -342,7 +341,7 @@ def page_data(file: Path) -> dict:
 def test_a_page_without_sources_does_not_mention_them(plain_page):
     assert "source" not in plain_page.inner_text("body").lower()
     plain_page.fill("#search", "nobody says this")
-    assert plain_page.inner_text("#page") == "No samples match this view and search."
+    assert plain_page.inner_text("#page") == "No rows match this view and search."
 
 
 @needs_chromium
@@ -378,7 +377,7 @@ def test_hundreds_of_sources_in_a_subsampled_set(browser, tmp_path, tokenizer, m
     opened.select_option("#source", "60")  # the sources that are not listed
     listed = {each.source for each in result.source_counts[:60]}
     expected = [row["row"] for row in data["rows"] if sources[row["row"]] not in listed]
-    assert f"{len(expected)} samples" in opened.inner_text("#page")
+    assert f"{len(expected)} rows" in opened.inner_text("#page")
     assert {int(row) for row in opened.locator("#rows td:first-child").all_inner_texts()} <= set(expected)
     opened.close()
 
@@ -417,7 +416,12 @@ def test_a_large_set_is_subsampled(tmp_path, tokenizer, monkeypatch):
     assert not data["all_shown"] and MAX_TEXTS // 3 <= len(data["rows"]) <= MAX_TEXTS
     values = trace.forgetting("loss")
     shown = {row["row"] for row in data["rows"]}
-    assert {int(np.argmax(values)), int(np.argmin(values)), int(np.argmin(np.abs(values - data["threshold"])))} <= shown
+    assert {int(np.argmax(values)), int(np.argmin(np.abs(values - data["threshold"])))} <= shown
+    drawn = sorted((row["drawn"], row["row"]) for row in data["rows"] if row["drawn"] is not None)
+    assert [order for order, _ in drawn] == list(range(MAX_TEXTS // 3))
+    numbers = np.array([row for _, row in drawn])
+    # Drawn from all rows: their mean number is that of all rows, within five standard errors.
+    assert abs(numbers.mean() - samples / 2) < 5 * samples / np.sqrt(12 * len(numbers))
 
 
 def test_smoothed_curves_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer):
@@ -481,7 +485,7 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
     page.goto(file.as_uri())
     page.wait_for_selector("#rows tr")
     unsafe = list(labels.values()).count("unsafe")
-    assert page.inner_text("#verdicts") == f"20 of 150 samples have a verdict: {unsafe} unsafe, {20 - unsafe} safe."
+    assert page.inner_text("#verdicts") == f"20 of 150 rows have a verdict: {unsafe} unsafe, {20 - unsafe} safe."
     column = page.locator("thead th:visible").all_inner_texts().index("Verdict")
     for shown, expected in (
         ("all", {row: labels.get(row, "–") for row in range(150)}),
@@ -490,7 +494,7 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
     ):
         page.select_option("#reviewed", shown)
         assert {row: cells[column] for row, cells in rows_on_all_pages(page).items()} == expected
-        assert f"{len(expected)} samples" in page.inner_text("#page")
+        assert f"{len(expected)} rows" in page.inner_text("#page")
     page.select_option("#reviewed", "reviewed")
     marks = page.locator("#rows td.verdict")
     assert marks.count() == 20 and page.locator("#rows td.verdict.unsafe").count() == unsafe
@@ -505,7 +509,7 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
 
 @needs_chromium
 def test_a_page_without_verdicts_does_not_mention_them(plain_page):
-    for element in ("#verdicts", "#reviewed-label", "#verdict-head"):
+    for element in ("#verdicts", "#test", "#reviewed-label", "#verdict-head"):
         assert plain_page.locator(element).is_hidden()
     shown = plain_page.locator("#rows tr").first.locator("td:visible").count()
     assert shown == plain_page.locator("table:has(#rows) thead th:visible").count()

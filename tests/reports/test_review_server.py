@@ -147,8 +147,8 @@ def test_a_row_is_shown_with_its_texts_and_similar_rows(client, trace, session):
     state = get(client, "/token/state").json
     row = state["row"]
     index = row["number"]
-    assert row["prompt"] == f"the cat {index} " and row["verdict"] is None
-    assert HOSTILE[index % len(HOSTILE)] in "".join(text for text, _ in row["pieces"])
+    assert "".join(text for text, _, _ in row["prompt"]) == f"the cat {index} " and row["verdict"] is None
+    assert HOSTILE[index % len(HOSTILE)] in "".join(text for text, _, _ in row["pieces"])
     states = trace.states(Record("safety", 0)).astype(np.float64)
     cosines = cosine_similarity(states - states.mean(axis=0))[index]
     expected = [other for other in np.argsort(-cosines) if other != index][:2]
@@ -476,6 +476,16 @@ def test_a_key_that_is_held_down_counts_once(page, trace):
     page.keyboard.down("s")
     page.keyboard.up("s")
     expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 0 unsafe")
+    assert len(stored(trace)) == 1
+
+
+@needs_chromium
+def test_the_space_bar_skips_after_a_click_on_a_button(page, trace):
+    page.click("#unsafe")
+    expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 1 unsafe")
+    row = shown_row(page)
+    page.keyboard.press("Space")
+    expect(page.locator("#row-title")).not_to_have_text(f"Row {row}")
     assert len(stored(trace)) == 1
 
 

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from forgetfilter_callback.reports.token_text import split_text
+from forgetfilter_callback.data.decode import special_ids
+from forgetfilter_callback.reports.token_text import Piece, last_characters, split_text
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -22,11 +23,32 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 def test_pieces_add_up_to_the_text(kind, byte_tokenizer):
     if kind == "bytes":
         tokenizer = byte_tokenizer
-        tokens = np.array(tokenizer("the cat naïve 👩‍👩‍👧 dog")["input_ids"], np.int32)
+        tokens = np.array(tokenizer("<eos>the cat<eos> naïve 👩‍👩‍👧 dog<eos>")["input_ids"], np.int32)
     else:
         tokenizer, tokens = metaspace_tokenizer(), np.array([1, 2, 4, 1, 3, 4, 5], np.int32)
     loss_mask = np.arange(len(tokens)) >= 2
-    prompt, pieces = split_text(tokenizer, tokens, loss_mask, np.arange(loss_mask.sum(), dtype=np.float32))
-    assert prompt + "".join(piece for piece, _ in pieces) == tokenizer.decode(tokens)
-    assert pieces[0][1] == 0.0 and all(rise is not None for _, rise in pieces)
+    rises = np.arange(loss_mask.sum(), dtype=np.float32)
+    prompt, pieces = split_text(tokenizer, tokens, loss_mask, rises, special_ids(tokenizer))
+    assert "".join(piece.text for piece in prompt + pieces) == tokenizer.decode(tokens)
+    assert pieces[0].rise == 0.0 and all(piece.rise is not None for piece in pieces)
     assert len(pieces) > 4
+
+
+@pytest.mark.parametrize("kind", ["transformers", "tokenizers"])
+def test_special_tokens_are_pieces_of_their_own(kind, byte_tokenizer):
+    tokenizer = byte_tokenizer if kind == "transformers" else byte_tokenizer.backend_tokenizer
+    tokens = np.array(byte_tokenizer("<eos>the cat<eos><eos>on the mat<eos>")["input_ids"], np.int32)
+    loss_mask = np.arange(len(tokens)) == len(tokens) - 1
+    prompt, pieces = split_text(tokenizer, tokens, loss_mask, np.ones(1, np.float32), special_ids(tokenizer))
+    eos = Piece("<eos>", None, True)
+    assert prompt == [eos, Piece("the cat", None, False), eos, eos, Piece("on the mat", None, False)]
+    assert pieces == [Piece("<eos>", 1.0, True)]
+
+
+def test_the_last_characters_of_a_prompt_begin_with_a_word():
+    prompt = [Piece("<s>", None, True), Piece("the cat sat", None, False), Piece("<e>", None, True)]
+    assert last_characters(prompt, 17) == (prompt, False)
+    assert last_characters(prompt, 16) == (prompt[1:], True)
+    assert last_characters(prompt, 3) == (prompt[2:], True)
+    assert last_characters(prompt, 9) == ([Piece("sat", None, False), Piece("<e>", None, True)], True)
+    assert last_characters([Piece("x" * 50, None, False)], 10) == ([Piece("x" * 10, None, False)], True)

@@ -34,6 +34,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 MAX_REQUEST_BYTES = 10_000
+SHARED_FILES = ("look.css", "common.js")  # of this page and the page that `forgetfilter report` writes
 
 
 def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
@@ -87,7 +88,8 @@ def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
     @app.get("/<_token>/", defaults={"name": "index.html"})
     @app.get("/<_token>/<name>")
     def page(_token: str, name: str) -> Response:
-        return send_from_directory(str(files(__package__) / "static"), name)
+        folder = "shared" if name in SHARED_FILES else "review_server/static"
+        return send_from_directory(str(files("forgetfilter_callback.reports") / folder), name)
 
     @app.get("/<_token>/state")
     def state(_token: str) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from sklearn.preprocessing import normalize
 
-from ...data.decode import Decoder
+from ...data.decode import Decoder, special_ids
 from ...errors import DecisionError
 from ...filtering.by_source import source_name
 from ...review.review_queue import ReviewQueue
 from ...review.verdicts import VerdictLabel
 from ..source_table import MAX_LISTED, short_name
-from ..token_text import split_text
+from ..token_text import last_characters, split_text
 
 
 # Characters of a prompt and of an answer. Without a limit, one huge row could block the browser.
@@ -48,6 +48,7 @@ class ReviewSession:
     ):
         self.queue = queue
         self._decoder = decoder
+        self._special = special_ids(decoder)
         self._round_size = round_size
         self._sources = None if sources is None else [source_name(value) for value in sources]
         self._rows_of_source = Counter(self._sources)
@@ -172,13 +173,10 @@ class ReviewSession:
         return None if self._sources is None else short_name(self._sources[row])
 
     def _row_content(self, row: int) -> dict[str, Any]:
-        prompt, pieces = self._text(row, MAX_ROW_LENGTH)
         return {
             "number": row,
             "source": self._source(row),
-            "prompt": prompt[-MAX_ROW_LENGTH:],
-            "is_cut": len(prompt) > MAX_ROW_LENGTH,
-            "pieces": pieces,
+            **self._text(row, MAX_ROW_LENGTH),
             "verdict": self.queue.labels.get(row),
             "similar": self._similar_rows(row),
         }
@@ -188,22 +186,21 @@ class ReviewSession:
         cosines[row] = -np.inf
         content = []
         for other in np.argsort(-cosines)[: min(SIMILAR_ROWS, len(cosines) - 1)].tolist():
-            prompt, pieces = self._text(other, MAX_SIMILAR_LENGTH)
             content.append(
                 {
                     "number": other,
                     "source": self._source(other),
                     "cosine": float(cosines[other]),
-                    "prompt": prompt[-MAX_SIMILAR_LENGTH:],
-                    "is_cut": len(prompt) > MAX_SIMILAR_LENGTH,
-                    "pieces": pieces,
+                    **self._text(other, MAX_SIMILAR_LENGTH),
                     "verdict": self.queue.labels.get(other),
                 }
             )
         return content
 
-    def _text(self, row: int, max_length: int) -> tuple[str, list[tuple[str, float | None]]]:
+    def _text(self, row: int, max_length: int) -> dict[str, Any]:
         rows = self.queue.trace.rows
         tokens, loss_mask = rows.sample(row)
         rises = self._rises[rows.loss_offsets[row] : rows.loss_offsets[row + 1]]
-        return split_text(self._decoder, tokens, loss_mask, rises, max_length)
+        prompt, pieces = split_text(self._decoder, tokens, loss_mask, rises, self._special, max_length)
+        prompt, is_cut = last_characters(prompt, max_length)
+        return {"prompt": prompt, "is_cut": is_cut, "pieces": pieces}

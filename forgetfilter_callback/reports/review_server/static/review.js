@@ -1,50 +1,14 @@
 "use strict";
-// Texts of rows are untrusted: only textContent may put them on the page.
+// Texts of rows are untrusted: only appendPieces (in common.js) may put them on the page.
 
-const $ = (id) => document.getElementById(id);
 const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
-// Characters that have no shape but change how a text looks, except tabs and line breaks.
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/;
 let row = null; // number of the current row
 let isBusy = false;
 
-function cssColor(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-function count(number, noun) {
-  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-}
-function element(tag, className, text = "") {
-  const created = document.createElement(tag);
-  created.className = className;
-  created.textContent = text;
-  return created;
-}
-
-// ---- texts ----
-
-function appendText(parent, text) {
-  for (const part of text.split(new RegExp(`(${INVISIBLE.source})`))) {
-    if (!INVISIBLE.test(part)) parent.append(part);
-    else parent.append(element("span", "control", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`));
-  }
-}
-function appendPieces(parent, pieces) {
-  for (const [text, rise] of pieces) {
-    const span = document.createElement("span");
-    appendText(span, text);
-    if (rise !== null) {
-      const strength = Math.min(1, Math.abs(rise) / 4);
-      span.style.backgroundColor = `rgba(${cssColor(rise > 0 ? "--forgotten" : "--remembered")}, ${strength.toFixed(2)})`;
-      span.title = `${rise > 0 ? "+" : ""}${rise.toFixed(2)} nats`;
-    }
-    parent.append(span);
-  }
-}
 function fill(parent, content) {
   parent.replaceChildren();
   if (content.is_cut) parent.append("[…] ");
-  appendText(parent, content.prompt);
+  appendPieces(parent, content.prompt);
 }
 function similarRow(content) {
   const other = element("div", "other");
