@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import cast
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..data.decode import decode
+from ..errors import TraceError
 from ..filtering.thresholds import find_threshold
 from ..measures.names import DEFAULT_MEASURE
+from ..trace.records import Record
+from ..trace.trace import Trace
+from ..utils.distributed import run_on_main
+
+
+HISTOGRAM = "forgetfilter/forgetting_histogram"
+TABLE = "forgetfilter/most_forgotten"
+MAX_TEXT_LENGTH = 2_000  # characters of a prompt and of a completion in the table
 
 
 def summarize_record(
@@ -66,10 +78,13 @@ class LoggingIntegrations:
     Args:
         args ([`~transformers.TrainingArguments`]):
             Of the trainer; `report_to` names the integrations.
+        log_rows (`int`, defaults to 0):
+            How many of the most forgotten rows to log to Weights & Biases.
     """
 
-    def __init__(self, args: TrainingArguments):
+    def __init__(self, args: TrainingArguments, log_rows: int = 0):
         self._args = args
+        self._log_rows = log_rows
         self._report_to = cast(list[str], args.report_to)  # a list after `TrainingArguments.__post_init__`
         self._tensorboard = TensorBoardCallback() if "tensorboard" in self._report_to else None
 
@@ -78,25 +93,96 @@ class LoggingIntegrations:
         if self._tensorboard is not None:
             self._tensorboard.on_train_begin(self._args, state, control, model=model)
 
-    def log(self, statistics: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        """Log statistics at the current step."""
+    def log_record(
+        self,
+        trace: Trace,
+        record: Record,
+        losses: np.ndarray,
+        state: TrainerState,
+        control: TrainerControl,
+        unsafe: np.ndarray | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Log the statistics of a record, and the histogram of forgetting, at the current step.
+
+        Args:
+            trace ([`Trace`]):
+                The trace that holds the record.
+            record ([`Record`]):
+                The record.
+            losses (`np.ndarray` of shape `(samples,)`):
+                Its mean loss of each sample.
+            state, control:
+                Of the trainer.
+            unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
+                Audit labels.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Decodes the texts of the rows. Without it, the table of rows has no texts.
+        """
+        forgetting = nats_per_unit = None
+        if record.session == "safety" and record.step:
+            # The trace may lack the record at step 0 or the hidden states.
+            with suppress(TraceError):
+                forgetting, nats_per_unit = run_on_main(partial(_compute_forgetting, trace, record.step))
+        statistics = summarize_record(losses, forgetting, unsafe, nats_per_unit)
+        if not statistics:
+            return
         state.log_history.append({**statistics, "epoch": state.epoch, "step": state.global_step})
-        if self._tensorboard is not None:
-            self._tensorboard.on_log(self._args, state, control, logs=statistics)
+        values = None if forgetting is None else forgetting[np.isfinite(forgetting)]
+        self._log_to_tensorboard(statistics, values, state, control)
         if not state.is_world_process_zero:
             return
         if "wandb" in self._report_to:
             import wandb
 
             if wandb.run is not None:
-                wandb.log({**statistics, "train/global_step": state.global_step})  # the step key of `WandbCallback`
+                # "train/global_step" is the step key of `WandbCallback`.
+                figures: dict[str, Any] = {**statistics, "train/global_step": state.global_step}
+                if values is not None and len(values):
+                    figures[HISTOGRAM] = wandb.Histogram(values)
+                if forgetting is not None and self._log_rows:
+                    rows = most_forgotten_rows(trace, forgetting, self._log_rows, tokenizer)
+                    figures[TABLE] = wandb.Table(["row", "forgetting", "prompt", "completion"], rows)
+                wandb.log(figures)
         if "mlflow" in self._report_to:
             import mlflow
 
             if mlflow.active_run() is not None:
                 mlflow.log_metrics(statistics, step=state.global_step, synchronous=False)
 
+    def _log_to_tensorboard(
+        self, statistics: dict[str, float], values: np.ndarray | None, state: TrainerState, control: TrainerControl
+    ) -> None:
+        if self._tensorboard is None:
+            return
+        self._tensorboard.on_log(self._args, state, control, logs=statistics)
+        writer = self._tensorboard.tb_writer  # None on all processes but the main one
+        if writer is not None and values is not None and len(values):
+            writer.add_histogram(HISTOGRAM, values, state.global_step)
+
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         """Close the TensorBoard event file."""
         if self._tensorboard is not None:
             self._tensorboard.on_train_end(self._args, state, control)
+
+
+def most_forgotten_rows(
+    trace: Trace, forgetting: np.ndarray, count: int, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[Any]]:
+    """The most forgotten rows: row number, forgetting, the end of the prompt, and the beginning of the completion."""
+    rows = []
+    for index in np.argsort(-np.nan_to_num(forgetting, nan=-np.inf))[:count].tolist():
+        tokens, loss_mask = trace.rows.sample(index)
+        start = int(np.argmax(loss_mask))
+        texts = ["", ""]
+        if tokenizer is not None:
+            texts = [
+                decode(tokenizer, part.tolist(), skip_special_tokens=True) for part in (tokens[:start], tokens[start:])
+            ]
+        rows.append([index, float(forgetting[index]), texts[0][-MAX_TEXT_LENGTH:], texts[1][:MAX_TEXT_LENGTH]])
+    return rows
+
+
+def _compute_forgetting(trace: Trace, step: int) -> tuple[np.ndarray, float]:
+    values = trace.forgetting(step=step)
+    return values, trace.nats_per_unit(values, step)

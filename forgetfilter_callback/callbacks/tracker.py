@@ -6,12 +6,11 @@ import errno
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
@@ -41,7 +40,7 @@ from ..utils.model_state import preserve_state
 from ..utils.parallelism import shares_weights, unwrapped, why_unsupported
 from .begin_session import begin_session
 from .early_stopping import RankingMonitor, is_check_step, steps_since_warmup
-from .integrations import LoggingIntegrations, summarize_record
+from .integrations import LoggingIntegrations
 from .open_trace import open_trace, read_audit_labels
 from .record_cost import describe_cost
 from .recorder import Recorder
@@ -98,6 +97,9 @@ class ForgetTracker(TrainerCallback):
             Padded tokens per scoring batch. Defaults to 2048 on a CPU and 16384 elsewhere.
         audit_column (`str`, *optional*):
             A column of `noisy` that is true for unsafe rows, to log AUROC and F1. It does not influence anything else.
+        log_rows (`int`, defaults to 0):
+            How many of the most forgotten rows to log to Weights & Biases as a table with their texts, at each record of the
+            safety session. By default, no texts are logged.
         raise_on_disk_error (`bool`, defaults to `False`):
             Whether a full, failing or read-only disk stops training. By default, an error is logged once, the rest of the
             session is not tracked, and training continues.
@@ -132,6 +134,7 @@ class ForgetTracker(TrainerCallback):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         audit_column: str | None = None,
+        log_rows: int = 0,
         raise_on_disk_error: bool = False,
     ):
         if session not in get_args(SessionArgument):
@@ -140,6 +143,7 @@ class ForgetTracker(TrainerCallback):
         check_max_length(max_length)
         check_minimum("batch_tokens", batch_tokens, 1)
         check_minimum("max_new_tokens", max_new_tokens, 1)
+        check_minimum("log_rows", log_rows, 0)
         switches = {"stop_early": stop_early, "rouge1": rouge1, "raise_on_disk_error": raise_on_disk_error}
         for name, switch in switches.items():
             check_true_or_false(name, switch)
@@ -155,6 +159,7 @@ class ForgetTracker(TrainerCallback):
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.audit_column = audit_column
+        self.log_rows = log_rows
         self.raise_on_disk_error = raise_on_disk_error
         self._unsafe = None if audit_column is None else read_audit_labels(noisy, audit_column)
         self._trace: Trace | None = None
@@ -209,7 +214,7 @@ class ForgetTracker(TrainerCallback):
         if running is not None and is_retry:  # the session and its first record stay valid
             session = running.session
         else:
-            self._integrations = LoggingIntegrations(args)
+            self._integrations = LoggingIntegrations(args, self.log_rows)
             with preserve_state(model):
                 self._integrations.begin(state, control, model)
                 session = self._begin_session(args, state, model, processing_class, kwargs["train_dataloader"])
@@ -220,7 +225,7 @@ class ForgetTracker(TrainerCallback):
             self._recorder.drop_after(session, current.step)
         exists = not is_new_session and current in self._recorder.records()
         if exists and current.step == 0:  # the retry has cleared the log history
-            self._log(current, self.trace.mean_losses(current), state, control)
+            self._integrations.log_record(self.trace, current, self.trace.mean_losses(current), state, control)
         elif not exists and (current.step == 0 or current.step >= state.max_steps):
             self._record(args, state, control, **kwargs)
         if self.stop_early and session == "safety":
@@ -384,18 +389,4 @@ class ForgetTracker(TrainerCallback):
             if record == Record("safety", 0) and isinstance(unwrapped(model), PeftModel) and not has_base:
                 self._recorder.record_base(args, model)
         self._recorded_step = state.global_step
-        self._log(record, losses, state, control)
-
-    def _log(self, record: Record, losses: np.ndarray, state: TrainerState, control: TrainerControl) -> None:
-        forgetting = nats_per_unit = None
-        if record.session == "safety" and record.step:
-            # The trace may lack the record at step 0 or the hidden states.
-            with suppress(TraceError):
-                forgetting, nats_per_unit = run_on_main(partial(self._compute_forgetting, record.step))
-        statistics = summarize_record(losses, forgetting, self._unsafe, nats_per_unit)
-        if statistics:
-            self._integrations.log(statistics, state, control)
-
-    def _compute_forgetting(self, step: int) -> tuple[np.ndarray, float]:
-        values = self.trace.forgetting(step=step)
-        return values, self.trace.nats_per_unit(values, step)
+        self._integrations.log_record(self.trace, record, losses, state, control, self._unsafe, tokenizer)

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 
 from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
-from ..measures.names import Measure
+from ..measures.names import UNITS, Measure
 from ..utils.arrow_arrays import from_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
 from ..utils.counted import counted
+from ..utils.html_table import html_table
 from .by_source import SourceCounts, count_by_source
+from .plot_result import plot_result
 from .review_decision import Override
 from .thresholds import Separability
 
@@ -28,6 +30,7 @@ from .thresholds import Separability
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
+    from matplotlib.figure import Figure
 
     from ..review.verdicts import Verdict
 
@@ -109,6 +112,33 @@ class FilterResult:
             f"; kept {counted(counts['unknown'], 'sample')} without a forgetting value" if counts["unknown"] else ""
         )
         return f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.reason}{unknown}"
+
+    def plot(self, groups: Sequence[str] | None = None) -> Figure:
+        """Plot a histogram of the forgetting values, with φ as a dashed line. Needs matplotlib (the extra `[report]`).
+
+        Args:
+            groups (`Sequence[str]` of length `samples`, *optional*):
+                A group of each sample, such as audit labels. Groups are stacked; they do not affect the result.
+
+        Returns:
+            [`matplotlib.figure.Figure`]: a notebook shows it. `figure.savefig(file)` writes it to a file.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        return plot_result(self, groups)
+
+    def _repr_html_(self) -> str:
+        counts = self.counts
+        content = {
+            "removed": f"{counts['removed']:,} of {counted(counts['samples'], 'sample')}",
+            "φ": "none" if self.threshold is None else f"{self.threshold:.3g} ({self.method})",
+            "measure": f"{self.measure} forgetting [{UNITS[self.measure]}]",
+            "reason": self.reason,
+        }
+        if counts["unknown"]:
+            content["kept because forgetting is unknown"] = f"{counts['unknown']:,}"
+        return html_table("FilterResult", content)
 
     def by_source(
         self,

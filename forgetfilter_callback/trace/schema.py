@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted
 
+
+if TYPE_CHECKING:
+    from ..scoring.scores import Scores
 
 SCHEMA_VERSION = 2
 _MANIFEST_TYPES: dict[str, type | UnionType] = {
@@ -120,6 +123,24 @@ def is_new_or_has_rows(file: Path, rows: EncodedRows) -> bool:
             return bool(parquet.read(["id"])["id"].combine_chunks().equals(rows.ids))
     except (OSError, KeyError, pa.ArrowException):
         return False
+
+
+def record_tables(
+    rows: EncodedRows, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
+) -> Iterator[pa.Table]:
+    """Yield the table of a record, one window of rows at a time. See [`Trace.append`] for the arguments."""
+    start = 0
+    for window, scored in zip(rows.windows(), scores, strict=True):
+        columns = {"loss": pa.LargeListArray.from_arrays(pa.array(window.loss_offsets), pa.array(scored.losses))}
+        if scored.states is not None:
+            flat = pa.array(scored.states.reshape(-1))
+            columns["state"] = pa.FixedSizeListArray.from_arrays(flat, scored.states.shape[1])
+        stop = start + len(window)
+        if completions is not None and rouge1 is not None:
+            columns["completion"] = pa.array(completions[start:stop], pa.large_string())
+            columns["rouge1"] = pa.array(rouge1[start:stop])
+        start = stop
+        yield pa.table(columns)
 
 
 def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:

@@ -14,19 +14,17 @@ Every file is written atomically, so a crash loses at most the record in progres
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
@@ -35,22 +33,24 @@ from ..measures.names import DEFAULT_MEASURE, Measure
 from ..utils.arrow_arrays import to_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.counted import counted
+from ..utils.html_table import html_table
+from ..utils.paths import short_model_name
 from ..utils.versions import library_versions
 from .forgetting import compute_forgetting, compute_nats_per_unit
+from .lock_folder import lock_folder
+from .plot_trace import plot_trace
 from .records import SESSIONS, Record, Session
-from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_column, read_manifest, read_rows, rows_table
+from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_column, read_manifest, read_rows, record_tables, rows_table
 from .superseded import supersede
 
 
 if TYPE_CHECKING:
-    from ..scoring.scores import Scores
+    from matplotlib.figure import Figure
 
-logger = logging.getLogger(__name__)
+    from ..scoring.scores import Scores
 
 # `Trainer.push_to_hub` skips names that begin with "_". The trace contains the user's rows, which must not be published.
 TRACE_FOLDER = "_forgetfilter"
-# Errors of file systems without locks (NFS without its lock daemon, some FUSE file systems).
-_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Trace:
@@ -77,6 +77,15 @@ class Trace:
     def __repr__(self) -> str:
         records = "; ".join(map(str, self.records()))
         return f"Trace({str(self.folder)!r}, {counted(len(self.rows), 'sample')}, records: {records or 'none'})"
+
+    def _repr_html_(self) -> str:
+        content = {
+            "folder": self.folder,
+            "model": short_model_name(self.manifest["model"]),
+            "noisy set": f"{counted(len(self.rows), 'sample')}, {counted(self.manifest['loss_tokens'], 'loss token')}",
+            "records": "; ".join(map(str, self.records())) or "none",
+        }
+        return html_table("Trace", content)
 
     @classmethod
     def create(
@@ -130,20 +139,7 @@ class Trace:
         Raises:
             TraceError: if another process holds the lock.
         """
-        lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False, is_singleton=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise TraceError(
-                f"Another process is recording into {folder}. Choose another folder for this run, or stop the other process "
-                "first."
-            ) from None
-        except OSError as error:
-            if error.errno not in _LOCKS_UNSUPPORTED:
-                raise
-            logger.warning(f"The file system of {folder} has no locks ({error}). No other run may record into it.")
-            return None
-        return lock
+        return lock_folder(folder)
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
@@ -226,25 +222,9 @@ class Trace:
             `list[Record]`: the records that were moved.
         """
         stale = self._stale(record) if restart else []
-        tables = self._record_tables(scores, completions, rouge1)
+        tables = record_tables(self.rows, scores, completions, rouge1)
         write_parquet(tables, self._file(record), before_commit=partial(self._supersede, stale, record))
         return stale
-
-    def _record_tables(
-        self, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
-    ) -> Iterator[pa.Table]:
-        start = 0
-        for window, scored in zip(self.rows.windows(), scores, strict=True):
-            columns = {"loss": pa.LargeListArray.from_arrays(pa.array(window.loss_offsets), pa.array(scored.losses))}
-            if scored.states is not None:
-                flat = pa.array(scored.states.reshape(-1))
-                columns["state"] = pa.FixedSizeListArray.from_arrays(flat, scored.states.shape[1])
-            stop = start + len(window)
-            if completions is not None and rouge1 is not None:
-                columns["completion"] = pa.array(completions[start:stop], pa.large_string())
-                columns["rouge1"] = pa.array(rouge1[start:stop])
-            start = stop
-            yield pa.table(columns)
 
     def copy_record(self, source: Record, target: Record, restart: bool = False) -> list[Record]:
         """Write the record `source` again as `target`, for a model that has not changed. `restart` as in [`append`]."""
@@ -348,6 +328,21 @@ class Trace:
             `float`: nats per unit of `values`; see `forgetfilter_callback.measures.smoothed.nats_per_unit`.
         """
         return compute_nats_per_unit(self, values, step)
+
+    def plot(self, measure: Measure = DEFAULT_MEASURE) -> Figure:
+        """Plot the losses of the noisy set by record and, after the safety session, a histogram of forgetting.
+
+        Args:
+            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
+                The measure of forgetting.
+
+        Returns:
+            [`matplotlib.figure.Figure`]: a notebook shows it. `figure.savefig(file)` writes it to a file.
+
+        Raises:
+            ImportError: if matplotlib is not installed (the extra `[report]`).
+        """
+        return plot_trace(self, measure)
 
     @property
     def base_record(self) -> Record | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_rows, tiny_llama
+from helpers import random_rows, texts, tiny_llama
 from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer
 
-from forgetfilter_callback import ForgetTracker, find_forgotten
+from forgetfilter_callback import ForgetTracker, encode_rows, find_forgotten
 from forgetfilter_callback.callbacks.integrations import summarize_record
 from forgetfilter_callback.filtering.thresholds import find_threshold
 
@@ -76,6 +78,23 @@ def test_tensorboard_receives_the_metrics_and_the_trainer_logs(noisy, safety, ma
     assert len(seen["train/loss"]) == sum("loss" in entry for entry in histories[1]) == 6
 
 
+def test_tensorboard_receives_the_histogram_of_forgetting(noisy, safety, make_args, collator, tmp_path):
+    tracker = ForgetTracker(record_steps=3)
+    histories = train_both(noisy, safety, make_args, collator, tracker, report_to="tensorboard")
+    seen = {}
+    for file in (tmp_path / "safety").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file), size_guidance={"histograms": 0})  # all of them
+        events.Reload()
+        for tag in events.Tags()["histograms"]:
+            seen |= {(tag, event.step): event.histogram_value for event in events.Histograms(tag)}
+    assert set(seen) == {("forgetfilter/forgetting_histogram", 3), ("forgetfilter/forgetting_histogram", 6)}
+    for (_, step), histogram in seen.items():
+        values = tracker.trace.forgetting(step=step)
+        assert (histogram.num, histogram.min, histogram.max) == pytest.approx((len(values), values.min(), values.max()))
+        assert histogram.sum == pytest.approx(values.sum())
+    assert not any("histogram" in name for history in histories for entry in history for name in entry)
+
+
 def test_a_missing_audit_column_is_refused(noisy):
     with pytest.raises(ValueError, match="audit_column='toxic' must be a column of `noisy`, but row 0 has"):
         ForgetTracker(noisy, audit_column="toxic")
@@ -126,7 +145,9 @@ def test_mlflow_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_ar
         np.testing.assert_allclose(sorted((each.step, each.value) for each in found), sorted(expected))
 
 
-def test_wandb_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+@pytest.fixture
+def wandb_logs(tmp_path, monkeypatch):
+    """What is logged to a run that is not sent anywhere."""
     wandb = pytest.importorskip("wandb")
     logged = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -135,8 +156,57 @@ def test_wandb_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_arg
     with wandb.init(dir=tmp_path, mode="offline") as run:
         log = run.log
         monkeypatch.setattr(wandb, "log", lambda figures: (logged.append(figures), log(figures)))
-        histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="wandb")
+        yield logged
+
+
+def test_wandb_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_args, collator, wandb_logs):
+    logged = wandb_logs
+    histories = train_both(noisy, safety, make_args, collator, ForgetTracker(), report_to="wandb")
     ours = [(each["train/global_step"], each["forgetfilter/loss"]) for each in logged if "forgetfilter/loss" in each]
     lines = [entry for history in histories for entry in history]
     assert ours == [(entry["step"], entry["forgetfilter/loss"]) for entry in lines if "forgetfilter/loss" in entry]
     assert sum("train/loss" in each for each in logged) == sum("loss" in entry for entry in lines) > 6
+
+
+def test_wandb_receives_the_histogram_but_no_texts(noisy, safety, make_args, collator, wandb_logs):
+    tracker = ForgetTracker(record_steps=3)
+    train_both(noisy, safety, make_args, collator, tracker, report_to="wandb")
+    name = "forgetfilter/forgetting_histogram"
+    histograms = {each["train/global_step"]: each[name] for each in wandb_logs if name in each}
+    assert set(histograms) == {3, 6}  # nothing can be forgotten at step 0
+    for step, histogram in histograms.items():
+        values = tracker.trace.forgetting(step=step)
+        np.testing.assert_array_equal(histogram.histogram, np.histogram(values, histogram.bins)[0])
+        assert sum(histogram.histogram) == len(values)
+    assert not any("forgetfilter/most_forgotten" in each for each in wandb_logs)
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_wandb_receives_a_table_of_the_most_forgotten_rows(make_args, wandb_logs, byte_tokenizer, has_tokenizer):
+    noisy_rows = texts(12, seed=1)
+    encoded = [encode_rows(rows, byte_tokenizer).as_dataset() for rows in (noisy_rows, texts(8, seed=2))]
+    model = tiny_llama(vocab_size=len(byte_tokenizer))
+    tracker = ForgetTracker(log_rows=5)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    for folder, rows in zip(("noisy", "safety"), encoded, strict=True):
+        Trainer(
+            model,
+            make_args(folder, report_to="wandb"),
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer if has_tokenizer else None,
+            callbacks=[tracker],
+        ).train()
+    (table,) = (each["forgetfilter/most_forgotten"] for each in wandb_logs if "forgetfilter/most_forgotten" in each)
+    values = tracker.trace.forgetting()
+    order = np.argsort(-values)[:5].tolist()
+    assert table.columns == ["row", "forgetting", "prompt", "completion"]
+    assert [row[:2] for row in table.data] == [[row, values[row]] for row in order]
+    expected = [[noisy_rows[row]["prompt"], noisy_rows[row]["completion"]] for row in order]
+    assert [row[2:] for row in table.data] == (expected if has_tokenizer else [["", ""]] * 5)
+
+
+def test_a_negative_number_of_rows_is_refused():
+    with pytest.raises(ValueError, match="log_rows=-1 must be at least 0"):
+        ForgetTracker(log_rows=-1)

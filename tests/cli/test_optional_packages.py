@@ -34,7 +34,7 @@ CASES = {
         "`forgetfilter review`",
     ),
     "matplotlib": (
-        "from forgetfilter_callback.reports.plot import plot_forgetting; plot_forgetting(None, 'x')",
+        "from forgetfilter_callback.trace.plot_trace import new_figure; new_figure(8)",
         "report",
         "The plot",
     ),

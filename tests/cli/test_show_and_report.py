@@ -53,7 +53,8 @@ def test_report_writes_a_page(finished, files, tmp_path):
     assert result.exit_code == 0 and "3 of 12 removed" in result.output, result.output
     data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
-    assert [row["prompt"] for row in data["rows"]] == [row["prompt"] for row in texts(12, seed=1)]
+    prompts = ["".join(text for text, _, _ in row["prompt"]) for row in data["rows"]]
+    assert prompts == [row["prompt"] for row in texts(12, seed=1)]
     Dataset.from_list(texts(12, seed=1)).to_csv(tmp_path / "noisy.csv")  # all values are text, also True and False
     as_csv = ("--noisy", tmp_path / "noisy.csv", "--audit-column", "unsafe")
     assert call("report", finished[0], "--output", tmp_path / "csv.html", "--fraction", 0.25, *as_csv).exit_code == 0

@@ -1,0 +1,36 @@
+"""Lock the folder of a trace."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import TraceError
+
+
+logger = logging.getLogger(__name__)
+
+# Errors of file systems without locks (NFS without its lock daemon, some FUSE file systems).
+_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def lock_folder(folder: str | os.PathLike[str]) -> FileLock | None:
+    """See [`Trace.lock`]."""
+    lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TraceError(
+            f"Another process is recording into {folder}. Choose another folder for this run, or stop the other process "
+            "first."
+        ) from None
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            raise
+        logger.warning(f"The file system of {folder} has no locks ({error}). No other run may record into it.")
+        return None
+    return lock
