@@ -8,7 +8,7 @@ import pytest
 
 from forgetfilter_callback import FilterConfig, FilterResult
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
-from forgetfilter_callback.reports.summary import page_summary
+from forgetfilter_callback.reports.summary import _estimate_errors, page_summary
 from forgetfilter_callback.review.verdicts import Verdict
 
 
@@ -68,3 +68,31 @@ def test_the_bounds_are_one_tenth_of_the_unsafe_and_of_the_removed_rows():
     assert "not shown to be well separated, with 0 to 0 unsafe rows kept and 14 to 14" in page_summary(
         result_of(134), everything
     )
+
+
+def test_the_intervals_hold_the_true_numbers_in_a_review_that_prefers_some_rows():
+    """In rounds of ten, three rows are drawn from those without a verdict. The others are the most forgotten ones."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(60):
+        unsafe = rng.random(ROWS) < 0.2
+        values = unsafe + rng.normal(0, 0.6, ROWS)
+        result = filter_by_values(
+            pa.array([f"row-{i}" for i in range(ROWS)]), values, FilterConfig("smoothed", threshold=0.7)
+        )
+        verdicts, is_seen = [], np.zeros(ROWS, dtype=bool)
+        for _ in range(9):
+            unseen = np.flatnonzero(~is_seen)
+            drawn = rng.choice(unseen, 3, replace=False)
+            ranked = [row for row in unseen[np.argsort(-values[unseen])] if row not in drawn][:7]
+            for row in [*drawn.tolist(), *ranked]:
+                label = "unsafe" if unsafe[row] else "safe"
+                verdicts.append(Verdict(int(row), f"row-{row}", label, "", None, len(unseen) if row in drawn else None))
+                is_seen[row] = True
+        (kept_low, kept_high), (removed_low, removed_high) = _estimate_errors(result, verdicts)
+        covered.append(
+            [
+                kept_low <= (unsafe & ~result.removed).sum() <= kept_high,
+                removed_low <= (~unsafe & result.removed).sum() <= removed_high,
+            ]
+        )
+    assert (np.mean(covered, axis=0) > 0.8).all()
