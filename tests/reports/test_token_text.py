@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -36,12 +38,14 @@ def test_pieces_add_up_to_the_text(kind, byte_tokenizer):
 
 @pytest.mark.parametrize("kind", ["transformers", "tokenizers"])
 def test_special_tokens_are_pieces_of_their_own(kind, byte_tokenizer):
-    tokenizer = byte_tokenizer if kind == "transformers" else byte_tokenizer.backend_tokenizer
-    tokens = np.array(byte_tokenizer("<eos>the cat<eos><eos>on the mat<eos>")["input_ids"], np.int32)
+    with_tool = copy.deepcopy(byte_tokenizer)
+    with_tool.add_tokens(["<tool>"])  # not a special token
+    tokenizer = with_tool if kind == "transformers" else with_tool.backend_tokenizer
+    tokens = np.array(with_tool("<eos>the cat<eos><eos>on<tool>the mat<eos>")["input_ids"], np.int32)
     loss_mask = np.arange(len(tokens)) == len(tokens) - 1
     prompt, pieces = split_text(tokenizer, tokens, loss_mask, np.ones(1, np.float32), special_ids(tokenizer))
     eos = Piece("<eos>", None, True)
-    assert prompt == [eos, Piece("the cat", None, False), eos, eos, Piece("on the mat", None, False)]
+    assert prompt == [eos, Piece("the cat", None, False), eos, eos, Piece("on<tool>the mat", None, False)]
     assert pieces == [Piece("<eos>", 1.0, True)]
 
 
