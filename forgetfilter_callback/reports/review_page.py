@@ -115,7 +115,7 @@ def write_review_page(
     )
     html = environment.get_template("review.html").render(
         # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
-        data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         style=_joined(STYLES),
         plotly=get_plotlyjs(),
         script=script,
