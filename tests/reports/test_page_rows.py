@@ -272,7 +272,8 @@ def test_shaded_texts_are_readable(browser, written, width, scheme):
         """() => {
             const color = (element, name) => getComputedStyle(element)[name].match(/[\\d.]+/g).map(Number);
             const pieces = [...document.querySelector('.completion').children].slice(-2);
-            return [pieces.map((each) => color(each, 'backgroundColor')), color(pieces[0], 'color'), color(document.body, 'backgroundColor')];
+            const shades = pieces.map((each) => color(each, 'backgroundColor'));
+            return [shades, color(pieces[0], 'color'), color(document.body, 'backgroundColor')];
         }"""
     )
     assert len({tuple(shade) for shade in shades}) == 2
