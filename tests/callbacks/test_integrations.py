@@ -208,5 +208,5 @@ def test_wandb_receives_a_table_of_the_most_forgotten_rows(make_args, wandb_logs
 
 
 def test_a_negative_number_of_rows_is_refused():
-    with pytest.raises(ValueError, match="log_rows=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="log_rows=-1 must be a whole number of at least 0"):
         ForgetTracker(log_rows=-1)
