@@ -84,8 +84,7 @@ class ForgetTracker(TrainerCallback):
         stop_early (`bool`, defaults to `False`):
             Whether to stop the safety session (`control.should_training_stop`) once the ranking of a fixed tenth of the
             samples (between 20 and 128) is stable. It is checked 4, 6, 8, 12, 16, 24, … steps after the warm-up, so the
-            session stops after step 12 at the earliest. A full record is taken then. With fewer than 20 samples, it does
-            not stop early, and a warning says so.
+            session stops after step 12 at the earliest. A full record is taken then. It needs 20 samples.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record, for the measure of the paper. Slow. Needs
             `pip install "forgetfilter-callback[rouge]"`.
@@ -144,9 +143,9 @@ class ForgetTracker(TrainerCallback):
         check_minimum("batch_tokens", batch_tokens, 1)
         check_minimum("max_new_tokens", max_new_tokens, 1)
         check_minimum("log_rows", log_rows, 0)
-        switches = {"stop_early": stop_early, "rouge1": rouge1, "raise_on_disk_error": raise_on_disk_error}
-        for name, switch in switches.items():
-            check_true_or_false(name, switch)
+        check_true_or_false("stop_early", stop_early)
+        check_true_or_false("rouge1", rouge1)
+        check_true_or_false("raise_on_disk_error", raise_on_disk_error)
         if max_new_tokens is not None and not rouge1:
             raise ValueError(f"max_new_tokens={max_new_tokens} has an effect only with rouge1=True. Pass both or none.")
         self.noisy = None if noisy is None else as_rows(noisy, "`noisy`")

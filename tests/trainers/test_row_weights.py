@@ -20,10 +20,12 @@ from forgetfilter_callback import (
     FilterResult,
     ForgetTracker,
     ReviewQueue,
+    encode_rows,
     filtered,
 )
 from forgetfilter_callback.errors import DecisionError, ForgetFilterError
 from forgetfilter_callback.filtering import find_reviewed
+from forgetfilter_callback.trainers.row_weights import WeighingCollator
 
 
 @pytest.fixture
@@ -371,3 +373,19 @@ def test_a_loader_without_the_collator_is_refused(weighted, given_weights):
 def test_weights_need_verdicts_and_exclude_a_threshold(more):
     with pytest.raises(ValueError, match="it excludes `threshold` and `fraction`, and it needs verdicts"):
         FilterConfig(weights=True, **more)
+
+
+def test_a_collator_that_changes_a_list_in_place_gets_the_rows_as_they_are():
+    """Each row is collated alone for its weight before the batch is."""
+
+    def collate(rows):
+        for row in rows:
+            row["input_ids"].append(2)
+        tokens = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": tokens, "labels": tokens}
+
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]}]
+    ids = encode_rows([{"input_ids": [*row["input_ids"], 2]} for row in rows], disable_tqdm=True).ids
+    batch = WeighingCollator(collate, ids, np.array([0.25, 1.0]), None)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [8, 9, 10, 2]]
+    assert batch["forgetfilter_weights"].tolist() == [0.25, 1.0]
