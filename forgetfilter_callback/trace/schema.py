@@ -151,7 +151,7 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     """
     try:
         with pq.ParquetFile(folder / "rows.parquet") as parquet:  # `read_table` would import pandas
-            table = parquet.read()
+            table = _read_table(parquet)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     types = {name: table.schema.field(name).type for name in table.column_names}
@@ -204,7 +204,7 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
         with pq.ParquetFile(file) as parquet:
             if column not in parquet.schema_arrow.names:
                 raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
-            table = parquet.read([column])
+            table = _read_table(parquet, [column])
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
     if len(table) != len(rows):
@@ -220,6 +220,11 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
 def has_column(file: Path, column: str) -> bool:
     """Whether a record has a column. Only the schema is read."""
     return column in pq.read_schema(file).names
+
+
+def _read_table(parquet: pq.ParquetFile, columns: list[str] | None = None) -> pa.Table:
+    """Read one row group at a time, because decoding takes several times the memory of the values."""
+    return pa.concat_tables(parquet.read_row_group(index, columns) for index in range(parquet.num_row_groups))
 
 
 def _is_session(entry: Any) -> bool:

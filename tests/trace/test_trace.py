@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import sample_ids
 from trace_helpers import STEPS, record_files, rouge1_of, scores_of
 
 from forgetfilter_callback import Trace, encode_rows
+from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.data.encoded_rows import WINDOW, EncodedRows
 from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.measures.common import mean_losses
@@ -31,6 +33,17 @@ from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forg
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
+
+# Prints the peak of Arrow's memory.
+READS = """
+import sys
+import pyarrow as pa
+from forgetfilter_callback import Trace
+trace, pool = Trace.open(sys.argv[1]), pa.default_memory_pool()
+print(pool.max_memory())
+losses = trace.token_losses(trace.records()[0])
+print(pool.max_memory())
+"""
 
 HOLDS = """
 import sys
@@ -351,3 +364,22 @@ def test_a_file_system_without_locks_gives_a_warning(code, trace, monkeypatch, c
 def test_a_file_is_not_a_trace(trace):
     with pytest.raises(TraceError, match=r"manifest\.json is a file\. Pass the folder of a trace"):
         Trace.open(trace.folder / "manifest.json")
+
+
+def test_reading_a_trace_takes_little_more_memory_than_its_arrays(tmp_path, monkeypatch):
+    rng, samples, length = np.random.default_rng(0), 800, 500
+    tokens = rng.integers(0, 50_000, samples * length, dtype=np.int32)
+    is_first = np.arange(len(tokens)) % length == 0
+    offsets = np.arange(0, len(tokens) + 1, length)
+    rows = EncodedRows(sample_ids(samples), tokens, ~is_first, np.ones(len(tokens), bool), offsets)
+    monkeypatch.setattr(encoded_rows, "WINDOW_TOKENS", 20_000)
+    trace = Trace.create(tmp_path, rows, "model", None, None)
+    losses = rng.gamma(2, size=len(rows.loss_tokens)).astype(np.float32)
+    counts = [len(window.loss_tokens) for window in rows.windows()]
+    trace.append(Record("safety", 0), map(Scores, np.split(losses, np.cumsum(counts)[:-1])))
+    process = subprocess.run([sys.executable, "-c", READS, str(tmp_path)], check=True, capture_output=True, text=True)
+    of_rows, of_losses = map(int, process.stdout.split())
+    assert of_rows < 12 * len(tokens)  # 6 bytes are held
+    assert of_losses < (6 + 12) * len(tokens)
+    np.testing.assert_array_equal(trace.token_losses(Record("safety", 0)), losses)
+    np.testing.assert_array_equal(Trace.open(tmp_path).rows.tokens, tokens)
