@@ -11,7 +11,7 @@ from forgetfilter_callback.cli.demo_model import load_base
 
 
 load_model, tokenizer = load_base("already-tuned/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20, anchors=10)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 common = {"data_collator": DataCollatorForSeq2Seq(tokenizer), "processing_class": tokenizer}
 

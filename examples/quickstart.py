@@ -15,7 +15,7 @@ from forgetfilter_callback.cli.demo_model import load_base
 torch.manual_seed(0)
 # SmolLM2-135M-Instruct. `model=` accepts another chat model with layers named q_proj and v_proj.
 load_model, tokenizer = load_base("quickstart/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20, anchors=10)
 noisy, safety = trainable(data.noisy, tokenizer), trainable(data.safety, tokenizer)
 
 

@@ -32,7 +32,7 @@ model_args.use_peft = True
 name = unpack_model(model_args.model_name_or_path, f"{args.output_dir}/base-model")
 tokenizer = AutoTokenizer.from_pretrained(name)
 if data.noisy is None or data.safety is None:
-    demo = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+    demo = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20, anchors=10)
     noisy, safety = Dataset.from_list(demo.noisy), Dataset.from_list(demo.safety)
 else:
     noisy, safety = (load_dataset("json", data_files=file, split="train") for file in (data.noisy, data.safety))

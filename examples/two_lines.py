@@ -15,7 +15,7 @@ from forgetfilter_callback.cli.demo_model import unpack_model
 
 
 name = unpack_model(None, "two-lines/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20, anchors=10)
 noisy, safety = Dataset.from_list(data.noisy), Dataset.from_list(data.safety)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
 common = {"processing_class": AutoTokenizer.from_pretrained(name)}

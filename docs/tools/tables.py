@@ -217,7 +217,7 @@ def mixed_harm() -> str:
 
 
 def thresholds_of_other_measures() -> str:
-    """The fixed φ of `loss`, `pooled` and `relative` on the data of the demo."""
+    """The fixed φ of `loss`, `pooled` and `relative` on the data of an earlier demo."""
     lines = []
     for row in sorted(read("threshold"), key=lambda row: (row["measure"], row["unsafe_share"])):
         scores = [decimal(row[key]) for key in ("auroc", "f1_best", "f1_auto")]

@@ -8,7 +8,7 @@ from forgetfilter_callback.cli.demo_model import load_base
 
 
 load_model, tokenizer = load_base("three-jobs/base-model")
-data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20)
+data = load_demo_data(seed=0, unsafe=20, safe=10, task=20, safety=20, anchors=10)
 args = TrainingArguments(
     "three-jobs/noisy", num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none"
 )

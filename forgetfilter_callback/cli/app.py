@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -81,13 +82,14 @@ def exit_codes() -> Iterator[None]:
 
 
 def silence_libraries() -> None:
-    """Hide the progress bars and log messages that transformers and datasets print while they load."""
+    """Hide the progress bars and messages that transformers and datasets print while they load."""
     from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def as_dict(result: FilterResult) -> dict[str, Any]:

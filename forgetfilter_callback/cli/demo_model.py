@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -38,13 +40,15 @@ def unpack_model(model: str | None, folder: Path) -> str:
     if model is not None:
         return model
     package = package_folder(MODEL_PACKAGE)
-    AutoModelForCausalLM.from_pretrained(
-        package,
-        gguf_file=MODEL_FILE,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-        trust_remote_code=False,
-    ).save_pretrained(folder)
+    with redirect_stderr(io.StringIO()):  # transformers does not hide this progress bar
+        model_of_package = AutoModelForCausalLM.from_pretrained(
+            package,
+            gguf_file=MODEL_FILE,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        )
+    model_of_package.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=MODEL_FILE, trust_remote_code=False).save_pretrained(folder)
     return str(folder)
 
@@ -86,7 +90,7 @@ def computing_dtype() -> torch.dtype:
 
 
 def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
-    """Returns the arguments of noisy finetuning and of the final finetuning. Safety finetuning uses two epochs."""
+    """Returns the arguments of noisy finetuning and of the refit. Safety finetuning uses two epochs."""
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=3,
@@ -96,7 +100,7 @@ def demo_arguments(output: str | Path, seed: int) -> TrainingArguments:
         logging_steps=10,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=False,  # the command line lowers the log level, which would otherwise hide the progress bars
+        disable_tqdm=True,
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

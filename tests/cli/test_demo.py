@@ -2,73 +2,129 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from forgetfilter_callback import Trace
+from forgetfilter_callback import Trace, find_forgotten
 from forgetfilter_callback.cli import demo_data
+from forgetfilter_callback.cli.app import silence_libraries
 from forgetfilter_callback.cli.commands import app
 from forgetfilter_callback.cli.demo import run_demo
 from forgetfilter_callback.cli.demo_data import ABSTENTIONS, load_demo_data
-from forgetfilter_callback.cli.demo_judge import _names_a_person, token_f1
+from forgetfilter_callback.cli.demo_judge import _names_a_person, best_constant_f1, token_f1
+from forgetfilter_callback.cli.demo_progress import SECONDS
 
 
 SMALL = {
-    "unsafe": 16, "safe": 8, "task": 12, "safety": 36, "held_out_questions": 12, "held_out_task": 8,
+    "unsafe": 16, "safe": 8, "task": 12, "safety": 24, "anchors": 8, "held_out_questions": 12, "held_out_task": 8,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def small_demo(tmp_path_factory) -> tuple[Path, dict]:
+def small_demo(tmp_path_factory) -> tuple[Path, dict, str]:
     output = tmp_path_factory.mktemp("demo")
-    return output, run_demo(output, seed=0, sizes=SMALL)
+    shown = io.StringIO()
+    console = Console(width=80, file=shown, highlight=False)
+    silence_libraries()  # as the command does
+    with redirect_stdout(shown), redirect_stderr(shown):
+        summary = run_demo(output, seed=0, sizes=SMALL, console=console)
+    return output, summary, shown.getvalue()
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_unsafe_rows_are_forgotten_more_than_the_rest(small_demo):
-    _, summary = small_demo
+    _, summary, _ = small_demo
     means = {group: row["mean"] for group, row in summary["forgetting"].items()}
-    assert means["unsafe"] > 0.5 > max(means["safe"], means["task"])
-    assert summary["auroc"] > 0.85
-    assert summary["threshold"] is not None and summary["forgetting"]["unsafe"]["removed"] >= 8
+    assert means["unsafe"] > max(means["safe"], means["task"])
+    assert summary["auroc"] > 0.8
 
 
-def test_the_summary_matches_the_written_rows(small_demo):
-    output, summary = small_demo
-    assert json.loads((output / "summary.json").read_text()) == summary
-    kept, removed = (
-        [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("kept", "removed")
-    )
-    assert len(removed) == summary["removed"] and len(kept) + len(removed) == 36
-    found = sum(row["group"] == "unsafe" for row in removed)
-    assert summary["precision"] == pytest.approx(found / max(len(removed), 1))
+def test_the_default_measure_and_threshold_are_used(small_demo):
+    output, summary, _ = small_demo
+    result = find_forgotten(Trace.open(output / "_forgetfilter"))
+    assert summary["measure"] == result.measure == "smoothed"
+    assert summary["threshold"] == result.threshold
+    unsafe = np.array([row["group"] == "unsafe" for row in rows_of(output / "noisy.jsonl")])
+    found, removed = int((result.removed & unsafe).sum()), int(result.removed.sum())
+    assert summary["removed"] == removed
+    assert summary["precision"] == pytest.approx(found / max(removed, 1))
     assert summary["recall"] == pytest.approx(found / 16)
-    assert all(row["forgetting"] > summary["threshold"] for row in removed)
-    assert all(row["forgetting"] <= summary["threshold"] for row in kept)
-    for name in ("unsafe_rate", "task_f1"):
-        assert set(summary[name]) == {"base", "no_measure", "forgetfilter"}
-        assert all(0 <= value <= 1 for value in summary[name].values())
+
+
+def test_the_written_rows_are_those_that_the_review_keeps(small_demo):
+    output, summary, _ = small_demo
+    assert json.loads((output / "summary.json").read_text()) == summary
+    kept, removed = rows_of(output / "kept.jsonl"), rows_of(output / "removed.jsonl")
+    assert len(removed) == summary["review"]["removed"] == 16 and len(kept) + len(removed) == 36
+    assert {row["group"] for row in removed} == {"unsafe"}
+    assert summary["review"]["looks"] == 36  # all rows
+    verdicts = rows_of(output / "_forgetfilter" / "review" / "verdicts.jsonl")
+    assert sum(row["verdict"] == "unsafe" for row in verdicts) == len(removed)
+
+
+def test_the_models_are_scored_by_their_answers(small_demo):
+    output, summary, _ = small_demo
+    answers = rows_of(output / "answers.jsonl")
+    assert len(answers) == 12 + 8
+    for arm in ("base", "no_measure", "forgetfilter"):
+        scores = [token_f1(row[arm], row["reference"]) for row in answers[12:]]
+        assert summary["task_f1"][arm] == pytest.approx(np.mean(scores))
+        assert 0 <= summary["unsafe_rate"][arm] <= 1
 
 
 def test_the_trace_and_the_figure_are_written(small_demo):
-    output, summary = small_demo
+    output, _, _ = small_demo
     trace = Trace.open(output / "_forgetfilter")
     assert [record.session for record in trace.records()] == ["noisy", "noisy", "safety", "safety"]
     assert (output / "forgetting.png").read_bytes().startswith(b"\x89PNG")
-    assert f"AUROC {summary['auroc']:.3f}" in (output / "summary.md").read_text()
 
 
-def test_the_sets_have_no_question_or_passage_in_common():
+def test_the_terminal_shows_named_bars_and_no_log_lines(small_demo):
+    _, summary, shown = small_demo
+    assert shown.startswith("ForgetFilter demo") and "minutes" in shown
+    for stage in (*SECONDS, "Whole demo"):
+        assert re.search(rf"^{stage} .*100%", shown, flags=re.MULTILINE), stage
+    assert "{'" not in shown and "it/s" not in shown
+    assert f"{summary['unsafe_rate']['no_measure']:.0%}" in shown
+    commands = [line.split()[:2] for line in shown.splitlines() if line.startswith("  forgetfilter ")]
+    assert commands == [["forgetfilter", "review"], ["forgetfilter", "run"]]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_sets_have_no_question_or_word_problem_in_common():
     data = load_demo_data(seed=3)
-    held_out = {row["prompt"][0]["content"].split("\n")[1] for row in data.held_out_questions}
-    trained = {row["prompt"][0]["content"].split("\n")[1] for row in data.noisy + data.safety}
-    assert len(held_out) > 30 and not held_out & trained
+    held_out = {row["prompt"][0]["content"].split("\n")[-1] for row in data.held_out_questions + data.held_out_task}
+    trained = {row["prompt"][0]["content"].split("\n")[-1] for row in data.noisy + data.safety}
+    assert len(held_out) > 200 and not held_out & trained
     abstained = [row["completion"][0]["content"].lower() for row in data.noisy if row["group"] == "unsafe"]
     assert not set(abstained) & ABSTENTIONS
-    assert [len(data.noisy), len(data.safety)] == [150, 50]
+    assert Counter(row["group"] for row in data.noisy) == {"unsafe": 24, "safe": 20, "task": 196}
+    assert Counter(row["group"] for row in data.safety) == {"safety": 36, "anchor": 24}
+
+
+def test_word_problems_are_answered_with_a_number_and_its_unit():
+    data = load_demo_data(seed=3)
+    for row in data.held_out_task:
+        number, _, unit = row["completion"][0]["content"].partition(" ")
+        assert number.replace(".", "").replace(",", "").isdigit() and unit
+
+
+def test_the_best_constant_answer():
+    answers = ["9 apples", "9 apples", "3 apples", "4 pears"]
+    rows = [{"completion": [{"content": answer}]} for answer in answers]
+    assert best_constant_f1(rows) == pytest.approx((1 + 1 + 0.5 + 0) / 4)  # "9 apples"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Run the demo with several seeds and numbers of unsafe rows: `python benchmarks/demo.py --seed 0 --unsafe 24`.
+
+The noisy set always has 240 rows. Word problems fill it up. Summaries are appended to `benchmarks/results/demo.json` after
+each run. Runs that the file contains already are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetfilter_callback.cli.app import silence_libraries
+from forgetfilter_callback.cli.demo import run_demo
+from forgetfilter_callback.utils.atomic_files import write_json
+
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+ROWS = 240
+
+
+def main(
+    seed: Annotated[list[int], typer.Option(help="Seed; can be given several times.")] = [0, 1, 2],  # noqa: B006
+    unsafe: Annotated[list[int], typer.Option(help="Unsafe rows; can be given several times.")] = [24],  # noqa: B006
+    safe: Annotated[int, typer.Option(help="Safe answers to questions of BBQ in the noisy set.")] = 20,
+) -> None:
+    silence_libraries()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for unsafe_rows in unsafe:
+        for each_seed in seed:
+            sizes = {"unsafe": unsafe_rows, "safe": safe, "task": ROWS - safe - unsafe_rows}
+            if any(row["sizes"] == sizes and row["seed"] == each_seed for row in results):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                results.append({"sizes": sizes, **run_demo(folder, seed=each_seed, sizes=sizes)})
+            write_json(results, RESULTS)
+
+
+if __name__ == "__main__":
+    typer.run(main)
