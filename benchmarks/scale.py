@@ -1,6 +1,6 @@
 """Measure how time and memory grow with the number of rows: `python benchmarks/scale.py`.
 
-The rows have 16 tokens (`--length 500` for long ones), of which half contribute to the loss, and the model is tiny. Each
+The rows have 16 tokens (`--length 500` for long ones). Half of them contribute to the loss, and the model is tiny. Each
 number of rows runs in its own process, in three stages:
 
 - record: the rows are encoded, scored and written into a trace.

@@ -19,7 +19,7 @@ def as_labels(values: Iterable[Any], where: str) -> np.ndarray:
 
     Args:
         values (`Iterable` of length `samples`):
-            Booleans, or numbers, of which 0 is safe. Text may be "true", "false", "1" or "0", as in a CSV file.
+            Booleans, or numbers: 0 is safe. Text may be "true", "false", "1" or "0", as in a CSV file.
         where (`str`):
             Where the values come from, such as "The column 'unsafe'". Errors begin with it.
 

@@ -56,7 +56,7 @@ def test_windows_are_bounded_by_tokens(monkeypatch):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_dataset_to_train_on(padded, monkeypatch, chat_tokenizer):
-    """Against one row at a time. It is built from windows, of which the last has no token."""
+    """Against one row at a time. It is built from windows; the last window has no token."""
     rows = rows_of([5, 0, 4, 12, 0, 3, 1, 6, 10, 2, 0, 0], padded)
     expected = []
     for index in range(len(rows)):

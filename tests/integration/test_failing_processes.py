@@ -1,4 +1,4 @@
-"""Two processes of which one is killed, or has a full disk: neither waits for the other, and no record is lost."""
+"""One of two processes is killed, or has a full disk: neither waits for the other, and no record is lost."""
 
 from __future__ import annotations
 
