@@ -188,7 +188,8 @@ def _tokenizer(
         raise EncodingError(
             "rows of text require a tokenizer, but `processing_class` is "
             f"{'None' if processing_class is None else f'of type {type(processing_class).__name__}'}. Pass a "
-            "`PreTrainedTokenizerBase`, such as `AutoTokenizer.from_pretrained(...)`, or a processor that contains one."
+            "`PreTrainedTokenizerBase`, such as `AutoTokenizer.from_pretrained(...)`, or a processor that contains one. "
+            "Trainers take it as `processing_class=tokenizer`."
         )
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
