@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ..errors import DecisionError
 from ..utils.counted import counted, counted_of
 from ..utils.versions import library_versions
-from .config import FilterConfig
+from .config import FilterConfig, filter_config_or_default
 from .result import FilterResult, ThresholdMethod
 from .review_decision import Override
 from .thresholds import find_threshold
@@ -46,10 +46,12 @@ def filter_by_values(
         [`FilterResult`]
 
     Raises:
+        TypeError: if `filter_config` is something else.
         ValueError: if the measure is not given, if a setting needs a trace, if the number of values differs from the number
             of ids, if no value is finite, or if all samples would be removed.
         DecisionError: if an override names an unknown sample.
     """
+    filter_config = filter_config_or_default(filter_config)
     measure, threshold, fraction = filter_config.measure, filter_config.threshold, filter_config.fraction
     if filter_config.step is not None or filter_config.decision is not None or filter_config.reviewed is not None:
         raise ValueError(

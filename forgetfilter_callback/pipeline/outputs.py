@@ -16,10 +16,11 @@ from ..data.json_rows import JsonRows, read_text_file
 from ..data.output_lines import source_lines
 from ..errors import DataError
 from ..filtering.by_source import with_source_counts
-from ..filtering.config import FilterConfig
+from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import RESULT_FILE, FilterResult
 from ..reports.dataset_card import dataset_card
+from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_write, write_text
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def filter_rows(
-    trace: Trace,
+    trace: TraceOrFolder,
     output: str | Path,
     filter_config: FilterConfig | None = None,
     source: str | None = None,
@@ -46,7 +47,7 @@ def filter_rows(
     The outputs of an earlier filter in the same folder are replaced, and a warning says so.
 
     Args:
-        trace ([`Trace`]):
+        trace ([`Trace`], or the folder of one):
             A trace with records of the safety session.
         output (`str` or `Path`):
             The folder that [`write_filter_outputs`] writes to.
@@ -63,19 +64,21 @@ def filter_rows(
     Raises:
         DataError: if the rows cannot be found or loaded, if they have no `source_column`, or if files with the names of the
             outputs come from elsewhere or were changed.
+        TypeError: if `trace` or `filter_config` is something else.
         ValueError: if more than 1 % of the rows are not in the trace.
     """
+    trace, config = as_trace(trace), filter_config_or_default(filter_config)
     source = source if source is not None else find_source(trace)
     check_output_is_not_source(source, Path(output))
     check_files_are_ours(Path(output), FILTER_OUTPUTS)
     ids, rows = load_source_rows(trace, source, tokenizer)
-    result = find_forgotten(trace, filter_config, ids)
+    result = find_forgotten(trace, config, ids)
     if source_column is not None:
         result = with_source_counts(
             result,
             trace,
             column_values(rows, source_column),
-            reviewed=filter_config.reviewed if filter_config is not None else None,
+            reviewed=config.reviewed,
         )
     replaces = has_outputs(Path(output))
     write_filter_outputs(Path(output), source_lines(rows), result, trace)

@@ -21,6 +21,7 @@ from forgetfilter_callback import (
 )
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.reports.review_page import write_review_page
 
 
@@ -134,6 +135,8 @@ def test_a_dictionary_is_no_config(trace, noisy, safety, make_args, byte_tokeniz
     for name, calls in {
         "filter_config": [
             lambda: find_forgotten(trace, settings),
+            lambda: filter_by_values(trace.rows.ids, np.zeros(7), settings),
+            lambda: filter_rows(trace, tmp_path / "out", settings, source=str(tmp_path / "noisy.jsonl")),
             lambda: to_dataset(trace, rows, settings),
             lambda: write_review_page(trace, tmp_path / "page.html", byte_tokenizer, settings),
             lambda: ForgetFilter(tiny_llama, noisy, safety, make_args(), filter_config=settings),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten, to_dataset
+from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.reports.review_page import write_review_page
 
 
@@ -14,10 +15,14 @@ def functions(rows, byte_tokenizer, tmp_path):
     """Each function of the library that takes a trace, with its other arguments."""
     config = FilterConfig("loss", 99.0)
     dataset = rows.as_dataset()
+    dataset.to_json(tmp_path / "noisy.jsonl")
     return [
         lambda trace: find_forgotten(trace, config).values,
         lambda trace: ReviewQueue(trace).ranking,
         lambda trace: to_dataset(trace, dataset, config)["forgetfilter_forgetting"][:],
+        lambda trace: (
+            filter_rows(trace, tmp_path / "filtered", config, str(tmp_path / "noisy.jsonl"), byte_tokenizer).values
+        ),
         lambda trace: write_review_page(trace, tmp_path / "page.html", byte_tokenizer, config).values,
     ]
 
