@@ -23,7 +23,7 @@ from ..reports.dataset_card import dataset_card
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
-from ..utils.atomic_files import atomic_write, write_text
+from ..utils.atomic_files import atomic_write, flush_to_disk, write_text
 from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
 
 
@@ -127,12 +127,17 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
 
 def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
     """Write `kept.jsonl` and `removed.jsonl`, and rename them from temporary names when `files` closes without an error."""
-    streams = []
-    for name in ("kept", "removed"):
-        temporary = files.enter_context(atomic_write(output / f"{name}.jsonl"))
-        streams.append(files.enter_context(temporary.open("w", encoding="utf-8", newline="")))
-    for line, is_removed in zip(lines, removed.tolist(), strict=True):
-        streams[is_removed].write(f"{line}\n")
+    kept_file, removed_file = (
+        files.enter_context(atomic_write(output / f"{name}.jsonl")) for name in ("kept", "removed")
+    )
+    with (
+        kept_file.open("w", encoding="utf-8", newline="") as kept,
+        removed_file.open("w", encoding="utf-8", newline="") as removed_stream,
+    ):
+        for line, is_removed in zip(lines, removed.tolist(), strict=True):
+            (removed_stream if is_removed else kept).write(f"{line}\n")
+    for file in (kept_file, removed_file):
+        flush_to_disk(file)  # a full disk is found before any output is renamed
 
 
 def has_outputs(output: Path) -> bool:

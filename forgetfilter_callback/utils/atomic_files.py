@@ -27,13 +27,22 @@ def atomic_write(file: Path, before_commit: Callable[[], object] | None = None) 
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        flush_to_disk(temporary)
         if before_commit is not None:
             before_commit()
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Wait until the contents of a file are on disk.
+
+    Raises:
+        OSError: if they cannot be written, for example because the disk is full.
+    """
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callable[[], object] | None = None) -> None:
