@@ -209,7 +209,7 @@ def test_rows_that_the_trainer_encodes_differently_are_not_taken_as_safety_in_si
 def test_a_safety_session_that_is_named_gives_no_warning(noisy, safety, make_args, collator, caplog):
     tracker = ForgetTracker(noisy, session="safety")
     train_tracked(safety, make_args, collator, tracker)
-    assert "tracked rows" not in caplog.text
+    assert "is treated as safety finetuning" not in caplog.text and "usual causes" not in caplog.text
 
 
 def test_a_named_noisy_session_on_other_rows_gives_a_warning(noisy, safety, make_args, collator, caplog):

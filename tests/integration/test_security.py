@@ -91,7 +91,7 @@ def test_hostile_rows_do_not_escape_the_output_folder(files, tmp_path, monkeypat
     )  # other escape sequences come from progress bars
 
 
-def test_symlinks_are_replaced_not_followed(tmp_path, byte_tokenizer):
+def test_symlinks_are_not_followed(tmp_path, byte_tokenizer):
     trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
     byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows = [{"prompt": f"the cat {i} ", "completion": f"{HOSTILE[i % 10]} the dog {i}"} for i in range(30)]
@@ -109,9 +109,8 @@ def test_symlinks_are_replaced_not_followed(tmp_path, byte_tokenizer):
         (output / name).symlink_to(victim)
     result = call("filter", trace.folder, "--measure", "loss", "--fraction", 0.3, "--noisy", tmp_path / "rows.jsonl",
                   "--tokenizer", tmp_path / "tokenizer", "--output", output)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert victim.read_text() == "mine" and not any(file.is_symlink() for file in output.rglob("*"))
-    assert sum(1 for _ in (output / "removed.jsonl").open()) == 9
+    assert result.exit_code == 2 and "no earlier run or filter has written it" in result.output
+    assert victim.read_text() == "mine" and sum(file.is_symlink() for file in output.rglob("*")) == 5
 
 
 def test_a_trace_does_not_read_files_outside_its_folder(tmp_path, byte_tokenizer):
