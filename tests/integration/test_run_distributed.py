@@ -26,11 +26,19 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 
 # Runs several commands one after another, because each start of two processes takes long.
 COMMANDS = """
-import json, os, sys
+import atexit, json, os, sys
 from pathlib import Path
 from forgetfilter_callback.cli.main import main
 
 folder = Path(sys.argv[1])
+
+
+@atexit.register
+def at_the_end():
+    from torch import distributed
+    (folder / f"is-connected-{os.environ['RANK']}").write_text(str(distributed.is_initialized()))
+
+
 for name, arguments in json.loads((folder / "commands.json").read_text()).items():
     file = folder / f"{name}-{os.environ['RANK']}"
     for number in (1, 2):  # standard output and standard error
@@ -135,6 +143,11 @@ def test_score_on_two_processes(commands, folder, files, byte_tokenizer):
     states = Trace.open(folder / "alone").states(record)
     assert states.shape == (12, 32)
     np.testing.assert_allclose(trace.states(record), states, rtol=2e-3, atol=1e-5)  # half precision
+
+
+def test_processes_leave_their_group_at_the_end(commands, folder):
+    """A thread of the group can abort a process that ends without leaving it."""
+    assert [(folder / f"is-connected-{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
 
 def test_the_cost_is_estimated_for_two_processes(commands, files):
