@@ -42,7 +42,7 @@ MAX_PLOTTED = 50_000  # samples in the plots
 MAX_RECORDS = 5  # records of the safety session
 # Samples with text: a third each of the most forgotten, those closest to φ, and samples drawn at random. Overridden and
 # reviewed samples are added, up to another third.
-MAX_TEXTS = 900
+MAX_TEXTS = 600
 # One script, because each file alone is shorter than 400 lines. The order matters.
 SCRIPTS = (
     "shared/common.js",
