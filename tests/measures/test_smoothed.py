@@ -71,7 +71,7 @@ def test_smoothed_forgetting_equals_the_reference(samples):
     strengths = np.logspace(-4, 4, 33) * len(known) / min(len(known), 4)
     parts = [[x[i] for i in known] for x in (tokens, before, after)]
     expected = smoothed_reference(*parts, states[known].astype(float), strengths)
-    np.testing.assert_allclose(values[known], expected, rtol=1e-5)  # the states are float32
+    np.testing.assert_allclose(values[known], expected, rtol=1e-6)
     assert np.isnan(values[[i for i in range(len(tokens)) if i not in known]]).all()
 
 
@@ -85,7 +85,7 @@ def test_smoothed_forgetting_of_long_samples_and_of_few_samples(lengths):
     values = smoothed_forgetting(flat[0], np.cumsum([0, *lengths]), flat[1], flat[2], states)
     strengths = np.logspace(-4, 4, 33) * len(lengths) / min(len(lengths), 3)
     expected = smoothed_reference(tokens, before, after, states.astype(float), strengths)
-    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def test_smoothed_forgetting_ignores_values_that_are_not_finite(samples):
