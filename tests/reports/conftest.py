@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from helpers import CHROMIUM
+from helpers import CHROMIUM, hostile_trace
 from playwright.sync_api import sync_playwright
+
+from forgetfilter_callback import FilterConfig
+from forgetfilter_callback.reports.review_page import write_review_page
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +17,15 @@ def browser():
         running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture
+def plain_page(browser, tmp_path, byte_tokenizer):
+    """The page of a trace without sources and verdicts."""
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    yield opened
+    opened.close()

@@ -292,18 +292,14 @@ def luminance(color: np.ndarray) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def test_control_characters_are_shown(browser, tmp_path, byte_tokenizer):
-    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=20)
-    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
-    opened = browser.new_page()
-    opened.goto((tmp_path / "review.html").as_uri())
-    opened.wait_for_selector("#rows tr")
-    texts = " ".join(opened.evaluate("[...document.querySelectorAll('#rows .completion')].map((e) => e.textContent)"))
+def test_control_characters_are_shown(plain_page):
+    texts = " ".join(
+        plain_page.evaluate("[...document.querySelectorAll('#rows .completion')].map((e) => e.textContent)")
+    )
     assert "U+202E" in texts and "\u202e" not in texts
-    assert opened.evaluate(
+    assert plain_page.evaluate(
         "[...document.querySelectorAll('#rows .text *')].every((e) => ['SPAN', 'DIV', 'BUTTON'].includes(e.tagName))"
     )
-    opened.close()
 
 
 def test_rows_drawn_at_random_are_in_the_table_of_a_large_set(browser, tmp_path, byte_tokenizer, monkeypatch):

@@ -54,18 +54,6 @@ def page(browser, review):
     assert set(events) == {f"request: {review[0].as_uri()[:100]}"}  # the page itself
 
 
-@pytest.fixture
-def plain_page(browser, tmp_path, byte_tokenizer):
-    """The page of a trace without sources and verdicts."""
-    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
-    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
-    opened = browser.new_page()
-    opened.goto((tmp_path / "review.html").as_uri())
-    opened.wait_for_selector("#rows tr")
-    yield opened
-    opened.close()
-
-
 @needs_chromium
 def test_counts_on_the_page_follow_the_threshold(page, review):
     _, trace, result, unsafe = review
