@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..utils.counted import counted_of
+from ..utils.windows import window_bounds
 
 
 if TYPE_CHECKING:  # reading a trace does not need `datasets`, which takes a second to import
@@ -95,7 +96,7 @@ class EncodedRows:
 
         A longer sample is a window of its own. Tokens are not copied.
         """
-        for start, stop in self._window_bounds():
+        for start, stop in window_bounds(self.offsets, WINDOW_TOKENS, WINDOW):
             offsets = self.offsets[start : stop + 1]
             span = slice(offsets[0], offsets[-1])
             yield EncodedRows(
@@ -105,14 +106,6 @@ class EncodedRows:
                 self.attention_mask[span],
                 offsets - offsets[0],
             )
-
-    def _window_bounds(self) -> Iterator[tuple[int, int]]:
-        start = 0
-        while start < len(self):
-            within = int(np.searchsorted(self.offsets, self.offsets[start] + WINDOW_TOKENS, side="right")) - 1
-            stop = min(max(within, start + 1), start + WINDOW, len(self))
-            yield start, stop
-            start = stop
 
     @cached_property
     def is_padded(self) -> np.ndarray:
@@ -172,7 +165,7 @@ class EncodedRows:
         Sample `i` is `loss_tokens[loss_offsets[i]:loss_offsets[i + 1]]`.
         """
         loss_offsets = np.zeros_like(self.offsets)
-        for start, stop in self._window_bounds():
+        for start, stop in window_bounds(self.offsets, WINDOW_TOKENS, WINDOW):
             offsets = self.offsets[start : stop + 1]
             counts = np.zeros(len(offsets) - 1, np.int64)
             not_empty = np.flatnonzero(np.diff(offsets))  # `reduceat` returns a wrong sum for an empty sample

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..utils.windows import window_bounds
+
 
 # Samples are processed in windows of at most this many tokens, to bound the memory of intermediate results.
 WINDOW_TOKENS = 2**17
@@ -24,12 +26,8 @@ def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
     Yields:
         The offsets of the window's samples, which start at 0, and the slice of their tokens.
     """
-    start = 0
-    while start < len(offsets) - 1:
-        within = int(np.searchsorted(offsets, offsets[start] + WINDOW_TOKENS, side="right")) - 1
-        stop = max(within, start + 1)
+    for start, stop in window_bounds(offsets, WINDOW_TOKENS):
         yield offsets[start : stop + 1] - offsets[start], slice(offsets[start], offsets[stop])
-        start = stop
 
 
 def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: np.ndarray) -> np.ndarray:
