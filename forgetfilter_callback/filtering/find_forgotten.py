@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ..measures.names import DEFAULT_MEASURE
 from ..trace.as_trace import TraceOrFolder, as_trace
+from ..trace.trace import Trace
 from ..utils.counted import counted_of
 from .config import FilterConfig, filter_config_or_default
 from .filter_by_values import filter_by_values
@@ -47,14 +48,51 @@ def find_forgotten(
             be removed.
     """
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
-    overrides: Mapping[str, Override] = {}
-    if config.decision is not None:
-        decision = ReviewDecision.load(config.decision)
-        decision.check(trace.identity())
-        threshold = decision.threshold if decision.threshold is not None else math.inf
-        config, overrides = FilterConfig(decision.measure, threshold), decision.overrides
+    config, overrides = with_decision(trace, config)
+    values = trace.forgetting(config.measure or DEFAULT_MEASURE, config.step)
+    return decide(trace, config, overrides, values, ids)
+
+
+def with_decision(trace: Trace, config: FilterConfig) -> tuple[FilterConfig, Mapping[str, Override]]:
+    """Read the reviewer's decision, if one is given.
+
+    Returns:
+        `tuple`: a config without a decision, and the samples that the reviewer overrides.
+
+    Raises:
+        DecisionError: if the decision belongs to another trace.
+    """
+    if config.decision is None:
+        return config, {}
+    decision = ReviewDecision.load(config.decision)
+    decision.check(trace.identity())
+    threshold = decision.threshold if decision.threshold is not None else math.inf
+    return FilterConfig(decision.measure, threshold), decision.overrides
+
+
+def decide(
+    trace: Trace,
+    config: FilterConfig,
+    overrides: Mapping[str, Override],
+    values: np.ndarray,
+    ids: pa.StringArray | None = None,
+) -> FilterResult:
+    """Decide which samples to remove, given the values of all samples of the trace.
+
+    Args:
+        trace ([`Trace`]):
+            The trace of the values.
+        config ([`FilterConfig`]), overrides (`Mapping`):
+            What [`with_decision`] returns.
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            [`Trace.forgetting`] with the measure and step of `config`.
+        ids (`pa.StringArray`, *optional*):
+            As in [`find_forgotten`].
+
+    Returns:
+        [`FilterResult`]
+    """
     measure = config.measure or DEFAULT_MEASURE
-    values = trace.forgetting(measure, config.step)
     nats_per_unit = trace.nats_per_unit(values, config.step)
     if ids is None:
         ids = trace.rows.ids

@@ -105,8 +105,8 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
 
     Args:
         values (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
-            One value per sample and record. NaN if unknown. A sample with an unknown value is not fitted, and all its
-            values become NaN. Several records together take little longer than one.
+            One value per sample and record. NaN if unknown; unknown values are not fitted. Several records that have the
+            same known samples take little longer than one.
         states (`np.ndarray` of shape `(samples, size)`, float16):
             Hidden states of the samples (see [`Scores`]).
 
@@ -114,11 +114,20 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
         `np.ndarray` of the shape of `values`, float64, in the unit of `values`. NaN where a value or the state is not
         finite.
     """
-    known = np.isfinite(values.reshape(len(values), -1)).all(axis=1) & np.isfinite(states).all(axis=1)
-    smoothed = np.full(values.shape, np.nan)
-    if known.sum() < 3:  # too few samples to compare
-        smoothed[known] = values[known]
-        return smoothed
+    records = values.reshape(len(values), -1)
+    known = np.isfinite(records) & np.isfinite(states).all(axis=1)[:, None]
+    smoothed = np.full(records.shape, np.nan)
+    patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
+    for number, pattern in enumerate(patterns.T):
+        columns = pattern_of == number
+        smoothed[np.ix_(pattern, columns)] = _smoothed_known(records[np.ix_(pattern, columns)], states, pattern)
+    return smoothed.reshape(values.shape)
+
+
+def _smoothed_known(values: np.ndarray, states: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Smooths the values of shape `(known samples, records)`. `known` selects their states."""
+    if len(values) < 3:  # too few samples to compare
+        return values
     center = states[known].mean(axis=0, dtype=np.float64)
 
     def directions(samples: np.ndarray) -> np.ndarray:
@@ -130,13 +139,12 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
 
     indices = np.flatnonzero(known)
     stride = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
-    fit_directions, fit_values = directions(indices[::stride]), values[indices[::stride]]
+    fit_directions, fit_values = directions(indices[::stride]), values[::stride]
     mean = fit_values.mean(axis=0)
     coefficients = ridge_coefficients(fit_directions, fit_values - mean)
-    for chunk in np.array_split(indices, stride):  # bounds the memory for directions
-        chunk_directions = fit_directions if stride == 1 else directions(chunk)
-        smoothed[chunk] = chunk_directions @ coefficients + mean
-    return smoothed
+    # Chunks bound the memory for directions.
+    chunks = [fit_directions] if stride == 1 else map(directions, np.array_split(indices, stride))
+    return np.concatenate([chunk @ coefficients for chunk in chunks]) + mean
 
 
 def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:

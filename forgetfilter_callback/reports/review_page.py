@@ -20,10 +20,10 @@ from ..data.audit_labels import as_labels
 from ..data.decode import Decoder, special_ids
 from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig, filter_config_or_default
-from ..filtering.find_forgotten import find_forgotten
+from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
-from ..measures.names import UNITS
+from ..measures.names import DEFAULT_MEASURE, UNITS
 from ..review.verdicts import Verdict, VerdictLabel, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
@@ -104,12 +104,15 @@ def write_review_page(
         raise ValueError(f"step={config.step}: the review page shows the last record. Leave out `step`.")
     check_output_file(trace, Path(file), _is_review_page)
 
-    result = find_forgotten(trace, config)
+    undecided, overrides = with_decision(trace, config)
+    steps = _shown_steps(trace)
+    values = compute_forgetting_by_record(trace, undecided.measure or DEFAULT_MEASURE, steps)
+    result = decide(trace, undecided, overrides, values[-1])
     unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
     verdicts = trace_verdicts(trace, config.reviewed)
-    data = _page_data(trace, result, tokenizer, unsafe, sources, verdicts)
+    data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts)
     script = _joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
@@ -147,6 +150,8 @@ def _csp_hash(script: str) -> str:
 def _page_data(
     trace: Trace,
     result: FilterResult,
+    steps: Sequence[int],
+    values: np.ndarray,
     tokenizer: Decoder,
     unsafe: np.ndarray | None,
     sources: Sequence[Any] | None,
@@ -156,11 +161,6 @@ def _page_data(
     plotted = np.arange(samples)
     if samples > MAX_PLOTTED:
         plotted = np.sort(np.random.default_rng(0).choice(samples, MAX_PLOTTED, replace=False))
-    records = [record for record in trace.records() if record.session == "safety" and record.step > 0]
-    records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, MAX_RECORDS).round().astype(int))]
-    *earlier_steps, last_step = [record.step for record in records]
-    earlier = compute_forgetting_by_record(trace, result.measure, earlier_steps, last_step)
-    by_record = [values[plotted] for values in [*earlier, result.values]]
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
     overridden = _overridden_samples(result)
@@ -183,8 +183,8 @@ def _page_data(
         "samples": samples,
         "sampled": len(plotted) < samples,
         "all_shown": len(shown) == samples,
-        "steps": [record.step for record in records],
-        "forgetting": [_packed(values) for values in by_record],
+        "steps": steps,
+        "forgetting": [_packed(of_record[plotted]) for of_record in values],
         "length": _packed(np.diff(trace.rows.loss_offsets)[plotted]),
         "initial_loss": _packed(initial_losses[plotted]),
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
@@ -193,6 +193,13 @@ def _page_data(
         "verdicts": {label: list(labels.values()).count(label) for label in get_args(VerdictLabel)},
         "rows": _text_rows(trace, result, tokenizer, shown, drawn, initial_losses, unsafe, labels),
     }
+
+
+def _shown_steps(trace: Trace) -> list[int]:
+    """Selects at most `MAX_RECORDS` evenly spaced records of the safety session. The last one is among them."""
+    first, last = trace.first_and_last()
+    steps = [record.step for record in trace.records() if record.session == "safety" and record > first] or [last.step]
+    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, MAX_RECORDS).round().astype(int))]
 
 
 def _packed(values: np.ndarray) -> str:

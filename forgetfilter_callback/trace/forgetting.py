@@ -52,27 +52,24 @@ def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> np.n
     return relative_forgetting(mean_losses(trace.token_losses(trace.base_record), offsets), means_before, means_after)
 
 
-def compute_forgetting_by_record(
-    trace: Trace, measure: Measure, steps: Sequence[int], unit_step: int | None
-) -> np.ndarray:
+def compute_forgetting_by_record(trace: Trace, measure: Measure, steps: Sequence[int]) -> np.ndarray:
     """Compute a measure at several records of the safety session.
 
     Returns:
-        `np.ndarray` of shape `(records, samples)`, float64. With `"smoothed"`, all records are in the unit of the record
-        at `unit_step`: its typical change. NaN where [`Trace.forgetting`] is NaN, and with `"smoothed"` where it is NaN at
-        any record.
+        `np.ndarray` of shape `(records, samples)`, float64. The last row is [`Trace.forgetting`] at the last step. With
+        `"smoothed"`, all records are in the unit of the last one: its typical change.
     """
-    if measure != "smoothed" or not steps:
-        return np.array([compute_forgetting(trace, measure, step) for step in steps]).reshape(-1, len(trace.rows))
+    if measure != "smoothed":
+        return np.array([compute_forgetting(trace, measure, step) for step in steps])
     tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
-    first, last = (trace.token_losses(record) for record in trace.first_and_last(unit_step))
+    before = trace.first_and_last(steps[-1])[0]
+    losses_before = trace.token_losses(before)
     agreed, units = np.empty((len(trace.rows), len(steps))), np.empty(len(steps))
     for index, step in enumerate(steps):  # one record in memory at a time
         losses = trace.token_losses(Record("safety", step))
-        agreed[:, index] = agreed_forgetting(tokens, offsets, first, losses)
-        units[index] = typical_loss(first, losses, offsets)
-    smoothed = smoothed_over_states(agreed, trace.states(trace.first_and_last()[0]))
-    return smoothed.T * (units / typical_loss(first, last, offsets))[:, None]
+        agreed[:, index] = agreed_forgetting(tokens, offsets, losses_before, losses)
+        units[index] = typical_loss(losses_before, losses, offsets)
+    return smoothed_over_states(agreed, trace.states(before)).T * (units / units[-1])[:, None]
 
 
 def compute_nats_per_unit(trace: Trace, values: np.ndarray, step: int | None) -> float:

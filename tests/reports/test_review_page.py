@@ -15,11 +15,13 @@ from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.measures.smoothed import typical_loss
 from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
 from forgetfilter_callback.review.verdicts import Verdict, append_verdicts, trace_verdicts
 from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 HOSTILE_SOURCES = [*HOSTILE, None, "all", "-1", "x" * 500]
@@ -425,6 +427,30 @@ def test_smoothed_curves_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer)
     np.testing.assert_allclose(last, result.values, rtol=1e-6)
     assert (earlier[unsafe] < 0.9 * last[unsafe]).all()
     assert (with_states.forgetting("smoothed", 4)[unsafe] > last[unsafe]).all()  # scaled by its own typical change
+    np.testing.assert_allclose(result.values, find_forgotten(with_states, FilterConfig("smoothed")).values, rtol=1e-9)
+
+
+def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp_path, byte_tokenizer):
+    """The page shows the decision of `find_forgotten`, whatever an earlier record says."""
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    states = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float16)
+    diverged = Trace.create(tmp_path / "diverged", trace.rows, "tiny", None, None)
+    for record in trace.records():
+        losses = trace.token_losses(record).copy()
+        if record == Record("safety", 4):
+            losses[: trace.rows.loss_offsets[1]] = np.inf
+        diverged.append(record, [Scores(losses, states)])
+    result = write_review_page(diverged, tmp_path / "review.html", byte_tokenizer, FilterConfig("smoothed"))
+    data = data_of(tmp_path / "review.html")
+    earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
+    assert data["steps"][0] == 4 and np.isnan(earlier[0]) and np.isfinite(last).all()
+    np.testing.assert_allclose(result.values, find_forgotten(diverged, FilterConfig("smoothed")).values, rtol=1e-9)
+    first = diverged.token_losses(Record("safety", 0))
+    typical = [
+        typical_loss(first, diverged.token_losses(Record("safety", step)), diverged.rows.loss_offsets)
+        for step in data["steps"]
+    ]
+    np.testing.assert_allclose(earlier, diverged.forgetting("smoothed", 4) * typical[0] / typical[1], rtol=1e-5)
 
 
 def test_the_page_explains_how_to_apply_the_decision(review):
