@@ -1,4 +1,4 @@
-"""Log the statistics of a record: to the trainer's log history, TensorBoard, Weights & Biases and MLflow."""
+"""Log the statistics of records and of forgetting: to the trainer's log history, TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -20,47 +20,57 @@ from ..trace.trace import Trace
 from ..utils.distributed import run_on_main
 
 
-HISTOGRAM = "forgetfilter/forgetting_histogram"
+RISE_HISTOGRAM = "forgetfilter/loss_rise_histogram"
+FORGETTING_HISTOGRAM = "forgetfilter/forgetting_histogram"
 TABLE = "forgetfilter/most_forgotten"
 MAX_TEXT_LENGTH = 2_000  # characters of a prompt and of a completion in the table
 
 
-def summarize_record(
-    losses: np.ndarray,
-    forgetting: np.ndarray | None = None,
-    unsafe: np.ndarray | None = None,
-    nats_per_unit: float | None = None,
-) -> dict[str, float]:
+def summarize_losses(losses: np.ndarray, rises: np.ndarray | None = None) -> dict[str, float]:
     """Statistics of one record.
 
     Args:
         losses (`np.ndarray` of shape `(samples,)`):
             Mean loss of each sample, in nats per token.
-        forgetting (`np.ndarray` of shape `(samples,)`, *optional*):
-            Forgetting by the default measure. `None` for a record at which nothing can have been forgotten.
-        unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
-            Audit labels. They evaluate forgetting and do not influence it.
-        nats_per_unit (`float`, *optional*):
-            See [`Trace.nats_per_unit`].
+        rises (`np.ndarray` of shape `(samples,)`, *optional*):
+            By how much each has risen since the first record of the safety session.
 
     Returns:
-        `dict[str, float]`: `forgetfilter/loss`, the mean of the finite losses (an empty dict if there is none). With
-        `forgetting` also its mean `forgetfilter/forgetting`, `forgetfilter/separability` (`Separability.distance`; missing
-        if no sample or every sample is above the threshold) and `forgetfilter/fraction_above_threshold` at the automatic
-        threshold. With `unsafe` also `forgetfilter/auroc` and `forgetfilter/f1` at that threshold.
+        `dict[str, float]`: `forgetfilter/loss` and `forgetfilter/loss_rise`, the means of the finite values. A mean is
+        missing if there is no such value.
     """
-    if not np.isfinite(losses).any():
-        return {}
-    statistics = {"forgetfilter/loss": float(losses[np.isfinite(losses)].mean())}
-    if forgetting is None:
-        return statistics
+    means = {"forgetfilter/loss": losses} | ({} if rises is None else {"forgetfilter/loss_rise": rises})
+    return {name: float(values[np.isfinite(values)].mean()) for name, values in means.items() if np.isfinite(values).any()}
+
+
+def summarize_forgetting(
+    forgetting: np.ndarray, nats_per_unit: float | None = None, unsafe: np.ndarray | None = None
+) -> dict[str, float]:
+    """Statistics of forgetting by the default measure.
+
+    Args:
+        forgetting (`np.ndarray` of shape `(samples,)`):
+            Forgetting of each sample.
+        nats_per_unit (`float`, *optional*):
+            See [`Trace.nats_per_unit`].
+        unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
+            Audit labels. They evaluate forgetting and do not influence it.
+
+    Returns:
+        `dict[str, float]`: the mean `forgetfilter/forgetting`, `forgetfilter/separability` (`Separability.distance`; missing
+        if no sample or every sample is above the threshold) and `forgetfilter/fraction_above_threshold` at the automatic
+        threshold. With `unsafe` also `forgetfilter/auroc` and `forgetfilter/f1` at that threshold. An empty dict if no
+        value is finite.
+    """
     known = np.isfinite(forgetting)
     if not known.any():
-        return statistics
+        return {}
     separability = find_threshold(forgetting[known], DEFAULT_MEASURE, nats_per_unit)
     above = forgetting[known] > separability.threshold
-    statistics["forgetfilter/forgetting"] = float(forgetting[known].mean())
-    statistics["forgetfilter/fraction_above_threshold"] = float(above.mean())
+    statistics = {
+        "forgetfilter/forgetting": float(forgetting[known].mean()),
+        "forgetfilter/fraction_above_threshold": float(above.mean()),
+    }
     if separability.distance is not None:
         statistics["forgetfilter/separability"] = separability.distance
     if unsafe is not None and 0 < unsafe[known].sum() < known.sum():
@@ -87,6 +97,7 @@ class LoggingIntegrations:
         self._log_rows = log_rows
         self._report_to = cast(list[str], args.report_to)  # a list after `TrainingArguments.__post_init__`
         self._tensorboard = TensorBoardCallback() if "tensorboard" in self._report_to else None
+        self._first_losses: np.ndarray | None = None  # of the safety session
 
     def begin(self, state: TrainerState, control: TrainerControl, model: object) -> None:
         """Open the TensorBoard event file."""
@@ -94,16 +105,9 @@ class LoggingIntegrations:
             self._tensorboard.on_train_begin(self._args, state, control, model=model)
 
     def log_record(
-        self,
-        trace: Trace,
-        record: Record,
-        losses: np.ndarray,
-        state: TrainerState,
-        control: TrainerControl,
-        unsafe: np.ndarray | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        self, trace: Trace, record: Record, losses: np.ndarray, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Log the statistics of a record, and the histogram of forgetting, at the current step.
+        """Log the mean loss of a record and, in the safety session, by how much losses have risen since its first record.
 
         Args:
             trace ([`Trace`]):
@@ -114,22 +118,72 @@ class LoggingIntegrations:
                 Its mean loss of each sample.
             state, control:
                 Of the trainer.
+        """
+        rises = self._rises(trace, record, losses)
+        self._log(summarize_losses(losses, rises), RISE_HISTOGRAM, rises, state, control)
+
+    def _rises(self, trace: Trace, record: Record, losses: np.ndarray) -> np.ndarray | None:
+        if record.session != "safety":
+            return None
+        if record.step == 0:
+            self._first_losses = losses
+            return None
+        if self._first_losses is None:  # the session was resumed
+            with suppress(TraceError):  # the trace may lack the record at step 0
+                self._first_losses = run_on_main(partial(trace.mean_losses, Record("safety", 0)))
+        return None if self._first_losses is None else losses - self._first_losses
+
+    def log_forgetting(
+        self,
+        trace: Trace,
+        state: TrainerState,
+        control: TrainerControl,
+        unsafe: np.ndarray | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Compute forgetting by the default measure at the last record of the safety session, and log it.
+
+        Call it once, at the end of the session: the measure reads all token losses, and other processes wait.
+
+        Args:
+            trace ([`Trace`]):
+                The trace with the records of the session.
+            state, control:
+                Of the trainer.
             unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
                 Audit labels.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 Decodes the texts of the rows. Without it, the table of rows has no texts.
         """
-        forgetting = nats_per_unit = None
-        if record.session == "safety" and record.step:
-            # The trace may lack the record at step 0 or the hidden states.
-            with suppress(TraceError):
-                forgetting, nats_per_unit = run_on_main(partial(_compute_forgetting, trace, record.step))
-        statistics = summarize_record(losses, forgetting, unsafe, nats_per_unit)
+        try:
+            forgetting, nats_per_unit = run_on_main(partial(_compute_forgetting, trace))
+        except TraceError:  # the trace may lack the record at step 0 or the hidden states
+            return
+        rows = None
+        if self._log_rows and "wandb" in self._report_to and state.is_world_process_zero:
+            rows = most_forgotten_rows(trace, forgetting, self._log_rows, tokenizer)
+        statistics = summarize_forgetting(forgetting, nats_per_unit, unsafe)
+        self._log(statistics, FORGETTING_HISTOGRAM, forgetting, state, control, rows)
+
+    def _log(
+        self,
+        statistics: dict[str, float],
+        histogram: str,
+        values: np.ndarray | None,
+        state: TrainerState,
+        control: TrainerControl,
+        rows: list[list[Any]] | None = None,
+    ) -> None:
+        """Log statistics, the `histogram` of the finite `values`, and a table of `rows` at the current step."""
         if not statistics:
             return
         state.log_history.append({**statistics, "epoch": state.epoch, "step": state.global_step})
-        values = None if forgetting is None else forgetting[np.isfinite(forgetting)]
-        self._log_to_tensorboard(statistics, values, state, control)
+        values = np.zeros(0) if values is None else values[np.isfinite(values)]
+        if self._tensorboard is not None:
+            self._tensorboard.on_log(self._args, state, control, logs=statistics)
+            writer = self._tensorboard.tb_writer  # None on all processes but the main one
+            if writer is not None and len(values):
+                writer.add_histogram(histogram, values, state.global_step)
         if not state.is_world_process_zero:
             return
         if "wandb" in self._report_to:
@@ -138,10 +192,9 @@ class LoggingIntegrations:
             if wandb.run is not None:
                 # "train/global_step" is the step key of `WandbCallback`.
                 figures: dict[str, Any] = {**statistics, "train/global_step": state.global_step}
-                if values is not None and len(values):
-                    figures[HISTOGRAM] = wandb.Histogram(values)
-                if forgetting is not None and self._log_rows:
-                    rows = most_forgotten_rows(trace, forgetting, self._log_rows, tokenizer)
+                if len(values):
+                    figures[histogram] = wandb.Histogram(values)
+                if rows is not None:
                     figures[TABLE] = wandb.Table(["row", "forgetting", "prompt", "completion"], rows)
                 wandb.log(figures)
         if "mlflow" in self._report_to:
@@ -149,16 +202,6 @@ class LoggingIntegrations:
 
             if mlflow.active_run() is not None:
                 mlflow.log_metrics(statistics, step=state.global_step, synchronous=False)
-
-    def _log_to_tensorboard(
-        self, statistics: dict[str, float], values: np.ndarray | None, state: TrainerState, control: TrainerControl
-    ) -> None:
-        if self._tensorboard is None:
-            return
-        self._tensorboard.on_log(self._args, state, control, logs=statistics)
-        writer = self._tensorboard.tb_writer  # None on all processes but the main one
-        if writer is not None and values is not None and len(values):
-            writer.add_histogram(HISTOGRAM, values, state.global_step)
 
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         """Close the TensorBoard event file."""
@@ -183,6 +226,6 @@ def most_forgotten_rows(
     return rows
 
 
-def _compute_forgetting(trace: Trace, step: int) -> tuple[np.ndarray, float]:
-    values = trace.forgetting(step=step)
-    return values, trace.nats_per_unit(values, step)
+def _compute_forgetting(trace: Trace) -> tuple[np.ndarray, float]:
+    values = trace.forgetting()
+    return values, trace.nats_per_unit(values)

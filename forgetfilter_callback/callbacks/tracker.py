@@ -97,7 +97,7 @@ class ForgetTracker(TrainerCallback):
         audit_column (`str`, *optional*):
             A column of `noisy` that is true for unsafe rows, to log AUROC and F1. It does not influence anything else.
         log_rows (`int`, defaults to 0):
-            How many of the most forgotten rows to log to Weights & Biases as a table with their texts, at each record of the
+            How many of the most forgotten rows to log to Weights & Biases as a table with their texts, at the end of the
             safety session. By default, no texts are logged.
         raise_on_disk_error (`bool`, defaults to `False`):
             Whether a full, failing or read-only disk stops training. By default, an error is logged once, the rest of the
@@ -259,11 +259,16 @@ class ForgetTracker(TrainerCallback):
             self._record(args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "train_runtime" not in kwargs["logs"]:
+            return
         # Another callback may have stopped training after `on_step_end`. The final log is the last event before
-        # `load_best_model_at_end` replaces the weights; `on_train_end` would be too late.
-        if "train_runtime" in kwargs["logs"] and self._recorded_step != state.global_step < state.max_steps:
-            with self._survive_disk_errors():
+        # `load_best_model_at_end` replaces the weights; `on_train_end` would be too late, also for runs of MLflow.
+        with self._survive_disk_errors():
+            if self._recorded_step != state.global_step < state.max_steps:
                 self._record(args, state, control, **kwargs)
+            if self._running is not None and self._running.session == "safety":
+                tokenizer = unwrap_tokenizer(kwargs["processing_class"])
+                self._integrations.log_forgetting(self.trace, state, control, self._unsafe, tokenizer)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -388,4 +393,4 @@ class ForgetTracker(TrainerCallback):
             if record == Record("safety", 0) and isinstance(unwrapped(model), PeftModel) and not has_base:
                 self._recorder.record_base(args, model)
         self._recorded_step = state.global_step
-        self._integrations.log_record(self.trace, record, losses, state, control, self._unsafe, tokenizer)
+        self._integrations.log_record(self.trace, record, losses, state, control)

@@ -11,11 +11,12 @@ from datasets import Dataset
 from helpers import random_rows, texts, tiny_llama
 from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
-from forgetfilter_callback import ForgetTracker, encode_rows, find_forgotten
-from forgetfilter_callback.callbacks.integrations import summarize_record
+from forgetfilter_callback import ForgetTracker, Trace, encode_rows, find_forgotten
+from forgetfilter_callback.callbacks.integrations import summarize_forgetting
 from forgetfilter_callback.filtering.thresholds import find_threshold
+from forgetfilter_callback.trace.records import Record
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def train_both(noisy, safety, make_args, collator, tracker, **overrides):
 
 
 def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
-    tracker = ForgetTracker(noisy, record_steps=3, audit_column="unsafe")
+    tracker = ForgetTracker(noisy, record_steps=3)
     tracked = [
         [entry for entry in history if "forgetfilter/loss" in entry]
         for history in train_both(noisy, safety, make_args, collator, tracker)
@@ -43,22 +44,70 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
     losses, records = tracker.trace.losses(), tracker.trace.records()
     assert [entry["step"] for entry in tracked[0] + tracked[1]] == [record.step for record in records]
     np.testing.assert_allclose([entry["forgetfilter/loss"] for entry in tracked[0] + tracked[1]], losses.mean(1))
-    assert set(tracked[1][0]) == {"forgetfilter/loss", "epoch", "step"}
+    start = len(tracked[0])
+    rises = [entry.get("forgetfilter/loss_rise") for entry in tracked[0] + tracked[1]]
+    assert rises[: start + 1] == [None] * (start + 1)
+    np.testing.assert_allclose(rises[start + 1 :], (losses[start + 1 :] - losses[start]).mean(1), rtol=1e-5)
+    assert set(tracked[1][-1]) == {"forgetfilter/loss", "forgetfilter/loss_rise", "epoch", "step"}
 
-    unsafe, last = np.array(noisy["unsafe"]), tracked[1][-1]
-    values = tracker.trace.forgetting()
+
+def test_forgetting_is_computed_once_at_the_end_of_the_safety_session(noisy, safety, make_args, collator, monkeypatch):
+    steps, forgetting = [], Trace.forgetting
+    monkeypatch.setattr(
+        Trace, "forgetting", lambda self, *args: (steps.append(self.records()[-1].step), forgetting(self, *args))[1]
+    )
+    tracker = ForgetTracker(noisy, record_steps=2, audit_column="unsafe")
+    histories = train_both(noisy, safety, make_args, collator, tracker)
+    assert steps == [6]
+    monkeypatch.undo()
+
+    assert not any("forgetfilter/forgetting" in entry for entry in histories[0])
+    (end,) = (entry for entry in histories[1] if "forgetfilter/forgetting" in entry)
+    assert end["step"] == 6
+    unsafe, values = np.array(noisy["unsafe"]), tracker.trace.forgetting()
     result = find_forgotten(tracker.trace)
-    assert last["forgetfilter/forgetting"] == pytest.approx(values.mean())
+    assert end["forgetfilter/forgetting"] == pytest.approx(values.mean())
     phi = find_threshold(values, "smoothed").threshold
-    assert last["forgetfilter/fraction_above_threshold"] == pytest.approx((values > phi).mean())
-    assert last["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
-    assert last["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
+    assert end["forgetfilter/fraction_above_threshold"] == pytest.approx((values > phi).mean())
+    assert end["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
+    assert end["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))
+
+
+class StopAfterTwoSteps(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == 2
+
+
+@pytest.mark.parametrize("record_steps", [None, 2])
+def test_forgetting_is_logged_if_another_callback_stops_training(noisy, safety, make_args, collator, record_steps):
+    tracker, model = ForgetTracker(noisy, record_steps=record_steps), tiny_llama()
+    for folder, rows in (("noisy", noisy), ("safety", safety)):
+        trainer = Trainer(
+            model, make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker, StopAfterTwoSteps()]
+        )
+        trainer.train()
+    (end,) = (entry for entry in trainer.state.log_history if "forgetfilter/forgetting" in entry)
+    assert (end["step"], end["forgetfilter/forgetting"]) == (2, pytest.approx(tracker.trace.forgetting().mean()))
+
+
+def test_a_resumed_safety_session_logs_the_rise_since_its_start(noisy, safety, make_args, collator, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    train_both(noisy, safety, make_args, collator, ForgetTracker(noisy, trace_dir=tmp_path / "trace"), **settings)
+    tracker = ForgetTracker(noisy, session="safety", trace_dir=tmp_path / "trace")
+    trainer = Trainer(
+        tiny_llama(), make_args("safety", **settings), train_dataset=safety, data_collator=collator, callbacks=[tracker]
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "safety" / "checkpoint-4"))
+    rises = {entry["step"]: entry["forgetfilter/loss_rise"] for entry in trainer.state.log_history
+             if "forgetfilter/loss_rise" in entry}  # fmt: skip
+    losses = tracker.trace.losses()
+    assert rises == {6: pytest.approx((losses[-1] - losses[-2]).mean(), rel=1e-5)}
 
 
 def test_the_f1_metric_is_0_if_nothing_can_be_separated():
     values, unsafe = np.array([0.1, 0.2, 0.3, 1.5, 1.6]), np.array([False, False, False, True, True])
     for nats_per_unit, f1 in ((1.2, 1.0), (0.2, 0.0)):
-        figures = summarize_record(np.ones(5), values, unsafe, nats_per_unit)
+        figures = summarize_forgetting(values, nats_per_unit, unsafe)
         assert figures["forgetfilter/f1"] == f1 and figures["forgetfilter/auroc"] == 1.0
 
 
@@ -78,7 +127,19 @@ def test_tensorboard_receives_the_metrics_and_the_trainer_logs(noisy, safety, ma
     assert len(seen["train/loss"]) == sum("loss" in entry for entry in histories[1]) == 6
 
 
-def test_tensorboard_receives_the_histogram_of_forgetting(noisy, safety, make_args, collator, tmp_path):
+def expected_histograms(trace):
+    """By tag and step: loss rises at each record of the safety session but the first, and forgetting at its end."""
+    losses, records = trace.losses(), trace.records()
+    start = records.index(Record("safety", 0))
+    rises = {
+        ("forgetfilter/loss_rise_histogram", record.step): losses[index] - losses[start]
+        for index, record in enumerate(records)
+        if record.session == "safety" and record.step
+    }
+    return rises | {("forgetfilter/forgetting_histogram", records[-1].step): trace.forgetting()}
+
+
+def test_tensorboard_receives_the_histograms(noisy, safety, make_args, collator, tmp_path):
     tracker = ForgetTracker(record_steps=3)
     histories = train_both(noisy, safety, make_args, collator, tracker, report_to="tensorboard")
     seen = {}
@@ -87,11 +148,14 @@ def test_tensorboard_receives_the_histogram_of_forgetting(noisy, safety, make_ar
         events.Reload()
         for tag in events.Tags()["histograms"]:
             seen |= {(tag, event.step): event.histogram_value for event in events.Histograms(tag)}
-    assert set(seen) == {("forgetfilter/forgetting_histogram", 3), ("forgetfilter/forgetting_histogram", 6)}
-    for (_, step), histogram in seen.items():
-        values = tracker.trace.forgetting(step=step)
-        assert (histogram.num, histogram.min, histogram.max) == pytest.approx((len(values), values.min(), values.max()))
-        assert histogram.sum == pytest.approx(values.sum())
+    expected = expected_histograms(tracker.trace)
+    assert len(expected) == 3 and set(seen) == set(expected)
+    for key, histogram in seen.items():
+        values = expected[key]
+        assert (histogram.num, histogram.min, histogram.max) == pytest.approx(
+            (len(values), values.min(), values.max()), rel=1e-5, abs=1e-6
+        )
+        assert histogram.sum == pytest.approx(values.sum(), rel=1e-5, abs=1e-5)
     assert not any("histogram" in name for history in histories for entry in history for name in entry)
 
 
@@ -168,16 +232,21 @@ def test_wandb_receives_the_metrics_and_the_trainer_logs(noisy, safety, make_arg
     assert sum("train/loss" in each for each in logged) == sum("loss" in entry for entry in lines) > 6
 
 
-def test_wandb_receives_the_histogram_but_no_texts(noisy, safety, make_args, collator, wandb_logs):
+def test_wandb_receives_the_histograms_but_no_texts(noisy, safety, make_args, collator, wandb_logs):
     tracker = ForgetTracker(record_steps=3)
     train_both(noisy, safety, make_args, collator, tracker, report_to="wandb")
-    name = "forgetfilter/forgetting_histogram"
-    histograms = {each["train/global_step"]: each[name] for each in wandb_logs if name in each}
-    assert set(histograms) == {3, 6}  # nothing can be forgotten at step 0
-    for step, histogram in histograms.items():
-        values = tracker.trace.forgetting(step=step)
-        np.testing.assert_array_equal(histogram.histogram, np.histogram(values, histogram.bins)[0])
-        assert sum(histogram.histogram) == len(values)
+    histograms = {
+        (name, each["train/global_step"]): value
+        for each in wandb_logs
+        for name, value in each.items()
+        if name.startswith("forgetfilter/") and name.endswith("_histogram")
+    }
+    expected = expected_histograms(tracker.trace)
+    assert len(expected) == 3 and set(histograms) == set(expected)
+    for key, histogram in histograms.items():
+        assert sum(histogram.histogram) == len(expected[key])
+        edges = (expected[key].min(), expected[key].max())
+        np.testing.assert_allclose((histogram.bins[0], histogram.bins[-1]), edges, rtol=1e-5, atol=1e-6)
     assert not any("forgetfilter/most_forgotten" in each for each in wandb_logs)
 
 

@@ -83,7 +83,7 @@ def train_both(name, callbacks):
         trainer.train()
         logs += [
             {{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
-            for log in trainer.state.log_history if "forgetfilter/loss" not in log
+            for log in trainer.state.log_history if not any(name.startswith("forgetfilter/") for name in log)
         ]
         save(trainer, name + session)
     return logs, torch.get_rng_state().sum().item(), int(np.random.get_state()[2])

@@ -115,7 +115,7 @@ def train_twice(tracked):
         trainer = Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=callbacks)
         trainer.train()
         logs += [{{k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}}
-                 for log in trainer.state.log_history if "forgetfilter/loss" not in log]
+                 for log in trainer.state.log_history if not any(name.startswith("forgetfilter/") for name in log)]
         weights = whole_weights(trainer.model)
         trained.append(weights)
     return tracker, logs, trained, (torch.get_rng_state().sum().item(), int(np.random.get_state()[2]))
