@@ -77,7 +77,7 @@ def training_arguments(folder):
 
 def new_model(weights=None):
     plans = {{"tp": {{"tp_plan": "auto"}}, "fsdp2": {{"fsdp_size": 2}},
-              "hsdp": {{"dp_replicate_size": 2, "fsdp_size": 2}}, "fsdp2+tp": {{"fsdp_size": 2, "tp_size": 2}}}}
+              "hsdp": {{"dp_replicate_size": 2, "fsdp_size": dist.get_world_size() // 2}}, "fsdp2+tp": {{"fsdp_size": 2, "tp_size": 2}}}}
     if engine in plans:
         from transformers.distributed import DistributedConfig
         return AutoModelForCausalLM.from_pretrained(output / "model", distributed_config=DistributedConfig(**plans[engine]))
@@ -90,7 +90,8 @@ def whole_weights(model):
         import deepspeed
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return {{name: parameter.detach().clone() for name, parameter in model.named_parameters()}}
-    return {{name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    # On a mesh with one shard, `full_tensor` returns the parameter itself, which training changes.
+    return {{name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
              for name, value in model.state_dict().items()}}
 
 class ScoreOneRow(TrainerCallback):
@@ -173,7 +174,7 @@ def zero(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("native")
-    launch(folder, "fsdp1", *(["fsdp2", "tp"] if DIVIDES_AT_LOAD_TIME else []))
+    launch(folder, "fsdp1", *(["fsdp2", "hsdp", "tp"] if DIVIDES_AT_LOAD_TIME else []))
     return folder
 
 
@@ -191,6 +192,7 @@ ENGINES = [
     pytest.param("zero", "zero3"),
     pytest.param("native", "fsdp1"),
     pytest.param("native", "fsdp2", marks=at_load_time),
+    pytest.param("native", "hsdp", marks=at_load_time),
     pytest.param("native", "tp", marks=at_load_time),
     pytest.param("on_four", "hsdp", marks=(at_load_time, pytest.mark.slow)),
     pytest.param("on_four", "fsdp2+tp", marks=(at_load_time, pytest.mark.slow)),
