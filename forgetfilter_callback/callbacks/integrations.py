@@ -1,4 +1,4 @@
-"""Log the statistics of records and of forgetting: to the trainer's log history, TensorBoard, Weights & Biases and MLflow."""
+"""Log statistics of records and of forgetting: to the log history, TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 

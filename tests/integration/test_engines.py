@@ -77,7 +77,8 @@ def training_arguments(folder):
 
 def new_model(weights=None):
     plans = {{"tp": {{"tp_plan": "auto"}}, "fsdp2": {{"fsdp_size": 2}},
-              "hsdp": {{"dp_replicate_size": 2, "fsdp_size": dist.get_world_size() // 2}}, "fsdp2+tp": {{"fsdp_size": 2, "tp_size": 2}}}}
+              "hsdp": {{"dp_replicate_size": 2, "fsdp_size": dist.get_world_size() // 2}},
+              "fsdp2+tp": {{"fsdp_size": 2, "tp_size": 2}}}}
     if engine in plans:
         from transformers.distributed import DistributedConfig
         return AutoModelForCausalLM.from_pretrained(output / "model", distributed_config=DistributedConfig(**plans[engine]))
