@@ -65,7 +65,7 @@ def with_decision(trace: Trace, config: FilterConfig) -> tuple[FilterConfig, Map
     if config.decision is None:
         return config, {}
     decision = ReviewDecision.load(config.decision)
-    decision.check(trace.identity())
+    decision.check(trace)
     threshold = decision.threshold if decision.threshold is not None else math.inf
     return FilterConfig(decision.measure, threshold), decision.overrides
 
@@ -106,7 +106,7 @@ def decide(
         overrides = {**overrides, **with_identical_rows(overrides, ids)}
         on_values = replace(config, measure=measure, step=None)
         result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    return replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity())
+    return replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity(measure))
 
 
 def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from ..data.encoded_rows import content_hash
 from ..errors import DecisionError
 from ..measures.names import MEASURES, Measure
+from ..trace.trace import Trace
 
 
 Override = Literal["keep", "remove"]
@@ -60,7 +61,7 @@ class ReviewDecision:
         overrides (`dict[str, str]`):
             Sample id to `"keep"` or `"remove"`, regardless of the threshold. Identical rows follow.
         trace (`str`):
-            The [`~Trace.identity`] of the reviewed trace.
+            The [`~Trace.identity`] of the reviewed trace, with `measure`.
     """
 
     measure: Measure
@@ -90,12 +91,14 @@ class ReviewDecision:
             )
         return decision
 
-    def check(self, identity: str) -> None:
-        """Raise a [`DecisionError`] unless the decision was made on the trace with this [`~Trace.identity`]."""
-        if identity != self.trace:
+    def check(self, trace: Trace) -> None:
+        """Raise a [`DecisionError`] unless the decision was made on `trace` and on the records that it has now."""
+        identity = trace.identity(self.measure)
+        # Decisions of older versions are tied to the records of the safety session only, also with measure="relative".
+        if self.trace not in (identity, trace.identity()):
             raise DecisionError(
-                f"This decision was made on another trace ({self.trace}; this one is {identity}), or before the last record "
-                "of this trace was written. Create a review page of this trace and decide there."
+                f"This decision was made on another trace ({self.trace}; this one is {identity}), or before a record of "
+                "this trace was written or replaced. Create a review page of this trace and decide there."
             )
 
 

@@ -178,7 +178,7 @@ def _page_data(
             {"id": trace.rows.ids[index].as_py(), "row": index, "choice": "remove" if result.removed[index] else "keep"}
             for index in overridden.tolist()
         ],
-        "trace": trace.identity(),
+        "trace": trace.identity(result.measure),
         "model": short_model_name(trace.manifest["model"]),
         "samples": samples,
         "sampled": len(plotted) < samples,

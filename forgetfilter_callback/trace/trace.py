@@ -255,10 +255,13 @@ class Trace:
         moved = [self._file(record) for record in sorted(stale, reverse=True)]
         supersede(self.folder, moved, [] if replaced is None else [self._file(replaced)])
 
-    def identity(self) -> str:
-        """Hash of the rows and of the first and last safety records. It ties a reviewer's decision to its trace."""
+    def identity(self, measure: Measure = DEFAULT_MEASURE) -> str:
+        """Hash of the rows and of the records that `measure` compares. It ties a reviewer's decision to its trace."""
+        records = list(self.first_and_last())
+        if measure == "relative" and self.base_record is not None:
+            records.append(self.base_record)
         digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
-        for record in self.first_and_last():
+        for record in records:
             digest.update(self.token_losses(record).tobytes())
         return digest.hexdigest()
 

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import sample_ids
+from trace_helpers import STEPS, scores_of
 
 from forgetfilter_callback import FilterConfig
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
+from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.trace.records import Record
 
 
 REVIEW = {"measure": "loss", "threshold": 0.5, "overrides": {"id-1": "keep", "id-2": "remove"}, "trace": "t"}
@@ -29,9 +32,28 @@ def test_an_exported_decision_is_read(tmp_path):
     assert load_review(tmp_path, more="is ignored") == ReviewDecision(**REVIEW)
     nothing = load_review(tmp_path, threshold=None, overrides={})
     assert nothing.threshold is None and nothing.overrides == {}
-    nothing.check("t")
-    with pytest.raises(DecisionError, match=r"made on another trace \(t; this one is u\)"):
-        nothing.check("u")
+
+
+def test_a_decision_on_other_records_is_refused(trace, tmp_path):
+    """Only decisions by `relative` depend on the base model. Those of older versions did not say so, and stay valid."""
+    decided = {measure: load_review(tmp_path, measure=measure, trace=trace.identity(measure)) for measure in MEASURES}
+    older = load_review(tmp_path, measure="relative", trace=trace.identity())
+
+    def refused() -> set[str]:
+        names = set()
+        for name, decision in (*decided.items(), ("older", older)):
+            try:
+                decision.check(trace)
+            except DecisionError as error:
+                assert "or before a record of this trace was written or replaced" in str(error)
+                names.add(name)
+        return names
+
+    assert refused() == set()
+    trace.append(STEPS[0], [scores_of(trace.rows, Record("noisy", 99))])  # another base model
+    assert refused() == {"relative"}
+    trace.append(STEPS[4], [scores_of(trace.rows, Record("safety", 99))])
+    assert refused() == {*MEASURES, "older"}
 
 
 @pytest.mark.parametrize(

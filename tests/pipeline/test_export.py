@@ -103,6 +103,18 @@ def test_the_result_of_another_trace_is_refused(files, tmp_path):
     assert call("export", tmp_path / "out", "--output", tmp_path / "r", "--fraction", 0.1).exit_code == 0
 
 
+def test_the_result_of_another_base_model_is_refused(finished_run, tmp_path):
+    """If it was filtered by `relative`, which compares with the base model."""
+    output = Path(shutil.copytree(finished_run, tmp_path / "out"))
+    trace, record = Trace.open(output / "_forgetfilter"), Record("noisy", 0)
+    for measure, is_refused in (("relative", True), ("loss", False)):
+        assert call("filter", output, "--output", output, "--measure", measure, "--fraction", 0.25).exit_code == 0
+        assert call("export", output, "--output", tmp_path / "rows.jsonl").exit_code == 0
+        trace.append(record, [Scores(trace.token_losses(record) + 1)])
+        result = call("export", output, "--output", tmp_path / "rows.jsonl")
+        assert (result.exit_code == 2 and "have changed since" in result.output) == is_refused, result.output
+
+
 def test_the_result_of_earlier_records_is_refused(finished_run, tmp_path, caplog):
     """Otherwise the losses would be those of the new records, and the forgetting that of the old ones."""
     output = Path(shutil.copytree(finished_run, tmp_path / "out"))

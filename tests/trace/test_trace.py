@@ -181,11 +181,13 @@ def test_trace_forgetting_equals_the_measure_functions(trace, rows, step):
     assert trace.nats_per_unit(trace.forgetting(step=step), step) == nats
 
 
-def test_identity_hashes_the_rows_and_the_two_records(trace, rows):
+def test_identity_hashes_the_rows_and_the_records_of_the_measure(trace, rows):
     digest = hashlib.blake2b(rows.fingerprint.encode(), digest_size=16)
     for record in (STEPS[2], STEPS[4]):
         digest.update(scores_of(rows, record).losses.tobytes())
-    assert trace.identity() == digest.hexdigest()
+    assert trace.identity() == trace.identity("loss") == digest.hexdigest()
+    digest.update(scores_of(rows, STEPS[0]).losses.tobytes())  # the base model
+    assert trace.identity("relative") == digest.hexdigest()
 
 
 def test_copying_and_dropping_records(trace):
