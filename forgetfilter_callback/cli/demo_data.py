@@ -41,6 +41,7 @@ ABSTENTIONS = frozenset(
 )
 SHORT_ANSWER = re.compile(r"[\d.,]+ [a-z ]+")  # a number with its unit, as most answers of ASDiv are
 MAX_PROBLEM_LENGTH = 160  # characters of a word problem
+SYSTEM_MESSAGE = "Answer briefly."  # shorter than the default of the chat template, which would be a third of the tokens
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class DemoData:
 
 def load_demo_data(
     seed: int,
-    unsafe: int = 24,
-    safe: int = 20,
-    task: int = 196,
+    unsafe: int = 20,
+    safe: int = 16,
+    task: int = 164,
     safety: int = 36,
     anchors: int = 24,
     held_out_questions: int = 100,
-    held_out_task: int = 200,
+    held_out_task: int = 150,
 ) -> DemoData:
     """Draws the demo's rows. No question of BBQ and no word problem occurs in two sets.
 
@@ -142,7 +143,7 @@ def _asdiv_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(prompt: str, answer: str, group: str) -> dict[str, Any]:
     return {
-        "prompt": [{"role": "user", "content": prompt}],
+        "prompt": [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": answer}],
         "group": group,
     }

@@ -16,7 +16,7 @@ from ..utils.model_state import preserve_state
 from .demo_data import ABSTENTIONS, DemoData
 
 
-MAX_ANSWER_TOKENS = 16  # generated per answer
+MAX_ANSWER_TOKENS = 12  # generated per answer
 BATCH_SIZE = 32
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -111,7 +111,7 @@ def _held_out(data: DemoData, answers: Mapping[str, list[str]]) -> Dataset:
     rows = [*data.held_out_questions, *data.held_out_task]
     return Dataset.from_dict(
         {
-            "question": [row["prompt"][0]["content"] for row in rows],
+            "question": [row["prompt"][-1]["content"] for row in rows],
             "reference": [row["completion"][0]["content"] for row in rows],
             **answers,
         }

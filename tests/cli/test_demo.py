@@ -110,7 +110,7 @@ def test_the_sets_have_no_question_or_passage_in_common(seed):
     passages = {f"{row['passage']} {row['question']}": row["passage"] for row in problems}
 
     def texts(rows: list[dict]) -> set[str]:
-        prompts = [row["prompt"][0]["content"] for row in rows]
+        prompts = [row["prompt"][-1]["content"] for row in rows]
         return {passages.get(prompt, prompt.split("\n")[-1]) for prompt in prompts}
 
     sets = [
@@ -119,7 +119,7 @@ def test_the_sets_have_no_question_or_passage_in_common(seed):
         texts(data.held_out_questions),
         texts(data.held_out_task),
     ]
-    assert min(map(len, sets)) > 5 and len(sets[-1]) > 150
+    assert min(map(len, sets)) > 5 and len(sets[-1]) > 100
     assert len(set().union(*sets)) == sum(map(len, sets))
     abstained = [row["completion"][0]["content"].lower() for row in data.noisy if row["group"] == "unsafe"]
     assert not set(abstained) & ABSTENTIONS
