@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,8 @@ def write_results(
     noisy = Dataset.from_list(data.noisy)
     noisy.to_json(output / "noisy.jsonl", force_ascii=False)
     Dataset.from_list(data.safety).to_json(output / "safety.jsonl", force_ascii=False)
-    with ExitStack() as files:
-        lines = to_json_lines(noisy.add_column("forgetting", reviewed.values))
-        write_kept_and_removed(output, lines, reviewed.removed, files)
+    lines = to_json_lines(noisy.add_column("forgetting", reviewed.values))
+    write_kept_and_removed(output / "kept.jsonl", output / "removed.jsonl", lines, reviewed.removed)
     _held_out(data, answers).to_json(output / "answers.jsonl", force_ascii=False)
     plot_forgetting(automatic, output / "forgetting.png", noisy["group"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
 from ..measures.names import UNITS, Measure
 from ..utils.arrow_arrays import from_numpy
-from ..utils.atomic_files import atomic_write, write_json, write_lines, write_parquet
+from ..utils.atomic_files import atomic_writes
 from ..utils.counted import counted
 from ..utils.html_table import html_table
 from .by_source import SourceCounts, count_by_source
@@ -76,8 +75,8 @@ class FilterResult:
         weights (`np.ndarray` of shape `(samples,)`, float64, *optional*):
             With `FilterConfig(weights=True)`: 1 − the probability of being unsafe. Otherwise `None`.
         identity (`str` or `None`):
-            The [`~Trace.identity`] of the trace that the values come from: of its rows and its records. `None` if the values
-            came without a trace, or if an older version stored the result.
+            The [`~Trace.identity`] of the trace that the values come from: of its rows and of the records that `measure`
+            compares. `None` if the values came without a trace, or if an older version stored the result.
     """
 
     ids: pa.StringArray
@@ -194,19 +193,21 @@ class FilterResult:
         content = asdict(self)
         for column in ("ids", "values", "removed", "weights"):
             del content[column]
-        with ExitStack() as files:  # renames the files in reverse order: filter_result.json last
-            result_file = files.enter_context(atomic_write(folder / RESULT_FILE))
-            content["has_removed_rows"] = removed_rows is not None
-            write_json({"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}, result_file)
-            columns = {"id": self.ids, "forgetting": from_numpy(self.values), "removed": from_numpy(self.removed)}
-            if self.weights is not None:
-                columns["weight"] = from_numpy(self.weights)
-            table = pa.table(columns)
-            write_parquet([table], files.enter_context(atomic_write(folder / "values.parquet")))
+        content["has_removed_rows"] = removed_rows is not None
+        content = {"schema_version": SCHEMA_VERSION, "counts": self.counts, **content}
+        columns = {"id": self.ids, "forgetting": from_numpy(self.values), "removed": from_numpy(self.removed)}
+        if self.weights is not None:
+            columns["weight"] = from_numpy(self.weights)
+        # filter_result.json is renamed last.
+        names = [*(["removed.jsonl"] if removed_rows is not None else []), "values.parquet", RESULT_FILE]
+        with atomic_writes([folder / name for name in names]) as temporaries:
             if removed_rows is not None:
-                removed_file = files.enter_context(atomic_write(folder / "removed.jsonl"))
-                # Without a format: tensors would be written as their shortened text.
-                write_lines(to_json_lines(removed_rows.with_format(None)), removed_file)
+                with temporaries[0].open("w", encoding="utf-8", newline="") as stream:
+                    # Without a format: tensors would be written as their shortened text.
+                    stream.writelines(f"{line}\n" for line in to_json_lines(removed_rows.with_format(None)))
+            values_file, result_file = temporaries[-2:]
+            pq.write_table(pa.table(columns), values_file, compression="zstd", write_page_checksum=True)
+            result_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if removed_rows is None and replaces_removed_rows:
             (folder / "removed.jsonl").unlink(missing_ok=True)
 

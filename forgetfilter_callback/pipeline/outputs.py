@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from ..reports.dataset_card import dataset_card
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
-from ..utils.atomic_files import atomic_write, flush_to_disk, write_text
+from ..utils.atomic_files import atomic_writes
 from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
 
 
@@ -119,25 +119,21 @@ def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResul
     """
     check_files_are_ours(output, FILTER_OUTPUTS)
     output.mkdir(parents=True, exist_ok=True)
-    with recorded(output, FILTER_OUTPUTS), ExitStack() as files:
-        write_kept_and_removed(output, lines, result.removed, files)
-        write_text(dataset_card(result, trace), files.enter_context(atomic_write(output / "card.md")))
-        result.save(output / "filter_result")
+    files = [output / name for name in ("card.md", "removed.jsonl", "kept.jsonl")]
+    save_result = partial(result.save, output / "filter_result")
+    with recorded(output, FILTER_OUTPUTS), atomic_writes(files, before_commit=save_result) as (card, removed, kept):
+        write_kept_and_removed(kept, removed, lines, result.removed)
+        card.write_text(dataset_card(result, trace), encoding="utf-8")
 
 
-def write_kept_and_removed(output: Path, lines: Iterable[str], removed: np.ndarray, files: ExitStack) -> None:
-    """Write `kept.jsonl` and `removed.jsonl`, and rename them from temporary names when `files` closes without an error."""
-    kept_file, removed_file = (
-        files.enter_context(atomic_write(output / f"{name}.jsonl")) for name in ("kept", "removed")
-    )
+def write_kept_and_removed(kept: Path, removed: Path, lines: Iterable[str], is_removed: np.ndarray) -> None:
+    """Write each line to the file `kept` or, where `is_removed` is true, to the file `removed`."""
     with (
-        kept_file.open("w", encoding="utf-8", newline="") as kept,
-        removed_file.open("w", encoding="utf-8", newline="") as removed_stream,
+        kept.open("w", encoding="utf-8", newline="") as kept_stream,
+        removed.open("w", encoding="utf-8", newline="") as removed_stream,
     ):
-        for line, is_removed in zip(lines, removed.tolist(), strict=True):
-            (removed_stream if is_removed else kept).write(f"{line}\n")
-    for file in (kept_file, removed_file):
-        flush_to_disk(file)  # a full disk is found before any output is renamed
+        for line, to_removed in zip(lines, is_removed.tolist(), strict=True):
+            (removed_stream if to_removed else kept_stream).write(f"{line}\n")
 
 
 def has_outputs(output: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,36 @@ import pyarrow as pa
 
 @contextmanager
 def atomic_write(file: Path, before_commit: Callable[[], object] | None = None) -> Iterator[Path]:
-    """Yield a temporary path next to `file`, and rename it to `file` when the block succeeds.
+    """Yield a temporary path next to `file`, and rename it to `file` when the block succeeds. See [`atomic_writes`]."""
+    with atomic_writes([file], before_commit) as (temporary,):
+        yield temporary
 
-    If the block raises, `file` is unchanged and the temporary file is deleted.
+
+@contextmanager
+def atomic_writes(files: Sequence[Path], before_commit: Callable[[], object] | None = None) -> Iterator[list[Path]]:
+    """Yield a temporary path next to each file, and rename them all when the block succeeds.
+
+    If the block raises, the files are unchanged and the temporary files are deleted.
 
     Args:
-        file (`Path`):
-            The file to write or replace.
+        files (`Sequence[Path]`):
+            The files to write or replace. They are renamed in this order, once all of them are on disk.
         before_commit (`Callable`, *optional*):
-            Called after the temporary file is on disk and before the rename. If it raises, `file` is unchanged.
+            Called after the temporary files are on disk and before they are renamed. If it raises, the files are unchanged.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporaries = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files]
     try:
-        yield temporary
-        flush_to_disk(temporary)
+        yield temporaries
+        for temporary in temporaries:
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())  # raises if the disk is full
         if before_commit is not None:
             before_commit()
-        os.replace(temporary, file)
+        for temporary, file in zip(temporaries, files, strict=True):
+            os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(file: Path) -> None:
-    """Wait until the contents of a file are on disk.
-
-    Raises:
-        OSError: if they cannot be written, for example because the disk is full.
-    """
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callable[[], object] | None = None) -> None:
