@@ -23,6 +23,7 @@ from ..trace.trace import Trace
 from ..utils.counted import counted, counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
+from ..utils.row_numbers import describe_rows
 from .session_rows import encode_noisy_rows, scoring_max_length, sft_encoding_options
 from .sessions import SessionArgument, count_overlap
 
@@ -91,11 +92,12 @@ def open_trace(
             f"{counted_of(rows.truncated, len(rows), 'sample', 'were')} truncated on the {side}, to {scored_length} tokens. "
             "The truncated tokens are not scored."
         )
-    without_loss = int((np.diff(rows.loss_offsets) == 0).sum())
-    if without_loss:
+    without_loss = np.flatnonzero(np.diff(rows.loss_offsets) == 0)
+    if len(without_loss):
         logger.warning(
-            f"{counted_of(without_loss, len(rows), 'sample', 'have')} no token that contributes to the loss. Their "
-            "forgetting is NaN, and they are kept. Check their labels and max_length."
+            f"{counted_of(len(without_loss), len(rows), 'sample', 'have')} no token that contributes to the loss "
+            f"({describe_rows(without_loss)}). Their forgetting is NaN, and they are kept. Check their labels and "
+            "max_length."
         )
     tokenizer = unwrap_tokenizer(processing_class)
     blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -30,6 +31,7 @@ from ..utils.argument_checks import check_fields, check_positive
 from ..utils.counted import counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
+from ..utils.row_numbers import describe_rows
 from .forget_filter import ForgetFilter
 from .load_model import load_model, lora_config
 from .locked_output import locked_output
@@ -104,11 +106,12 @@ def load_inputs(config: RunConfig) -> RunInputs:
         noisy = encode_source(config.noisy, given[0], tokenizer, max_length)
         safety = encode_source(config.safety, load_rows(config.safety), tokenizer, max_length)
         warn_about_rows(config.safety, safety, tokenizer)  # the tracker does so for the noisy set
-        overlap = pc.is_in(safety.ids, value_set=noisy.ids).true_count
-        if overlap:
+        shared = np.flatnonzero(pc.is_in(safety.ids, value_set=noisy.ids))
+        if len(shared):
             raise DataError(
-                f"{counted_of(overlap, len(safety), 'safe row', 'are')} also in the noisy set. The model cannot forget what "
-                "it also learns: remove such rows from one of the two sets."
+                f"{counted_of(len(shared), len(safety), 'safe row', 'are')} also in the noisy set ({describe_rows(shared)} "
+                f"of {config.safety}). The model cannot forget what it also learns: remove such rows from one of the two "
+                "sets."
             )
         return tokenizer, digest, noisy, safety
 

@@ -83,7 +83,7 @@ def test_rows_without_loss_tokens_are_nan(noisy, make_args, collator, caplog):
     train_tracked(rows, make_args, collator, tracker)
     losses = tracker.trace.losses()
     assert np.isnan(losses[:, 0]).all() and np.isfinite(losses[:, 1:]).all()
-    assert "1 of 25 samples has no token that contributes to the loss" in caplog.text
+    assert "1 of 25 samples has no token that contributes to the loss (row 0). Their" in caplog.text
 
 
 def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, tokenizer, caplog):

@@ -1,4 +1,4 @@
-"""Counting samples with an empty completion."""
+"""Finding samples with an empty completion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from shipped_tokenizers import shipped_tokenizer
 
 from forgetfilter_callback import encode_rows
-from forgetfilter_callback.data.blank_completions import count_blank_completions, describe_blank_completions
+from forgetfilter_callback.data import encoded_rows
+from forgetfilter_callback.data.blank_completions import describe_blank_completions, find_blank_completions
 from forgetfilter_callback.data.load_rows import encode_source, warn_about_rows
 
 
@@ -34,19 +35,19 @@ def as_messages(rows):
 
 
 @pytest.mark.parametrize("form", [list, as_messages])
-def test_empty_and_white_completions_are_counted(form, byte_tokenizer):
+def test_empty_and_white_completions_are_found(form, byte_tokenizer):
     """As text and as messages, whose template ends a turn with a special token and a line break."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
-    counts = [
-        count_blank_completions(encode_rows(form(pairs(completions)), tokenizer, disable_tqdm=True), tokenizer)
-        for completions in (BLANK, NOT_BLANK, [*BLANK, *NOT_BLANK])
+    found = [
+        find_blank_completions(encode_rows(form(pairs(completions)), tokenizer, disable_tqdm=True), tokenizer).tolist()
+        for completions in (BLANK, NOT_BLANK, [*NOT_BLANK, *BLANK])
     ]
-    assert counts == [len(BLANK), 0, len(BLANK)]
+    assert found == [[0, 1, 2, 3], [], [5, 6, 7, 8]]
 
 
-def test_rows_of_token_ids_are_counted_too(tokenizer):
-    """Unknown tokens, and tokens that the tokenizer does not have, are not empty. Rows without a label are not counted."""
+def test_rows_of_token_ids_are_found_too(tokenizer):
+    """Unknown tokens, and tokens that the tokenizer does not have, are not empty. Rows without a label are left out."""
     eos, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
     rows = encode_rows(
         [
@@ -58,7 +59,7 @@ def test_rows_of_token_ids_are_counted_too(tokenizer):
         ],
         disable_tqdm=True,
     )
-    assert count_blank_completions(rows, tokenizer) == 1
+    assert find_blank_completions(rows, tokenizer).tolist() == [0]
 
 
 def test_an_unknown_token_that_is_the_end_token_is_no_text():
@@ -66,14 +67,22 @@ def test_an_unknown_token_that_is_the_end_token_is_no_text():
     tokenizer = shipped_tokenizer("no pad, as GPT-2")
     assert tokenizer.unk_token_id == tokenizer.eos_token_id
     rows = encode_rows(pairs([*BLANK, *NOT_BLANK]), tokenizer, disable_tqdm=True)
-    assert count_blank_completions(rows, tokenizer) == len(BLANK)
+    assert find_blank_completions(rows, tokenizer).tolist() == [0, 1, 2, 3]
+
+
+def test_rows_are_numbered_across_windows(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(encoded_rows, "WINDOW", 2)
+    rows = encode_rows(pairs(["a", "b", "", "c", "d", " ", ""]), byte_tokenizer, disable_tqdm=True)
+    assert find_blank_completions(rows, byte_tokenizer).tolist() == [2, 5, 6]
 
 
 def test_a_file_with_empty_completions_is_reported(byte_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         rows = encode_source("noisy.csv", pairs(["", "a", " "]), byte_tokenizer, None)
         warn_about_rows("noisy.csv", rows, byte_tokenizer)
-    assert "noisy.csv: 2 of 3 samples have a completion that is empty or only white space" in caplog.text
+    assert (
+        "noisy.csv: 2 of 3 samples have a completion that is empty or only white space (rows 0, 2), so" in caplog.text
+    )
     caplog.clear()
     rows = encode_source("noisy.csv", pairs(["b", "a"]), byte_tokenizer, None)
     warn_about_rows("noisy.csv", rows, byte_tokenizer)
