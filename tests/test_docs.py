@@ -111,6 +111,7 @@ def workplace(tmp_path, files, finished_run, byte_tokenizer, monkeypatch) -> Pat
     shutil.copy(files["safety"], tmp_path / "safety.jsonl")
     for seed, name in enumerate(["held-out-unsafe", "held-out-task"]):
         Dataset.from_list(texts(3, seed=seed)).to_json(tmp_path / f"{name}.jsonl")
+    Dataset.from_list([{"instruction": "Say hi.", "input": "", "output": "hi"}]).to_json(tmp_path / "alpaca.jsonl")
     shutil.copytree(finished_run, tmp_path / "out")
     return tmp_path
 

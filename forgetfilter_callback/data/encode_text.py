@@ -141,8 +141,9 @@ def encode_rows(
                 raise EncodingError(f"`{text_column}` must be text, but it is {text!r:.60}.")
             return plain_sample(*tokenize(_with_eos(check_text(text, f"`{text_column}`"), processing_class)))
         raise EncodingError(
-            f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, "
-            f"`conversations`, `{text_column}`, or `input_ids`."
+            f"columns {sorted(row)} are not a supported form. Use `prompt` and `completion`, `messages`, `conversations`, "
+            f"`{text_column}`, or `input_ids`. Convert other columns first. For `question` and `answer`: "
+            'rows.map(lambda row: {"prompt": row["question"] + "\\n", "completion": row["answer"]})'
         )
 
     rows = as_rows(rows, "`rows`")
