@@ -1,6 +1,6 @@
 """What all commands share: the app, exit codes and how results are printed.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage or unusable input, 3 not separable (nothing was removed).
+Exit codes: 0 success, 1 failure, 2 wrong usage or unusable input, 3 not separable (nothing was removed), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,7 +27,8 @@ if TYPE_CHECKING:  # torch and transformers are imported in the commands, so tha
     from ..filtering.result import FilterResult
 
 
-FAILED, BAD_INPUT, NOT_SEPARABLE = 1, 2, 3
+FAILED, BAD_INPUT, NOT_SEPARABLE, INTERRUPTED = 1, 2, 3, 130
+NOTHING_WRITTEN = "No file was written."
 RUN_FILTER_OPTIONS = ("measure", "threshold", "fraction")
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")]
 
@@ -60,6 +62,8 @@ def main(
     for stream in (sys.stdout, sys.stderr):  # do not fail on terminals that cannot show φ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # Without a network, huggingface_hub would print a dozen lines about its retries before the error.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter())
     logging.basicConfig(handlers=[handler])
@@ -67,10 +71,16 @@ def main(
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Print errors in one line, without a traceback, and exit with their code."""
+def exit_codes(kept: str = "") -> Iterator[None]:
+    """Print errors in one line, without a traceback, and exit with their code.
+
+    Args:
+        kept (`str`, defaults to `""`):
+            A sentence that says what the command leaves behind after Ctrl-C.
+    """
     try:
-        yield
+        with after_interrupt(lambda: kept):
+            yield
     except ValueError as error:  # all errors about inputs and settings
         say(f"forgetfilter: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
@@ -79,6 +89,18 @@ def exit_codes() -> Iterator[None]:
             raise
         say(f"forgetfilter: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(FAILED) from error
+
+
+@contextmanager
+def after_interrupt(describe: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C, print what `describe` returns and exit. Of several processes, the main one prints it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(err=True)  # ends the line of a progress bar
+            say(f"forgetfilter: Interrupted. {describe()}".rstrip(), err=True)
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def silence_libraries() -> None:

@@ -15,6 +15,8 @@ def main() -> None:
             from .commands import app
     except ImportError as error:
         sys.exit(f"forgetfilter: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     atexit.register(_leave_process_group)
     app()
 

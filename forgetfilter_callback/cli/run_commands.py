@@ -7,8 +7,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,12 @@ from ..data.source_paths import check_model, check_source
 from ..filtering.config import FilterConfig
 from ..pipeline.run_config import RunConfig
 from ..utils.counted import counted
-from .advice import how_to_finish
+from .advice import how_to_finish, what_is_kept
 from .app import (
+    NOTHING_WRITTEN,
     RUN_FILTER_OPTIONS,
     JsonOption,
+    after_interrupt,
     exit_codes,
     exit_if_not_separable,
     print_result,
@@ -48,7 +51,7 @@ def demo(
 
         forgetfilter demo --output forgetfilter-demo
     """
-    with exit_codes():
+    with exit_codes(f"The demo cannot be continued. Delete {output}, or choose another --output, and start it again."):
         from .demo import run_demo
 
         silence_libraries()
@@ -76,12 +79,12 @@ def run(
 
     Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, batch size 4, LoRA with r=8.
     """
-    with exit_codes():
+    with exit_codes(NOTHING_WRITTEN):
         run_config = _run_config(config, settings, filter_settings)
         if is_single_process():
-            check_model(run_config.model)
             for source in (run_config.noisy, run_config.safety):
                 check_source(source)
+            check_models([run_config.model])
         from ..pipeline.cost_estimate import plan
         from ..pipeline.run import run as run_pipeline
         from ..utils.distributed import rank_and_world_size
@@ -96,15 +99,13 @@ def run(
             else:
                 say(str(cost))
             return
-        if as_json:
-            with _stdout_to_stderr():
-                result = run_pipeline(run_config)
-        else:
+        output = Path(run_config.output)
+        with after_interrupt(partial(what_is_kept, output)), _stdout_to_stderr() if as_json else nullcontext():
             result = run_pipeline(run_config)
         if rank_and_world_size()[0] == 0:
             look = "show" if result.separability.separable else "review"
             next_step = shlex.join(["forgetfilter", look, run_config.output])
-            print_result(result, Path(run_config.output), as_json, next_step)
+            print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
 
 
@@ -185,11 +186,10 @@ def score(
     }
     if not checkpoints:
         raise typer.BadParameter("Pass at least one model: --before, --after or --base.")
-    with exit_codes():
+    with exit_codes(NOTHING_WRITTEN):
         if is_single_process():
             check_source(noisy)
-            for model in checkpoints.values():
-                check_model(model)
+            check_models(checkpoints.values())
             if tokenizer is not None:
                 check_model(tokenizer, "tokenizer")
         import numpy as np
@@ -198,7 +198,8 @@ def score(
         from ..utils.distributed import rank_and_world_size
 
         silence_libraries()
-        trace = score_source(output, noisy, checkpoints, tokenizer, max_length, batch_tokens)
+        with after_interrupt(partial(what_is_kept, output)):
+            trace = score_source(output, noisy, checkpoints, tokenizer, max_length, batch_tokens)
         if rank_and_world_size()[0] > 0:
             return
         means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
@@ -209,6 +210,14 @@ def score(
             say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
         say(f"Wrote the trace to {output}.")
         say(how_to_finish(trace) or f"Next: {shlex.join(['forgetfilter', 'show', str(output)])}")
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Check that the folders of models exist. Say which names are Hub ids: without a network, a typo takes a minute."""
+    for name in names:
+        check_model(name)
+        if not Path(name).exists():
+            say(f"forgetfilter: There is no folder {name}, so the model is loaded from the Hub.", err=True)
 
 
 def is_single_process() -> bool:

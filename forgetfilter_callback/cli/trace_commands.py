@@ -13,9 +13,10 @@ from ..data.audit_labels import as_labels
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
 from ..utils.optional_packages import requires_extra
-from .advice import how_to_finish, is_measurable
+from .advice import how_to_finish, is_measurable, what_is_missing
 from .app import (
     BAD_INPUT,
+    NOTHING_WRITTEN,
     JsonOption,
     as_dict,
     exit_codes,
@@ -66,7 +67,7 @@ def filter_command(
 
         forgetfilter filter out --fraction 0.05 --output filtered
     """
-    with exit_codes():
+    with exit_codes(NOTHING_WRITTEN):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
         from ..pipeline.outputs import filter_rows
@@ -105,7 +106,7 @@ def report(
 
         forgetfilter report out --output review.html
     """
-    with exit_codes():
+    with exit_codes(NOTHING_WRITTEN):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
@@ -165,7 +166,7 @@ def show(
 
 
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
-    """Check whether the files of a trace are intact.
+    """Check whether a trace is complete and its files are intact.
 
     Example:
 
@@ -181,17 +182,19 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
         folder = find_trace_folder(trace)
         if not Trace.exists(folder):
             Trace.open(folder)  # raises an error that says so
-        findings = validate_trace(folder)
-        if not findings.problems:
-            findings.notes.extend(filter(None, [how_to_finish(Trace.open(folder))]))
+        problems, notes = validate_trace(folder)
+        missing = None if problems else what_is_missing(Trace.open(folder))
         if as_json:
-            typer.echo(json.dumps(findings._asdict()))
-        else:
-            for text in findings.problems + findings.notes:
-                say(text)
-            say(f"{trace} {'has problems' if findings.problems else 'is valid'}.")
-        if findings.problems:
+            typer.echo(json.dumps({"problems": problems, "notes": notes + ([] if missing is None else [missing])}))
+            raise typer.Exit(BAD_INPUT if problems else 0)
+        for text in problems + notes:
+            say(text)
+        if problems:
+            say(f"{trace} has problems.")
             raise typer.Exit(BAD_INPUT)
+        say(
+            f"{trace} is complete, and its files are intact." if missing is None else f"The files are intact. {missing}"
+        )
 
 
 def open_trace(path: Path) -> Trace:

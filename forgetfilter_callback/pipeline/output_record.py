@@ -102,8 +102,18 @@ def record_saved_model(output: Path) -> None:
 
 
 def is_recorded(output: Path, folder: str) -> bool:
-    """Whether an earlier run has written to `folder`, which is `"model"` or `"sessions"`."""
+    """Whether an earlier run has written to `folder`, which is `"model"` or `"sessions"`, or a file with this name."""
     return any(name == folder or name.startswith(f"{folder}/") for name in _read(output))
+
+
+def has_saved_model(output: Path) -> bool:
+    """Whether an earlier run has saved its model completely."""
+    return MODEL_FOLDER not in _read(output) and is_recorded(output, MODEL_FOLDER)
+
+
+def has_checkpoints(output: Path) -> bool:
+    """Whether a run has saved a checkpoint of any session."""
+    return any(_checkpoints(output))
 
 
 def delete_recorded(output: Path) -> None:

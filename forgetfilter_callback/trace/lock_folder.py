@@ -34,3 +34,17 @@ def lock_folder(folder: str | os.PathLike[str]) -> FileLock | None:
         logger.warning(f"The file system of {folder} has no locks ({error}). No other run may record into it.")
         return None
     return lock
+
+
+def is_locked(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process records into `folder`. `False` where this cannot be found out, such as in a read-only folder."""
+    file = Path(folder) / ".lock"
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False

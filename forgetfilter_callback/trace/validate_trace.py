@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 from ..data.encode_each import encode_each
 from ..data.token_sample import Sample
 from ..errors import TraceError
+from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted, counted_of
-from .records import SESSIONS, Record
+from ..utils.row_numbers import describe_rows
+from .records import Record
 from .trace import Trace
 
 
@@ -49,10 +51,11 @@ def validate_trace(folder: str | Path) -> Findings:
         if not file.name.startswith(".") and file.name not in record_files
     ]
     problems += _check_rows(trace)
-    checks = [*(_check_record(trace, record) for record in records), _check_sessions(trace)]
-    for check in checks:
+    for record in records:
+        check = _check_record(trace, record)
         problems += check.problems
         notes += check.notes
+    problems += _check_safety_session(trace)
     return Findings(problems, notes)
 
 
@@ -67,11 +70,13 @@ def _check_rows(trace: Trace) -> list[str]:
         return Sample(trace.rows.tokens[span], trace.rows.loss_mask[span], trace.rows.attention_mask[span])
 
     encoded = encode_each(range(count), sample, count, max_length=None, disable_tqdm=True)
-    changed = pc.not_equal(encoded.ids, trace.rows.ids).true_count
-    if not changed:
+    changed = np.flatnonzero(to_numpy(pc.not_equal(encoded.ids, trace.rows.ids)))
+    if not len(changed):
         return []
-    changed_rows = counted_of(changed, count, "row", "do")
-    return [f"rows.parquet: {changed_rows} not match the stored ids. Restore the file, or record again."]
+    return [
+        f"rows.parquet: {counted_of(len(changed), count, 'row', 'do')} not match the stored ids ({describe_rows(changed)}). "
+        "Restore the file, or record again."
+    ]
 
 
 def _check_record(trace: Trace, record: Record) -> Findings:
@@ -100,23 +105,8 @@ def _check_record(trace: Trace, record: Record) -> Findings:
     return Findings([], notes)
 
 
-def _check_sessions(trace: Trace) -> Findings:
-    records = trace.records()
-    problems: list[str] = []
-    notes: list[str] = []
-    max_steps = {entry["session"]: entry["max_steps"] for entry in trace.manifest["sessions"]}
-    for session in SESSIONS:
-        steps = [record.step for record in records if record.session == session]
-        if steps and session in max_steps and max(steps) < max_steps[session]:
-            notes.append(
-                f"The {session} session has no record at its end: the last one is at step {max(steps)} of "
-                f"{max_steps[session]}. It was stopped early or crashed. If that was not intended, resume it from "
-                "its last checkpoint."
-            )
-        if session == "safety" and steps and min(steps) > 0:
-            problems.append(
-                "The safety session has no record at step 0, which forgetting needs. Run the session again."
-            )
-    if not records:
-        notes.append("The trace has no records yet.")
-    return Findings(problems, notes)
+def _check_safety_session(trace: Trace) -> list[str]:
+    steps = [record.step for record in trace.records() if record.session == "safety"]
+    if not steps or min(steps) == 0:
+        return []
+    return ["The safety session has no record at step 0, which forgetting needs. Run the session again."]

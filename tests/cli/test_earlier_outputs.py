@@ -14,7 +14,6 @@ import yaml
 from helpers import call, refused, run_options
 
 from forgetfilter_callback import FilterResult, Trace
-from forgetfilter_callback.pipeline import forget_filter
 from forgetfilter_callback.pipeline.output_record import FILTER_OUTPUTS
 
 
@@ -190,60 +189,3 @@ def test_an_export_with_a_column_of_the_user_is_not_replaced(output, tmp_path):
     before = contents(tmp_path)
     refused(call("export", output, "--output", tmp_path / "rows.jsonl"), "is not an earlier output of this command")
     assert contents(tmp_path) == before
-
-
-@pytest.fixture
-def interrupted(files, tmp_path, monkeypatch) -> Path:
-    """The output of a run that failed at the beginning of its safety session."""
-
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("interrupted")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(forget_filter.ForgetFilter, "safety_finetune", fail)
-        assert call("run", *run_options(files, tmp_path / "out"), "--fraction", 0.25).exit_code == 1
-    return tmp_path / "out"
-
-
-def test_commands_say_how_to_continue_an_interrupted_run(interrupted, files, tmp_path):
-    advice = f"The run in {interrupted} has not finished. Continue it: "
-    for command in (
-        ("show", interrupted),
-        ("report", interrupted),
-        ("filter", interrupted, "--output", tmp_path / "f"),
-    ):
-        result = call(*command)
-        refused(result, advice)
-        assert "Tracker" not in result.output and "resume_from_checkpoint" not in result.output
-    refused(call("run", *run_options(files, interrupted), "--fraction", 0.25), "contains an earlier run")
-    doctor = call("doctor", interrupted)
-    assert doctor.exit_code == 0 and advice in doctor.output and "resume_from_checkpoint" not in doctor.output
-    (note,) = [text for text in json.loads(call("doctor", interrupted, "--json").stdout)["notes"] if advice in text]
-    typed = note.partition(advice)[2].split()
-    assert typed[0] == "forgetfilter" and call(*typed[1:]).exit_code == 0
-    assert call("show", interrupted).exit_code == 0
-    assert advice not in call("doctor", interrupted).output
-
-
-@pytest.mark.parametrize(
-    ("scored", "missing"),
-    [(["--base"], "before and of the model after"), (["--before"], "after"), (["--after"], "before")],
-)
-def test_commands_say_which_model_must_be_scored(scored, missing, files, tmp_path):
-    models = [part for role in scored for part in (role, files["model"])]
-    assert call("score", "--noisy", files["noisy"], *models, "--output", tmp_path / "trace").exit_code == 0
-    result = call("show", tmp_path / "trace")
-    refused(result, f"has no record of the model {missing} safety finetuning. Record it: forgetfilter score --noisy")
-    typed = result.output.partition("Record it: ")[2].split()
-    typed = [str(files["model"]) if part == "MODEL" else part for part in typed]
-    assert call(*typed[1:]).exit_code == 0
-    assert call("show", tmp_path / "trace", "--measure", "loss").exit_code == 0
-
-
-def test_doctor_calls_a_folder_without_a_trace_no_trace(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        result = call("doctor", folder)
-        refused(result, f"{folder} contains no trace")
-        assert "problems" not in result.output
-    (tmp_path / "file.json").write_text("{}")
-    refused(call("doctor", tmp_path / "file.json"), "file.json is a file. Pass the folder of a trace.")

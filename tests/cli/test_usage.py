@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -84,3 +85,26 @@ def test_help_does_not_import_torch():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OFFLINE = """
+import time
+time.sleep = lambda seconds: None  # between the tries
+from forgetfilter_callback.cli.main import main
+main()
+"""
+
+
+def test_a_model_that_is_no_folder_without_a_network(files, tmp_path):
+    rows = ("--noisy", str(files["noisy"]), "--safety", str(files["safety"]))
+    result = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "run", "--model", "owner/modle", *rows, "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2 and "Retry" not in result.stderr, result.stderr
+    first, *_, last = result.stderr.splitlines()
+    assert first == "forgetfilter: There is no folder owner/modle, so the model is loaded from the Hub."
+    assert last.startswith(
+        "forgetfilter: The model 'owner/modle' cannot be loaded. There is no such folder. From the Hub: "
+    )
