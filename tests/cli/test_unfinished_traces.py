@@ -245,7 +245,7 @@ def test_ctrl_c_while_models_are_scored(files, tmp_path, monkeypatch):
     ("command", "name"),
     [
         (("filter", "--output", "f"), "pipeline.outputs.find_forgotten"),
-        (("report", "--output", "p.html"), "reports.review_page.find_forgotten"),
+        (("report", "--output", "p.html"), "reports.review_page.decide"),
         (("export", "--output", "e", "--fraction", 0.5), "pipeline.export.find_forgotten"),
         (("show",), "reports.terminal.show"),
         (("doctor",), "trace.validate_trace.validate_trace"),
