@@ -19,6 +19,7 @@ from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
 from forgetfilter_callback.pipeline.outputs import filter_rows
+from forgetfilter_callback.reports import review_page
 from forgetfilter_callback.reports.review_page import write_review_page
 
 
@@ -109,6 +110,7 @@ def test_invalid_decision_files_are_refused(content, said, finished, tmp_path):
 def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_tokenizer, make_args, monkeypatch):
     values = np.array([1.5, 1.6, 0.1, 0.2] * 3)
     monkeypatch.setattr(Trace, "forgetting", lambda self, measure="smoothed", step=None: values)
+    monkeypatch.setattr(review_page, "compute_forgetting_by_record", lambda *arguments: np.array([values]))
 
     def decided(folder: Path) -> dict[str, str]:
         trace = Trace.open(finished[0] / "_forgetfilter")
