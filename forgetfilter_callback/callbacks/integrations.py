@@ -40,7 +40,9 @@ def summarize_losses(losses: np.ndarray, rises: np.ndarray | None = None) -> dic
         missing if there is no such value.
     """
     means = {"forgetfilter/loss": losses} | ({} if rises is None else {"forgetfilter/loss_rise": rises})
-    return {name: float(values[np.isfinite(values)].mean()) for name, values in means.items() if np.isfinite(values).any()}
+    return {
+        name: float(values[np.isfinite(values)].mean()) for name, values in means.items() if np.isfinite(values).any()
+    }
 
 
 def summarize_forgetting(

@@ -83,7 +83,11 @@ def test_forgetting_is_logged_if_another_callback_stops_training(noisy, safety, 
     tracker, model = ForgetTracker(noisy, record_steps=record_steps), tiny_llama()
     for folder, rows in (("noisy", noisy), ("safety", safety)):
         trainer = Trainer(
-            model, make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker, StopAfterTwoSteps()]
+            model,
+            make_args(folder),
+            train_dataset=rows,
+            data_collator=collator,
+            callbacks=[tracker, StopAfterTwoSteps()],
         )
         trainer.train()
     (end,) = (entry for entry in trainer.state.log_history if "forgetfilter/forgetting" in entry)
