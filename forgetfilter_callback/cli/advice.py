@@ -30,10 +30,9 @@ def how_to_finish(trace: Trace) -> str | None:
     """
     run_folder = _run_folder(trace)
     if is_locked(trace.folder):
-        going_on = (
-            f"The run in {run_folder} is still going on in" if run_folder else f"{trace.folder} is still recorded by"
-        )
-        return f"{going_on} another process. Wait until it has finished, then type this command again."
+        going_on = "is still going on in" if run_folder is not None else "is being recorded by"
+        name = f"The run in {run_folder}" if run_folder is not None else f"The trace in {trace.folder}"
+        return f"{name} {going_on} another process. Wait until it has finished, then type this command again."
     if run_folder is not None:
         return None if _is_finished(run_folder) else _how_to_resume(run_folder)
     if trace.manifest["sessions"] or is_measurable(trace):

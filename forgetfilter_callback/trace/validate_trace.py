@@ -16,6 +16,7 @@ from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted, counted_of
 from ..utils.row_numbers import describe_rows
+from .lock_folder import is_locked
 from .records import Record
 from .trace import Trace
 
@@ -41,9 +42,10 @@ def validate_trace(folder: str | Path) -> Findings:
         return Findings([str(error)], [])
     records = trace.records()
     record_files = {record.file_name for record in records}
+    temporary_files = [] if is_locked(folder) else sorted(folder.rglob(".*.tmp"))  # a running process writes its own
     notes = [
         f"{file} is an unfinished file of a process that has ended. Nothing reads it. Delete it."
-        for file in sorted(folder.rglob(".*.tmp"))
+        for file in temporary_files
     ]
     problems = [
         f"{file} is not a record: its name is not `<session>-<step>.parquet`. Move it elsewhere."

@@ -124,9 +124,12 @@ def test_commands_say_that_a_run_is_still_going_on(interrupted, tmp_path, record
             result = call(*command)
             refused(result, advice)
             assert "--resume" not in result.output
+        unfinished = interrupted / "_forgetfilter" / "records" / ".safety-00000000.parquet.1.tmp"
+        unfinished.touch()  # the other process writes it
         doctor = call("doctor", interrupted)
         assert doctor.exit_code == 0 and doctor.output == f"The files are intact. {advice}\n"
     refused(call("show", interrupted), "Continue it")
+    assert f"{unfinished} is an unfinished file of a process that has ended" in call("doctor", interrupted).output
 
 
 def test_a_trace_that_another_process_extends(output, files, tmp_path, recorded_elsewhere):
@@ -137,7 +140,7 @@ def test_a_trace_that_another_process_extends(output, files, tmp_path, recorded_
     models = ("--base", files["model"])
     assert call("score", "--noisy", files["noisy"], *models, "--output", tmp_path / "trace").exit_code == 0
     with recorded_elsewhere(tmp_path / "trace"):
-        refused(call("show", tmp_path / "trace"), f"{tmp_path / 'trace'} is still recorded by another process.")
+        refused(call("show", tmp_path / "trace"), f"{tmp_path / 'trace'} is being recorded by another process.")
     assert call("show", output, "--json").stderr == ""
 
 
