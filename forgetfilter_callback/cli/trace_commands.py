@@ -175,11 +175,10 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
     The exit code is 2 if something is wrong.
     """
     with exit_codes():
-        from ..trace.source_files import find_trace_folder
         from ..trace.trace import Trace
         from ..trace.validate_trace import validate_trace
 
-        folder = find_trace_folder(trace)
+        folder = trace_folder(trace)
         if not Trace.exists(folder):
             Trace.open(folder)  # raises an error that says so
         problems, notes = validate_trace(folder)
@@ -199,16 +198,30 @@ def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:
 
 def open_trace(path: Path) -> Trace:
     """Open a trace from which forgetting can be measured."""
-    from ..trace.source_files import find_trace_folder
     from ..trace.trace import Trace
 
-    trace = Trace.open(find_trace_folder(path))
+    trace = Trace.open(trace_folder(path))
     advice = how_to_finish(trace)
     if advice is not None and not is_measurable(trace):
         raise TraceError(advice)
     if advice is not None:
         say(f"forgetfilter: {advice}", err=True)
     return trace
+
+
+def trace_folder(path: Path) -> Path:
+    """The folder of the trace in `path`. Raises a [`TraceError`] if a process has just started to write it."""
+    from ..trace.lock_folder import is_locked
+    from ..trace.source_files import find_trace_folder
+    from ..trace.trace import Trace
+
+    folder = find_trace_folder(path)
+    if not Trace.exists(folder) and is_locked(folder):
+        raise TraceError(
+            f"The run in {path} is still going on in another process, and it has no records yet. Wait until it has "
+            "finished, then type this command again."
+        )
+    return folder
 
 
 def trace_decoder(trace: Trace, tokenizer: str | None) -> Decoder:

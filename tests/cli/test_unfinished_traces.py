@@ -144,6 +144,14 @@ def test_a_trace_that_another_process_extends(output, files, tmp_path, recorded_
     assert call("show", output, "--json").stderr == ""
 
 
+def test_a_run_that_has_just_begun(tmp_path, recorded_elsewhere):
+    (tmp_path / "_forgetfilter").mkdir()
+    with recorded_elsewhere(tmp_path / "_forgetfilter"):
+        for command in ("show", "doctor"):
+            refused(call(command, tmp_path), f"The run in {tmp_path} is still going on in another process, and it has no")
+    refused(call("show", tmp_path), "contains no trace")
+
+
 def test_the_settings_of_another_program_are_no_run(output, tmp_path):
     """A trainer has written its trace beside a config.yaml that is not from `forgetfilter run`."""
     shutil.copytree(output / "_forgetfilter", tmp_path / "_forgetfilter")
