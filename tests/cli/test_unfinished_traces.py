@@ -148,7 +148,9 @@ def test_a_run_that_has_just_begun(tmp_path, recorded_elsewhere):
     (tmp_path / "_forgetfilter").mkdir()
     with recorded_elsewhere(tmp_path / "_forgetfilter"):
         for command in ("show", "doctor"):
-            refused(call(command, tmp_path), f"The run in {tmp_path} is still going on in another process, and it has no")
+            refused(
+                call(command, tmp_path), f"The run in {tmp_path} is still going on in another process, and it has no"
+            )
     refused(call("show", tmp_path), "contains no trace")
 
 
