@@ -292,7 +292,8 @@ def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[pa.Table]:
     """The rows as tables of some thousand rows each, so that not all of them are Python objects at once."""
     for start in range(0, len(rows), ROWS_PER_BATCH):
         batch = [rows[index] for index in range(start, min(start + ROWS_PER_BATCH, len(rows)))]
-        yield pa.Table.from_struct_array(pa.array(batch))
+        names = dict.fromkeys(name for row in batch for name in row)  # some versions of pyarrow sort them
+        yield pa.Table.from_struct_array(pa.array(batch)).select(list(names))
 
 
 def _check_names(rows: Any) -> None:
