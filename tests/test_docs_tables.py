@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+COMMAND_LINE = ROOT / "docs" / "reference" / "command-line.md"
 
 
 @pytest.fixture
@@ -27,11 +28,18 @@ def cells(table: str) -> list[list[str]]:
 
 def test_every_table_is_on_a_page_and_every_page_is_current(tables):
     generate = importlib.import_module("generate")
-    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")}
+    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md") if page != COMMAND_LINE}
     named = [name for text in pages.values() for _, name, _ in generate.GENERATED.findall(text)]
-    assert sorted(named) == sorted(["command_line", *(table.__name__ for table in tables.ALL)])
+    assert sorted(named) == sorted(table.__name__ for table in tables.ALL)
     for page, text in pages.items():
         assert generate.with_generated_parts(text) == text, f"run `python docs/tools/generate.py` for {page}"
+
+
+def test_the_page_of_the_commands_is_current(tables):
+    """Versions of Typer write it differently, so `compat/run.sh` leaves it out."""
+    generate, text = importlib.import_module("generate"), COMMAND_LINE.read_text(encoding="utf-8")
+    assert [name for _, name, _ in generate.GENERATED.findall(text)] == ["command_line"]
+    assert generate.with_generated_parts(text) == text, "run `python docs/tools/generate.py`"
 
 
 def test_no_table_is_empty(tables):

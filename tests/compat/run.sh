@@ -17,4 +17,5 @@ python3 -m venv "$folder/tools" && "$folder/tools/bin/pip" install --quiet uv
     grep -E "^(transformers|trl|peft|accelerate|datasets|torch|numpy|pyarrow|typer|scikit-learn) "
 "$folder/venv/bin/python" -m pytest -q -n 2 --dist loadfile tests --ignore tests/cli/test_demo.py --ignore tests/test_benchmarks.py \
     --ignore tests/reports/test_review_page.py --ignore tests/test_docs.py --ignore tests/integration/test_distributed.py \
-    --ignore tests/integration/test_crashes.py
+    --ignore tests/integration/test_crashes.py \
+    --deselect tests/test_docs_tables.py::test_the_page_of_the_commands_is_current
