@@ -12,7 +12,7 @@ from helpers import random_rows, reference_losses, tiny_llama
 
 
 SCRIPT = """
-import logging, sys
+import logging, os, sys
 import numpy as np, torch, torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -48,7 +48,11 @@ for case in sys.argv[2:]:
     failing.register_forward_pre_hook(run_out_of_memory, prepend=True)
     rows = encode_rows(random_rows(9), disable_tqdm=True)
     np.save(f"{sys.argv[1]}/{case}-{dist.get_rank()}.npy", token_losses(model, rows, disable_tqdm=True))
-dist.destroy_process_group()
+dist.barrier()
+# torch sometimes aborts a process that has run FSDP2 on the CPU while it takes itself down.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 

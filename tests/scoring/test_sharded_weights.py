@@ -13,7 +13,7 @@ from helpers import random_rows, reference_losses, tiny_llama
 
 
 SCRIPT = """
-import sys
+import os, sys
 import numpy as np, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from helpers import random_rows, tiny_llama
@@ -30,7 +30,11 @@ fully_shard(model, reshard_after_forward=True)  # each pass through the model ga
 for count in map(int, sys.argv[2:]):
     losses = token_losses(model, encode_rows(random_rows(count), disable_tqdm=True), disable_tqdm=True)
     np.save(f"{sys.argv[1]}/{count}-{dist.get_rank()}.npy", losses)
-dist.destroy_process_group()
+dist.barrier()
+# torch sometimes aborts a process that has run FSDP2 on the CPU while it takes itself down.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 
