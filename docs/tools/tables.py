@@ -336,6 +336,7 @@ def gpu_speed() -> str:
 
 
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
+FINAL_SETS = {"bias-0.05-600-0": "`bias`, seed 0", "harmfulness-0.05-600-1": "`harmfulness`, seed 1"}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "smoothed": "`smoothed` (default)",
@@ -351,38 +352,47 @@ FEW_SIGNALS = {
 
 def few_rankings() -> str:
     """AUROC / AUPRC of the rankings: development sets with 30 of 600 and 100 of 200 unsafe rows."""
-    sets = FEW_SETS | HALF_SETS
-    lines = []
-    for signal, title in FEW_SIGNALS.items():
-        line = [title]
-        for name in sets:
-            auroc, auprc = (find(read("few"), key, set=name, signal=signal) for key in ("auroc", "auprc"))
-            line.append(f"{decimal(auroc)} / {decimal(auprc, 2)}")
-        line.append(decimal(mean(find(read("few"), "auprc", set=name, signal=signal) for name in sets)))
-        lines.append(line)
-    return table(["ranking", *sets.values(), "mean AUPRC"], lines)
+    return _rankings(FEW_SETS | HALF_SETS)
+
+
+def few_final_rankings() -> str:
+    """The same on the final sets that were run, with 30 of 600 unsafe rows."""
+    return _rankings(FINAL_SETS)
 
 
 def few_looks() -> str:
     """Fraction of the unsafe rows found in a review, mean of the seeds, and by the ranking of the default measure."""
+    return _looks(FEW_SETS)
+
+
+def few_final_looks() -> str:
+    """The same on the final sets that were run."""
+    return _looks(FINAL_SETS)
+
+
+def _rankings(sets: dict[str, str]) -> str:
+    lines = []
+    for signal, title in FEW_SIGNALS.items():
+        auroc, auprc = ([find(read("few"), key, set=name, signal=signal) for name in sets] for key in ("auroc", "auprc"))
+        cells = [f"{decimal(a)} / {decimal(b, 2)}" for a, b in zip(auroc, auprc, strict=True)]
+        lines.append([title, *cells, decimal(mean(auprc))])
+    return table(["ranking", *sets.values(), "mean AUPRC"], lines)
+
+
+def _looks(sets: dict[str, str]) -> str:
     lines = []
     for looks in (20, 40, 60, 100, 200):
         line = [str(looks)]
-        for name in FEW_SETS:
+        for name in sets:
             rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, looks)]
             found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
             line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
         lines.append(line)
-    return table(["rows reviewed", *FEW_SETS.values()], lines, texts=0)
+    return table(["rows reviewed", *sets.values()], lines, texts=0)
 
 
 ALL: tuple[Callable[[], str], ...] = (
     measures_by_seed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
     arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
-    rows_and_memory, page_sizes, few_rankings, few_looks,
+    rows_and_memory, page_sizes, few_rankings, few_final_rankings, few_looks, few_final_looks,
 )  # fmt: skip
-
-
-if __name__ == "__main__":
-    for each in ALL:
-        print(f"{each.__name__}\n\n{each()}\n")
