@@ -373,7 +373,9 @@ def few_final_looks() -> str:
 def _rankings(sets: dict[str, str]) -> str:
     lines = []
     for signal, title in FEW_SIGNALS.items():
-        auroc, auprc = ([find(read("few"), key, set=name, signal=signal) for name in sets] for key in ("auroc", "auprc"))
+        auroc, auprc = (
+            [find(read("few"), key, set=name, signal=signal) for name in sets] for key in ("auroc", "auprc")
+        )
         cells = [f"{decimal(a)} / {decimal(b, 2)}" for a, b in zip(auroc, auprc, strict=True)]
         lines.append([title, *cells, decimal(mean(auprc))])
     return table(["ranking", *sets.values(), "mean AUPRC"], lines)
