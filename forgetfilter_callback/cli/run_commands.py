@@ -67,7 +67,7 @@ def run(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML file with these settings. Options override it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only estimate the cost.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only estimate memory and time.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Finetune twice, and remove the most forgotten rows.
@@ -77,7 +77,7 @@ def run(
         forgetfilter run --model base-model --noisy noisy.jsonl \\
             --safety safety.jsonl --output out --training learning_rate=1e-3
 
-    Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, batch size 4, LoRA with r=8.
+    Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, 4 rows per step, LoRA with r=8.
     """
     with exit_codes(NOTHING_WRITTEN):
         run_config = _run_config(config, settings, filter_settings)

@@ -11,8 +11,10 @@ from transformers import TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
 from ..utils.counted import counted
+from ..utils.distributed import rank_and_world_size
 from .run import load_inputs
 from .run_config import RunConfig
+from .step_cost import measure_steps
 
 
 # Rows are reported as long if they have this many times the tokens of all other rows, and are at most 1 % of the rows.
@@ -36,6 +38,10 @@ class Plan:
         long_rows (`int`): Number of rows that are at least 1.5 times as long as all others; 0 if there are none.
         other_rows (`int`): Tokens of the longest other row.
         gradient_checkpointing (`bool`): Whether the run uses gradient checkpointing.
+        peak_bytes (`int`, *optional*): Size of all tensors at the peak of training on the largest batch, measured on shorter
+            rows. `None` if there are several processes.
+        seconds (`float`, *optional*): Time of both sessions with their records and, with `refit`, of the last finetuning,
+            measured on a few rows. `None` if there are several processes.
     """
 
     samples: int
@@ -52,6 +58,8 @@ class Plan:
     long_rows: int
     other_rows: int
     gradient_checkpointing: bool
+    peak_bytes: int | None
+    seconds: float | None
 
     def __str__(self) -> str:
         return "\n".join([" ".join(self._describe_time()), " ".join(self._describe_memory())])
@@ -63,16 +71,25 @@ class Plan:
             f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
             f"and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
         )
-        yield "The time of a step depends on the device: the progress bar of a run shows it."
+        if self.seconds is None:
+            yield "Time and memory are measured with one process only. Run `--dry-run` without `torchrun` for them."
+        else:
+            duration = (
+                f"{self.seconds / 3600:.1f} hours" if self.seconds >= 5400 else f"{self.seconds / 60:.1f} minutes"
+            )
+            yield f"On this machine, the whole run takes about {duration}, measured on a few rows."
 
     def _describe_memory(self) -> Iterator[str]:
-        size = f"{self.logits_bytes / 1e9:.1f} GB" if self.logits_bytes >= 1e8 else f"{self.logits_bytes / 1e6:.1f} MB"
         yield (
             f"The longest row has {counted(self.longest_row, 'token')}. A batch is padded to its longest row, so the "
             f"largest one has {self.batch_rows} x {self.longest_row:,} = {self.batch_rows * self.longest_row:,} tokens. Its "
-            f"logits take {size} in float32. Training also needs copies of them for the loss, and the activations of all "
-            "layers, which are not estimated."
+            f"logits take {_size(self.logits_bytes)} in float32."
         )
+        if self.peak_bytes is not None:
+            yield (
+                f"The tensors of training on it take about {_size(self.peak_bytes)}, measured on shorter rows. The process "
+                "needs more: on a CPU up to twice as much, because PyTorch keeps memory that it has freed."
+            )
         if self.long_rows:
             are, them = ("is", "it") if self.long_rows == 1 else ("are", "them")
             yield (
@@ -86,8 +103,12 @@ class Plan:
             yield "A smaller `per_device_train_batch_size` with more `gradient_accumulation_steps` needs less memory too."
 
 
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def plan(config: RunConfig) -> Plan:
-    """Estimate the cost of [`run`]. Loads the rows and a tokenizer, but no model.
+    """Estimate the cost of [`run`]. With one process, it loads the model and trains it for a few short steps.
 
     Raises:
         ForgetFilterError, ValueError: as [`run`].
@@ -107,6 +128,13 @@ def plan(config: RunConfig) -> Plan:
     batch_rows, longest_row = max(
         map(_largest_batch, (noisy, safety), (inputs.args, inputs.safety_args)), key=math.prod
     )
+    peak_bytes = seconds = None
+    if rank_and_world_size()[1] == 1:
+        cost = measure_steps(config, inputs, batch_rows, longest_row)
+        trained_tokens = _epochs(inputs.args, steps, len(noisy)) * len(noisy.tokens) * (2 if config.refit else 1)
+        trained_tokens += _epochs(inputs.safety_args, safety_steps, len(safety)) * len(safety.tokens)
+        peak_bytes = cost.peak_bytes
+        seconds = cost.training_seconds * trained_tokens + cost.record_seconds * records * len(noisy.tokens)
     long_rows, other_rows = _long_rows(np.concatenate([np.diff(noisy.offsets), np.diff(safety.offsets)]))
     return Plan(
         samples=len(noisy),
@@ -123,6 +151,8 @@ def plan(config: RunConfig) -> Plan:
         long_rows=long_rows,
         other_rows=other_rows,
         gradient_checkpointing=bool(inputs.args.gradient_checkpointing),
+        peak_bytes=peak_bytes,
+        seconds=seconds,
     )
 
 

@@ -127,7 +127,6 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
     """
     defaults: dict[str, Any] = {
         "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
         "learning_rate": 2e-4,
         "train_sampling_strategy": "group_by_length",
         "save_strategy": "no",
@@ -146,12 +145,20 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
 
 
 def _build_arguments(config: RunConfig, section: str, settings: dict[str, Any]) -> TrainingArguments:
-    """Build the arguments of one session. Errors name `section`, the setting that they come from."""
+    """Build the arguments of one session. Errors name `section`, the setting that they come from.
+
+    By default, a step trains on four rows. A CPU takes them one at a time: it is not slower, no row is padded, and the
+    memory is that of one row.
+    """
+    batch_fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    if settings["use_cpu"] and not batch_fields.keys() & settings.keys():
+        batch_fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    settings = {**batch_fields, **settings}
     check_fields(section, TrainingArguments, settings)
     for name in ("num_train_epochs", "learning_rate"):
         check_positive(f"{section}: {name}", settings[name])
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        check_positive(f"{section}: {name}", settings.get(name, 1), whole=True)
+        check_positive(f"{section}: {name}", settings[name], whole=True)
     if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"{section}: seed={settings['seed']} must be a whole number from 0 to 2**32 - 1.")
     try:

@@ -49,6 +49,21 @@ def options(flag: str, *settings: str) -> list[str]:
     return [argument for setting in settings for argument in (flag, setting)]
 
 
+@pytest.mark.parametrize(
+    ("given", "on_accelerator", "expected"),
+    [
+        ([], False, (1, 4)),
+        ([], True, (4, 1)),
+        (["per_device_train_batch_size=8"], False, (8, 1)),
+        (["gradient_accumulation_steps=2"], False, (4, 2)),
+    ],
+)
+def test_a_cpu_takes_the_four_rows_of_a_step_one_at_a_time(given, on_accelerator, expected, parsed, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: on_accelerator)
+    for args in training_arguments(parsed(*REQUIRED, *options("--training", *given))):
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+
+
 def test_any_training_field_reaches_the_arguments_of_both_sessions(parsed):
     fields = options(
         "--training", "warmup_steps=2", "gradient_checkpointing=true", "bf16=true", "use_cpu=true", "save_strategy=epoch",
@@ -60,7 +75,7 @@ def test_any_training_field_reaches_the_arguments_of_both_sessions(parsed):
         assert args.warmup_steps == 2 and args.save_strategy == "epoch" and args.lr_scheduler_type == "cosine"
         assert args.gradient_checkpointing is True and args.bf16 is True and args.use_cpu is True
         assert args.lr_scheduler_kwargs == {"num_cycles": 0.25}
-        assert args.learning_rate == 2e-4 and args.per_device_train_batch_size == 4  # the defaults
+        assert args.learning_rate == 2e-4  # the default
     assert (noisy.max_grad_norm, safety.max_grad_norm) == (0.5, 0.1)
     assert (noisy.num_train_epochs, safety.num_train_epochs) == (7, 2)  # each session has its own length
     noisy, safety = training_arguments(parsed(*REQUIRED, "--training", "max_steps=9"))
