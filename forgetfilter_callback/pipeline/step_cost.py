@@ -98,8 +98,6 @@ def measure_steps(config: RunConfig, inputs: RunInputs, batch_rows: int, longest
             Rows of the largest batch, and the tokens that they are padded to.
     """
     model = load_model(config, inputs.args.seed)
-    if torch.accelerator.is_available():
-        model = model.to(inputs.args.device)
 
     def trainer(rows: Dataset, **settings: Any) -> Trainer:
         quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}

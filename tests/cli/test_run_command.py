@@ -97,9 +97,11 @@ def test_dry_run_predicts_the_largest_batch(long_set, files, sizes, tmp_path, by
     assert (planned["batch_rows"], planned["longest_row"]) == largest
     assert planned["logits_bytes"] == 4 * math.prod(largest) * len(byte_tokenizer)
     assert planned["long_rows"] == 1
+    assert planned["peak_bytes"] > planned["logits_bytes"] and planned["seconds"] > 0
     told = call("run", *arguments, "--dry-run").stdout
     assert f"1 row is at least 1.5 times as long as all others: `--max-length {planned['other_rows']}`" in told
     assert "gradient_checkpointing=true" in told
+    assert "On this machine, the whole run takes about" in told and "The tensors of training on it take about" in told
     sizes.clear()
     shorter = [*arguments, "--max-length", planned["other_rows"], "--training", "gradient_checkpointing=true"]
     again = call("run", *shorter, "--output", tmp_path / "again", "--dry-run").stdout

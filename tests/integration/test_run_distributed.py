@@ -158,6 +158,7 @@ def test_the_cost_is_estimated_for_two_processes(commands, files):
         assert len(truncated) == 1 and "truncated on the right, to 8 tokens" in truncated[0]
     cost = json.loads(ended.stdout[0])
     assert (cost["steps"], cost["safety_steps"]) == (4 * 2, 2 * 1) and ended.stdout[1] == ""  # 2 × 4 rows a step
+    assert cost["peak_bytes"] is cost["seconds"] is None
 
 
 @pytest.mark.parametrize(
