@@ -101,7 +101,8 @@ def measure_steps(config: RunConfig, inputs: RunInputs, batch_rows: int, longest
 
     def trainer(rows: Dataset, **settings: Any) -> Trainer:
         quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        training = {**config.training, **quiet, "max_steps": -1, "num_train_epochs": 1, **settings}
+        one_epoch = {"max_steps": -1, "num_train_epochs": 1, "dataloader_drop_last": False}
+        training = {**config.training, **quiet, **one_epoch, **settings}
         args, _ = training_arguments(dataclasses.replace(config, training=training, output=folder))
         made = Trainer(model, args, train_dataset=rows, data_collator=padding_collator(inputs.tokenizer))
         made.remove_callback(PrinterCallback)
