@@ -148,7 +148,8 @@ def whole(files, tmp_path_factory) -> Path:
 
 
 def saving_options(files: dict[str, Path], output: Path) -> list[object]:
-    saving = options("--training", "save_strategy=steps", "save_steps=2")
+    # One batch per step, so that the tests can count steps.
+    saving = options("--training", "save_strategy=steps", "save_steps=2", "per_device_train_batch_size=4")
     return [*run_options(files, output), *saving, "--fraction", 0.25]
 
 
