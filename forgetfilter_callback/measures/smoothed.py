@@ -117,9 +117,8 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     records = values.reshape(len(values), -1)
     known = np.isfinite(records) & np.isfinite(states).all(axis=1)[:, None]
     smoothed = np.full(records.shape, np.nan)
-    patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
-    for number, pattern in enumerate(patterns.T):
-        columns = pattern_of == number
+    for pattern in np.unique(known, axis=1).T:
+        columns = (known == pattern[:, None]).all(axis=0)
         smoothed[np.ix_(pattern, columns)] = _smoothed_known(records[np.ix_(pattern, columns)], states, pattern)
     return smoothed.reshape(values.shape)
 
