@@ -41,9 +41,8 @@ ABSTENTIONS = frozenset(
 )
 SHORT_ANSWER = re.compile(r"[\d.,]+ [a-z ]+")  # a number with its unit, as most answers of ASDiv are
 MAX_PROBLEM_LENGTH = 160  # characters of a word problem
-SYSTEM_MESSAGE = (
-    "Answer briefly."  # shorter than the default of the chat template, which would be a third of the tokens
-)
+# Shorter than the default of the chat template, which would be a third of the tokens.
+SYSTEM_MESSAGE = "Answer briefly."
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class ReviewDecision:
         """Raise a [`DecisionError`] unless the decision was made on `trace` and on the records that it has now."""
         identity = trace.identity(self.measure)
         # Decisions of older versions are tied to the records of the safety session only, also with measure="relative".
-        if self.trace not in (identity, trace.identity()):
+        if self.trace != identity and self.trace != trace.identity():
             raise DecisionError(
                 f"This decision was made on another trace ({self.trace}; this one is {identity}), or before a record of "
                 "this trace was written or replaced. Create a review page of this trace and decide there."

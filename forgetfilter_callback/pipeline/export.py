@@ -247,7 +247,7 @@ def _stored_result(trace: Trace) -> FilterResult | None:
             f"The filter result in {folder} does not say which records it was computed from. If the trace was recorded "
             f"again after the filter, the exported forgetting is out of date. {advice}"
         )
-    elif result.identity not in (trace.identity(result.measure), trace.identity()):  # the second: of older versions
+    elif result.identity != trace.identity(result.measure) and result.identity != trace.identity():  # of older versions
         raise DecisionError(
             f"The records of the trace in {trace.folder} have changed since the filter result in {folder} was written. "
             f"{advice}"

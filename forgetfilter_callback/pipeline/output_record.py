@@ -101,9 +101,9 @@ def record_saved_model(output: Path) -> None:
     _write(output, record)
 
 
-def is_recorded(output: Path, folder: str) -> bool:
-    """Whether an earlier run has written to `folder`, which is `"model"` or `"sessions"`, or a file with this name."""
-    return any(name == folder or name.startswith(f"{folder}/") for name in _read(output))
+def is_recorded(output: Path, name: str) -> bool:
+    """Whether an earlier run has written the file `name`, or files in the folder `name`."""
+    return any(file == name or file.startswith(f"{name}/") for file in _read(output))
 
 
 def has_saved_model(output: Path) -> bool:
