@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -69,12 +70,25 @@ def test_the_defences_over_seeds(tables):
 def test_the_sets_with_few_unsafe_rows(tables):
     frame = pd.read_json(RESULTS / "few.json")
     frame = frame[(frame.signal == "smoothed") & (frame["set"] == "harmfulness-0.05-600-0")]
-    auroc, auprc = map(float, cells(tables.few_rankings())[0][3].split(" / "))
+    few_tables = importlib.import_module("few_tables")
+    auroc, auprc = map(float, cells(few_tables.few_rankings())[0][3].split(" / "))
     assert auroc == pytest.approx(frame.auroc.item(), abs=6e-4) and auprc == pytest.approx(frame.auprc.item(), abs=6e-3)
 
     frame = pd.read_json(RESULTS / "looks.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-600-0") & (frame.looks == 60)]
-    (row,) = (row for row in cells(tables.few_looks()) if row[0] == "60")
+    (row,) = (row for row in cells(few_tables.few_looks()) if row[0] == "60")
     found, by_measure = map(float, row[2].removesuffix(")").split(" ("))
     assert found == pytest.approx(frame.found.mean(), abs=6e-3)
     assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)
+
+
+def test_the_runs_of_the_demo(tables):
+    frame = pd.read_json(RESULTS / "demo.json").sort_values("seed")
+    rows = cells(importlib.import_module("few_tables").demo_runs())
+    assert [int(row[0]) for row in rows] == frame.seed.to_list()
+    assert [float(row[1]) for row in rows] == pytest.approx(frame.auroc, abs=6e-4)
+    assert [int(row[4]) for row in rows] == [review["removed"] for review in frame.review]
+    for column, scores in ((5, frame.unsafe_rate), (6, frame.task_f1)):
+        shown = [list(map(float, row[column].split(", "))) for row in rows]
+        expected = [[each["base"], each["no_measure"], each["forgetfilter"]] for each in scores]
+        np.testing.assert_allclose(shown, expected, atol=6e-3)

@@ -30,7 +30,7 @@ def with_generated_parts(page: str) -> str:
 
 
 def generated(name: str) -> str:
-    return command_line() if name == "command_line" else getattr(tables, name)()
+    return command_line() if name == "command_line" else {each.__name__: each for each in tables.ALL}[name]()
 
 
 def command_line() -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable
-from decimal import ROUND_HALF_UP, Decimal
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
+import few_tables
+from markdown_tables import Row, decimal, find, read, table
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-Row = dict[str, Any]
 
 SCENARIOS = {"bias": None, "toxicity": None, "harmfulness": "32 anchors"}  # with the control that the goals are about
 SIGNALS = {
@@ -45,26 +41,6 @@ ARMS = {
 }
 
 
-@cache
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:
-    """A table whose first `texts` columns are text; the others are figures, which are aligned on the right."""
-    names = list(header)
-    lines = [names, [*["---"] * texts, *["---:"] * (len(names) - texts)], *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def decimal(value: float | None, digits: int = 3) -> str:
-    """A number without its leading zero, as in `.967`."""
-    if value is None:
-        return "–"
-    text = str(Decimal(str(value)).quantize(Decimal(10) ** -digits, ROUND_HALF_UP))
-    return text.removeprefix("0") if digits else text
-
-
 def ends(**wanted: Any) -> list[Row]:
     """Values of `filters.json` at the end of gentle safety finetuning, after three epochs on 200 rows."""
     common = {"epochs": 3, "safety_epochs": 2, "rows": 200, "safety_learning_rate": 3e-4, "dtype": "torch.bfloat16"}
@@ -73,11 +49,6 @@ def ends(**wanted: Any) -> list[Row]:
         for row in read("filters")
         if row["experiment"] != "sweep" and all(row[key] == value for key, value in {**common, **wanted}.items())
     ]
-
-
-def find(rows: list[Row], key: str, **wanted: Any) -> Any:
-    matching = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return matching[0][key] if matching else None
 
 
 def measures_by_seed() -> str:
@@ -335,66 +306,8 @@ def gpu_speed() -> str:
     return table(header, lines)
 
 
-FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
-FINAL_SETS = {"bias-0.05-600-0": "`bias`, seed 0", "harmfulness-0.05-600-1": "`harmfulness`, seed 1"}
-HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
-FEW_SIGNALS = {
-    "smoothed": "`smoothed` (default)",
-    "loss": "`loss`",
-    "relative": "`relative`",
-    "largest tenth": "largest tenth of the token rises",
-    "agreed": "`smoothed` before its smoothing",
-    "pooled": "`pooled`",
-    "mean of the six ranks": "mean of the six ranks",
-    "mean of three, smoothed": "mean of three, smoothed",
-}
-
-
-def few_rankings() -> str:
-    """AUROC / AUPRC of the rankings: development sets with 30 of 600 and 100 of 200 unsafe rows."""
-    return _rankings(FEW_SETS | HALF_SETS)
-
-
-def few_final_rankings() -> str:
-    """The same on the final sets that were run, with 30 of 600 unsafe rows."""
-    return _rankings(FINAL_SETS)
-
-
-def few_looks() -> str:
-    """Fraction of the unsafe rows found in a review, mean of the seeds, and by the ranking of the default measure."""
-    return _looks(FEW_SETS)
-
-
-def few_final_looks() -> str:
-    """The same on the final sets that were run."""
-    return _looks(FINAL_SETS)
-
-
-def _rankings(sets: dict[str, str]) -> str:
-    lines = []
-    for signal, title in FEW_SIGNALS.items():
-        auroc, auprc = (
-            [find(read("few"), key, set=name, signal=signal) for name in sets] for key in ("auroc", "auprc")
-        )
-        cells = [f"{decimal(a)} / {decimal(b, 2)}" for a, b in zip(auroc, auprc, strict=True)]
-        lines.append([title, *cells, decimal(mean(auprc))])
-    return table(["ranking", *sets.values(), "mean AUPRC"], lines)
-
-
-def _looks(sets: dict[str, str]) -> str:
-    lines = []
-    for looks in (20, 40, 60, 100, 200):
-        line = [str(looks)]
-        for name in sets:
-            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, looks)]
-            found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
-            line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
-        lines.append(line)
-    return table(["rows reviewed", *sets.values()], lines, texts=0)
-
-
 ALL: tuple[Callable[[], str], ...] = (
     measures_by_seed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
     arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
-    rows_and_memory, page_sizes, few_rankings, few_final_rankings, few_looks, few_final_looks,
+    rows_and_memory, page_sizes, *few_tables.ALL,
 )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Tables of sets with few unsafe rows and of the demo, from `benchmarks/results`. Each function returns Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean
+
+from markdown_tables import decimal, find, read, table
+
+
+FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
+FINAL_SETS = {"bias-0.05-600-0": "`bias`, seed 0", "harmfulness-0.05-600-1": "`harmfulness`, seed 1"}
+HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
+FEW_SIGNALS = {
+    "smoothed": "`smoothed` (default)",
+    "loss": "`loss`",
+    "relative": "`relative`",
+    "largest tenth": "largest tenth of the token rises",
+    "agreed": "`smoothed` before its smoothing",
+    "pooled": "`pooled`",
+    "mean of the six ranks": "mean of the six ranks",
+    "mean of three, smoothed": "mean of three, smoothed",
+}
+
+
+def few_rankings() -> str:
+    """AUROC / AUPRC of the rankings: development sets with 30 of 600 and 100 of 200 unsafe rows."""
+    return _rankings(FEW_SETS | HALF_SETS)
+
+
+def few_final_rankings() -> str:
+    """The same on the final sets that were run, with 30 of 600 unsafe rows."""
+    return _rankings(FINAL_SETS)
+
+
+def few_looks() -> str:
+    """Fraction of the unsafe rows found in a review, mean of the seeds, and by the ranking of the default measure."""
+    return _looks(FEW_SETS)
+
+
+def few_final_looks() -> str:
+    """The same on the final sets that were run."""
+    return _looks(FINAL_SETS)
+
+
+def _rankings(sets: dict[str, str]) -> str:
+    lines = []
+    for signal, title in FEW_SIGNALS.items():
+        auroc, auprc = (
+            [find(read("few"), key, set=name, signal=signal) for name in sets] for key in ("auroc", "auprc")
+        )
+        cells = [f"{decimal(a)} / {decimal(b, 2)}" for a, b in zip(auroc, auprc, strict=True)]
+        lines.append([title, *cells, decimal(mean(auprc))])
+    return table(["ranking", *sets.values(), "mean AUPRC"], lines)
+
+
+def _looks(sets: dict[str, str]) -> str:
+    lines = []
+    for looks in (20, 40, 60, 100, 200):
+        line = [str(looks)]
+        for name in sets:
+            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, looks)]
+            found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
+            line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
+        lines.append(line)
+    return table(["rows reviewed", *sets.values()], lines, texts=0)
+
+
+def demo_runs() -> str:
+    """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
+    header = ["seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers", "task F1",
+              "best constant"]  # fmt: skip
+    lines = []
+    for row in sorted(read("demo"), key=lambda row: row["seed"]):
+        found = [row["removed"], row["forgetting"]["unsafe"]["removed"], row["review"]["removed"]]
+        scores = [", ".join(decimal(value, 2) for value in row[key].values()) for key in ("unsafe_rate", "task_f1")]
+        counts = [str(row["seed"]), decimal(row["auroc"]), *map(str, found)]
+        lines.append([*counts, *scores, decimal(row["task_constant"], 2)])
+    return table(header, lines, texts=0)
+
+
+ALL: tuple[Callable[[], str], ...] = (few_rankings, few_final_rankings, few_looks, few_final_looks, demo_runs)
