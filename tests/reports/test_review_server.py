@@ -470,6 +470,20 @@ def test_reviewing_with_the_keyboard(page, trace):
 
 
 @needs_chromium
+def test_similar_rows_show_their_answers_first(page):
+    page.evaluate("document.getElementById('similar').style.fontSize = '80px'")  # too large for the boxes of the texts
+    row = shown_row(page)
+    page.keyboard.press("Space")
+    expect(page.locator("#row-title")).not_to_have_text(f"Row {row}")
+    boxes = page.evaluate(
+        "[...document.querySelectorAll('#similar .text')].map((box) => [box.clientHeight, box.scrollHeight, box.scrollTop])"
+    )
+    assert len(boxes) == 2
+    for height, whole, top in boxes:
+        assert whole > height + 10 and top + height == pytest.approx(whole, abs=1)
+
+
+@needs_chromium
 def test_a_key_that_is_held_down_counts_once(page, trace):
     page.keyboard.down("s")
     page.keyboard.down("s")

@@ -59,6 +59,7 @@ function show(state) {
   $("answer").replaceChildren();
   appendPieces($("answer"), current.pieces);
   $("similar").replaceChildren(...current.similar.map(similarRow));
+  for (const text of document.querySelectorAll("#similar .text")) text.scrollTop = text.scrollHeight; // show the answers
   scrollTo(0, 0);
   $("answer").scrollTop = 0;
   $("prompt").scrollTop = $("prompt").scrollHeight; // show the end of the prompt, next to the answer
