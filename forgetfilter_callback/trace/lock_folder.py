@@ -18,9 +18,14 @@ logger = logging.getLogger(__name__)
 _LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+# `is_locked` holds the lock for a moment. A process that begins to record must not take it for another recording process,
+# and neither must `is_locked` in a third process.
+_LOCK_SECONDS, _PROBE_SECONDS = 1.0, 0.2
+
+
 def lock_folder(folder: str | os.PathLike[str]) -> FileLock | None:
     """See [`Trace.lock`]."""
-    lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False, is_singleton=True)
+    lock = FileLock(Path(folder) / ".lock", timeout=_LOCK_SECONDS, thread_local=False, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -42,7 +47,7 @@ def is_locked(folder: str | os.PathLike[str]) -> bool:
     if not file.exists():
         return False
     try:
-        with FileLock(file, timeout=0, thread_local=False):
+        with FileLock(file, timeout=_PROBE_SECONDS, thread_local=False):
             return False
     except Timeout:
         return True

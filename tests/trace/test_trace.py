@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -43,15 +42,6 @@ trace, pool = Trace.open(sys.argv[1]), pa.default_memory_pool()
 print(pool.max_memory())
 losses = trace.token_losses(trace.records()[0])
 print(pool.max_memory())
-"""
-
-HOLDS = """
-import sys
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-sys.stdin.readline()
 """
 
 
@@ -333,34 +323,6 @@ def test_completions_without_scores_are_not_written(rows, tmp_path):
     trace = Trace.create(tmp_path, rows, "a model", None, None)
     trace.append(Record("noisy", 0), [scores_of(rows, STEPS[0])], completions=["text"] * 7)
     assert pq.read_schema(tmp_path / "records" / "noisy-00000000.parquet").names == ["loss", "state"]
-
-
-def test_a_folder_is_locked_until_it_is_released(trace):
-    lock = Trace.lock(trace.folder)
-    assert lock.is_locked and Path(lock.lock_file) == trace.folder / ".lock"
-    assert Trace.lock(str(trace.folder)) is lock  # the same process may lock it again
-    lock.release(force=True)
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, lock.lock_file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(
-        TraceError, match=r"Another process is recording into .*trace. Choose another folder for this run"
-    ):
-        Trace.lock(trace.folder)
-    other.kill()
-    other.wait()
-    Trace.lock(trace.folder).release(force=True)
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_file_system_without_locks_gives_a_warning(code, trace, monkeypatch, caplog):
-    def none(*arguments: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    assert Trace.lock(trace.folder) is None
-    assert f"The file system of {trace.folder} has no locks ([Errno {code}]" in caplog.text
 
 
 def test_a_file_is_not_a_trace(trace):
