@@ -24,11 +24,16 @@ from ..utils.counted import counted, counted_of
 from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from ..utils.row_numbers import describe_rows
-from .session_rows import encode_noisy_rows, scoring_max_length, sft_encoding_options
+from .session_rows import encode_noisy_rows, is_sft_config, scoring_max_length, sft_encoding_options
 from .sessions import SessionArgument, count_overlap
 
 
 logger = get_logger(__name__)
+
+_PREPARED_ROWS = (
+    "The row numbers are those of the set that SFTTrainer has prepared (`trainer.train_dataset`): it can lack rows, and "
+    "`shuffle_dataset` changes their order."
+)
 
 
 def open_trace(
@@ -92,15 +97,18 @@ def open_trace(
             f"{counted_of(rows.truncated, len(rows), 'sample', 'were')} truncated on the {side}, to {scored_length} tokens. "
             "The truncated tokens are not scored."
         )
+    numbering = f" {_PREPARED_ROWS}" if noisy is None and is_sft_config(args) else ""
     without_loss = np.flatnonzero(np.diff(rows.loss_offsets) == 0)
     if len(without_loss):
         logger.warning(
             f"{counted_of(len(without_loss), len(rows), 'sample', 'have')} no token that contributes to the loss "
             f"({describe_rows(without_loss)}). Their forgetting is NaN, and they are kept. Check their labels and "
-            "max_length."
+            f"max_length.{numbering}"
         )
     tokenizer = unwrap_tokenizer(processing_class)
     blank_completions = describe_blank_completions(rows, tokenizer) if tokenizer is not None else None
+    if blank_completions is not None:
+        blank_completions += numbering
     for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
         if description is not None:
             logger.warning(description)

@@ -37,7 +37,7 @@ def encode_noisy_rows(
     is_stream = isinstance(noisy, torch.utils.data.IterableDataset)  # refused by `encode_rows`
     if not is_stream and "input_ids" in noisy[0]:
         noisy = _columns_that_are_read(noisy, args, model)
-        if not _is_sft_config(args):
+        if not is_sft_config(args):
             # The collator decides which tokens contribute to the loss, so try this trainer's collator first.
             try:
                 return encode_collated(noisy, train_dataloader.collate_fn, model, max_length, disable_tqdm)
@@ -52,7 +52,7 @@ def encode_noisy_rows(
 
 def _columns_that_are_read(noisy: Any, args: TrainingArguments, model: PreTrainedModel) -> Any:
     """Remove the columns of tokenized rows that this trainer removes, such as ids and audit columns."""
-    if _is_sft_config(args):
+    if is_sft_config(args):
         names: Collection[str] = _SFT_COLUMNS
     elif args.remove_unused_columns:
         names = {*model_inputs(model), *_SFT_COLUMNS, *(args.label_names or [])}
@@ -91,7 +91,7 @@ def sft_encoding_options(
     args: TrainingArguments, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
 ) -> dict[str, Any]:
     """Arguments of [`encode_rows`] that encode rows as this trainer does. They are stored in the trace."""
-    if not _is_sft_config(args):
+    if not is_sft_config(args):
         return {}
     settings = args.to_dict()
     # The tokenizer inside a processor may have another template or none.
@@ -110,7 +110,7 @@ def sft_encoding_options(
 def scoring_max_length(model: PreTrainedModel, args: TrainingArguments, max_length: int | None) -> int | None:
     """Number of tokens of a row that are scored: `max_length` or the model's context, and at most SFTTrainer's limit."""
     lengths = [max_length if max_length is not None else context_length(model.config)]
-    if _is_sft_config(args):
+    if is_sft_config(args):
         lengths.append(args.to_dict()["max_length"])
     return min((length for length in lengths if length is not None), default=None)
 
@@ -120,7 +120,7 @@ def hide_progress(args: TrainingArguments) -> bool:
     return args.disable_tqdm or args.process_index > 0
 
 
-def _is_sft_config(args: TrainingArguments) -> bool:
+def is_sft_config(args: TrainingArguments) -> bool:
     """Whether the arguments belong to TRL's SFTTrainer, which encodes rows itself."""
     return "completion_only_loss" in args.to_dict()
 

@@ -102,6 +102,19 @@ def test_a_shuffled_dataset_is_followed_by_id(sft_config, chat_tokenizer):
     np.testing.assert_allclose(named.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
+def test_a_warning_says_that_its_row_numbers_are_those_of_the_prepared_rows(named, sft_config, chat_tokenizer, caplog):
+    blank = {"prompt": "the cat", "completion": "", "id": 9}
+    rows = Dataset.from_list([blank, *rows_of("prompt and completion")])
+    tracker = ForgetTracker(rows if named else None)
+    args = sft_config(shuffle_dataset=True)
+    trainer = SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker])
+    trainer.train()
+    position = 0 if named else [*trainer.train_dataset["id"]].index(9)
+    assert f"is empty or only white space (row {position})" in caplog.text
+    assert ("row numbers are those of the set that SFTTrainer has prepared" in caplog.text) == (not named)
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
 @pytest.mark.parametrize("session", ["auto", "noisy"])
 def test_packed_session_with_given_rows(session, strategy, sft_config, chat_tokenizer):
