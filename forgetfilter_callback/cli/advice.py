@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import TraceError
-from ..pipeline.output_record import CONFIG_FILE, has_checkpoints, has_saved_model, is_recorded
-from ..pipeline.run_config import RunConfig
+from ..pipeline.output_record import CONFIG_FILE, MODEL_FOLDER, has_checkpoints, has_saved_model, is_recorded
 from ..trace.lock_folder import is_locked
-from .options import read_yaml
+from .options import load_yaml
 
 
 if TYPE_CHECKING:
     from ..trace.trace import Trace
+
+WAIT_OR_END = "Wait until it has finished, or end it. Then type this command again."
+NOTEBOOK_LOCK = (
+    "A notebook in which training was interrupted locks the trace until it trains again or its kernel is restarted."
+)
 
 
 def is_measurable(trace: Trace) -> bool:
@@ -30,9 +35,9 @@ def how_to_finish(trace: Trace) -> str | None:
     """
     run_folder = _run_folder(trace)
     if is_locked(trace.folder):
-        going_on = "is still going on in" if run_folder is not None else "is being recorded by"
-        name = f"The run in {run_folder}" if run_folder is not None else f"The trace in {trace.folder}"
-        return f"{name} {going_on} another process. Wait until it has finished, then type this command again."
+        if run_folder is not None:
+            return f"The run in {run_folder} is still going on in another process. {WAIT_OR_END}"
+        return f"The trace in {trace.folder} is being recorded by another process. {WAIT_OR_END} {NOTEBOOK_LOCK}"
     if run_folder is not None:
         return None if _is_finished(run_folder) else _how_to_resume(run_folder)
     if trace.manifest["sessions"] or is_measurable(trace):
@@ -70,15 +75,25 @@ def what_is_missing(trace: Trace) -> str | None:
     return None
 
 
-def what_is_kept(output: Path) -> str:
-    """What `forgetfilter run` or `score` leaves in `output` when Ctrl-C ends it, and how to continue."""
-    from ..trace.source_files import find_trace_folder
+def what_is_kept(trace_folder: Path) -> Callable[[], str]:
+    """Call it before `forgetfilter run` or `score` begins to record.
+
+    Returns:
+        `Callable`: for [`after_interrupt`]. It says which records are kept, and how to continue.
+    """
+    from ..pipeline.locked_output import record_versions
     from ..trace.trace import Trace
 
-    folder = find_trace_folder(output)
-    if not Trace.exists(folder):
-        return "There was no record yet, so nothing was kept. Type the same command again."
-    return f"The finished records are kept. {how_to_finish(Trace.open(folder)) or 'The trace is complete.'}"
+    before = record_versions(trace_folder)
+
+    def describe() -> str:
+        # Without a new record, the settings on disk are those of the run before, if there was one.
+        if record_versions(trace_folder) == before:
+            kept = "There was no new record yet." if before else "There was no record yet, so nothing was kept."
+            return f"{kept} Type the same command again."
+        return f"The finished records are kept. {how_to_finish(Trace.open(trace_folder)) or 'The trace is complete.'}"
+
+    return describe
 
 
 def _run_folder(trace: Trace) -> Path | None:
@@ -94,8 +109,16 @@ def _is_finished(run_folder: Path) -> bool:
     """Whether `forgetfilter run` has written all its outputs."""
     if not (run_folder / "kept.jsonl").exists():
         return False
-    settings = read_yaml(run_folder / CONFIG_FILE, RunConfig)
-    return not settings.get("refit", False) or has_saved_model(run_folder)
+    return not _refits(run_folder) or has_saved_model(run_folder)
+
+
+def _refits(run_folder: Path) -> bool:
+    """Whether `forgetfilter run` finetunes on the kept rows. Its settings may come from another version, or be damaged."""
+    try:
+        settings = load_yaml(run_folder / CONFIG_FILE)
+    except ValueError:
+        settings = None
+    return bool(settings.get("refit")) if isinstance(settings, dict) else is_recorded(run_folder, MODEL_FOLDER)
 
 
 def _how_to_resume(run_folder: Path) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ForgetFilterError
+from ..utils.atomic_files import file_version
 from .messages import LogFormatter, say
 
 
@@ -99,8 +101,31 @@ def after_interrupt(describe: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
             typer.echo(err=True)  # ends the line of a progress bar
-            say(f"forgetfilter: Interrupted. {describe()}".rstrip(), err=True)
+            try:
+                description = describe()
+            except (ForgetFilterError, OSError) as problem:  # such as a trace that cannot be read
+                description = str(problem)
+            say(f"forgetfilter: Interrupted. {description}".rstrip(), err=True)
         raise typer.Exit(INTERRUPTED) from error
+
+
+def what_is_written(files: Iterable[Path]) -> Callable[[], str]:
+    """Call it before a command writes `files`.
+
+    Returns:
+        `Callable`: for [`after_interrupt`]. It says which of them the command has written.
+    """
+    before = {file: file_version(file) for file in files}
+
+    def describe() -> str:
+        written = [str(file) for file, version in before.items() if file_version(file) != version]
+        if not written:
+            return NOTHING_WRITTEN
+        if len(written) < len(before):
+            return f"Not all files were written, only {', '.join(written)}. Type the same command again."
+        return f"Written: {', '.join(written)}."
+
+    return describe
 
 
 def silence_libraries() -> None:

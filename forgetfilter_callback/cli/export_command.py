@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..filtering.config import FilterConfig
-from .app import NOTHING_WRITTEN, exit_codes, silence_libraries
+from .app import after_interrupt, exit_codes, silence_libraries, what_is_written
 from .columns import find_rows
 from .messages import say
 from .options import options_from
@@ -41,7 +41,7 @@ def export(
 
     Without filter options, the rows that `forgetfilter run` removed count as removed.
     """
-    with exit_codes(NOTHING_WRITTEN):
+    with exit_codes(), after_interrupt(what_is_written([output])):
         filter_config = FilterConfig(**filter_settings) if filter_settings else None
         opened = open_trace(trace)
         from ..pipeline.export import export_rows

@@ -107,12 +107,7 @@ def read_yaml(file: Path, config_class: type[Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the file cannot be read, or if it contains an unknown setting.
     """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    settings = load_yaml(file)
     names = [each.name for each in dataclasses.fields(config_class)]
     if not isinstance(settings, dict):
         raise ValueError(f"{file} contains no settings. It must map names to values; the names are {names}.")
@@ -120,6 +115,20 @@ def read_yaml(file: Path, config_class: type[Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{file} contains unknown settings: {', '.join(unknown)}. Known settings: {', '.join(names)}.")
     return settings
+
+
+def load_yaml(file: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +86,7 @@ def run(
             check_models([run_config.model])
         from ..pipeline.cost_estimate import plan
         from ..pipeline.run import run as run_pipeline
+        from ..trace.trace import TRACE_FOLDER
         from ..utils.distributed import rank_and_world_size
 
         silence_libraries()
@@ -100,13 +100,15 @@ def run(
                 say(str(cost))
             return
         output = Path(run_config.output)
-        with after_interrupt(partial(what_is_kept, output)), _stdout_to_stderr() if as_json else nullcontext():
+        interrupted = after_interrupt(what_is_kept(output / TRACE_FOLDER))
+        with interrupted, _stdout_to_stderr() if as_json else nullcontext():
             result = run_pipeline(run_config)
-        if rank_and_world_size()[0] == 0:
-            look = "show" if result.separability.separable else "review"
-            next_step = shlex.join(["forgetfilter", look, run_config.output])
-            print_result(result, output, as_json, next_step)
-        exit_if_not_separable(result)
+        with after_interrupt(lambda: f"The run in {output} is complete."):
+            if rank_and_world_size()[0] == 0:
+                look = "show" if result.separability.separable else "review"
+                next_step = shlex.join(["forgetfilter", look, run_config.output])
+                print_result(result, output, as_json, next_step)
+            exit_if_not_separable(result)
 
 
 def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: dict[str, Any]) -> RunConfig:
@@ -198,18 +200,20 @@ def score(
         from ..utils.distributed import rank_and_world_size
 
         silence_libraries()
-        with after_interrupt(partial(what_is_kept, output)):
+        with after_interrupt(what_is_kept(output)):
             trace = score_source(output, noisy, checkpoints, tokenizer, max_length, batch_tokens)
         if rank_and_world_size()[0] > 0:
             return
-        means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
-        if as_json:
-            typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
-            return
-        for role, mean in means.items():
-            say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
-        say(f"Wrote the trace to {output}.")
-        say(how_to_finish(trace) or f"Next: {shlex.join(['forgetfilter', 'show', str(output)])}")
+        written = f"Wrote the trace to {output}."
+        with after_interrupt(lambda: written):
+            means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
+            if as_json:
+                typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
+                return
+            for role, mean in means.items():
+                say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
+            say(written)
+            say(how_to_finish(trace) or f"Next: {shlex.join(['forgetfilter', 'show', str(output)])}")
 
 
 def check_models(names: Iterable[str]) -> None:
@@ -217,7 +221,7 @@ def check_models(names: Iterable[str]) -> None:
     for name in names:
         check_model(name)
         if not Path(name).exists():
-            say(f"forgetfilter: There is no folder {name}, so the model is loaded from the Hub.", err=True)
+            say(f"forgetfilter: There is no folder {name}, so the model is taken from the Hub or its cache.", err=True)
 
 
 def is_single_process() -> bool:

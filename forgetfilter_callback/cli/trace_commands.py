@@ -12,16 +12,18 @@ import typer
 from ..data.audit_labels import as_labels
 from ..errors import TraceError
 from ..filtering.config import FilterConfig
+from ..pipeline.output_record import FILTER_OUTPUTS
 from ..utils.optional_packages import requires_extra
-from .advice import how_to_finish, is_measurable, what_is_missing
+from .advice import NOTEBOOK_LOCK, WAIT_OR_END, how_to_finish, is_measurable, what_is_missing
 from .app import (
     BAD_INPUT,
-    NOTHING_WRITTEN,
     JsonOption,
+    after_interrupt,
     as_dict,
     exit_codes,
     exit_if_not_separable,
     print_result,
+    what_is_written,
 )
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .messages import say
@@ -67,7 +69,7 @@ def filter_command(
 
         forgetfilter filter out --fraction 0.05 --output filtered
     """
-    with exit_codes(NOTHING_WRITTEN):
+    with exit_codes(), after_interrupt(what_is_written(output / name for name in FILTER_OUTPUTS)):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
         from ..pipeline.outputs import filter_rows
@@ -106,7 +108,7 @@ def report(
 
         forgetfilter report out --output review.html
     """
-    with exit_codes(NOTHING_WRITTEN):
+    with exit_codes(), after_interrupt(what_is_written([output])):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
@@ -218,8 +220,8 @@ def trace_folder(path: Path) -> Path:
     folder = find_trace_folder(path)
     if not Trace.exists(folder) and is_locked(folder):
         raise TraceError(
-            f"The run in {path} is still going on in another process, and it has no records yet. Wait until it has "
-            "finished, then type this command again."
+            f"The run in {path} is still going on in another process, and it has no records yet. {WAIT_OR_END} "
+            f"{NOTEBOOK_LOCK}"
         )
     return folder
 

@@ -44,7 +44,7 @@ def locked_output(
     new_files = [file for file in (trace_folder / name for name in _TRACE_FILES) if not file.exists()]
     made = [trace_folder / "records", trace_folder, *(output / name for name in folders), output]
     new_folders = [folder for folder in made if not folder.exists()]
-    records = _records(trace_folder)
+    records = record_versions(trace_folder)
     is_main, locks = False, list[FileLock]()
 
     def lock() -> None:
@@ -58,7 +58,7 @@ def locked_output(
     try:
         yield
     except BaseException:
-        if is_main and _records(trace_folder) == records:
+        if is_main and record_versions(trace_folder) == records:
             with suppress(
                 OSError
             ):  # Windows does not remove the open lock file. The error of the command matters more.
@@ -69,7 +69,7 @@ def locked_output(
             acquired.release(force=True)  # also for the tracker of a run that failed
 
 
-def _records(trace_folder: Path) -> dict[Path, int]:
+def record_versions(trace_folder: Path) -> dict[Path, int]:
     """The files of the records, and when they were written."""
     return {file: file.stat().st_mtime_ns for file in (trace_folder / "records").glob("*.parquet")}
 

@@ -1,8 +1,8 @@
 """Which files of an output folder a command has written. Only these are replaced or deleted.
 
 The record is a JSON file in the folder. It maps the name of a file to its hash, so that a file that somebody has changed
-since is recognized. The hash is null while a file is being written, so that a crash does not leave files that nobody seems
-to have written. It stays null for the files in `model`, because hashing a large model takes minutes.
+since is recognized. The hash is null from before a file is written until it is hashed, so that a crash does not leave files
+that nobody seems to have written. It stays null for the files in `model`, because hashing a large model takes minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import DataError
-from ..utils.atomic_files import write_json
+from ..utils.atomic_files import file_version, write_json
 
 
 RECORD_FILE = ".forgetfilter-outputs.json"
@@ -77,16 +77,20 @@ def check_folders_are_ours(output: Path, replaces_model: bool, replaces_sessions
 
 @contextmanager
 def recorded(output: Path, names: Iterable[str]) -> Iterator[None]:
-    """Record files that the block writes to `output`. If the block raises, the record is as before."""
+    """Record files that the block writes to `output`. If the block raises, only those are recorded that it has written.
+
+    Ctrl-C can end the block between two files. It can also come while the files are hashed. The record then holds null.
+    """
     before, names = _read(output), list(names)
+    versions = {name: file_version(output / name) for name in names}
     _write(output, {**before, **dict.fromkeys(names)})
     try:
         yield
-        after = {**before, **{name: _digest(output / name) for name in names}}
     except BaseException:
-        _write(output, before)
+        written = [name for name in names if file_version(output / name) != versions[name]]
+        _write(output, {**before, **dict.fromkeys(written)})
         raise
-    _write(output, after)
+    _write(output, {**before, **{name: _digest(output / name) for name in names}})
 
 
 def record_folder(output: Path, folder: str) -> None:

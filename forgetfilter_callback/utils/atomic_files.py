@@ -46,6 +46,15 @@ def atomic_writes(files: Sequence[Path], before_commit: Callable[[], object] | N
             temporary.unlink(missing_ok=True)
 
 
+def file_version(file: Path) -> tuple[int, int] | None:
+    """Two numbers that change whenever a file is written atomically. `None` if there is no file."""
+    try:
+        status = file.stat()
+    except OSError:  # such as a folder that is a file
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callable[[], object] | None = None) -> None:
     """Write a Parquet file atomically, with one row group per table and a checksum per page.
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import call, refused, run_options
 
-from forgetfilter_callback.pipeline import checkpoints, forget_filter
-from forgetfilter_callback.pipeline import run as run_module
+from forgetfilter_callback.pipeline import forget_filter
 
 
 @pytest.fixture
@@ -111,8 +110,8 @@ def recorded_elsewhere():
 
 def test_commands_say_that_a_run_is_still_going_on(interrupted, tmp_path, recorded_elsewhere):
     advice = (
-        f"The run in {interrupted} is still going on in another process. Wait until it has finished, then type this command "
-        "again."
+        f"The run in {interrupted} is still going on in another process. Wait until it has finished, or end it. Then type "
+        "this command again."
     )
     with recorded_elsewhere(interrupted / "_forgetfilter"):
         for command in (
@@ -140,7 +139,11 @@ def test_a_trace_that_another_process_extends(output, files, tmp_path, recorded_
     models = ("--base", files["model"])
     assert call("score", "--noisy", files["noisy"], *models, "--output", tmp_path / "trace").exit_code == 0
     with recorded_elsewhere(tmp_path / "trace"):
-        refused(call("show", tmp_path / "trace"), f"{tmp_path / 'trace'} is being recorded by another process.")
+        refused(
+            call("show", tmp_path / "trace"),
+            f"{tmp_path / 'trace'} is being recorded by another process.",
+            "A notebook in which training was interrupted locks the trace until it trains again or its kernel is restarted.",
+        )
     assert call("show", output, "--json").stderr == ""
 
 
@@ -207,74 +210,26 @@ def test_doctor_calls_a_folder_without_a_trace_no_trace(tmp_path):
     refused(call("doctor", tmp_path / "file.json"), "file.json is a file. Pass the folder of a trace.")
 
 
-def interrupt(*arguments: object, **more: object) -> None:
-    raise KeyboardInterrupt
+def with_unknown_setting(settings: str) -> str:
+    return f"{settings}new_setting: 1\n"
 
 
-def stopped(result) -> str:
-    """What a command says after Ctrl-C: one line, and nothing on standard output."""
-    assert result.exit_code == 130 and result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("forgetfilter: ")]
-    assert result.stderr.endswith(f"{line}\n") and line.startswith("forgetfilter: Interrupted.")
-    return line.removeprefix("forgetfilter: Interrupted.").strip()
+def damaged(settings: str) -> str:
+    return f"[{settings}"
 
 
-def test_ctrl_c_in_a_run(files, tmp_path, monkeypatch):
-    options = saving_options(files, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_inputs", interrupt)
-        assert (
-            stopped(call("run", *options))
-            == "There was no record yet, so nothing was kept. Type the same command again."
-        )
-    assert not (tmp_path / "out").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(forget_filter.ForgetFilter, "safety_finetune", interrupt)
-        kept, _, command = stopped(call("run", *options, "--json")).partition(" Continue it: ")
-    assert kept == f"The finished records are kept. The run in {tmp_path / 'out'} has not finished."
-    with monkeypatch.context() as patch:  # the other processes of `torchrun` are silent
-        patch.setenv("RANK", "1")
-        patch.setattr(run_module, "load_inputs", interrupt)
-        result = call("run", *options, "--resume")
-        assert result.exit_code == 130 and "Interrupted" not in result.output
-    assert call(*command.split()[1:]).exit_code == 0
-
-
-def test_ctrl_c_while_models_are_scored(files, tmp_path, monkeypatch):
-    command = ("score", "--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "window_scores", interrupt)
-        assert "nothing was kept" in stopped(call(*command))
-    assert call(*command).exit_code == 0
-    monkeypatch.setattr(checkpoints, "window_scores", interrupt)
-    said = stopped(call(*command, "--after", files["model"]))
-    assert (
-        "The finished records are kept." in said
-        and "has no record of the model after safety finetuning. Record" in said
-    )
-
-
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        (("filter", "--output", "f"), "pipeline.outputs.find_forgotten"),
-        (("report", "--output", "p.html"), "reports.review_page.decide"),
-        (("export", "--output", "e", "--fraction", 0.5), "pipeline.export.find_forgotten"),
-        (("show",), "reports.terminal.show"),
-        (("doctor",), "trace.validate_trace.validate_trace"),
-    ],
-    ids=str,
-)
-def test_ctrl_c_in_commands_that_read_a_trace(command, name, finished_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(f"forgetfilter_callback.{name}", interrupt)
-    writes = len(command) > 1
-    assert stopped(call(command[0], finished_run, *command[1:])) == ("No file was written." if writes else "")
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_ctrl_c_in_the_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr("forgetfilter_callback.cli.demo.run_demo", interrupt)
-    output = tmp_path / "demo"
-    said = stopped(call("demo", "--output", output))
-    assert said == f"The demo cannot be continued. Delete {output}, or choose another --output, and start it again."
+@pytest.mark.parametrize("change", [with_unknown_setting, damaged])
+def test_the_settings_of_a_finished_run_may_be_those_of_another_version(change, output, finished, tmp_path):
+    """Commands that read a trace need them only to find out whether the run finetunes on the kept rows."""
+    refitted = Path(shutil.copytree(finished[0], tmp_path / "refitted"))
+    for folder in (output, refitted):
+        (folder / "config.yaml").write_text(change((folder / "config.yaml").read_text()))
+        assert "is complete" in call("doctor", folder).output
+        shown = call("show", folder, "--json")
+        assert shown.exit_code == 0 and shown.stderr == ""
+        filtered = call("filter", folder, "--output", tmp_path / f"{folder.name} filtered", "--fraction", 0.25)
+        assert filtered.exit_code == 0, filtered.output
+    record = refitted / ".forgetfilter-outputs.json"
+    names = {name: digest for name, digest in json.loads(record.read_text()).items() if not name.startswith("model/")}
+    record.write_text(json.dumps({**names, "model": None}))  # the run has ended while it saved the model
+    assert "has not finished" in call("doctor", refitted).output

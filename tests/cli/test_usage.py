@@ -104,7 +104,7 @@ def test_a_model_that_is_no_folder_without_a_network(files, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2 and "Retry" not in result.stderr, result.stderr
     first, *_, last = result.stderr.splitlines()
-    assert first == "forgetfilter: There is no folder owner/modle, so the model is loaded from the Hub."
+    assert first == "forgetfilter: There is no folder owner/modle, so the model is taken from the Hub or its cache."
     assert last.startswith(
         "forgetfilter: The model 'owner/modle' cannot be loaded. There is no such folder. From the Hub: "
     )
