@@ -27,7 +27,7 @@ from .run import RunInputs, training_arguments
 from .run_config import RunConfig
 
 
-# Memory is measured on rows of at most this many tokens and of half as many, and extended to the longest row.
+# Memory is measured on rows of at most this many tokens. For longer rows it is extended from three lengths up to it.
 MEASURED_TOKENS = 256
 TIMED_STEPS = 3
 
@@ -37,7 +37,9 @@ class StepCost:
     """What training and records cost on this machine.
 
     Attributes:
-        peak_bytes (`int`): Bytes of all tensors at the peak of training on the largest batch.
+        peak_bytes (`int`): Bytes of all tensors at the peak of training on the largest batch. For rows of more
+            than 256 tokens it is rough, and can be too low, if the model runs other operations on longer rows, as a mixture
+            of experts can.
         training_seconds (`float`): Seconds per token of a training step.
         record_seconds (`float`): Seconds per token of a record.
     """
@@ -55,15 +57,16 @@ class TensorBytes(TorchDispatchMode):
             Its weights are counted from the start. Other tensors are counted once an operation has returned them.
 
     Attributes:
-        peak (`int`): The largest number of bytes so far.
+        living (`list[int]`): The number of bytes at the start and after each operation.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.peak = self._living = 0
+        self._living = 0
         self._storages: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             self._add(tensor.untyped_storage())
+        self.living = [self._living]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -72,13 +75,13 @@ class TensorBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
+        self.living.append(self._living)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if id(storage) not in self._storages:  # views share a storage
             self._storages.add(id(storage))
             self._living += storage.nbytes()
-            self.peak = max(self.peak, self._living)
             weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
 
     def _remove(self, key: int, size: int) -> None:
@@ -108,8 +111,8 @@ def measure_steps(config: RunConfig, inputs: RunInputs, batch_rows: int, longest
         made.remove_callback(PrinterCallback)
         return made
 
-    def peak_bytes(length: int) -> int:
-        """The peak in two steps: optimizers create their state in the first. Each step has up to two batches."""
+    def living_bytes(length: int) -> list[int]:
+        """The bytes during two steps: optimizers create their state in the first. Each step has up to two batches."""
         tokens = np.resize(inputs.noisy.tokens[:length], length).tolist()
         accumulated = min(inputs.args.gradient_accumulation_steps, 2)
         rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * (2 * accumulated * batch_rows))
@@ -117,12 +120,10 @@ def measure_steps(config: RunConfig, inputs: RunInputs, batch_rows: int, longest
         measured = trainer(rows, **of_batch)
         with TensorBytes(model) as tensors:
             measured.train()
-        return tensors.peak
+        return tensors.living
 
     with tempfile.TemporaryDirectory() as folder:
-        length = min(longest_row, MEASURED_TOKENS)
-        half_peak, peak = peak_bytes(max(length // 2, 2)), peak_bytes(length)
-        slope = (peak - half_peak) / max(length - length // 2, 1)
+        peak = _peak_bytes(living_bytes, longest_row)
         rows_per_step = inputs.args.train_batch_size * inputs.args.gradient_accumulation_steps
         typical = _typical_rows(inputs.noisy, TIMED_STEPS * rows_per_step)
         timed = trainer(typical.as_dataset())
@@ -133,7 +134,25 @@ def measure_steps(config: RunConfig, inputs: RunInputs, batch_rows: int, longest
             token_losses(model, typical, disable_tqdm=True)
         scored = time.perf_counter()
     count = len(typical.tokens)
-    return StepCost(int(peak + slope * (longest_row - length)), (trained - started) / count, (scored - trained) / count)
+    return StepCost(peak, (trained - started) / count, (scored - trained) / count)
+
+
+def _peak_bytes(living_bytes: Callable[[int], list[int]], longest_row: int) -> int:
+    """The peak on rows of `longest_row` tokens.
+
+    Long rows can peak in another operation than short rows: short ones in the optimizer, long ones in the loss. So the bytes
+    after each operation are extended on their own, by a quadratic polynomial because attention can be quadratic.
+    """
+    if longest_row <= MEASURED_TOKENS:
+        return max(living_bytes(longest_row))
+    lengths, degree = [MEASURED_TOKENS // 4, MEASURED_TOKENS // 2, MEASURED_TOKENS], 2
+    measured = [living_bytes(length) for length in lengths]
+    if (
+        len({len(living) for living in measured}) > 1
+    ):  # other operations for other lengths: only the peaks can be compared
+        measured, degree = [[max(living)] for living in measured], 1
+    extended = np.polyval(np.polyfit(lengths, np.array(measured), degree), longest_row)
+    return int(max(extended.max(), max(measured[-1])))
 
 
 def _typical_rows(rows: EncodedRows, count: int) -> EncodedRows:
