@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
 from ..utils.counted import counted
 from ..utils.distributed import rank_and_world_size
-from .run import load_inputs
+from .run import RunInputs, load_inputs
 from .run_config import RunConfig
-from .step_cost import measure_steps
+from .step_cost import MEASURED_TOKENS, StepCost, measure_steps
 
 
 # Rows are reported as long if they have this many times the tokens of all other rows, and are at most 1 % of the rows.
@@ -38,10 +39,11 @@ class Plan:
         long_rows (`int`): Number of rows that are at least 1.5 times as long as all others; 0 if there are none.
         other_rows (`int`): Tokens of the longest other row.
         gradient_checkpointing (`bool`): Whether the run uses gradient checkpointing.
-        peak_bytes (`int`, *optional*): Size of all tensors at the peak of training on the largest batch, measured on shorter
-            rows. `None` if there are several processes.
+        processes (`int`): Number of processes that train together.
+        peak_bytes (`int`, *optional*): Size of all tensors at the peak of training on the largest batch. Above 256
+            tokens a row, it is extended from shorter rows. `None` if there are several processes, or if memory ran out.
         seconds (`float`, *optional*): Time of both sessions with their records and, with `refit`, of the last finetuning,
-            measured on a few rows. `None` if there are several processes.
+            measured on a few rows. `None` if there are several processes, or if memory ran out.
     """
 
     samples: int
@@ -58,6 +60,7 @@ class Plan:
     long_rows: int
     other_rows: int
     gradient_checkpointing: bool
+    processes: int
     peak_bytes: int | None
     seconds: float | None
 
@@ -71,8 +74,13 @@ class Plan:
             f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
             f"and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
         )
-        if self.seconds is None:
-            yield "Time and memory are measured with one process only. Run `--dry-run` without `torchrun` for them."
+        if self.processes > 1:
+            yield (
+                "Time and memory are measured with one process only. If the model and its training fit on one device, run "
+                "`--dry-run` without `torchrun` for them."
+            )
+        elif self.seconds is None:
+            yield "Training does not fit into the memory of this machine: it ran out in the few steps that measure the cost."
         else:
             duration = (
                 f"{self.seconds / 3600:.1f} hours" if self.seconds >= 5400 else f"{self.seconds / 60:.1f} minutes"
@@ -86,9 +94,13 @@ class Plan:
             f"logits take {_size(self.logits_bytes)} in float32."
         )
         if self.peak_bytes is not None:
+            shorter = (
+                f", extended from rows of up to {MEASURED_TOKENS} tokens" if self.longest_row > MEASURED_TOKENS else ""
+            )
             yield (
-                f"The tensors of training on it take about {_size(self.peak_bytes)}, measured on shorter rows. The process "
-                "needs more: on a CPU up to twice as much, because PyTorch keeps memory that it has freed."
+                f"The tensors of training on it take about {_size(self.peak_bytes)}{shorter}. Python and its libraries need "
+                "about 0.6 GB more. On a CPU, the tensors can take up to twice as much, because PyTorch keeps memory that "
+                "it has freed."
             )
         if self.long_rows:
             are, them = ("is", "it") if self.long_rows == 1 else ("are", "them")
@@ -129,8 +141,9 @@ def plan(config: RunConfig) -> Plan:
         map(_largest_batch, (noisy, safety), (inputs.args, inputs.safety_args)), key=math.prod
     )
     peak_bytes = seconds = None
-    if rank_and_world_size()[1] == 1:
-        cost = measure_steps(config, inputs, batch_rows, longest_row)
+    processes = rank_and_world_size()[1]
+    cost = _measured(config, inputs, batch_rows, longest_row) if processes == 1 else None
+    if cost is not None:
         trained_tokens = _epochs(inputs.args, steps, len(noisy)) * len(noisy.tokens) * (2 if config.refit else 1)
         trained_tokens += _epochs(inputs.safety_args, safety_steps, len(safety)) * len(safety.tokens)
         peak_bytes = cost.peak_bytes
@@ -151,9 +164,20 @@ def plan(config: RunConfig) -> Plan:
         long_rows=long_rows,
         other_rows=other_rows,
         gradient_checkpointing=bool(inputs.args.gradient_checkpointing),
+        processes=processes,
         peak_bytes=peak_bytes,
         seconds=seconds,
     )
+
+
+def _measured(config: RunConfig, inputs: RunInputs, batch_rows: int, longest_row: int) -> StepCost | None:
+    """[`measure_steps`], or `None` if memory runs out."""
+    try:
+        return measure_steps(config, inputs, batch_rows, longest_row)
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):  # of an accelerator, or of a CPU, for which torch has no class of errors
+            return None
+        raise
 
 
 def _largest_batch(rows: EncodedRows, args: TrainingArguments) -> tuple[int, int]:
