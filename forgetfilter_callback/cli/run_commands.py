@@ -76,7 +76,7 @@ def run(
         forgetfilter run --model base-model --noisy noisy.jsonl \\
             --safety safety.jsonl --output out --training learning_rate=1e-3
 
-    Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, 4 rows per step, LoRA with r=8.
+    Defaults: 3 epochs on the noisy set, 2 on the safety set, learning rate 2e-4, 4 rows per step and process, LoRA r=8.
     """
     with exit_codes(NOTHING_WRITTEN):
         run_config = _run_config(config, settings, filter_settings)

@@ -35,7 +35,7 @@ class RunConfig:
         training (`dict`, *optional*):
             Any field of [`~transformers.TrainingArguments`], for both sessions and the refit, except `output_dir`,
             `resume_from_checkpoint` and `push_to_hub`. By default `num_train_epochs=3`, `learning_rate=2e-4` and 4 rows per
-            step: `per_device_train_batch_size=4`, or on a CPU `per_device_train_batch_size=1` and
+            step and process: `per_device_train_batch_size=4`, or on a CPU `per_device_train_batch_size=1` and
             `gradient_accumulation_steps=4` unless one of the two is set. `num_train_epochs` and `max_steps` do not apply to
             the safety session.
         safety_training (`dict`, *optional*):
