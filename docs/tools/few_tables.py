@@ -66,6 +66,20 @@ def _looks(sets: dict[str, str]) -> str:
     return table(["rows reviewed", *sets.values()], lines, texts=0)
 
 
+def few_redraws() -> str:
+    """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
+    sets = FEW_SETS | HALF_SETS | FINAL_SETS
+    lines = []
+    for row in read("redraws"):
+        if row["kind"] == "fdr":
+            counts = [str(row["drawn"]), decimal(row["removed"], 1), decimal(row["removed_something"], 2)]
+            rates = [decimal(row[name], 2) for name in ("false_discovery_rate", "recall", "best_recall")]
+            lines.append([sets[row["set"]], *counts, *rates])
+    header = ["set", "reviewed at random", "removed", "redraws that remove something", "false discovery rate", "recall",
+              "best recall"]  # fmt: skip
+    return table(header, lines)
+
+
 def demo_runs() -> str:
     """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
     header = ["seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers", "task F1",
@@ -79,4 +93,11 @@ def demo_runs() -> str:
     return table(header, lines, texts=0)
 
 
-ALL: tuple[Callable[[], str], ...] = (few_rankings, few_final_rankings, few_looks, few_final_looks, demo_runs)
+ALL: tuple[Callable[[], str], ...] = (
+    few_rankings,
+    few_final_rankings,
+    few_looks,
+    few_final_looks,
+    few_redraws,
+    demo_runs,
+)

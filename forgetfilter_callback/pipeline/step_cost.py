@@ -147,9 +147,8 @@ def _peak_bytes(living_bytes: Callable[[int], list[int]], longest_row: int) -> i
         return max(living_bytes(longest_row))
     lengths, degree = [MEASURED_TOKENS // 4, MEASURED_TOKENS // 2, MEASURED_TOKENS], 2
     measured = [living_bytes(length) for length in lengths]
-    if (
-        len({len(living) for living in measured}) > 1
-    ):  # other operations for other lengths: only the peaks can be compared
+    # If other operations run for other lengths, only the peaks can be compared.
+    if len({len(living) for living in measured}) > 1:
         measured, degree = [[max(living)] for living in measured], 1
     extended = np.polyval(np.polyfit(lengths, np.array(measured), degree), longest_row)
     return int(max(extended.max(), max(measured[-1])))
