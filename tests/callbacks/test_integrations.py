@@ -156,10 +156,8 @@ def test_tensorboard_receives_the_histograms(noisy, safety, make_args, collator,
     assert len(expected) == 3 and set(seen) == set(expected)
     for key, histogram in seen.items():
         values = expected[key]
-        assert (histogram.num, histogram.min, histogram.max) == pytest.approx(
-            (len(values), values.min(), values.max()), rel=1e-5, abs=1e-6
-        )
-        assert histogram.sum == pytest.approx(values.sum(), rel=1e-5, abs=1e-5)
+        figures = (histogram.num, histogram.min, histogram.max, histogram.sum)
+        assert figures == pytest.approx((len(values), values.min(), values.max(), values.sum()), abs=1e-9)
     assert not any("histogram" in name for history in histories for entry in history for name in entry)
 
 
@@ -249,10 +247,7 @@ def test_wandb_receives_the_histograms_but_no_texts(noisy, safety, make_args, co
     assert len(expected) == 3 and set(histograms) == set(expected)
     for key, histogram in histograms.items():
         assert sum(histogram.histogram) == len(expected[key])
-        edges = (expected[key].min(), expected[key].max())
-        np.testing.assert_allclose((histogram.bins[0], histogram.bins[-1]), edges, rtol=1e-5, atol=1e-6)
-        if key[0] == "forgetfilter/forgetting_histogram":  # its values are exactly those of the trace
-            np.testing.assert_array_equal(histogram.histogram, np.histogram(expected[key], histogram.bins)[0])
+        np.testing.assert_array_equal(histogram.histogram, np.histogram(expected[key], histogram.bins)[0])
     assert not any("forgetfilter/most_forgotten" in each for each in wandb_logs)
 
 
