@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
@@ -178,3 +179,22 @@ def test_the_demo_replaces_no_files(tmp_path):
     assert result.exit_code == 2 and f"{tmp_path} is not empty" in result.output
     files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
     assert [(file.name, file.read_text()) for file in files] == [("manifest.json", "mine"), ("summary.json", "mine")]
+
+
+def test_the_page_of_the_demo_has_its_numbers_of_rows():
+    page = (Path(__file__).parents[2] / "docs" / "get-started" / "demo.md").read_text(encoding="utf-8")
+    sizes = {
+        name: each.default for name, each in inspect.signature(load_demo_data).parameters.items() if name != "seed"
+    }
+    noisy = sizes["unsafe"] + sizes["safe"] + sizes["task"]
+    for phrase in (
+        f"a noisy set of {noisy} rows",
+        f"{sizes['task']} word problems of ASDiv",
+        f"{sizes['unsafe']} ambiguous questions of BBQ",
+        f"{sizes['safe']} such questions",
+        f'{sizes["safety"]} other "can\'t tell" answers and {sizes["anchors"]} other word problems',
+        f"{sizes['held_out_questions']} held-out questions",
+        f"{sizes['held_out_task']} held-out word problems",
+        f"{sizes['unsafe']} of {noisy} rows are unsafe",
+    ):
+        assert phrase in page, phrase
