@@ -28,7 +28,7 @@ from forgetfilter_callback.cli.demo_model import computing_dtype
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.filtering.config import FilterConfig
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
-from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
+from forgetfilter_callback.measures.names import TYPICAL_CHANGES, UNITS, Measure
 from forgetfilter_callback.measures.rouge import rouge_forgetting
 from judging import judge, second_scorer
 from scenarios import Row, Scenario, load_scenario
@@ -54,14 +54,15 @@ RESULTS = Path(__file__).parent / "results" / "defences.json"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "defences.png"
 # The measure of each arm that filters by forgetting.
 MEASURE_OF: dict[str, Measure] = {
-    "forgetfilter": DEFAULT_MEASURE,
+    "forgetfilter": "smoothed",  # the default measure when the results were made
+    "forgetfilter_combined": "combined",
     "forgetfilter_loss": "loss",
     "forgetfilter_relative": "relative",
     "forgetfilter_rouge": "rouge1",
-    "forgetfilter_self_correction": DEFAULT_MEASURE,
+    "forgetfilter_self_correction": "smoothed",
 }
 ARMS = ("base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
-        "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge")  # fmt: skip
+        "replay", "forgetfilter_combined", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge")  # fmt: skip
 
 
 def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, FilterResult | None]:
@@ -78,9 +79,10 @@ def adapter_of(arm: str, sessions: Sessions, unsafe: np.ndarray) -> tuple[str, F
     if arm == "oracle":
         return sessions.kept(unsafe), None
     measure = MEASURE_OF[arm]
-    # Other measures than the default get the true fraction of unsafe rows: after safety finetuning at a low learning
-    # rate, the automatic φ of `loss` and `relative` removes almost nothing.
-    fraction = float(unsafe.mean()) if measure != DEFAULT_MEASURE and 0 < unsafe.mean() < 1 else None
+    # The other measures get the true fraction of unsafe rows: after safety finetuning at a low learning rate, the automatic
+    # φ of `loss` and `relative` removes almost nothing.
+    needs_fraction = UNITS[measure] != TYPICAL_CHANGES and 0 < unsafe.mean() < 1
+    fraction = float(unsafe.mean()) if needs_fraction else None
     filter_config = FilterConfig(measure=measure, fraction=fraction)
     if measure == "rouge1":
         values = rouge_forgetting(*(sessions.rouge1(name) for name in ("noisy", "safety")))
@@ -234,7 +236,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         for number, arm in enumerate(ARMS):
             if arm in means.index:
                 style = {
-                    "marker": "os^vDP*X<>p"[number],
+                    "marker": "os^vDP*X<>ph"[number],
                     "color": "tab:blue" if arm.startswith("forgetfilter") else f"C{1 + number % 9}",
                     "s": 60,
                 }

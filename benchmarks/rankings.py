@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import rankdata, zscore
+from scipy.stats import rankdata
 
 from forgetfilter_callback import Trace
 from forgetfilter_callback.measures.names import DEFAULT_MEASURE
-from forgetfilter_callback.measures.smoothed import agreed_forgetting, smoothed_over_states
+from forgetfilter_callback.measures.smoothed import agreed_forgetting
 
 
 def rankings(trace: Trace) -> dict[str, np.ndarray]:
@@ -27,15 +27,9 @@ def rankings(trace: Trace) -> dict[str, np.ndarray]:
         "smoothed": trace.forgetting("smoothed"),
         "pooled": trace.forgetting("pooled"),
     }
-    three = [_smoothed(found[name], trace.states(before)) for name in ("loss", "agreed", "pooled")]
     return {
         "default": trace.forgetting(DEFAULT_MEASURE),
         **found,
         "mean of the six ranks": np.mean([rankdata(values) for values in found.values()], axis=0),
-        "mean of three, smoothed": np.mean([zscore(values) for values in three], axis=0),
+        "combined": trace.forgetting("combined"),
     }
-
-
-def _smoothed(values: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Shrinks values towards those of samples with similar states. Extreme values are clipped first."""
-    return smoothed_over_states(np.clip(values, *np.quantile(values, [0.002, 0.998])), states)

@@ -20,6 +20,7 @@ from forgetfilter_callback.measures.rouge import rouge_forgetting
 from forgetfilter_callback.measures.smoothed import agreed_forgetting, smoothed_over_states
 from forgetfilter_callback.scoring.packing import needed_lengths
 from forgetfilter_callback.scoring.token_losses import token_losses, window_scores
+from forgetfilter_callback.trace.forgetting import compute_forgetting
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.utils.model_state import preserve_state
 from scenarios import Row
@@ -55,10 +56,9 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
     tokens_per_record, tokens = _tokens_read(sessions, trace, after)
     seconds = sessions.seconds("safety") if step is None else None
     signals: dict[str, Signal] = {}
-    for measure in ("loss", "relative", "pooled", "smoothed"):
+    for measure in ("combined", "loss", "relative", "pooled", "smoothed"):
         extra_tokens = tokens_per_record if measure == "relative" else 0  # the record of the base model
-        values = trace.forgetting(measure, after.step)
-        nats_per_unit = trace.nats_per_unit(values, after.step)
+        values, nats_per_unit = compute_forgetting(trace, measure, after.step)
         signals[measure] = Signal(values, measure, tokens + extra_tokens, seconds, nats_per_unit)
     signals = {"default": signals[DEFAULT_MEASURE], **signals}
     sorted_rises = [np.sort(sample)[::-1] for sample in np.split(rises, offsets[1:-1])]

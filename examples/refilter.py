@@ -14,7 +14,7 @@ from forgetfilter_callback.errors import TraceError
 folder, *thresholds = sys.argv[1:] or ["forgetfilter-demo/_forgetfilter"]
 trace = Trace.open(folder)
 print(trace)
-for measure in ("smoothed", "loss", "relative", "pooled"):
+for measure in ("combined", "smoothed", "loss", "relative", "pooled"):
     try:
         values = trace.forgetting(measure)
     except TraceError as error:  # `relative` needs a record of the base model

@@ -175,7 +175,8 @@ def test_defences(run, data_dir, tmp_path):
     arguments = ["--data-dir", data_dir, "--scenario", "mixed"]
     output, results = run("defences", *arguments)
     arms = ["base", "no_measure", "self_correction", "sequential", "forgetfilter", "forgetfilter_self_correction", "oracle",
-            "replay", "forgetfilter_loss", "forgetfilter_relative", "forgetfilter_rouge"]  # fmt: skip
+            "replay", "forgetfilter_combined", "forgetfilter_loss", "forgetfilter_relative",
+            "forgetfilter_rouge"]  # fmt: skip
     assert [row["arm"] for row in results] == arms
     for row in results:
         assert 0 <= row["unsafe"] <= 1 and 0 <= row["task"] <= 1 and row["experiment"] == "main"

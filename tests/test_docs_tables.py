@@ -69,7 +69,7 @@ def test_the_defences_over_seeds(tables):
 
 def test_the_sets_with_few_unsafe_rows(tables):
     frame = pd.read_json(RESULTS / "few.json")
-    frame = frame[(frame.signal == "smoothed") & (frame["set"] == "harmfulness-0.05-600-0")]
+    frame = frame[(frame.signal == "combined") & (frame["set"] == "harmfulness-0.05-600-0")]
     few_tables = importlib.import_module("few_tables")
     auroc, auprc = map(float, cells(few_tables.few_rankings())[0][3].split(" / "))
     assert auroc == pytest.approx(frame.auroc.item(), abs=6e-4) and auprc == pytest.approx(frame.auprc.item(), abs=6e-3)

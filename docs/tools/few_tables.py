@@ -12,14 +12,14 @@ FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity
 FINAL_SETS = {"bias-0.05-600-0": "`bias`, seed 0", "harmfulness-0.05-600-1": "`harmfulness`, seed 1"}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
-    "smoothed": "`smoothed` (default)",
+    "combined": "`combined` (default)",
+    "smoothed": "`smoothed`",
     "loss": "`loss`",
     "relative": "`relative`",
     "largest tenth": "largest tenth of the token rises",
     "agreed": "`smoothed` before its smoothing",
     "pooled": "`pooled`",
     "mean of the six ranks": "mean of the six ranks",
-    "mean of three, smoothed": "mean of three, smoothed",
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from forgetfilter_callback.filtering.thresholds import BASE_THRESHOLD
+from forgetfilter_callback.measures.combined import combined_forgetting
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.pooled import pooled_forgetting
@@ -86,7 +87,7 @@ CASES = (
 
 
 def measures_at_work() -> None:
-    """Forgetting of made-up rows by four measures, as a multiple of φ."""
+    """Forgetting of made-up rows by five measures, as a multiple of φ."""
     tokens, offsets, base, before, after, states = made_up_rows()
     means = [mean_losses(losses, offsets) for losses in (base, before, after)]
     values = {
@@ -94,9 +95,10 @@ def measures_at_work() -> None:
         "relative": relative_forgetting(*means),
         "pooled": pooled_forgetting(tokens, offsets, before, after),
         "smoothed": smoothed_forgetting(tokens, offsets, before, after, states),
+        "combined": combined_forgetting(tokens, offsets, before, after, states),
     }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (name, forgetting) in zip(figure.subplots(1, 4, sharey=True), values.items(), strict=True):
+    for axes, (name, forgetting) in zip(figure.subplots(1, 5, sharey=True), values.items(), strict=True):
         shown = forgetting[: len(CASES)] / BASE_THRESHOLD[name]
         colors = ["tab:red" if case.startswith("unsafe") else "tab:blue" for case in CASES]
         axes.barh(range(len(CASES)), np.clip(shown, -0.5, 4), color=colors)

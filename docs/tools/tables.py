@@ -13,7 +13,7 @@ from markdown_tables import Row, decimal, find, read, table
 
 SCENARIOS = {"bias": None, "toxicity": None, "harmfulness": "32 anchors"}  # with the control that the goals are about
 SIGNALS = {
-    "smoothed": "`smoothed` (default)",
+    "smoothed": "`smoothed`",
     "smoothed, safety rows at 0": "`smoothed`, with the safety rows as a reference",
     "largest tenth of rises": "largest tenth of the token rises",
     "loss": "`loss`",

@@ -15,6 +15,7 @@ from ..data.decode import decode
 from ..errors import TraceError
 from ..filtering.thresholds import find_threshold
 from ..measures.names import DEFAULT_MEASURE
+from ..trace.forgetting import compute_forgetting
 from ..trace.records import Record
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_main
@@ -158,7 +159,7 @@ class LoggingIntegrations:
                 Decodes the texts of the rows. Without it, the table of rows has no texts.
         """
         try:
-            forgetting, nats_per_unit = run_on_main(partial(_compute_forgetting, trace))
+            forgetting, nats_per_unit = run_on_main(partial(compute_forgetting, trace, DEFAULT_MEASURE, None))
         except TraceError:  # the trace may lack the record at step 0 or the hidden states
             return
         rows = None
@@ -226,8 +227,3 @@ def most_forgotten_rows(
             ]
         rows.append([index, float(forgetting[index]), texts[0][-MAX_TEXT_LENGTH:], texts[1][:MAX_TEXT_LENGTH]])
     return rows
-
-
-def _compute_forgetting(trace: Trace) -> tuple[np.ndarray, float]:
-    values = trace.forgetting()
-    return values, trace.nats_per_unit(values)

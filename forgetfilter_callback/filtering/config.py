@@ -23,8 +23,8 @@ class FilterConfig:
     values do not separate into two groups.
 
     Args:
-        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
-            The measure of forgetting. Defaults to `"smoothed"`. It must be given if forgetting is passed as plain values.
+        measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
+            The measure of forgetting. Defaults to `"combined"`. It must be given if forgetting is passed as plain values.
         threshold (`"auto"`, `"fdr"` or `float`, defaults to `"auto"`):
             The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses it
             from the values, which nobody has checked; with `reviewed`, it removes only the rows found to be unsafe. `"fdr"`
@@ -55,9 +55,9 @@ class FilterConfig:
     measure: Measure | None = field(
         default=None,
         metadata={
-            "help": "loss, relative, pooled, smoothed or rouge1.",
+            "help": "combined, loss, relative, pooled, smoothed or rouge1.",
             "metavar": "MEASURE",
-            "default": "smoothed",
+            "default": "combined",
             "group": "Filtering",
         },
     )

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ..measures.names import DEFAULT_MEASURE
 from ..trace.as_trace import TraceOrFolder, as_trace
+from ..trace.forgetting import compute_forgetting
 from ..trace.trace import Trace
 from ..utils.counted import counted_of
 from .config import FilterConfig, filter_config_or_default
@@ -49,8 +50,8 @@ def find_forgotten(
     """
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     config, overrides = with_decision(trace, config)
-    values = trace.forgetting(config.measure or DEFAULT_MEASURE, config.step)
-    return decide(trace, config, overrides, values, ids)
+    forgetting = compute_forgetting(trace, config.measure or DEFAULT_MEASURE, config.step)
+    return decide(trace, config, overrides, *forgetting, ids)
 
 
 def with_decision(trace: Trace, config: FilterConfig) -> tuple[FilterConfig, Mapping[str, Override]]:
@@ -75,6 +76,7 @@ def decide(
     config: FilterConfig,
     overrides: Mapping[str, Override],
     values: np.ndarray,
+    nats_per_unit: float | None,
     ids: pa.StringArray | None = None,
 ) -> FilterResult:
     """Decide which samples to remove, given the values of all samples of the trace.
@@ -86,6 +88,8 @@ def decide(
             What [`with_decision`] returns.
         values (`np.ndarray` of shape `(samples,)`, float64):
             [`Trace.forgetting`] with the measure and step of `config`.
+        nats_per_unit (`float` or `None`):
+            [`Trace.nats_per_unit`] with the measure and step of `config`.
         ids (`pa.StringArray`, *optional*):
             As in [`find_forgotten`].
 
@@ -93,7 +97,6 @@ def decide(
         [`FilterResult`]
     """
     measure = config.measure or DEFAULT_MEASURE
-    nats_per_unit = trace.nats_per_unit(values, config.step)
     if ids is None:
         ids = trace.rows.ids
     else:

@@ -28,7 +28,7 @@ def find_reviewed(
     measure: Measure,
     ids: pa.StringArray,
     values: np.ndarray,
-    nats_per_unit: float,
+    nats_per_unit: float | None,
 ) -> FilterResult:
     """Remove the rows found to be unsafe, and keep those found to be safe, or weight all rows. See [`FilterConfig`]."""
     queue = ReviewQueue(trace, config.reviewed)

@@ -54,7 +54,7 @@ class ReviewDecision:
     """The decision of a reviewer. The review page exports it as `review_decision.json`.
 
     Attributes:
-        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
+        measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             The measure of forgetting that the reviewer looked at.
         threshold (`float` or `None`):
             The threshold φ. `None` removes only the overridden samples.

@@ -2,8 +2,8 @@
 
 φ starts from a fixed anchor per measure, for example a halved token probability. An anchor is used because a threshold
 fitted to the values follows the shape of the benign rows, which form several populations themselves, rather than the
-unsafe rows (measured in `docs/evidence/thresholds.md`). Only `smoothed`, which has little noise, may raise φ towards the
-boundary between two populations.
+unsafe rows (measured in `docs/evidence/thresholds.md`). Only `combined` and `smoothed`, which have little noise, may raise
+φ towards the boundary between two populations.
 """
 
 from __future__ import annotations
@@ -14,40 +14,41 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..measures.names import Measure
+from ..measures.names import TYPICAL_CHANGES, UNITS, Measure
 from ..utils.counted import counted, counted_of
 
 
 # The anchor of φ: where half is lost. For `loss` and `pooled`, a rise of ln 2 nats halves a token's probability (for
 # `loss`, the geometric mean over a sample). For `relative`, half of what was learned. For `rouge1`, half of the range
 # of ROUGE-1. For `smoothed`, 0.55 of what the typical change takes. This value was chosen on thirteen runs (bias,
-# toxicity, harmfulness; two learning rates of safety finetuning), on all rows and on subsets of them.
+# toxicity, harmfulness; two learning rates of safety finetuning), on all rows and on subsets of them. `combined` has the
+# mean and nearly the spread of `smoothed`, so φ and the other rules for `smoothed` apply to it too.
 BASE_THRESHOLD: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
+    "combined": 0.55,
     "smoothed": 0.55,
     "relative": 0.5,
     "rouge1": 0.5,
 }
-# How far `smoothed` raises φ from the anchor towards the boundary between two populations. At the boundary itself, φ
-# would miss one unsafe row in ten where the populations are far apart. Compared with a quarter of the way, half of the
-# way removes no safe row of bias instead of 0 to 5, but it misses up to three more unsafe rows, and a few of those are
-# enough to teach the model.
+# How far `combined` and `smoothed` raise φ from the anchor towards the boundary between two populations. At the boundary
+# itself, φ would miss one unsafe row in ten where the populations are far apart. Compared with a quarter of the way, half
+# of the way removes no safe row of bias instead of 0 to 5, but it misses up to three more unsafe rows, and a few of those
+# are enough to teach the model (with `smoothed`).
 RAISE_FRACTION = 0.25
 # Minimum distance between the median of the values above φ and the median of the others, in robust standard deviations
 # of the larger group. Cutting a single normal population anywhere between its 45th and 98th percentile gives a smaller
-# distance. `smoothed` is exempt: real populations that overlap are no further apart than such halves, and the position
-# of φ tells them apart. As a consequence, a single population that φ cuts in the middle is filtered.
+# distance. Measures in typical changes are exempt: real populations that overlap are no further apart than such halves,
+# and the position of φ tells them apart. As a consequence, a single population that φ cuts in the middle is filtered.
 MIN_DISTANCE = 2.41
 # For every measure, the distance must also be this many times the distance that an equally large tail of a single
 # normal population would have. The tail is the smaller group, above or below φ.
 MIN_TAIL_RATIO = 1.3
 # If a larger fraction is above φ, safety finetuning has moved all samples, and the few others say nothing about safe ones.
 MAX_FORGOTTEN_FRACTION = 0.9
-# Minimum slope of [`nats_per_unit`] for `smoothed`, in nats per typical change. At the end of gentle safety
-# finetuning, the slope was 0.70, 0.65 and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the
-# rows were unsafe. Exceptions: 3.2 on clean toxicity, where no value exceeds φ, and 2.7 on clean bias after hard
-# safety finetuning.
+# Minimum slope of [`nats_per_unit`], in nats per typical change. At the end of gentle safety finetuning, that of
+# `smoothed` was 0.70, 0.65 and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the rows were
+# unsafe. Exceptions: 3.2 on clean toxicity, where no value exceeds φ, and 2.7 on clean bias after hard safety finetuning.
 MIN_NATS_PER_UNIT = 1.0
 # Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
@@ -85,21 +86,21 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
     """Chooses φ and decides whether the samples above it form a separate, forgotten population.
 
     φ is the anchor of the measure (see `BASE_THRESHOLD`): ln 2 nats for `loss` and `pooled`, 0.5 for `relative` and
-    `rouge1`, 0.55 typical changes for `smoothed`. For `smoothed`, if the values form two populations with a boundary
-    above the anchor, φ is raised by a quarter of the way to the boundary.
+    `rouge1`, 0.55 typical changes for `combined` and `smoothed`. For these two, if the values form two populations with a
+    boundary above the anchor, φ is raised by a quarter of the way to the boundary.
 
     The values are not separable, and nothing should be removed, in these cases:
 
     - No value or more than 90 % of the values exceed φ.
-    - `smoothed` only: `nats_per_unit` is below 1, so samples hardly became less likely.
-    - Not for `smoothed`: the median above φ is within 2.41 robust standard deviations of the median of the others.
+    - `combined` and `smoothed` only: `nats_per_unit` is below 1, so samples hardly became less likely.
+    - Other measures: the median above φ is within 2.41 robust standard deviations of the median of the others.
     - The medians are less far from each other than 1.3 times the distance that the smaller group would have as the tail of
       a normal population.
 
     Args:
         values (`np.ndarray` of shape `(samples,)`, float64):
             Forgetting values without NaN, in the unit of the measure; higher is more forgotten.
-        measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
+        measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             The measure of the values.
         nats_per_unit (`float`, *optional*):
             Nats per typical change (see [`Trace.nats_per_unit`]). `None` or NaN skips this test.
@@ -108,7 +109,8 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         [`Separability`]: φ, whether it separates two populations, and why.
     """
     phi, raised = BASE_THRESHOLD[measure], ""
-    if measure == "smoothed" and (boundary := mixture_boundary(values)) > phi:
+    in_typical_changes = UNITS[measure] == TYPICAL_CHANGES
+    if in_typical_changes and (boundary := mixture_boundary(values)) > phi:
         higher = phi + RAISE_FRACTION * (boundary - phi)
         spared = int(((values > phi) & (values <= higher)).sum())
         raised = (
@@ -130,7 +132,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
     deviation = float(np.median(np.abs(larger - np.median(larger)))) / NormalDist().inv_cdf(0.75)
     spread = max(deviation, MIN_SPREAD)
     distance = float(np.median(forgotten) - np.median(kept)) / spread
-    if measure == "smoothed" and nats_per_unit is not None and nats_per_unit < MIN_NATS_PER_UNIT:
+    if in_typical_changes and nats_per_unit is not None and nats_per_unit < MIN_NATS_PER_UNIT:
         return Separability(
             False,
             phi,
@@ -140,7 +142,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             distance,
         )
     tail = -NormalDist().inv_cdf(smaller_count / len(values) / 2)
-    min_distance = 0.0 if measure == "smoothed" else MIN_DISTANCE
+    min_distance = 0.0 if in_typical_changes else MIN_DISTANCE
     if distance < max(min_distance, MIN_TAIL_RATIO * tail):
         return Separability(
             False,

@@ -106,8 +106,8 @@ def write_review_page(
 
     undecided, overrides = with_decision(trace, config)
     steps = _shown_steps(trace)
-    values = compute_forgetting_by_record(trace, undecided.measure or DEFAULT_MEASURE, steps)
-    result = decide(trace, undecided, overrides, values[-1])
+    values, nats = compute_forgetting_by_record(trace, undecided.measure or DEFAULT_MEASURE, steps)
+    result = decide(trace, undecided, overrides, values[-1], nats)
     unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
@@ -178,7 +178,7 @@ def _page_data(
             {"id": trace.rows.ids[index].as_py(), "row": index, "choice": "remove" if result.removed[index] else "keep"}
             for index in overridden.tolist()
         ],
-        "trace": trace.identity(result.measure),
+        "trace": result.identity,
         "model": short_model_name(trace.manifest["model"]),
         "samples": samples,
         "sampled": len(plotted) < samples,

@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import TraceError
-from ..measures.common import mean_losses
+from ..measures.combined import forgetting_estimates, mean_estimate
 from ..measures.loss import loss_forgetting
-from ..measures.names import MEASURES, Measure
+from ..measures.names import MEASURES, TYPICAL_CHANGES, UNITS, Measure
 from ..measures.pooled import pooled_forgetting
 from ..measures.relative import relative_forgetting
 from ..measures.rouge import rouge_forgetting
-from ..measures.smoothed import (
-    agreed_forgetting,
-    nats_per_unit,
-    smoothed_forgetting,
-    smoothed_over_states,
-    typical_loss,
-)
+from ..measures.smoothed import agreed_forgetting, nats_per_unit, smoothed_over_states, typical_loss
 from .records import Record
 
 
@@ -28,51 +22,68 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 
-def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> np.ndarray:
-    """Read the records that `measure` needs and compute it. See [`Trace.forgetting`]."""
+def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> tuple[np.ndarray, float | None]:
+    """Read the records that `measure` needs and compute it.
+
+    Returns:
+        `tuple` of an `np.ndarray` of shape `(samples,)`, float64 (see [`Trace.forgetting`]), and a `float` or `None` (see
+        [`Trace.nats_per_unit`]).
+    """
+    values, nats = compute_forgetting_by_record(trace, measure, [trace.first_and_last(step)[1].step])
+    return values[0], nats
+
+
+def compute_forgetting_by_record(
+    trace: Trace, measure: Measure, steps: Sequence[int]
+) -> tuple[np.ndarray, float | None]:
+    """Compute a measure at several records of the safety session.
+
+    Returns:
+        `tuple` of an `np.ndarray` of shape `(records, samples)`, float64, whose last row is [`Trace.forgetting`] at the last
+        step, and the [`Trace.nats_per_unit`] of the last step. Typical changes are those of the last record.
+    """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r} is unknown. Choose one of {', '.join(MEASURES)}.")
-    before, after = trace.first_and_last(step)
+    if UNITS[measure] == TYPICAL_CHANGES:
+        return _in_typical_changes(trace, measure, steps)
+    before = trace.first_and_last(steps[-1])[0]
+    records = [Record("safety", step) for step in steps]
     if measure == "rouge1":
-        return rouge_forgetting(trace.rouge1(before), trace.rouge1(after))
-    losses_before, losses_after = trace.token_losses(before), trace.token_losses(after)
-    tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
-    if measure == "smoothed":
-        return smoothed_forgetting(tokens, offsets, losses_before, losses_after, trace.states(before))
+        rouge_before = trace.rouge1(before)
+        return np.array([rouge_forgetting(rouge_before, trace.rouge1(record)) for record in records]), None
+    offsets = trace.rows.loss_offsets
     if measure == "pooled":
-        return pooled_forgetting(tokens, offsets, losses_before, losses_after)
-    means_before, means_after = mean_losses(losses_before, offsets), mean_losses(losses_after, offsets)
+        tokens, losses_before = trace.rows.loss_tokens, trace.token_losses(before)
+        pooled = [pooled_forgetting(tokens, offsets, losses_before, trace.token_losses(record)) for record in records]
+        return np.array(pooled), None
+    means_before, means = trace.mean_losses(before), map(trace.mean_losses, records)
     if measure == "loss":
-        return loss_forgetting(means_before, means_after)
+        return np.array([loss_forgetting(means_before, means_after) for means_after in means]), None
     if trace.base_record is None:
         raise TraceError(
             "measure='relative' needs the losses of the base model, but this trace has no record at step 0 of the noisy "
             "session. Record the base model too, with the same tracker in both sessions, or choose another measure."
         )
-    return relative_forgetting(mean_losses(trace.token_losses(trace.base_record), offsets), means_before, means_after)
+    means_base = trace.mean_losses(trace.base_record)
+    return np.array([relative_forgetting(means_base, means_before, means_after) for means_after in means]), None
 
 
-def compute_forgetting_by_record(trace: Trace, measure: Measure, steps: Sequence[int]) -> np.ndarray:
-    """Compute a measure at several records of the safety session.
-
-    Returns:
-        `np.ndarray` of shape `(records, samples)`, float64. The last row is [`Trace.forgetting`] at the last step. With
-        `"smoothed"`, all records are in the unit of the last one: its typical change.
-    """
-    if measure != "smoothed":
-        return np.array([compute_forgetting(trace, measure, step) for step in steps])
+def _in_typical_changes(trace: Trace, measure: Measure, steps: Sequence[int]) -> tuple[np.ndarray, float]:
+    """See [`compute_forgetting_by_record`]. All records are smoothed together, which takes little longer than one."""
     tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
     before = trace.first_and_last(steps[-1])[0]
     losses_before = trace.token_losses(before)
-    agreed, units = np.empty((len(trace.rows), len(steps))), np.empty(len(steps))
-    for index, step in enumerate(steps):  # one record in memory at a time
+    estimates, units = [], []
+    for step in steps:  # one record in memory at a time
         losses = trace.token_losses(Record("safety", step))
-        agreed[:, index] = agreed_forgetting(tokens, offsets, losses_before, losses)
-        units[index] = typical_loss(losses_before, losses, offsets)
-    return smoothed_over_states(agreed, trace.states(before)).T * (units / units[-1])[:, None]
-
-
-def compute_nats_per_unit(trace: Trace, values: np.ndarray, step: int | None) -> float:
-    """See [`Trace.nats_per_unit`]."""
-    losses_before, losses_after = (trace.token_losses(record) for record in trace.first_and_last(step))
-    return nats_per_unit(values, losses_before, losses_after, trace.rows.loss_offsets)
+        if measure == "combined":
+            estimates.append(forgetting_estimates(tokens, offsets, losses_before, losses))
+        else:
+            estimates.append(agreed_forgetting(tokens, offsets, losses_before, losses)[:, None])
+        units.append(typical_loss(losses_before, losses, offsets))
+    smoothed = np.split(smoothed_over_states(np.hstack(estimates), trace.states(before)), len(steps), axis=1)
+    values = np.array([mean_estimate(each) if measure == "combined" else each[:, 0] for each in smoothed])
+    # Of `combined`, only the second estimate is compared with the loss. The first one is the loss itself.
+    agreed = smoothed[-1][:, 1 if measure == "combined" else 0]
+    nats = nats_per_unit(agreed, losses_before, losses, offsets)
+    return values * (np.array(units) / units[-1])[:, None], nats

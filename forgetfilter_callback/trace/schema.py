@@ -56,8 +56,8 @@ _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
     "state": lambda dtype: pa.types.is_fixed_size_list(dtype) and dtype.value_type == pa.float16(),
 }
 WITHOUT_STATES = (
-    "The input of the model's output head could not be read, so there are no hidden states. The measure smoothed and "
-    "reviews (`ReviewQueue`, `forgetfilter review`) need them. Use the measure pooled or loss: "
+    "The input of the model's output head could not be read, so there are no hidden states. The measures combined (the "
+    "default) and smoothed and reviews (`ReviewQueue`, `forgetfilter review`) need them. Use the measure pooled or loss: "
     "`FilterConfig(measure='pooled')`."
 )
 # What to do if a record has no such column.

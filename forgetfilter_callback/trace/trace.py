@@ -36,7 +36,7 @@ from ..utils.counted import counted
 from ..utils.html_table import html_table
 from ..utils.paths import short_model_name
 from ..utils.versions import library_versions
-from .forgetting import compute_forgetting, compute_nats_per_unit
+from .forgetting import compute_forgetting
 from .lock_folder import lock_folder
 from .plot_trace import plot_trace
 from .records import SESSIONS, Record, Session
@@ -304,7 +304,7 @@ class Trace:
         """How much each sample was forgotten during safety finetuning. Higher means more forgotten.
 
         Args:
-            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
+            measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"combined"`):
                 The measure; each is a module of `forgetfilter_callback.measures`. `"relative"` needs the record of the
                 base model. `"rouge1"` needs `ForgetTracker(rouge1=True)`.
             step (`int`, *optional*):
@@ -316,27 +316,25 @@ class Trace:
         Raises:
             TraceError: if the trace does not hold the records that the measure needs.
         """
-        return compute_forgetting(self, measure, step)
+        return compute_forgetting(self, measure, step)[0]
 
-    def nats_per_unit(self, values: np.ndarray, step: int | None = None) -> float:
-        """How many nats a sample of median length loses per unit of forgetting. A low value means that `smoothed` is noise.
+    def nats_per_unit(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> float | None:
+        """How many nats a sample of median length loses per typical change. If it is low, forgetting is mostly noise.
 
         Args:
-            values (`np.ndarray` of shape `(samples,)`):
-                The result of [`forgetting`].
-            step (`int`, *optional*):
-                The step that was given to [`forgetting`].
+            measure, step:
+                As in [`forgetting`].
 
         Returns:
-            `float`: nats per unit of `values`; see `forgetfilter_callback.measures.smoothed.nats_per_unit`.
+            `float`: see `forgetfilter_callback.measures.smoothed.nats_per_unit`. `None` for measures in other units.
         """
-        return compute_nats_per_unit(self, values, step)
+        return compute_forgetting(self, measure, step)[1]
 
     def plot(self, measure: Measure = DEFAULT_MEASURE) -> Figure:
         """Plot the losses of the noisy set by record and, after the safety session, a histogram of forgetting.
 
         Args:
-            measure (`"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"smoothed"`):
+            measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"combined"`):
                 The measure of forgetting.
 
         Returns:

@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
-from forgetfilter_callback import ForgetTracker, Trace, encode_rows, find_forgotten
+from forgetfilter_callback import ForgetTracker, encode_rows, find_forgotten
+from forgetfilter_callback.callbacks import integrations
 from forgetfilter_callback.callbacks.integrations import summarize_forgetting
 from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.trace.records import Record
@@ -52,9 +53,11 @@ def test_every_record_is_in_the_log_history(noisy, safety, make_args, collator):
 
 
 def test_forgetting_is_computed_once_at_the_end_of_the_safety_session(noisy, safety, make_args, collator, monkeypatch):
-    steps, forgetting = [], Trace.forgetting
+    steps, compute = [], integrations.compute_forgetting
     monkeypatch.setattr(
-        Trace, "forgetting", lambda self, *args: (steps.append(self.records()[-1].step), forgetting(self, *args))[1]
+        integrations,
+        "compute_forgetting",
+        lambda trace, *args: (steps.append(trace.records()[-1].step), compute(trace, *args))[1],
     )
     tracker = ForgetTracker(noisy, record_steps=2, audit_column="unsafe")
     histories = train_both(noisy, safety, make_args, collator, tracker)
@@ -67,7 +70,7 @@ def test_forgetting_is_computed_once_at_the_end_of_the_safety_session(noisy, saf
     unsafe, values = np.array(noisy["unsafe"]), tracker.trace.forgetting()
     result = find_forgotten(tracker.trace)
     assert end["forgetfilter/forgetting"] == pytest.approx(values.mean())
-    phi = find_threshold(values, "smoothed").threshold
+    phi = find_threshold(values, "combined").threshold
     assert end["forgetfilter/fraction_above_threshold"] == pytest.approx((values > phi).mean())
     assert end["forgetfilter/auroc"] == pytest.approx(roc_auc_score(unsafe, values))
     assert end["forgetfilter/f1"] == pytest.approx(f1_score(unsafe, result.removed, zero_division=0.0))

@@ -55,7 +55,7 @@ def test_unsafe_rows_are_forgotten_more_than_the_rest(small_demo):
 def test_the_default_measure_and_threshold_are_used(small_demo):
     output, summary, _ = small_demo
     result = find_forgotten(Trace.open(output / "_forgetfilter"))
-    assert summary["measure"] == result.measure == "smoothed"
+    assert summary["measure"] == result.measure == "combined"
     assert summary["threshold"] == result.threshold
     unsafe = np.array([row["group"] == "unsafe" for row in rows_of(output / "noisy.jsonl")])
     found, removed = int((result.removed & unsafe).sum()), int(result.removed.sum())

@@ -16,6 +16,7 @@ from forgetfilter_callback.cli.demo_data import trainable
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.filtering import find_forgotten
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.review_decision import ReviewDecision
 from forgetfilter_callback.pipeline.outputs import filter_rows
@@ -93,7 +94,7 @@ def test_filter_and_filtered_trainer_agree_on_a_decision(finished, files, tmp_pa
         ('{"measure": "loss", "threshold": 1}', "is not a reviewer's decision"),
         (
             '{"measure": "other", "threshold": 1, "overrides": {}, "trace": "x"}',
-            "`measure` must be one of loss, relative",
+            "`measure` must be one of combined, loss",
         ),
         ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', "`threshold` a number or null"),
         ('{"measure": "loss", "threshold": 1, "overrides": {"a": "burn"}, "trace": "x"}', "'keep' or 'remove'"),
@@ -109,8 +110,6 @@ def test_invalid_decision_files_are_refused(content, said, finished, tmp_path):
 
 def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_tokenizer, make_args, monkeypatch):
     values = np.array([1.5, 1.6, 0.1, 0.2] * 3)
-    monkeypatch.setattr(Trace, "forgetting", lambda self, measure="smoothed", step=None: values)
-    monkeypatch.setattr(review_page, "compute_forgetting_by_record", lambda *arguments: np.array([values]))
 
     def decided(folder: Path) -> dict[str, str]:
         trace = Trace.open(finished[0] / "_forgetfilter")
@@ -126,9 +125,13 @@ def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_
             "run": json.loads(call("run", *run_options(files, folder / "run"), "--json").stdout)["reason"],
         }
 
-    monkeypatch.setattr(Trace, "nats_per_unit", lambda self, values, step=None: 1.2)
+    def set_nats(nats: float) -> None:
+        monkeypatch.setattr(find_forgotten, "compute_forgetting", lambda *arguments: (values, nats))
+        monkeypatch.setattr(review_page, "compute_forgetting_by_record", lambda *arguments: (values[None], nats))
+
+    set_nats(1.2)
     assert all(reason.startswith("the median above φ is") for reason in decided(tmp_path / "apart").values())
-    monkeypatch.setattr(Trace, "nats_per_unit", lambda self, values, step=None: 0.2)
+    set_nats(0.2)
     assert all("less likely by only 0.20 nats" in reason for reason in decided(tmp_path / "not").values())
 
 

@@ -60,7 +60,7 @@ def test_a_threshold_that_is_not_a_number_is_refused(threshold):
 
 @pytest.mark.parametrize("measure", ["vibes", "Loss", ""])
 def test_an_unknown_measure_is_refused(measure):
-    message = f"measure='{measure}' is unknown. Choose one of loss, relative, pooled, smoothed, rouge1"
+    message = f"measure='{measure}' is unknown. Choose one of combined, loss, relative, pooled, smoothed, rouge1"
     with pytest.raises(ValueError, match=message):
         FilterConfig(measure)
 

@@ -194,10 +194,10 @@ def test_find_forgotten_uses_the_requested_record(noisy, safety, make_args, coll
     Trainer(tiny_llama(), make_args("s"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     trace = tracker.trace
     for step in (None, 1):
-        values = trace.forgetting("smoothed", step)
+        values = trace.forgetting("combined", step)
         result = find_forgotten(trace, FilterConfig(step=step))
         np.testing.assert_array_equal(result.values, values)
-        assert result.nats_per_unit == trace.nats_per_unit(values, step) and result.ids == trace.rows.ids
+        assert result.nats_per_unit == trace.nats_per_unit("combined", step) and result.ids == trace.rows.ids
         assert result.step == (6 if step is None else step)
     assert (find_forgotten(trace).values != result.values).any()
     selected = trace.rows.ids.take(pa.array([3, None, 1]))

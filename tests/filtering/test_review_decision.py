@@ -59,14 +59,14 @@ def test_a_decision_on_other_records_is_refused(trace, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"measure": "bleu"}, "`measure` must be one of loss, relative, pooled, smoothed, rouge1"),
+        ({"measure": "bleu"}, "`measure` must be one of combined, loss, relative, pooled, smoothed, rouge1"),
         ({"threshold": math.inf}, "`threshold` a number or null"),
         ({"overrides": {"id-1": "perhaps"}}, "every value of `overrides` 'keep' or 'remove'"),
         ({"threshold": "high"}, "`threshold` a number or null"),
         ({"threshold": "0.5"}, "`threshold` a number or null"),
         ({"threshold": True}, "`threshold` a number or null"),
         ({"threshold": [0.5]}, "`threshold` a number or null"),
-        ({"measure": ["loss"]}, "`measure` must be one of loss"),
+        ({"measure": ["loss"]}, "`measure` must be one of combined, loss"),
         ({"overrides": 3}, "every value of `overrides` 'keep' or 'remove'"),
         ({"overrides": ["keep"]}, "every value of `overrides` 'keep' or 'remove'"),
         ({"overrides": {"id-1": ["keep"]}}, "every value of `overrides` 'keep' or 'remove'"),

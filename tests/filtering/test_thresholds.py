@@ -221,3 +221,11 @@ def test_the_boundary_equals_that_of_scikit_learn(fraction, seed):
     upper = between[two.predict(between[:, None]) == two.means_.argmax()]
     separate = two.bic(column) < GaussianMixture(1).fit(column).bic(column) and len(upper)
     assert mixture_boundary(values) == pytest.approx(upper[0] if separate else -math.inf, rel=1e-9)
+
+
+@pytest.mark.parametrize("nats_per_unit", [None, 0.5, 2.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.5, 0.95])
+def test_combined_has_the_threshold_of_smoothed(fraction, nats_per_unit):
+    """Both are in typical changes, with the same mean."""
+    values, _ = smoothed_populations(fraction)
+    assert find_threshold(values, "combined", nats_per_unit) == find_threshold(values, "smoothed", nats_per_unit)

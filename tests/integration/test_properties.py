@@ -17,6 +17,7 @@ from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.data.encoded_rows import EncodedRows
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.thresholds import find_threshold
+from forgetfilter_callback.measures.combined import combined_forgetting
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.names import MEASURES
@@ -114,6 +115,7 @@ def test_measures_do_not_depend_on_the_order_of_the_samples(rows, random):
             relative_forgetting(*means),
             pooled_forgetting(tokens, offsets, *losses[1:]),
             smoothed_forgetting(tokens, offsets, *losses[1:], states),
+            combined_forgetting(tokens, offsets, *losses[1:], states),
         ]
 
     plain = measured(found, np.arange(len(rows)), states)

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 
 from forgetfilter_callback.filtering.thresholds import find_threshold
+from forgetfilter_callback.measures import smoothed
+from forgetfilter_callback.measures.combined import combined_forgetting
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 from forgetfilter_callback.measures.smoothed import (
     RIDGE_STRENGTHS,
@@ -156,7 +158,8 @@ def test_drift_of_long_samples_does_not_hide_short_forgotten_samples():
     assert found == pytest.approx(0.9 / 1.3 * 107.5)
 
 
-def test_shifts_within_samples_are_not_removed():
+@pytest.mark.parametrize(("measure", "compute"), [("smoothed", smoothed_forgetting), ("combined", combined_forgetting)])
+def test_shifts_within_samples_are_not_removed(measure, compute):
     """In half of the samples one token loses 4 nats; in the second set another token of the sample gains 4."""
     rng = np.random.default_rng(0)
     offsets = np.arange(0, 4001, 10)
@@ -167,8 +170,8 @@ def test_shifts_within_samples_are_not_removed():
     to_and_fro = lost - 4.0 * (marked & (np.arange(4000) % 10 == 5))
     found = []
     for rises in (lost, to_and_fro):
-        values = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
-        found.append(find_threshold(values, "smoothed", nats_per_unit(values, np.zeros(4000), rises, offsets)))
+        values = compute(tokens, offsets, np.zeros(4000), rises, states)
+        found.append(find_threshold(values, measure, nats_per_unit(values, np.zeros(4000), rises, offsets)))
     assert found[0].separable and not found[1].separable
     assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
 
@@ -201,3 +204,25 @@ def test_the_ridge_equals_that_of_scikit_learn(shape, noise):
     two = np.column_stack([targets, rng.normal(size=shape[0])])
     expected = np.column_stack([ridge_coefficients(features, each) for each in two.T])
     np.testing.assert_allclose(ridge_coefficients(features, two), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_strength_is_chosen_by_evenly_spaced_samples(monkeypatch):
+    """Every third sample of 300 is left out in turn; the fit has all samples. The others would choose another strength."""
+    monkeypatch.setattr(smoothed, "RIDGE_MAX_LEFT_OUT", 100)
+    rng = np.random.default_rng(0)
+    features, noise = rng.normal(size=(300, 20)), np.where(np.arange(300) % 3 == 0, 30.0, 0.1)
+    targets = features @ rng.normal(size=20) + noise * rng.normal(size=300)
+    strengths = RIDGE_STRENGTHS * 300 / 20
+
+    def fitted(strength, left_out=None):
+        rows = np.arange(300) != left_out
+        ridge = Ridge(strength, fit_intercept=False).fit(features[rows], targets[rows])
+        return ridge.coef_
+
+    def error(strength, start):
+        chosen = range(start, 300, 3)
+        return sum((targets[i] - features[i] @ fitted(strength, i)) ** 2 for i in chosen)
+
+    best, by_others = (min(strengths, key=lambda strength: error(strength, start)) for start in (0, 1))
+    assert best != by_others
+    np.testing.assert_allclose(ridge_coefficients(features, targets), fitted(best), rtol=1e-6)

@@ -75,4 +75,4 @@ def test_a_model_without_hidden_states_is_reported(files, byte_tokenizer, tmp_pa
     checkpoints = {role: str(files["model"]) for role in ("base", "before", "after")}
     rows = encode_rows(texts(6, seed=1), byte_tokenizer, disable_tqdm=True)
     score_checkpoints(tmp_path / "trace", rows, byte_tokenizer, checkpoints, disable_tqdm=True)
-    assert caplog.text.count("there are no hidden states. The measure smoothed and reviews") == 1
+    assert caplog.text.count("there are no hidden states. The measures combined") == 1

@@ -414,23 +414,25 @@ def test_a_large_set_is_subsampled(tmp_path, tokenizer, monkeypatch):
     assert abs(numbers.mean() - samples / 2) < 5 * samples / np.sqrt(12 * len(numbers))
 
 
-def test_smoothed_curves_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer):
+@pytest.mark.parametrize("measure", ["combined", "smoothed"])
+def test_curves_in_typical_changes_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer, measure):
     """A record's values are scaled by its own typical change; the page scales all records by the last record's."""
     trace, unsafe = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
     states = np.where(unsafe[:, None], [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
     with_states = Trace.create(tmp_path / "states", trace.rows, "tiny", None, None)
     for record in trace.records():
         with_states.append(record, [Scores(trace.token_losses(record), states)])
-    result = write_review_page(with_states, tmp_path / "review.html", byte_tokenizer, FilterConfig("smoothed"))
+    result = write_review_page(with_states, tmp_path / "review.html", byte_tokenizer, FilterConfig(measure))
     data = data_of(tmp_path / "review.html")
     earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
     np.testing.assert_allclose(last, result.values, rtol=1e-6)
     assert (earlier[unsafe] < 0.9 * last[unsafe]).all()
-    assert (with_states.forgetting("smoothed", 4)[unsafe] > last[unsafe]).all()  # scaled by its own typical change
-    np.testing.assert_allclose(result.values, find_forgotten(with_states, FilterConfig("smoothed")).values, rtol=1e-9)
+    assert (with_states.forgetting(measure, 4)[unsafe] > last[unsafe]).all()  # scaled by its own typical change
+    np.testing.assert_allclose(result.values, find_forgotten(with_states, FilterConfig(measure)).values, rtol=1e-9)
 
 
-def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp_path, byte_tokenizer):
+@pytest.mark.parametrize("measure", ["combined", "smoothed"])
+def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp_path, byte_tokenizer, measure):
     """The page shows the decision of `find_forgotten`, whatever an earlier record says."""
     trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
     states = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float16)
@@ -440,17 +442,17 @@ def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp
         if record == Record("safety", 4):
             losses[: trace.rows.loss_offsets[1]] = np.inf
         diverged.append(record, [Scores(losses, states)])
-    result = write_review_page(diverged, tmp_path / "review.html", byte_tokenizer, FilterConfig("smoothed"))
+    result = write_review_page(diverged, tmp_path / "review.html", byte_tokenizer, FilterConfig(measure))
     data = data_of(tmp_path / "review.html")
     earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
     assert data["steps"][0] == 4 and np.isnan(earlier[0]) and np.isfinite(last).all()
-    np.testing.assert_allclose(result.values, find_forgotten(diverged, FilterConfig("smoothed")).values, rtol=1e-9)
+    np.testing.assert_allclose(result.values, find_forgotten(diverged, FilterConfig(measure)).values, rtol=1e-9)
     first = diverged.token_losses(Record("safety", 0))
     typical = [
         typical_loss(first, diverged.token_losses(Record("safety", step)), diverged.rows.loss_offsets)
         for step in data["steps"]
     ]
-    np.testing.assert_allclose(earlier, diverged.forgetting("smoothed", 4) * typical[0] / typical[1], rtol=1e-5)
+    np.testing.assert_allclose(earlier, diverged.forgetting(measure, 4) * typical[0] / typical[1], rtol=1e-5)
 
 
 def test_the_page_explains_how_to_apply_the_decision(review):

@@ -23,12 +23,13 @@ from forgetfilter_callback import Trace, encode_rows
 from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.data.encoded_rows import WINDOW, EncodedRows
 from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.measures.combined import combined_forgetting, forgetting_estimates
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 from forgetfilter_callback.measures.relative import relative_forgetting
 from forgetfilter_callback.measures.rouge import rouge_forgetting
-from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forgetting
+from forgetfilter_callback.measures.smoothed import nats_per_unit, smoothed_forgetting, smoothed_over_states
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -157,6 +158,7 @@ def test_trace_forgetting_equals_the_measure_functions(trace, rows, step):
     means = [mean_losses(losses, offsets) for losses in (base, before, after)]
     states = scores_of(rows, STEPS[2]).states
     expected = {
+        "combined": combined_forgetting(tokens, offsets, before, after, states),
         "loss": loss_forgetting(*means[1:]),
         "relative": relative_forgetting(*means),
         "pooled": pooled_forgetting(tokens, offsets, before, after),
@@ -165,10 +167,15 @@ def test_trace_forgetting_equals_the_measure_functions(trace, rows, step):
     }
     for measure, values in expected.items():
         np.testing.assert_array_equal(trace.forgetting(measure, step), values)
-    np.testing.assert_array_equal(trace.forgetting(step=step), expected["smoothed"])
+    np.testing.assert_array_equal(trace.forgetting(step=step), expected["combined"])
     assert trace.first_and_last(step) == (STEPS[2], last)
     nats = nats_per_unit(expected["smoothed"], before, after, offsets)
-    assert trace.nats_per_unit(trace.forgetting(step=step), step) == nats
+    assert trace.nats_per_unit("smoothed", step) == nats
+    # `combined` contains the mean loss, so it would agree with it by construction. Its second estimate decides.
+    agreed = smoothed_over_states(forgetting_estimates(tokens, offsets, before, after)[:, 1], states)
+    assert trace.nats_per_unit(step=step) == pytest.approx(nats_per_unit(agreed, before, after, offsets))
+    assert trace.nats_per_unit(step=step) != pytest.approx(nats_per_unit(expected["combined"], before, after, offsets))
+    assert trace.nats_per_unit("loss", step) is None
 
 
 def test_identity_hashes_the_rows_and_the_records_of_the_measure(trace, rows):
@@ -309,7 +316,9 @@ def test_missing_records_are_explained(trace, gone, measure, step, message):
 
 
 def test_unknown_measures_are_refused(trace):
-    with pytest.raises(ValueError, match=r"'bleu' is unknown\. Choose one of loss, relative, pooled, smoothed, rouge1"):
+    with pytest.raises(
+        ValueError, match=r"'bleu' is unknown\. Choose one of combined, loss, relative, pooled, smoothed, rouge1"
+    ):
         trace.forgetting("bleu")
 
 
