@@ -1,4 +1,4 @@
-"""Names, default and units of the forgetting measures."""
+"""Names, default, units and meanings of the forgetting measures."""
 
 from __future__ import annotations
 
@@ -17,4 +17,17 @@ UNITS: dict[Measure, str] = {
     "pooled": "nats",
     "smoothed": TYPICAL_CHANGES,
     "rouge1": "ROUGE-1",
+}
+_TYPICAL = (
+    "1 means that the row, and rows like it, lost as much probability as safety finetuning typically changes; 0 means that "
+    "they lost none."
+)
+# What a value means, for a reviewer.
+MEANINGS: dict[Measure, str] = {
+    "combined": _TYPICAL,
+    "loss": "0.69 means that the tokens of the row became half as likely, on geometric average; 0 means no change.",
+    "relative": "1 means that all that noisy finetuning taught about the row was lost; 0 means that nothing was.",
+    "pooled": "0.69 means that the most forgotten words of the row became half as likely in other rows; 0 means no change.",
+    "smoothed": _TYPICAL,
+    "rouge1": "0.5 means that the model's answer shares that much less with the row than before; 0 means no change.",
 }

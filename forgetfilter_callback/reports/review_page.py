@@ -23,7 +23,7 @@ from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
 from ..measures.common import mean_losses
-from ..measures.names import DEFAULT_MEASURE, UNITS
+from ..measures.names import DEFAULT_MEASURE, MEANINGS, UNITS
 from ..review.verdicts import Verdict, VerdictLabel, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
@@ -120,6 +120,7 @@ def write_review_page(
     html = environment.get_template("review.html").render(
         # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        meaning=MEANINGS[result.measure],
         style=_joined(STYLES),
         plotly=get_plotlyjs(),
         script=script,

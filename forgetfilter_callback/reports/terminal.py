@@ -10,7 +10,7 @@ from rich.text import Text
 from ..data.decode import Decoder, decode
 from ..filtering.by_source import SourceCounts
 from ..filtering.result import FilterResult
-from ..measures.names import UNITS
+from ..measures.names import MEANINGS, UNITS
 from ..review.verdicts import trace_verdicts
 from ..trace.trace import Trace
 from ..utils.paths import short_model_name
@@ -55,6 +55,7 @@ def show(
     phi = result.threshold
     counts, edges = np.histogram(known, BINS)
     console.print(Text(f"\n{result.measure} forgetting [{UNITS[result.measure]}]"))
+    console.print(Text(MEANINGS[result.measure]))
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * int(np.ceil(BAR_WIDTH * count / counts.max()))
         line = Text(f"{left:8.3f}  ")
@@ -71,10 +72,7 @@ def show(
     for name in ("row", "forgetting", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("decision", no_wrap=True)
-    # One line a row, so that the list fits on a screen
-    table.add_column(
-        "completion", no_wrap=True, overflow="ellipsis"
-    )  # one line a row, so that the list fits on a screen
+    table.add_column("completion", no_wrap=True, overflow="ellipsis")  # one line a row: the list fits on a screen
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from helpers import call, hostile_trace, refused, texts
 
 from forgetfilter_callback import ReviewQueue, Trace
+from forgetfilter_callback.measures.names import MEANINGS
 
 
 def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
@@ -17,6 +18,7 @@ def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
     assert result.exit_code == 0, result.output
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\u2066"} & set(result.output)
     assert "not checked by anyone" in " ".join(result.output.split()) and "← φ = 0.693" in result.output
+    assert MEANINGS["loss"] in " ".join(result.output.split())
     account = json.loads(call("show", tmp_path / "trace", "--measure", "loss", "--json", "--threshold", 1.5).stdout)
     assert account["removed"] == (trace.forgetting("loss") > 1.5).sum()
 

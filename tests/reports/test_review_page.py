@@ -15,6 +15,7 @@ from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.measures.names import MEANINGS
 from forgetfilter_callback.measures.smoothed import typical_loss
 from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
@@ -453,6 +454,12 @@ def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp
         for step in data["steps"]
     ]
     np.testing.assert_allclose(earlier, diverged.forgetting(measure, 4) * typical[0] / typical[1], rtol=1e-5)
+
+
+def test_the_page_explains_what_a_value_means(review):
+    page = review[0].read_text(encoding="utf-8")
+    assert f'<p id="meaning" class="muted">{MEANINGS["loss"]}</p>' in page.replace("&#39;", "'")
+    assert data_of(review[0])["measure"] == "loss"
 
 
 def test_the_page_explains_how_to_apply_the_decision(review):
