@@ -206,9 +206,9 @@ class Recorder:
         if len(not_finite):
             logger.warning(
                 f"The loss of {len(not_finite):,} of {counted(len(self._trace.rows), 'sample')} is not finite under the "
-                f"model of this record ({record}): {describe_rows(not_finite)} of the noisy set. The model diverges or "
-                "overflows on them. Look at these rows, lower the learning rate, or train in bfloat16 or float32. Such "
-                "samples are kept."
+                f"model of this record ({record}): {describe_rows(not_finite)} of the prepared noisy set. The model "
+                "diverges or overflows on them. Look at these rows (`trace.rows`), lower the learning rate, or train in "
+                "bfloat16 or float32. Such samples are kept."
             )
         if record == Record("safety", 0):
             check_learned(self._trace, np.concatenate(losses))

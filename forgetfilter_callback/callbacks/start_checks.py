@@ -48,10 +48,14 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
         )
     mean_before, mean_learned, mean_now = (float(losses[compared].mean()) for losses in (before, learned, now))
     left_out = np.flatnonzero(scorable & ~compared)
-    without = f" without {describe_rows(left_out)} (no finite loss under at least one of these models)"
+    compared_set = "noisy set"
+    if len(left_out):
+        compared_set = (
+            f"prepared noisy set without {describe_rows(left_out)} (no finite loss under at least one of these models)"
+        )
     figures = (
-        f"mean loss of the noisy set{without if len(left_out) else ''}: {mean_before:.3f} nats per token before noisy "
-        f"finetuning, {mean_learned:.3f} after it, {mean_now:.3f} now"
+        f"mean loss of the {compared_set}: {mean_before:.3f} nats per token before noisy finetuning, {mean_learned:.3f} "
+        f"after it, {mean_now:.3f} now"
     )
     if mean_before - mean_learned < MIN_LEARNED:
         logger.warning(

@@ -94,7 +94,8 @@ def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None
     """
     compared = np.isfinite(losses) & np.isfinite(expected)
     not_finite = [
-        f"under {model}, the loss of {describe_rows(rows[~np.isfinite(values)])} of the noisy set is not finite"
+        f"under {model}, the loss of {describe_rows(rows[~np.isfinite(values)])} of the prepared noisy set is not "
+        "finite"
         for model, values in (("this model", losses), ("the base model of the trace", expected))
         if not np.isfinite(values).all()
     ]

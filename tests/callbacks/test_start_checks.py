@@ -39,7 +39,8 @@ def test_one_infinite_loss_is_named_and_left_out(noisy, safety, train, caplog):
     np.testing.assert_allclose(tracker.trace.losses()[2], learned, rtol=1e-5)
     for record in tracker.trace.records():
         message = (
-            f"The loss of 1 of 24 samples is not finite under the model of this record ({record}): row {row} of the"
+            f"The loss of 1 of 24 samples is not finite under the model of this record ({record}): row {row} of the "
+            "prepared noisy set. The model"
         )
         assert message in caplog.text
 
@@ -51,8 +52,8 @@ def test_another_model_is_still_refused_without_the_infinite_loss(noisy, safety,
     train(without_probability(tiny_llama(), token), "noisy", others, tracker, num_train_epochs=10)
     base, learned = (np.delete(losses, row).mean() for losses in tracker.trace.losses())
     message = (
-        rf"mean loss of the noisy set without row {row} \(no finite loss under at least one of these models\): {base:.3f} "
-        rf"nats per token before noisy finetuning, {learned:.3f} after it, {base:.3f} now"
+        rf"mean loss of the prepared noisy set without row {row} \(no finite loss under at least one of these models\): "
+        rf"{base:.3f} nats per token before noisy finetuning, {learned:.3f} after it, {base:.3f} now"
     )
     with pytest.raises(TraceError, match=message):
         train(without_probability(tiny_llama(), token), "safety", safety, tracker)

@@ -124,7 +124,7 @@ def test_a_diverging_model_is_reported(noisy, make_args, collator, caplog):
     Trainer(model, make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     message = (
         "The loss of 24 of 24 samples is not finite under the model of this record (noisy session, step 0): rows 0, 1, 2, "
-        "3, 4 and 19 more of the noisy set."
+        "3, 4 and 19 more of the prepared noisy set."
     )
     assert message in caplog.text
     assert len(tracker.trace.records()) == 2

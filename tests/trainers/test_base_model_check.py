@@ -65,13 +65,14 @@ def test_an_infinite_loss_under_one_model_is_named_and_left_out(which, noisy, sa
     row, token = only_in_one_row(noisy, safety)
     infinite, base = without_probability(tiny_llama(), token), tiny_llama()
     check(*((base, infinite) if which == "this model" else (infinite, base)))
-    assert f"leaves rows out: under {which}, the loss of row {row} of the noisy set is not finite." in caplog.text
+    message = f"leaves rows out: under {which}, the loss of row {row} of the prepared noisy set is not finite."
+    assert message in caplog.text
 
 
 def test_an_infinite_loss_under_both_models_is_left_out(noisy, safety, check, caplog):
     row, token = only_in_one_row(noisy, safety)
     check(without_probability(tiny_llama(), token), without_probability(tiny_llama(), token))
-    assert caplog.text.count(f"the loss of row {row} of the noisy set is not finite") == 2
+    assert caplog.text.count(f"the loss of row {row} of the prepared noisy set is not finite") == 2
 
 
 def test_another_model_is_refused_without_the_infinite_loss(noisy, safety, check):
@@ -88,9 +89,7 @@ def test_a_model_without_any_finite_loss_is_refused_by_name(check):
     damaged = tiny_llama()
     with torch.no_grad():
         damaged.lm_head.weight[7] = float("nan")
-    message = (
-        r"cannot be compared with .*: under this model, the loss of rows 0, 1, 2, 3, 4 and 19 more of the noisy set is"
-    )
+    message = "cannot be compared with .*: under this model, the loss of rows 0, 1, 2, 3, 4 and 19 more of the prepared"
     with pytest.raises(ForgetFilterError, match=message):
         check(tiny_llama(), damaged)
 
