@@ -17,7 +17,7 @@ from ..data.output_lines import to_json_lines
 from ..errors import DecisionError
 from ..measures.names import UNITS, Measure
 from ..utils.arrow_arrays import from_numpy
-from ..utils.atomic_files import atomic_writes
+from ..utils.atomic_files import atomic_writes, fill_with_json, fill_with_lines
 from ..utils.counted import counted
 from ..utils.html_table import html_table
 from .by_source import SourceCounts, count_by_source
@@ -202,12 +202,11 @@ class FilterResult:
         names = [*(["removed.jsonl"] if removed_rows is not None else []), "values.parquet", RESULT_FILE]
         with atomic_writes([folder / name for name in names]) as temporaries:
             if removed_rows is not None:
-                with temporaries[0].open("w", encoding="utf-8", newline="") as stream:
-                    # Without a format: tensors would be written as their shortened text.
-                    stream.writelines(f"{line}\n" for line in to_json_lines(removed_rows.with_format(None)))
+                # Without a format: tensors would be written as their shortened text.
+                fill_with_lines(to_json_lines(removed_rows.with_format(None)), temporaries[0])
             values_file, result_file = temporaries[-2:]
             pq.write_table(pa.table(columns), values_file, compression="zstd", write_page_checksum=True)
-            result_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            fill_with_json(content, result_file)
         if removed_rows is None and replaces_removed_rows:
             (folder / "removed.jsonl").unlink(missing_ok=True)
 

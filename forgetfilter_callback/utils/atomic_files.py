@@ -84,7 +84,8 @@ def write_parquet(tables: Iterable[pa.Table], file: Path, before_commit: Callabl
 
 def write_json(content: Any, file: Path) -> None:
     """Write a JSON file atomically."""
-    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
+    with atomic_write(file) as temporary:
+        fill_with_json(content, temporary)
 
 
 def write_text(text: str, file: Path) -> None:
@@ -95,5 +96,16 @@ def write_text(text: str, file: Path) -> None:
 
 def write_lines(lines: Iterable[str], file: Path) -> None:
     """Write lines to a UTF-8 text file atomically. Each line ends with `\\n` on every platform."""
-    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(file) as temporary:
+        fill_with_lines(lines, temporary)
+
+
+def fill_with_json(content: Any, temporary: Path) -> None:
+    """Write JSON to a temporary path from [`atomic_writes`]."""
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fill_with_lines(lines: Iterable[str], temporary: Path) -> None:
+    """Write lines to a temporary path from [`atomic_writes`]."""
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(f"{line}\n" for line in lines)
