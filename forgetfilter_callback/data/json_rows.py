@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,16 +22,22 @@ _LINE_BREAK = re.compile(r"[ \t]*[\r\n][ \t\r\n]*")
 class JsonRows(Sequence[dict[str, Any]]):
     """Rows that are parsed one at a time, each by itself: a text never becomes a date, and a row has only its own keys.
 
-    Attributes:
-        lines (`list[str]`):
+    Args:
+        lines (`Iterable[str]`):
             One JSON object per row, without line breaks.
     """
 
-    def __init__(self, lines: list[str]):
-        self.lines = lines
+    def __init__(self, lines: Iterable[str]):
+        # As UTF-8, because a string takes two or four bytes per character if one of its characters is not Latin.
+        self._lines = [line.encode() for line in lines]
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """The lines of all rows in order."""
+        return (line.decode() for line in self._lines)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._lines)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -41,8 +47,8 @@ class JsonRows(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | JsonRows:
         if isinstance(index, slice):
-            return JsonRows(self.lines[index])
-        row: dict[str, Any] = json.loads(self.lines[index])
+            return JsonRows(line.decode() for line in self._lines[index])
+        row: dict[str, Any] = json.loads(self._lines[index])
         return row
 
 
@@ -60,30 +66,43 @@ def read_text_file(path: Path) -> JsonRows:
 
 
 def _read_json(path: Path) -> JsonRows:
+    if not _is_list(path):
+        return JsonRows(_lines_of_objects(path))
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return JsonRows([_LINE_BREAK.sub(" ", item) for item in _items_of_list(text)])
-    lines = []
-    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` also splits at separators within a text
-        if line.strip():
-            try:
-                _check_is_object(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            lines.append(line)
-    return JsonRows(lines)
+    return JsonRows(_LINE_BREAK.sub(" ", item) for item in _items_of_list(text))
+
+
+def _is_list(path: Path) -> bool:
+    """Whether the first character that is not white space opens a list."""
+    with path.open(encoding="utf-8-sig") as file:
+        while character := file.read(1):
+            if not character.isspace():
+                return character == "["
+    return False
+
+
+def _lines_of_objects(path: Path) -> Iterator[str]:
+    """The lines of a JSON Lines file. The file is read line by line: its whole text would take as much memory again."""
+    with path.open(encoding="utf-8-sig") as file:  # splits at line breaks only, not at separators within a text
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                line = line.removesuffix("\n")
+                try:
+                    _check_is_object(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                yield line
 
 
 def _read_csv(path: Path) -> JsonRows:
     limit = csv.field_size_limit(2**31 - 1)  # 128 KiB by default; it applies to the whole process
     try:
-        return _read_csv_values(path)
+        return JsonRows(_lines_of_csv(path))
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_csv_values(path: Path) -> JsonRows:
-    lines = []
+def _lines_of_csv(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Otherwise a quote that is not closed would turn all following rows into one value.
         reader = csv.reader(file, strict=True)
@@ -97,10 +116,9 @@ def _read_csv_values(path: Path) -> JsonRows:
             for values in filter(None, reader):  # a blank line has no values
                 if len(values) != len(header):
                     raise csv.Error(f"{counted(len(values), 'value')}, but the header has {len(header)}")
-                lines.append(json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False))
+                yield json.dumps(dict(zip(header, values, strict=True)), ensure_ascii=False)
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None
-    return JsonRows(lines)
 
 
 def _items_of_list(text: str) -> Iterator[str]:

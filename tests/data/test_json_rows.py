@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from contextlib import suppress
 
 import pytest
@@ -112,3 +113,21 @@ def test_rows_are_a_sequence():
     assert len(rows) == 3 and rows[-1] == {"c": 3} and list(rows[1:]) == [{"b": 2}, {"c": 3}]
     with pytest.raises(IndexError):
         rows[3]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_takes_its_size_in_memory(name, tmp_path):
+    """An emoji makes each character of a string take four bytes."""
+    lines = [
+        json.dumps({"text": f"\N{PARTY POPPER}{'the cat sat ' * 100}{index}"}, ensure_ascii=False)
+        for index in range(400)
+    ]
+    if name == "rows.csv":
+        lines = ["text", *(json.loads(line)["text"] for line in lines)]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    tracemalloc.start()
+    rows = load_rows(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 400 and rows[7]["text"].endswith("sat 7")
+    assert peak < 1.5 * (tmp_path / name).stat().st_size
