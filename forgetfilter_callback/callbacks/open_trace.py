@@ -48,7 +48,7 @@ def open_trace(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     train_dataloader: torch.utils.data.DataLoader,
-) -> tuple[Trace, EncodedRows]:
+) -> tuple[Trace, EncodedRows | None]:
     """Open the trace in `folder`, or create it.
 
     Args:
@@ -64,7 +64,8 @@ def open_trace(
             Of the trainer.
 
     Returns:
-        `tuple`: the trace, and the tracked rows in the order in which they were given.
+        `tuple`: the trace, and the tracked rows in the order in which they were given. `None` if they are those of an
+        existing trace only.
 
     Raises:
         ScoringError: if the model is not a causal language model.
@@ -81,8 +82,7 @@ def open_trace(
             "If there is none, start the session again, or train without the tracker."
         )
     if continue_trace and noisy is None and exists:
-        trace = Trace.open(folder)
-        return trace, trace.rows
+        return Trace.open(folder), None
     if noisy is None and session == "safety":
         raise TraceError(
             "ForgetTracker(session='safety') does not know the noisy set. Pass its rows, `ForgetTracker(noisy, "

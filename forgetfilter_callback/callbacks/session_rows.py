@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated, model_inputs
 from ..data.encode_text import encode_rows
+from ..data.encoded_dataset import EncodedDataset
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import context_length
 from ..errors import UnsupportedDatasetError, UnsupportedInputError
@@ -82,9 +83,9 @@ def encode_training_rows(
             "name the rows to track: `ForgetTracker(noisy)` for a packed safety session, `ForgetTracker(noisy, "
             "session='noisy')` for a packed noisy session."
         )
-    return encode_collated(
-        train_dataloader.dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args)
-    )
+    dataset = train_dataloader.dataset
+    rows = encode_collated(dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args))
+    return rows.sharing_memory(dataset.rows) if isinstance(dataset, EncodedDataset) else rows
 
 
 def sft_encoding_options(

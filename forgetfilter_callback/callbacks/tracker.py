@@ -310,7 +310,7 @@ class ForgetTracker(TrainerCallback):
     ) -> Session:
         """Open or create the trace, detect which session this run is, and write it to the manifest."""
         run_on_main(partial(self._acquire_lock, self._folder(args)))
-        is_first = self._trace is None
+        training_rows: EncodedRows | None = None
         if self._trace is None:
             self._trace, tracked_rows = open_trace(
                 self._folder(args),
@@ -324,15 +324,14 @@ class ForgetTracker(TrainerCallback):
                 processing_class=processing_class,
                 train_dataloader=train_dataloader,
             )
-            if self._unsafe is not None:
+            if self.noisy is None:
+                training_rows = tracked_rows  # the trace has adopted this training set
+            if self._unsafe is not None and tracked_rows is not None:
                 # The trace may have been created from the same rows in another order.
                 order = pc.index_in(self._trace.rows.ids, value_set=tracked_rows.ids)
                 self._unsafe = self._unsafe[order.to_numpy()]
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
-        training_rows: EncodedRows | None = None
-        if is_first and self.noisy is None and self.trace_dir is None:  # the trace has adopted this training set
-            training_rows = self._trace.rows
-        else:
+        if training_rows is None:
             try:
                 max_length = scoring_max_length(model, args, self.max_length)
                 training_rows = encode_training_rows(args, model, train_dataloader, max_length)
@@ -343,6 +342,8 @@ class ForgetTracker(TrainerCallback):
                     )
         if any(gather_from_all(training_rows is None)):
             training_rows = None
+        if training_rows is not None:
+            self._trace.rows = self._trace.rows.sharing_memory(training_rows)
         detected = begin_session(
             self._trace,
             self.session,

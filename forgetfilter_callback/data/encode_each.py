@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import EncodingError
 from ..utils.argument_checks import check_max_length
-from .encoded_rows import WINDOW, EncodedRows
+from .encoded_rows import WINDOW, EncodedRows, without_padding
 from .token_sample import Sample
 
 
@@ -52,6 +52,7 @@ def encode_each(
     check_max_length(max_length)
     # Growing buffers, because one Python object per row would take more memory than most rows.
     all_tokens, offsets, ids = array("i"), array("q", [0]), bytearray()
+    # Attention masks are stored up to the last padded row only. Most sets have no padding.
     all_loss_masks, all_attention_masks = bytearray(), bytearray()
     truncated = left_padded = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
@@ -72,16 +73,20 @@ def encode_each(
         hashed = token_bytes + mask_bytes
         if not attention_mask.all():
             hashed += attention_mask.tobytes()
+            all_attention_masks += b"\1" * (offsets[-1] - len(all_attention_masks)) + attention_mask.tobytes()
         ids += hashlib.blake2b(hashed, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
         all_tokens.frombytes(token_bytes)
         all_loss_masks += mask_bytes
-        all_attention_masks += attention_mask.tobytes()
         offsets.append(len(all_tokens))
+    attention_masks = without_padding(len(all_tokens))
+    if all_attention_masks:
+        all_attention_masks += b"\1" * (len(all_tokens) - len(all_attention_masks))
+        attention_masks = np.frombuffer(all_attention_masks, bool)
     return EncodedRows(
         ids=_with_occurrence_numbers(ids),
         tokens=np.frombuffer(all_tokens, np.int32),
         loss_mask=np.frombuffer(all_loss_masks, bool),
-        attention_mask=np.frombuffer(all_attention_masks, bool),
+        attention_mask=attention_masks,
         offsets=np.frombuffer(offsets, np.int64),
         truncated=truncated,
         left_padded=left_padded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:  # reading a trace does not need `datasets`, which takes a sec
 IGNORE_INDEX = -100
 # Rows are processed in windows of at most this many rows and tokens, to bound the memory of intermediate results.
 WINDOW, WINDOW_TOKENS = 16_384, 2**22
+
+
+def without_padding(tokens: int) -> np.ndarray:
+    """Return the attention mask of rows without padding: shape `(tokens,)`, bool, all `True`. It takes no memory and is
+    read-only.
+    """
+    return np.broadcast_to(np.True_, tokens)
 
 
 def content_hash(id_: str) -> str:
@@ -97,15 +104,34 @@ class EncodedRows:
         A longer sample is a window of its own. Tokens are not copied.
         """
         for start, stop in window_bounds(self.offsets, WINDOW_TOKENS, WINDOW):
-            offsets = self.offsets[start : stop + 1]
-            span = slice(offsets[0], offsets[-1])
-            yield EncodedRows(
-                self.ids[start:stop],
-                self.tokens[span],
-                self.loss_mask[span],
-                self.attention_mask[span],
-                offsets - offsets[0],
-            )
+            yield self.between(start, stop)
+
+    def between(self, start: int, stop: int) -> EncodedRows:
+        """Return the samples from `start` to `stop` (exclusive). Tokens and masks are not copied."""
+        offsets = self.offsets[start : stop + 1]
+        span = slice(offsets[0], offsets[-1])
+        return EncodedRows(
+            self.ids[start:stop],
+            self.tokens[span],
+            self.loss_mask[span],
+            self.attention_mask[span],
+            offsets - offsets[0],
+        )
+
+    def sharing_memory(self, other: EncodedRows) -> EncodedRows:
+        """Return these rows with the arrays of `other`, if both have the same samples in the same order. Otherwise return
+        them unchanged. Samples with equal ids have equal tokens and masks, so one copy of them is enough.
+        """
+        if not self.ids.equals(other.ids):
+            return self
+        return replace(
+            self,
+            ids=other.ids,
+            tokens=other.tokens,
+            loss_mask=other.loss_mask,
+            attention_mask=other.attention_mask,
+            offsets=other.offsets,
+        )
 
     @cached_property
     def is_padded(self) -> np.ndarray:
@@ -117,7 +143,7 @@ class EncodedRows:
 
     def describe_padding(self) -> str | None:
         """A sentence for a warning that says how many loss tokens are padding, or `None` if there are none."""
-        padding = int((self.loss_mask & ~self.attention_mask).sum())
+        padding = int(np.count_nonzero(self.loss_mask > self.attention_mask))
         if not padding:
             return None
         return (
@@ -140,15 +166,21 @@ class EncodedRows:
             schema = schema.append(pa.field("attention_mask", pa.list_(pa.int8())))
         batches = []
         for window in self.windows():
-            labelled, attended = window.loss_mask.copy(), window.attention_mask
-            starts = window.offsets[:-1][np.diff(window.offsets) > 0]
-            labelled[starts] |= ~attended[starts]  # nothing predicts this token, but its label keeps the padding
-            labels = np.where(labelled, window.tokens, np.int64(IGNORE_INDEX))
-            offsets, columns = window.offsets.astype(np.int32), [window.tokens, labels, attended.view(np.int8)]
+            attended = window.attention_mask.view(np.int8)
+            offsets, columns = window.offsets.astype(np.int32), [window.tokens, window.labels, attended]
             lists = [pa.ListArray.from_arrays(offsets, values) for values in columns[: len(schema)]]
             batches.append(pa.record_batch(lists, schema=schema))
         table = pa.Table.from_batches(batches, schema)
         return Dataset(table, fingerprint=self.fingerprint)  # without it, `datasets` copies the table to hash it
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels to train on: shape `(total_tokens,)`, int64. The token id, or -100 for tokens that do not contribute to the
+        loss.
+        """
+        labelled, starts = self.loss_mask.copy(), self.offsets[:-1][np.diff(self.offsets) > 0]
+        labelled[starts] |= ~self.attention_mask[starts]  # nothing predicts this token, but its label keeps the padding
+        return np.where(labelled, self.tokens, np.int64(IGNORE_INDEX))
 
     @property
     def loss_tokens(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -31,9 +32,9 @@ class ForgetFilter:
     Args:
         load_model (`Callable[[], PreTrainedModel]`):
             Loads the base model. It is called twice, because training changes a model in place.
-        noisy (`Dataset` or `DataFrame`):
+        noisy (`Dataset`, `torch.utils.data.Dataset` or `DataFrame`):
             The finetuning data with hidden unsafe examples, as the trainer takes it.
-        safety (`Dataset` or `DataFrame`):
+        safety (`Dataset`, `torch.utils.data.Dataset` or `DataFrame`):
             Safe examples that are not in `noisy`.
         args ([`~transformers.TrainingArguments`]):
             Arguments of the noisy session and of the refit. The runs write to the folders `noisy`, `safety` and `filtered`
@@ -53,8 +54,8 @@ class ForgetFilter:
     def __init__(
         self,
         load_model: Callable[[], PreTrainedModel],
-        noisy: Dataset,
-        safety: Dataset,
+        noisy: Dataset | torch.utils.data.Dataset,
+        safety: Dataset | torch.utils.data.Dataset,
         args: TrainingArguments,
         safety_args: TrainingArguments | None = None,
         tracker: ForgetTracker | None = None,

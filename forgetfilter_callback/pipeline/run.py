@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..callbacks.tracker import ForgetTracker
 from ..data.columns import column_values
+from ..data.encoded_dataset import EncodedDataset
 from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows
 from ..data.load_rows import encode_source, load_rows, warn_about_rows
@@ -243,8 +244,8 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
     )
     pipeline = ForgetFilter(
         partial(load_model, config, inputs.args.seed),
-        inputs.noisy.as_dataset(),
-        inputs.safety.as_dataset(),
+        EncodedDataset(inputs.noisy),
+        EncodedDataset(inputs.safety),
         inputs.args,
         safety_args=inputs.safety_args,
         tracker=tracker,

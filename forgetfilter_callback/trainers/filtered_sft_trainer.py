@@ -106,14 +106,14 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
             trace = get_trace(self._forgetting)
             max_length = trace.manifest["max_length"] if trace is not None else None
             keep_end = args.truncation_mode == "keep_end"
-            rows = encode_rows(
+            prepared_ids = encode_rows(
                 prepared.select_columns(["input_ids", "labels"]),
                 max_length=max_length,
                 disable_tqdm=hide_progress(args),
                 keep_end=keep_end,
-            )
+            ).ids
             prepared_index = np.full(len(dataset), -1)
             prepared_index[prepared[_INDEX_COLUMN]] = np.arange(len(prepared))
-            ids = rows.ids.take(pa.array(prepared_index, mask=prepared_index < 0))
+            ids = prepared_ids.take(pa.array(prepared_index, mask=prepared_index < 0))
             dataset = self._filter(dataset, ids, self._forgetting, self._filter_config, max_length, keep_end)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -82,9 +82,9 @@ class FilteredTrainer(FilterMixin, Trainer):
         with preserve_state(model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
-            rows = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args))
+            ids = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args)).ids
         self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
-        self.train_dataset = self._filter(dataset, rows.ids, forgetting, config, max_length)
+        self.train_dataset = self._filter(dataset, ids, forgetting, config, max_length)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))
 

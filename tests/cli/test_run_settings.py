@@ -12,7 +12,7 @@ from helpers import call, run_options
 from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from forgetfilter_callback import FilterConfig, RunConfig, Trace
+from forgetfilter_callback import FilterConfig, ForgetFilter, RunConfig, Trace
 from forgetfilter_callback.pipeline import cost_estimate as plan_module
 from forgetfilter_callback.pipeline.cost_estimate import Plan
 from forgetfilter_callback.pipeline.load_model import load_model, lora_config
@@ -206,6 +206,22 @@ def test_an_interrupted_run_is_resumed(last_step, error, whole, files, tmp_path,
     for name in ("kept.jsonl", "removed.jsonl"):
         assert (whole / name).read_bytes() == (output / name).read_bytes()
     assert len((output / "removed.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_keeps_its_rows_once(files, tmp_path, monkeypatch):
+    pipelines, safety_finetune = [], ForgetFilter.safety_finetune
+
+    def remembered(pipeline, *arguments):
+        pipelines.append(pipeline)
+        return safety_finetune(pipeline, *arguments)
+
+    monkeypatch.setattr(ForgetFilter, "safety_finetune", remembered)
+    flags = [*saving_options(files, tmp_path / "out"), "--refit"]
+    for more in ([], ["--resume"]):
+        assert call("run", *flags, *more).exit_code == 0
+        trained, recorded = pipelines[-1].noisy.rows, pipelines[-1].tracker.trace.rows
+        assert recorded.tokens is trained.tokens and recorded.loss_mask is trained.loss_mask
+        assert recorded.attention_mask is trained.attention_mask and trained.attention_mask.strides == (0,)
 
 
 def test_access_tokens_are_not_saved(parsed, tmp_path):

@@ -111,3 +111,21 @@ def test_the_dataset_takes_few_bytes_per_token():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(dataset) == 400 and peak < 12 * len(rows.tokens)
+
+
+def test_rows_with_equal_ids_share_memory():
+    tokens = np.random.default_rng(0).integers(5, 100, (6, 9)).tolist()
+    rows, again = (encode_rows([{"input_ids": row} for row in tokens], max_length=8) for _ in range(2))
+    shared = again.sharing_memory(rows)
+    assert shared.tokens is rows.tokens and shared.loss_mask is rows.loss_mask and shared.ids is rows.ids
+    assert shared.truncated == 6
+    other_order = again.select([1, 0, 2, 3, 4, 5])
+    assert other_order.sharing_memory(rows) is other_order
+
+
+def test_an_attention_mask_is_stored_for_padded_rows_only():
+    rows = [{"input_ids": [7, 8, 9]}, {"input_ids": [7, 8]}, {"input_ids": [7, 7, 8, 9]}, {"input_ids": [8, 9]}]
+    assert encode_rows(rows).attention_mask.strides == (0,)
+    padded = {"input_ids": [7, 8, 1], "labels": [7, 8, 1], "attention_mask": [1, 1, 0]}
+    mask = encode_rows([*rows[:2], padded, rows[2], padded, rows[3]]).attention_mask
+    assert mask.astype(int).tolist() == [1] * 5 + [1, 1, 0] + [1] * 4 + [1, 1, 0] + [1] * 2

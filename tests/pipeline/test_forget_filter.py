@@ -8,7 +8,9 @@ from datasets import Dataset
 from helpers import random_rows, tiny_llama
 from transformers import TrainerCallback
 
-from forgetfilter_callback import FilterConfig, ForgetFilter, ForgetTracker
+from forgetfilter_callback import FilterConfig, ForgetFilter, ForgetTracker, encode_rows
+from forgetfilter_callback.callbacks import session_rows
+from forgetfilter_callback.data.encoded_dataset import EncodedDataset
 from forgetfilter_callback.trace.records import Record
 
 
@@ -82,3 +84,18 @@ def test_filter_settings_outside_filter_config_are_named(noisy, safety, make_arg
     run = ForgetFilter(tiny_llama, noisy, safety, make_args(), threshold=0.5)
     with pytest.raises(TypeError, match=r"`filter_config=FilterConfig\(threshold=0\.5\)`"):
         run.finetune()
+
+
+def test_encoded_rows_are_kept_once(noisy, safety, make_args, collator, tmp_path, monkeypatch):
+    """Trainer and trace use the arrays of the rows, also in a run that continues the trace."""
+    rows, read = encode_rows(noisy), []
+    original = session_rows.encode_collated
+    monkeypatch.setattr(session_rows, "encode_collated", lambda *args: read.append(args[0]) or original(*args))
+    for name in ("first", "again"):
+        tracker = ForgetTracker(trace_dir=tmp_path / "trace")
+        run = run_of(EncodedDataset(rows), safety, make_args(name), collator, tracker=tracker)
+        run.finetune()
+        kept = run.tracker.trace.rows
+        assert run.noisy.rows is rows and kept.tokens is rows.tokens and kept.loss_mask is rows.loss_mask
+        assert len(read) == 1  # the training set is read once to find and check its rows
+        read.clear()
