@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.encoded_rows import EncodedRows
+from ..data.encoded_rows import EncodedRows, without_padding
 from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted
@@ -55,6 +55,7 @@ _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
     "rouge1": lambda dtype: dtype == pa.float64(),
     "state": lambda dtype: pa.types.is_fixed_size_list(dtype) and dtype.value_type == pa.float16(),
 }
+_RECORD_DTYPES = {"loss": np.float32, "rouge1": np.float64, "state": np.float16}
 WITHOUT_STATES = (
     "The input of the model's output head could not be read, so there are no hidden states. The measures combined (the "
     "default) and smoothed and reviews (`ReviewQueue`, `forgetfilter review`) need them. Use the measure pooled or loss: "
@@ -163,9 +164,11 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
             "file, or record the trace again into another folder."
         )
     input_ids, loss_mask = (table[name].combine_chunks() for name in ("input_ids", "loss_mask"))
-    attention_mask = np.ones(len(input_ids.values), dtype=bool)
+    attention_mask = without_padding(len(input_ids.values))
     if not is_older:
-        attention_mask = to_numpy(table["attention_mask"].combine_chunks().values)
+        stored = table["attention_mask"].combine_chunks().values
+        if not pc.all(stored, min_count=0).as_py():
+            attention_mask = to_numpy(stored)
     rows = EncodedRows(
         ids=table["id"].combine_chunks(),
         tokens=to_numpy(input_ids.values),
@@ -186,8 +189,11 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     return rows
 
 
-def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
+def read_column(file: Path, column: str, rows: EncodedRows) -> np.ndarray:
     """Read and check one column of a record.
+
+    Values are copied out of Arrow one row group at a time. Its decoder takes several times the memory of the values, and its
+    memory pool keeps what it has freed.
 
     Args:
         file (`Path`):
@@ -197,23 +203,40 @@ def read_column(file: Path, column: str, rows: EncodedRows) -> pa.Array:
         rows ([`EncodedRows`]):
             The rows of the trace.
 
+    Returns:
+        `np.ndarray`: the values of all samples in order, without the boundaries of lists. Read-only.
+
     Raises:
         TraceError: if the file cannot be read, if the column is missing, or if it does not match the rows.
     """
+    wrong_type = TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")
     try:
         with pq.ParquetFile(file) as parquet:
-            if column not in parquet.schema_arrow.names:
+            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+            if column not in schema.names:
                 raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
-            table = _read_table(parquet, [column])
+            if count != len(rows):
+                raise TraceError(f"The record {file} has {counted(count, 'sample')}, but the trace has {len(rows):,}.")
+            dtype = schema.field(column).type
+            if not _IS_RECORD_TYPE[column](dtype):
+                raise wrong_type
+            width = dtype.list_size if column == "state" else 1
+            size = int(rows.loss_offsets[-1]) if column == "loss" else count * width
+            values = np.empty(size, _RECORD_DTYPES[column])
+            row = position = 0
+            for index in range(parquet.num_row_groups):
+                part = parquet.read_row_group(index, [column])[column].combine_chunks()
+                if _has_nulls(part):
+                    raise wrong_type
+                loss_offsets = rows.loss_offsets[row : row + len(part) + 1]
+                if column == "loss" and not np.array_equal(to_numpy(part.offsets), loss_offsets - loss_offsets[0]):
+                    raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
+                flat = to_numpy(part if column == "rouge1" else part.values)
+                values[position : position + len(flat)] = flat
+                row, position = row + len(part), position + len(flat)
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
-    if len(table) != len(rows):
-        raise TraceError(f"The record {file} has {counted(len(table), 'sample')}, but the trace has {len(rows):,}.")
-    values = table[column].combine_chunks()
-    if not _IS_RECORD_TYPE[column](values.type) or _has_nulls(values):
-        raise TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")
-    if column == "loss" and not np.array_equal(to_numpy(values.offsets), rows.loss_offsets):
-        raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
+    values.setflags(write=False)
     return values
 
 
@@ -222,9 +245,9 @@ def has_column(file: Path, column: str) -> bool:
     return column in pq.read_schema(file).names
 
 
-def _read_table(parquet: pq.ParquetFile, columns: list[str] | None = None) -> pa.Table:
+def _read_table(parquet: pq.ParquetFile) -> pa.Table:
     """Read one row group at a time, because decoding takes several times the memory of the values."""
-    return pa.concat_tables(parquet.read_row_group(index, columns) for index in range(parquet.num_row_groups))
+    return pa.concat_tables(parquet.read_row_group(index) for index in range(parquet.num_row_groups))
 
 
 def _is_session(entry: Any) -> bool:

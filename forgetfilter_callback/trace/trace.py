@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..measures.common import mean_losses
 from ..measures.names import DEFAULT_MEASURE, Measure
-from ..utils.arrow_arrays import to_numpy
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.counted import counted
 from ..utils.html_table import html_table
@@ -262,7 +260,7 @@ class Trace:
             records.append(self.base_record)
         digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
         for record in records:
-            digest.update(self.token_losses(record).tobytes())
+            digest.update(self.token_losses(record).data)
         return digest.hexdigest()
 
     def records(self) -> list[Record]:
@@ -276,16 +274,15 @@ class Trace:
 
     def token_losses(self, record: Record) -> np.ndarray:
         """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`. Read-only."""
-        return to_numpy(self._read(record, "loss").values)
+        return self._read(record, "loss")
 
     def states(self, record: Record) -> np.ndarray:
         """Hidden states of the samples in a record (see [`Scores`]): shape `(samples, size)`, float16."""
-        column = self._read(record, "state")
-        return to_numpy(column.values).reshape(len(column), -1)
+        return self._read(record, "state").reshape(len(self.rows), -1)
 
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of a record: shape `(samples,)`, float64, between 0 and 1."""
-        return to_numpy(self._read(record, "rouge1"))
+        return self._read(record, "rouge1")
 
     def mean_losses(self, record: Record) -> np.ndarray:
         """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN without loss tokens."""
@@ -385,7 +382,7 @@ class Trace:
     def _file(self, record: Record) -> Path:
         return self.folder / "records" / record.file_name
 
-    def _read(self, record: Record, column: str) -> pa.Array:
+    def _read(self, record: Record, column: str) -> np.ndarray:
         return read_column(self._file(record), column, self.rows)
 
     def _write_manifest(self) -> None:

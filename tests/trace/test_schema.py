@@ -27,11 +27,15 @@ def test_missing_columns_name_the_option(trace, rows):
         trace.token_losses(Record("noisy", 3))
 
 
-def test_rows_without_attention_mask_have_no_padding(trace, rows):
-    """Written before padding was part of a row."""
+def test_rows_without_padding(trace, rows):
+    """With a mask and without one: older versions wrote none."""
     file = trace.folder / "rows.parquet"
+    opened = [Trace.open(trace.folder)]
     pq.write_table(pq.read_table(file).drop_columns("attention_mask"), file)
-    assert Trace.open(trace.folder).rows.attention_mask.all()
+    opened.append(Trace.open(trace.folder))
+    for each in opened:
+        assert each.rows.attention_mask.all() and each.rows.attention_mask.shape == rows.tokens.shape
+        assert each.rows.attention_mask.strides == (0,)  # it takes no memory
     pq.write_table(pq.read_table(file).append_column("attention_mask", pa.array([1] * len(rows))), file)
     with pytest.raises(TraceError, match="must have the columns id, input_ids, loss_mask, attention_mask"):
         Trace.open(trace.folder)
