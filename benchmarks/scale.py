@@ -53,15 +53,16 @@ def anonymous_bytes() -> int:
 
 
 class PeakMemory(threading.Thread):
-    """Tracks the peak of anonymous memory in bytes, with a sample every 10 ms."""
+    """Tracks the peak of anonymous memory in bytes, with a sample every `interval` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = 0.01) -> None:
         super().__init__(daemon=True)
+        self.interval = interval
         self.peak = self.start_bytes = anonymous_bytes()
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self.stopped.wait(0.01):
+        while not self.stopped.wait(self.interval):
             self.peak = max(self.peak, anonymous_bytes())
 
 

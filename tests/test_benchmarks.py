@@ -22,12 +22,13 @@ from transformers import TrainerState
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from forgetfilter_callback import ForgetTracker
+from forgetfilter_callback import ForgetTracker, Trace
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import run_memory  # noqa: E402
 import scale  # noqa: E402
 from few import judged  # noqa: E402
 from filters import RUN_KEYS, _same, controlled  # noqa: E402
@@ -105,6 +106,16 @@ def test_scale_measures_each_stage(tmp_path):
     results = scale.measure(str(tmp_path / "rows"))
     assert list(results) == list(scale.STAGES)
     assert all(stage["seconds"] > 0 and stage["peak_bytes"] >= 0 for stage in results.values())
+
+
+@pytest.mark.parametrize(("source", "loss"), [("jsonl", "half"), ("parquet", "all")])
+def test_run_memory_measures_a_whole_run(source, loss, tmp_path):
+    run_memory.write_inputs(tmp_path, 20, source, loss)
+    assert run_memory.measure(tmp_path, f"noisy.{source}", refit=True) > 0
+    assert len((tmp_path / "out" / "removed.jsonl").read_text().splitlines()) == 2
+    rows = Trace.open(tmp_path / "out" / "_forgetfilter").rows
+    assert (np.diff(rows.offsets) == run_memory.LENGTH).all()
+    assert rows.loss_mask.sum() == 20 * (run_memory.LENGTH / 2 if loss == "half" else run_memory.LENGTH - 1)
 
 
 @pytest.mark.parametrize("name", DRAW)
