@@ -66,6 +66,18 @@ def measures_by_seed() -> str:
     return table(["signal", "bias", "mean", "toxicity", "mean", "harmfulness", "mean"], lines)
 
 
+def combined_and_smoothed() -> str:
+    """The default measure and the one before it, on the same traces."""
+    rows = [row for row in read("combined") if row["experiment"] != "sweep"]
+    lines = []
+    for row in sorted(rows, key=lambda row: (-row["unsafe_share"], row["scenario"], row["signal"])):
+        if row["signal"] in ("combined", "smoothed"):
+            name = row["scenario"] + ", anchors" * (row["control"] is not None)
+            lines.append([f"{name}, seed {row['seed']}", f"{row['unsafe_share']:.0%}", f"`{row['signal']}`", *_decision(row)])
+    header = ["set", "unsafe", "measure", "AUROC", "F1 at φ", "best F1", "removed of 200", "of them benign"]
+    return table(header, lines, texts=3)
+
+
 def automatic_threshold() -> str:
     """What the automatic φ of `smoothed` does where half of the rows are unsafe."""
     lines = []
@@ -307,7 +319,7 @@ def gpu_speed() -> str:
 
 
 ALL: tuple[Callable[[], str], ...] = (
-    measures_by_seed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
+    measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
     arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
     rows_and_memory, page_sizes, *few_tables.ALL,
 )  # fmt: skip
