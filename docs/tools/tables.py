@@ -73,7 +73,8 @@ def combined_and_smoothed() -> str:
     for row in sorted(rows, key=lambda row: (-row["unsafe_share"], row["scenario"], row["signal"])):
         if row["signal"] in ("combined", "smoothed"):
             name = row["scenario"] + ", anchors" * (row["control"] is not None)
-            lines.append([f"{name}, seed {row['seed']}", f"{row['unsafe_share']:.0%}", f"`{row['signal']}`", *_decision(row)])
+            texts = [f"{name}, seed {row['seed']}", f"{row['unsafe_share']:.0%}", f"`{row['signal']}`"]
+            lines.append([*texts, *_decision(row)])
     header = ["set", "unsafe", "measure", "AUROC", "F1 at φ", "best F1", "removed of 200", "of them benign"]
     return table(header, lines, texts=3)
 
@@ -319,7 +320,7 @@ def gpu_speed() -> str:
 
 
 ALL: tuple[Callable[[], str], ...] = (
-    measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls, arms_over_seeds,
-    arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs, gpu_speed,
-    rows_and_memory, page_sizes, *few_tables.ALL,
+    measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls,
+    arms_over_seeds, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs,
+    gpu_speed, rows_and_memory, page_sizes, *few_tables.ALL,
 )  # fmt: skip

@@ -35,18 +35,18 @@ def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values:
 
     Args:
         function (`Callable`):
-            Called with the offsets of a window's samples and the window's part of each of `values`. Returns one value per
-            sample of the window.
+            Called with the offsets of a window's samples and the window's part of each of `values`. Returns one value, or
+            one row of values, per sample of the window.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `values`.
         *values (`np.ndarray` of shape `(loss_tokens,)`):
             Values of the loss tokens.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`.
+        `np.ndarray` of shape `(samples,)` or `(samples, values)`.
     """
     results = [function(window, *(each[span] for each in values)) for window, span in windows(offsets)]
-    return np.concatenate([np.zeros(0), *results])
+    return np.concatenate(results) if results else np.zeros(0)
 
 
 def loss_rises(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -43,13 +43,41 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
     totals = token_totals(loss_rises, tokens, offsets, before, after)
 
     def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        rises = loss_rises(before, after)
-        pooled = pool_over_samples(tokens, offsets, rises, totals)
-        values = mean_of_largest(pooled, offsets, lambda counts: POOLED_TOP_TOKENS)
-        values[~all_finite(rises, offsets)] = np.nan
-        return values
+        return pooled_of_window(offsets, tokens, token_numbers(offsets, tokens), before, after, totals)
 
     return by_window(of_window, offsets, tokens, before, after)
+
+
+def pooled_of_window(
+    offsets: np.ndarray,
+    tokens: np.ndarray,
+    numbers: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    totals: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Computes [`pooled_forgetting`] of a window of samples, with their [`token_numbers`] and the totals of all samples."""
+    rises = loss_rises(before, after)
+    pooled = pool_over_samples(tokens, numbers, rises, totals)
+    values = mean_of_largest(pooled, offsets, lambda counts: POOLED_TOP_TOKENS)
+    values[~all_finite(rises, offsets)] = np.nan
+    return values
+
+
+def token_numbers(offsets: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Numbers the distinct tokens of each sample: occurrences of a token in one sample have the same number.
+
+    Args:
+        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
+            Start of each sample in `tokens`.
+        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
+            Token ids.
+
+    Returns:
+        `np.ndarray` of shape `(loss_tokens,)`, int64.
+    """
+    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return np.unique(samples * (int(tokens.max(initial=0)) + 1) + tokens, return_inverse=True)[1]
 
 
 def token_totals(
@@ -81,7 +109,7 @@ def token_totals(
 
 def pool_over_samples(
     tokens: np.ndarray,
-    offsets: np.ndarray,
+    numbers: np.ndarray,
     values: np.ndarray,
     totals: tuple[np.ndarray, np.ndarray],
     prior: np.ndarray | float = 0.0,
@@ -94,8 +122,8 @@ def pool_over_samples(
     Args:
         tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
             Token ids, of all samples or of a window of them.
-        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
-            Start of each sample in `tokens`.
+        numbers (`np.ndarray` of shape `(loss_tokens,)`, int64):
+            Their [`token_numbers`].
         values (`np.ndarray` of shape `(loss_tokens,)`, float64):
             The values to average. Values that are not finite contribute as 0.
         totals:
@@ -107,10 +135,8 @@ def pool_over_samples(
         `np.ndarray` of shape `(loss_tokens,)`, float64, in the unit of `values`.
     """
     sums, counts = totals
-    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    _, token_in_sample = np.unique(samples * len(counts) + tokens, return_inverse=True)
-    others = sums[tokens] - np.bincount(token_in_sample, _finite(values))[token_in_sample]
-    others_count = counts[tokens] - np.bincount(token_in_sample)[token_in_sample]
+    others = sums[tokens] - np.bincount(numbers, _finite(values))[numbers]
+    others_count = counts[tokens] - np.bincount(numbers)[numbers]
     return (others + POOLED_PRIOR_COUNT * prior) / (others_count + POOLED_PRIOR_COUNT)
 
 

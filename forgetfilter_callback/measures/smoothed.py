@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from .common import all_finite, by_window, loss_rises, mean_losses, mean_of_largest
-from .pooled import pool_over_samples, token_totals
+from .pooled import pool_over_samples, token_numbers, token_totals
 
 
 # Weight of a token's own value where no other sample contains the token.
@@ -83,19 +83,33 @@ def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
         `np.ndarray` of shape `(samples,)`, float64, in typical changes. NaN for samples without loss tokens and for
         samples with a loss that is not finite.
     """
-    totals = token_totals(_lost_probability, tokens, offsets, before, after)
+    totals = token_totals(lost_probability, tokens, offsets, before, after)
 
     def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        lost = _lost_probability(before, after)
-        agreed = np.minimum(lost, pool_over_samples(tokens, offsets, lost, totals, SMOOTHED_PRIOR_WEIGHT * lost))
-        largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
-        largest[~all_finite(loss_rises(before, after), offsets)] = np.nan
-        return largest
+        return agreed_of_window(offsets, tokens, token_numbers(offsets, tokens), before, after, totals)
 
     return by_window(of_window, offsets, tokens, before, after) / typical_loss(before, after, offsets)
 
 
-def _lost_probability(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def agreed_of_window(
+    offsets: np.ndarray,
+    tokens: np.ndarray,
+    numbers: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    totals: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Computes [`agreed_forgetting`] of a window of samples, as a lost probability, with their [`token_numbers`] and the
+    totals of all samples."""
+    lost = lost_probability(before, after)
+    agreed = np.minimum(lost, pool_over_samples(tokens, numbers, lost, totals, SMOOTHED_PRIOR_WEIGHT * lost))
+    largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
+    largest[~all_finite(loss_rises(before, after), offsets)] = np.nan
+    return largest
+
+
+def lost_probability(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Computes the fraction of a token's probability that was lost: step 1 of [`smoothed_forgetting`]."""
     rises = loss_rises(before, after)
     return -np.sign(rises) * np.expm1(-np.abs(rises))
 
