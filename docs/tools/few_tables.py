@@ -82,13 +82,13 @@ def few_redraws() -> str:
 
 def demo_runs() -> str:
     """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
-    header = ["seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers", "task F1",
+    header = ["unsafe rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers", "task F1",
               "best constant"]  # fmt: skip
     lines = []
-    for row in sorted(read("demo"), key=lambda row: row["seed"]):
+    for row in sorted(read("demo"), key=lambda row: (row["unsafe"], row["seed"])):
         found = [row["removed"], row["forgetting"]["unsafe"]["removed"], row["review"]["removed"]]
         scores = [", ".join(decimal(value, 2) for value in row[key].values()) for key in ("unsafe_rate", "task_f1")]
-        counts = [str(row["seed"]), decimal(row["auroc"]), *map(str, found)]
+        counts = [str(row["unsafe"]), str(row["seed"]), decimal(row["auroc"]), *map(str, found)]
         lines.append([*counts, *scores, decimal(row["task_constant"], 2)])
     return table(header, lines, texts=0)
 
