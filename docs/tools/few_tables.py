@@ -82,8 +82,8 @@ def few_redraws() -> str:
 
 def demo_runs() -> str:
     """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
-    header = ["unsafe rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers", "task F1",
-              "best constant"]  # fmt: skip
+    header = ["unsafe rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers",
+              "task F1", "best constant"]  # fmt: skip
     lines = []
     for row in sorted(read("demo"), key=lambda row: (row["unsafe"], row["seed"])):
         found = [row["removed"], row["forgetting"]["unsafe"]["removed"], row["review"]["removed"]]
