@@ -8,7 +8,6 @@ import numpy as np
 from scipy.stats import rankdata
 
 from forgetfilter_callback import Trace
-from forgetfilter_callback.measures.names import DEFAULT_MEASURE
 from forgetfilter_callback.measures.smoothed import agreed_forgetting
 
 
@@ -28,7 +27,6 @@ def rankings(trace: Trace) -> dict[str, np.ndarray]:
         "pooled": trace.forgetting("pooled"),
     }
     return {
-        "default": trace.forgetting(DEFAULT_MEASURE),
         **found,
         "mean of the six ranks": np.mean([rankdata(values) for values in found.values()], axis=0),
         "combined": trace.forgetting("combined"),

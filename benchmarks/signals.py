@@ -36,7 +36,7 @@ class Signal:
         measure (`str` or `None`): The library's measure, if the signal is one. Only these have an automatic φ.
         tokens (`int`): Tokens read by forward passes, including those of training.
         seconds (`float` or `None`): Duration of safety finetuning with its records, or of generation. `None` if not
-        timed. nats_per_unit (`float` or `None`): See [`Trace.nats_per_unit`].
+        timed. nats_per_unit (`float` or `None`): See [`FilterResult`].
     """
 
     values: np.ndarray

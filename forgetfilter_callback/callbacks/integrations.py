@@ -55,7 +55,7 @@ def summarize_forgetting(
         forgetting (`np.ndarray` of shape `(samples,)`):
             Forgetting of each sample.
         nats_per_unit (`float`, *optional*):
-            See [`Trace.nats_per_unit`].
+            See [`FilterResult`].
         unsafe (`np.ndarray` of shape `(samples,)`, bool, *optional*):
             Audit labels. They evaluate forgetting and do not influence it.
 

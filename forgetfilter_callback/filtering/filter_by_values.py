@@ -38,7 +38,7 @@ def filter_by_values(
         overrides (`Mapping[str, str]`, *optional*):
             Sample ids with `"keep"` or `"remove"`, regardless of the threshold.
         nats_per_unit (`float`, *optional*):
-            [`Trace.nats_per_unit`] of these values. `"combined"` and `"smoothed"` use it to recognize clean sets.
+            The `nats_per_unit` of a [`FilterResult`]. `"combined"` and `"smoothed"` use it to recognize clean sets.
         fingerprint (`str`, *optional*):
             Fingerprint of the trace, stored in the result.
 

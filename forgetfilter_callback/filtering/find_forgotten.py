@@ -89,7 +89,7 @@ def decide(
         values (`np.ndarray` of shape `(samples,)`, float64):
             [`Trace.forgetting`] with the measure and step of `config`.
         nats_per_unit (`float` or `None`):
-            [`Trace.nats_per_unit`] with the measure and step of `config`.
+            The nats per typical change with the measure and step of `config`.
         ids (`pa.StringArray`, *optional*):
             As in [`find_forgotten`].
 

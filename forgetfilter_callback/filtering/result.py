@@ -67,7 +67,8 @@ class FilterResult:
         overrides (`dict[str, str]`):
             Ids of the samples that a reviewer decided, with `"keep"` or `"remove"`.
         nats_per_unit (`float` or `None`):
-            See [`Trace.nats_per_unit`]. `None` if it is unknown.
+            How many nats a sample of median length loses per typical change, by the estimate that `"smoothed"` uses. A low
+            value means that forgetting is mostly noise. `None` if it is unknown, and for measures in other units.
         step (`int` or `None`):
             The step of the safety session at which forgetting was measured. `None` if the values came without a trace.
         source_counts (`list[SourceCounts]` or `None`):

@@ -22,7 +22,7 @@ from ..utils.counted import counted, counted_of
 # `loss`, the geometric mean over a sample). For `relative`, half of what was learned. For `rouge1`, half of the range
 # of ROUGE-1. For `smoothed`, 0.55 of what the typical change takes. This value was chosen on thirteen runs (bias,
 # toxicity, harmfulness; two learning rates of safety finetuning), on all rows and on subsets of them. `combined` has the
-# mean and nearly the spread of `smoothed`, so φ and the other rules for `smoothed` apply to it too.
+# mean of `smoothed`, and less spread where its estimates disagree (0.7 to 0.9 of it). So its φ is a little stricter.
 BASE_THRESHOLD: dict[Measure, float] = {
     "loss": math.log(2),
     "pooled": math.log(2),
@@ -46,9 +46,9 @@ MIN_DISTANCE = 2.41
 MIN_TAIL_RATIO = 1.3
 # If a larger fraction is above φ, safety finetuning has moved all samples, and the few others say nothing about safe ones.
 MAX_FORGOTTEN_FRACTION = 0.9
-# Minimum slope of [`nats_per_unit`], in nats per typical change. At the end of gentle safety finetuning, that of
-# `smoothed` was 0.70, 0.65 and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the rows were
-# unsafe. Exceptions: 3.2 on clean toxicity, where no value exceeds φ, and 2.7 on clean bias after hard safety finetuning.
+# Minimum slope of [`nats_per_unit`], in nats per typical change. At the end of gentle safety finetuning, it was 0.70, 0.65
+# and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the rows were unsafe. Exceptions: 3.2 on
+# clean toxicity, where no value exceeds φ, 2.7 on clean bias after hard safety finetuning, and 1.5 on a clean `bias_dev`.
 MIN_NATS_PER_UNIT = 1.0
 # Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
@@ -103,7 +103,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
             The measure of the values.
         nats_per_unit (`float`, *optional*):
-            Nats per typical change (see [`Trace.nats_per_unit`]). `None` or NaN skips this test.
+            Nats per typical change (see [`FilterResult`]). `None` or NaN skips this test.
 
     Returns:
         [`Separability`]: φ, whether it separates two populations, and why.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common import by_window, loss_rises, mean_losses
+from .common import by_window, clip_extremes, loss_rises, mean_losses
 from .loss import loss_forgetting
 from .pooled import pooled_of_window, token_numbers, token_totals
 from .smoothed import agreed_of_window, lost_probability, smoothed_over_states, typical_loss
 
 
-# Estimates outside these quantiles are clipped, so that no single sample determines the spread or bends the smoothing.
-CLIP_QUANTILES = (0.002, 0.998)
+# An estimate whose deviation is less than this fraction of its deviation before smoothing has no weight: it is noise.
+MIN_SMOOTHED_FRACTION = 1e-3
 
 
 def combined_forgetting(
@@ -21,11 +21,11 @@ def combined_forgetting(
 
     Formula:
 
-    1. Three estimates per sample: [`loss_forgetting`], [`agreed_forgetting`] and [`pooled_forgetting`]. Each is clipped to
-       its central 99.6 %.
+    1. Three estimates per sample: [`loss_forgetting`], [`pooled_forgetting`] and [`agreed_forgetting`]. Extreme values are
+       clipped (see [`clip_extremes`]).
     2. Each is smoothed over samples with similar hidden states (see [`smoothed_over_states`]).
-    3. The first and the third are shifted and scaled to the mean and the standard deviation of the second, which is in
-       typical changes.
+    3. The first two are shifted and scaled to the mean and the standard deviation of the third, which is in typical
+       changes.
     4. The value is the mean of the three.
 
     The mean loss sees whole answers that become unlikely. The other two see single words that other samples have too.
@@ -44,7 +44,8 @@ def combined_forgetting(
         `np.ndarray` of shape `(samples,)`, float64, in typical changes. Higher is more forgotten. NaN for samples without
         loss tokens and for samples with a loss or state that is not finite.
     """
-    return mean_estimate(smoothed_over_states(forgetting_estimates(tokens, offsets, before, after), states))
+    estimates = forgetting_estimates(tokens, offsets, before, after)
+    return mean_estimate(estimates, smoothed_over_states(estimates, states))
 
 
 def forgetting_estimates(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -55,40 +56,42 @@ def forgetting_estimates(tokens: np.ndarray, offsets: np.ndarray, before: np.nda
             As in [`smoothed_forgetting`].
 
     Returns:
-        `np.ndarray` of shape `(samples, 3)`, float64: [`loss_forgetting`] in nats per token, [`agreed_forgetting`] in
-        typical changes, and [`pooled_forgetting`] in nats. NaN where one of the three is unknown.
+        `np.ndarray` of shape `(samples, 3)`, float64: [`loss_forgetting`] in nats per token, [`pooled_forgetting`] in nats,
+        and [`agreed_forgetting`] in typical changes. NaN where one of the three is unknown.
     """
     loss = loss_forgetting(mean_losses(before, offsets), mean_losses(after, offsets))
-    lost_totals = token_totals(lost_probability, tokens, offsets, before, after)
     rise_totals = token_totals(loss_rises, tokens, offsets, before, after)
+    lost_totals = token_totals(lost_probability, tokens, offsets, before, after)
 
     def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        numbers = token_numbers(offsets, tokens)  # for both, because it takes half of the time
-        agreed = agreed_of_window(offsets, tokens, numbers, before, after, lost_totals)
-        return np.column_stack([agreed, pooled_of_window(offsets, tokens, numbers, before, after, rise_totals)])
+        numbers = token_numbers(offsets, tokens)  # once for both: it takes half of the time
+        pooled = pooled_of_window(offsets, tokens, numbers, before, after, rise_totals)
+        return np.column_stack([pooled, agreed_of_window(offsets, tokens, numbers, before, after, lost_totals)])
 
-    agreed, pooled = by_window(of_window, offsets, tokens, before, after).reshape(-1, 2).T
-    estimates = np.column_stack([loss, agreed / typical_loss(before, after, offsets), pooled])
-    known = np.isfinite(estimates).all(axis=1)
-    estimates[~known] = np.nan
-    if known.any():
-        estimates = np.clip(estimates, *np.quantile(estimates[known], CLIP_QUANTILES, axis=0))
-    return estimates
+    pooled, agreed = by_window(of_window, offsets, tokens, before, after).reshape(-1, 2).T
+    estimates = np.column_stack([loss, pooled, agreed / typical_loss(before, after, offsets)])
+    estimates[~np.isfinite(estimates).all(axis=1)] = np.nan
+    return np.apply_along_axis(clip_extremes, 0, estimates)
 
 
-def mean_estimate(estimates: np.ndarray) -> np.ndarray:
-    """Averages the three smoothed estimates in the unit of the second: steps 3 and 4 of [`combined_forgetting`].
+def mean_estimate(estimates: np.ndarray, smoothed: np.ndarray) -> np.ndarray:
+    """Averages the smoothed estimates in the unit of the last one: steps 3 and 4 of [`combined_forgetting`].
 
     Args:
         estimates (`np.ndarray` of shape `(samples, 3)`, float64):
-            The smoothed [`forgetting_estimates`]. NaN if unknown.
+            The [`forgetting_estimates`]. NaN if unknown.
+        smoothed (`np.ndarray` of shape `(samples, 3)`, float64):
+            The same, smoothed. An estimate that smoothing shrinks to less than a thousandth has no weight.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float64, in typical changes; NaN where an estimate is unknown.
     """
-    known = estimates[np.isfinite(estimates).all(axis=1)]
-    if not len(known):
-        return np.full(len(estimates), np.nan)
-    means, deviations = known.mean(axis=0), known.std(axis=0)
-    standardized = (estimates - means) / np.where(deviations > 0, deviations, 1.0)
-    return means[1] + deviations[1] * standardized.mean(axis=1)
+    known = np.isfinite(smoothed).all(axis=1)
+    if not known.any():
+        return np.full(len(smoothed), np.nan)
+    means, deviations = smoothed[known].mean(axis=0), smoothed[known].std(axis=0)
+    weighted = deviations > MIN_SMOOTHED_FRACTION * estimates[known].std(axis=0)
+    if not weighted.any():
+        return smoothed[:, -1]
+    standardized = (smoothed - means)[:, weighted] / deviations[weighted]
+    return means[-1] + deviations[-1] * standardized.mean(axis=1)

@@ -14,6 +14,8 @@ from ..utils.windows import window_bounds
 
 # Samples are processed in windows of at most this many tokens, to bound the memory of intermediate results.
 WINDOW_TOKENS = 2**17
+# Values are extreme if they are further from the central 96 % range than its width.
+CENTRAL_QUANTILES = (0.02, 0.98)
 
 
 def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
@@ -73,6 +75,22 @@ def _mean_losses(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
     counts = np.diff(offsets)
     sums = np.add.reduceat(np.append(losses, np.float32(0)), offsets[:-1], dtype=np.float64)
     return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
+def clip_extremes(values: np.ndarray) -> np.ndarray:
+    """Clips values to their central 96 % range, extended by its own width on both sides.
+
+    From some 50 values on, a single one does not change the range.
+
+    Args:
+        values (`np.ndarray` of shape `(samples,)`, float64):
+            NaN if unknown.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return values
+    low, high = np.quantile(values[known], CENTRAL_QUANTILES)
+    return np.clip(values, low - (high - low), high + (high - low))
 
 
 def all_finite(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -18,16 +18,12 @@ UNITS: dict[Measure, str] = {
     "smoothed": TYPICAL_CHANGES,
     "rouge1": "ROUGE-1",
 }
-_TYPICAL = (
-    "1 means that the row, and rows like it, lost as much probability as safety finetuning typically changes; 0 means that "
-    "they lost none."
-)
 # What a value means, for a reviewer.
 MEANINGS: dict[Measure, str] = {
-    "combined": _TYPICAL,
+    "combined": "Higher values mean that the row lost more than others of this run. Values of two runs cannot be compared.",
     "loss": "0.69 means that the tokens of the row became half as likely, on geometric average; 0 means no change.",
     "relative": "1 means that all that noisy finetuning taught about the row was lost; 0 means that nothing was.",
     "pooled": "0.69 means that the most forgotten words of the row became half as likely in other rows; 0 means no change.",
-    "smoothed": _TYPICAL,
+    "smoothed": "1 means that the most forgotten tenth of the tokens lost as much as a typical change takes; 0 means none.",
     "rouge1": "0.5 means that the model's answer shares that much less with the row than before; 0 means no change.",
 }

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .common import all_finite, by_window, loss_rises, mean_losses, mean_of_largest
+from .common import all_finite, by_window, clip_extremes, loss_rises, mean_losses, mean_of_largest
 from .pooled import pool_over_samples, token_numbers, token_totals
 
 
@@ -20,9 +20,9 @@ RIDGE_STRENGTHS = np.logspace(-4, 4, 33)
 CLIP_QUANTILE = 0.98
 # Smallest typical change, in nats. Below it, safety finetuning has changed nothing.
 MIN_TYPICAL_CHANGE = 0.05
-# The ridge is fitted to at most this many evenly spaced samples. It predicts all samples.
+# The ridge is fitted to at most this many random samples. It predicts all samples.
 RIDGE_MAX_SAMPLES = 10_000
-# At most this many evenly spaced samples are left out in turn to choose the ridge strength.
+# At most this many random samples are left out in turn to choose the ridge strength.
 RIDGE_MAX_LEFT_OUT = 2_000
 
 
@@ -154,13 +154,24 @@ def _smoothed_known(values: np.ndarray, states: np.ndarray, known: np.ndarray) -
         return centered
 
     indices = np.flatnonzero(known)
-    stride = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
-    fit_directions, fit_values = directions(indices[::stride]), values[::stride]
+    fitted = random_subset(len(indices), RIDGE_MAX_SAMPLES)
+    fit_directions, fit_values = directions(indices[fitted]), values[fitted]
     mean = fit_values.mean(axis=0)
     coefficients = ridge_coefficients(fit_directions, fit_values - mean)
     # Chunks bound the memory for directions.
-    chunks = [fit_directions] if stride == 1 else map(directions, np.array_split(indices, stride))
+    count = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
+    chunks = [fit_directions] if count == 1 else map(directions, np.array_split(indices, count))
     return np.concatenate([chunk @ coefficients for chunk in chunks]) + mean
+
+
+def random_subset(count: int, size: int) -> np.ndarray:
+    """Draws `size` of `count` indices, the same in each call, in increasing order: shape `(min(count, size),)`, integer.
+
+    Evenly spaced indices would see one kind of sample only where kinds alternate.
+    """
+    if count <= size:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, size, replace=False))
 
 
 def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -169,7 +180,7 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Formula: in the basis of the eigenvectors of `X.T X`, with `X` the features, the coefficients for a strength are
     `w = X.T y / (eigenvalues + strength)`. The error of a sample that is left out of the fit is its residual divided by
     `1 - h`, where `h` is its entry on the diagonal of the hat matrix. If there are more than 2,000 samples, the errors of
-    2,000 evenly spaced ones decide, because the diagonal is what takes the time.
+    2,000 random ones decide, because the diagonal takes most of the time.
 
     Up to 2,000 samples, the result equals that of scikit-learn's `RidgeCV`, which takes more than a second to import.
 
@@ -186,13 +197,13 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     strengths = RIDGE_STRENGTHS * len(features) / min(features.shape)
     eigenvalues, basis = np.linalg.eigh(features.T @ features)
     shrinkage = 1 / (eigenvalues[:, None] + strengths)  # (size, strengths)
-    stride = math.ceil(len(features) / RIDGE_MAX_LEFT_OUT)
-    projected = features[::stride] @ basis
+    left_out_samples = random_subset(len(features), RIDGE_MAX_LEFT_OUT)
+    projected = features[left_out_samples] @ basis
     left_out = 1 - projected**2 @ shrinkage  # (samples, strengths)
     best = []
     for target in np.atleast_2d(targets.T):
         coefficients = (target @ features @ basis)[:, None] * shrinkage
-        errors = (target[::stride, None] - projected @ coefficients) / left_out
+        errors = (target[left_out_samples, None] - projected @ coefficients) / left_out
         best.append(coefficients[:, (errors**2).mean(axis=0).argmin()])
     return (basis @ np.column_stack(best)).reshape(-1, *targets.shape[1:])
 
@@ -243,8 +254,8 @@ def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, off
             As in [`smoothed_forgetting`].
 
     Returns:
-        `float`, in nats per typical change; NaN if all values are equal or none is known. Rises are clipped to the
-        central 96 % range, extended by its own width on both sides.
+        `float`, in nats per typical change; NaN if all values are equal or none is known. Extreme rises are clipped (see
+        [`clip_extremes`]).
     """
 
     def mean_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -258,6 +269,4 @@ def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, off
     centered = values[known] - values[known].mean()
     if np.abs(centered).max() < 1e-9:
         return math.nan
-    low, high = np.quantile(rises[known], [1 - CLIP_QUANTILE, CLIP_QUANTILE])
-    clipped = np.clip(rises[known], low - (high - low), high + (high - low))
-    return float(centered @ clipped / (centered @ centered) * np.median(counts[known]))
+    return float(centered @ clip_extremes(rises[known]) / (centered @ centered) * np.median(counts[known]))

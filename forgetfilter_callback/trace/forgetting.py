@@ -26,9 +26,11 @@ def compute_forgetting(trace: Trace, measure: Measure, step: int | None) -> tupl
     """Read the records that `measure` needs and compute it.
 
     Returns:
-        `tuple` of an `np.ndarray` of shape `(samples,)`, float64 (see [`Trace.forgetting`]), and a `float` or `None` (see
-        [`Trace.nats_per_unit`]).
+        `tuple` of an `np.ndarray` of shape `(samples,)`, float64 (see [`Trace.forgetting`]), and a `float` or `None`: the
+        nats per typical change (see `forgetfilter_callback.measures.smoothed.nats_per_unit`).
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure={measure!r} is unknown. Choose one of {', '.join(MEASURES)}.")
     values, nats = compute_forgetting_by_record(trace, measure, [trace.first_and_last(step)[1].step])
     return values[0], nats
 
@@ -40,10 +42,8 @@ def compute_forgetting_by_record(
 
     Returns:
         `tuple` of an `np.ndarray` of shape `(records, samples)`, float64, whose last row is [`Trace.forgetting`] at the last
-        step, and the [`Trace.nats_per_unit`] of the last step. Typical changes are those of the last record.
+        step, and the nats per typical change of the last step. Typical changes are those of the last record.
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure={measure!r} is unknown. Choose one of {', '.join(MEASURES)}.")
     if UNITS[measure] == TYPICAL_CHANGES:
         return _in_typical_changes(trace, measure, steps)
     before = trace.first_and_last(steps[-1])[0]
@@ -82,8 +82,10 @@ def _in_typical_changes(trace: Trace, measure: Measure, steps: Sequence[int]) ->
             estimates.append(agreed_forgetting(tokens, offsets, losses_before, losses)[:, None])
         units.append(typical_loss(losses_before, losses, offsets))
     smoothed = np.split(smoothed_over_states(np.hstack(estimates), trace.states(before)), len(steps), axis=1)
-    values = np.array([mean_estimate(each) if measure == "combined" else each[:, 0] for each in smoothed])
-    # Of `combined`, only the second estimate is compared with the loss. The first one is the loss itself.
-    agreed = smoothed[-1][:, 1 if measure == "combined" else 0]
-    nats = nats_per_unit(agreed, losses_before, losses, offsets)
-    return values * (np.array(units) / units[-1])[:, None], nats
+    # The last estimate is in typical changes. The first one of `combined` is the loss itself, so only the last one can be
+    # compared with the loss.
+    nats = nats_per_unit(smoothed[-1][:, -1], losses_before, losses, offsets)
+    values = [each[:, -1] for each in smoothed]
+    if measure == "combined":
+        values = list(map(mean_estimate, estimates, smoothed))
+    return np.array(values) * (np.array(units) / units[-1])[:, None], nats

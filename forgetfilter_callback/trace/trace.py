@@ -315,18 +315,6 @@ class Trace:
         """
         return compute_forgetting(self, measure, step)[0]
 
-    def nats_per_unit(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> float | None:
-        """How many nats a sample of median length loses per typical change. If it is low, forgetting is mostly noise.
-
-        Args:
-            measure, step:
-                As in [`forgetting`].
-
-        Returns:
-            `float`: see `forgetfilter_callback.measures.smoothed.nats_per_unit`. `None` for measures in other units.
-        """
-        return compute_forgetting(self, measure, step)[1]
-
     def plot(self, measure: Measure = DEFAULT_MEASURE) -> Figure:
         """Plot the losses of the noisy set by record and, after the safety session, a histogram of forgetting.
 

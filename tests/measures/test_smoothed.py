@@ -17,6 +17,7 @@ from forgetfilter_callback.measures.smoothed import (
     nats_per_unit,
     ridge_coefficients,
     smoothed_forgetting,
+    smoothed_over_states,
     typical_loss,
 )
 
@@ -171,7 +172,9 @@ def test_shifts_within_samples_are_not_removed(measure, compute):
     found = []
     for rises in (lost, to_and_fro):
         values = compute(tokens, offsets, np.zeros(4000), rises, states)
-        found.append(find_threshold(values, measure, nats_per_unit(values, np.zeros(4000), rises, offsets)))
+        # As on a trace: also `combined` is compared with the loss by the smoothed estimate.
+        agreed = smoothed_forgetting(tokens, offsets, np.zeros(4000), rises, states)
+        found.append(find_threshold(values, measure, nats_per_unit(agreed, np.zeros(4000), rises, offsets)))
     assert found[0].separable and not found[1].separable
     assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
 
@@ -206,23 +209,31 @@ def test_the_ridge_equals_that_of_scikit_learn(shape, noise):
     np.testing.assert_allclose(ridge_coefficients(features, two), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_strength_is_chosen_by_evenly_spaced_samples(monkeypatch):
-    """Every third sample of 300 is left out in turn; the fit has all samples. The others would choose another strength."""
+def test_the_strength_is_chosen_by_random_samples(monkeypatch):
+    """The strength that 100 of 300 samples choose, with a fit on all of them."""
     monkeypatch.setattr(smoothed, "RIDGE_MAX_LEFT_OUT", 100)
     rng = np.random.default_rng(0)
     features, noise = rng.normal(size=(300, 20)), np.where(np.arange(300) % 3 == 0, 30.0, 0.1)
     targets = features @ rng.normal(size=20) + noise * rng.normal(size=300)
-    strengths = RIDGE_STRENGTHS * 300 / 20
+    drawn = smoothed.random_subset(300, 100)
+    assert len(drawn) == 100 and (np.diff(drawn) > 0).all() and len(np.unique(drawn % 3)) == 3
 
     def fitted(strength, left_out=None):
         rows = np.arange(300) != left_out
-        ridge = Ridge(strength, fit_intercept=False).fit(features[rows], targets[rows])
-        return ridge.coef_
+        return Ridge(strength, fit_intercept=False).fit(features[rows], targets[rows]).coef_
 
-    def error(strength, start):
-        chosen = range(start, 300, 3)
-        return sum((targets[i] - features[i] @ fitted(strength, i)) ** 2 for i in chosen)
+    def error(strength):
+        return sum((targets[i] - features[i] @ fitted(strength, i)) ** 2 for i in drawn)
 
-    best, by_others = (min(strengths, key=lambda strength: error(strength, start)) for start in (0, 1))
-    assert best != by_others
+    best = min(RIDGE_STRENGTHS * 300 / 20, key=error)
     np.testing.assert_allclose(ridge_coefficients(features, targets), fitted(best), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2400, 20_000])
+def test_kinds_of_samples_that_alternate_are_both_seen(count):
+    """Every second sample is forgotten. Evenly spaced samples of such a set would all be of one kind."""
+    rng = np.random.default_rng(0)
+    forgotten = np.arange(count) % 2 == 1
+    states = (np.where(forgotten[:, None], [1.0, 0.0], [0.0, 1.0]) + rng.normal(0, 0.1, (count, 2))).astype(np.float16)
+    values = smoothed_over_states(forgotten + rng.normal(0, 0.1, count), states)
+    assert abs(values[forgotten].mean() - 1) < 0.05 and abs(values[~forgotten].mean()) < 0.05
