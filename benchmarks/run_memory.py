@@ -4,7 +4,7 @@ A tiny model, rows of 500 tokens (2.3 kB of text), a few training steps, the rec
 last finetuning. Each number of rows runs in its own process. Memory is the peak of anonymous memory, with a sample every
 millisecond. It includes the text of a JSONL file. A Parquet file is memory-mapped and not included.
 
-Few rows shall show what a million rows need. Therefore rows are processed in windows of 2**18 tokens instead of 2**22, so
+A small set stands for a million rows. Therefore rows are processed in windows of 2**18 tokens instead of 2**22, so
 that all sets have several windows, and glibc returns arrays of more than 1 MB at once, as it does with arrays of more than
 32 MB by default.
 """

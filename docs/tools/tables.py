@@ -91,7 +91,7 @@ def automatic_threshold() -> str:
 
 
 def unsafe_fractions() -> str:
-    """The default measure and the automatic φ, by the fraction of unsafe rows."""
+    """`smoothed` and its automatic φ, by the fraction of unsafe rows."""
     lines = []
     for scenario, control in SCENARIOS.items():
         for share in (0.05, 0.25, 0.5, 0.75):
