@@ -21,10 +21,11 @@ LARGEST_FRACTION = 0.1
 def row_features(trace: Trace) -> np.ndarray:
     """Computes the features of all rows: ranks of the measures and losses, and principal components of the hidden states.
 
-    The ranks are mapped to the quantiles of a normal distribution. There is one for `smoothed`, `loss`, `pooled` and `relative`,
-    for the largest tenth of the rises, for `smoothed` before its smoothing, for the mean losses of the base model and of the
-    model after noisy finetuning, and for the number of loss tokens. The losses and the length say which kind of text a row
-    is. Verdicts show whether that kind is unsafe, so these features have no place in a measure of forgetting.
+    The ranks are mapped to the quantiles of a normal distribution. There is one each for `smoothed`, `loss`, `pooled` and
+    `relative`, for the largest tenth of the rises, for `smoothed` before its smoothing, for the mean losses of the base
+    model and of the model after noisy finetuning, and for the number of loss tokens. The losses and the length say which
+    kind of text a row is. Verdicts show whether that kind is unsafe, so these features have no place in a measure of
+    forgetting.
 
     The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1.
 

@@ -58,8 +58,8 @@ _IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
 _RECORD_DTYPES = {"loss": np.float32, "rouge1": np.float64, "state": np.float16}
 WITHOUT_STATES = (
     "The input of the model's output head could not be read, so there are no hidden states. The measures combined (the "
-    "default) and smoothed need them, and so do reviews (`ReviewQueue`, `forgetfilter review`). Use the measure pooled or loss: "
-    "`FilterConfig(measure='pooled')`."
+    "default) and smoothed need them, and so do reviews (`ReviewQueue`, `forgetfilter review`). Use the measure pooled or "
+    "loss: `FilterConfig(measure='pooled')`."
 )
 # What to do if a record has no such column.
 _ADVICE = {
