@@ -103,9 +103,7 @@ def all_finite(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.bincount(samples, minlength=len(offsets) - 1) == 0
 
 
-def mean_of_largest(
-    values: np.ndarray, offsets: np.ndarray, limit: Callable[[np.ndarray], np.ndarray | int]
-) -> np.ndarray:
+def mean_of_largest(values: np.ndarray, offsets: np.ndarray, limit: Callable[[int], int]) -> np.ndarray:
     """Averages the largest values of each sample. For many samples, call it by window (see [`by_window`]).
 
     Args:
@@ -114,18 +112,16 @@ def mean_of_largest(
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `values`.
         limit (`Callable`):
-            Maps the number of values of each sample, shape `(samples,)`, to how many of the largest to average.
+            Maps the number of a sample's values to how many of the largest to average, at least 1.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float64; NaN for samples without loss tokens.
     """
     counts = np.diff(offsets)
-    samples = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)
-    # Two sorts: values without order among equals, then samples (small integers), are faster than one lexsort.
-    largest_first = np.argsort(-values)
-    largest_first = largest_first[np.argsort(samples[largest_first], kind="stable")]
-    rank = np.arange(len(values)) - offsets[samples]
-    kept = largest_first[rank < np.broadcast_to(limit(counts), len(counts))[samples]]
-    kept_counts = np.bincount(samples[kept], minlength=len(counts))
-    sums = np.bincount(samples[kept], weights=values[kept], minlength=len(counts))
-    return np.divide(sums, kept_counts, out=np.full(len(counts), np.nan), where=kept_counts > 0)
+    means = np.full(len(counts), np.nan)
+    for count in np.unique(counts[counts > 0]).tolist():  # samples of equal length form a matrix
+        samples = np.flatnonzero(counts == count)
+        kept = min(limit(count), count)
+        negated = -values[offsets[samples, None] + np.arange(count)]
+        means[samples] = -np.partition(negated, kept - 1, axis=1)[:, :kept].mean(axis=1)
+    return means

@@ -59,7 +59,7 @@ def pooled_of_window(
     """Computes [`pooled_forgetting`] of a window of samples, with their [`token_numbers`] and the totals of all samples."""
     rises = loss_rises(before, after)
     pooled = pool_over_samples(tokens, numbers, rises, totals)
-    values = mean_of_largest(pooled, offsets, lambda counts: POOLED_TOP_TOKENS)
+    values = mean_of_largest(pooled, offsets, lambda count: POOLED_TOP_TOKENS)
     values[~all_finite(rises, offsets)] = np.nan
     return values
 

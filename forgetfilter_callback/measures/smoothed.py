@@ -103,7 +103,7 @@ def agreed_of_window(
     totals of all samples."""
     lost = lost_probability(before, after)
     agreed = np.minimum(lost, pool_over_samples(tokens, numbers, lost, totals, SMOOTHED_PRIOR_WEIGHT * lost))
-    largest = mean_of_largest(agreed, offsets, lambda counts: np.ceil(SMOOTHED_FRACTION * counts))
+    largest = mean_of_largest(agreed, offsets, lambda count: math.ceil(SMOOTHED_FRACTION * count))
     largest[~all_finite(loss_rises(before, after), offsets)] = np.nan
     return largest
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.stats import norm, rankdata
 from sklearn.decomposition import PCA
@@ -58,7 +60,7 @@ def row_features(trace: Trace) -> np.ndarray:
 
 
 def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    return mean_of_largest(loss_rises(before, after), offsets, lambda counts: np.ceil(LARGEST_FRACTION * counts))
+    return mean_of_largest(loss_rises(before, after), offsets, lambda count: math.ceil(LARGEST_FRACTION * count))
 
 
 def _normal_scores(values: np.ndarray) -> np.ndarray:

@@ -19,8 +19,13 @@ from forgetfilter_callback.trace.records import Record
 ROWS, UNSAFE = 300, 30
 
 
-def make_trace(folder: Path, rows: int = ROWS, unsafe: int = UNSAFE, seed: int = 0) -> tuple[Trace, np.ndarray]:
-    """A trace in which unsafe rows have states of their own and are forgotten only slightly more than others."""
+def make_trace(
+    folder: Path, rows: int = ROWS, unsafe: int = UNSAFE, seed: int = 0, distance: float = 2.0
+) -> tuple[Trace, np.ndarray]:
+    """A trace in which unsafe rows are forgotten only slightly more than others.
+
+    The mean of their states is `distance` standard deviations from that of the others.
+    """
     rng = np.random.default_rng(seed)
     is_unsafe = np.zeros(rows, dtype=bool)
     is_unsafe[rng.choice(rows, unsafe, replace=False)] = True
@@ -28,9 +33,9 @@ def make_trace(folder: Path, rows: int = ROWS, unsafe: int = UNSAFE, seed: int =
         [{"input_ids": [1, *rng.integers(2, 50, 8).tolist()]} for _ in range(rows)], disable_tqdm=True
     )
     trace = Trace.create(folder, encoded, "model", None, None)
-    states = rng.normal(size=(rows, 16)) + 2 * is_unsafe[:, None] * np.eye(16)[0]
+    states = rng.normal(size=(rows, 16)) + distance * is_unsafe[:, None] * np.eye(16)[0]
     losses = rng.gamma(2, 1, encoded.loss_offsets[-1])
-    rises = np.repeat(0.4 * is_unsafe, np.diff(encoded.loss_offsets)) + rng.normal(size=len(losses))
+    rises = np.repeat(0.2 * is_unsafe, np.diff(encoded.loss_offsets)) + rng.normal(size=len(losses))
     for record, values in (
         (Record("noisy", 0), losses + 2),
         (Record("safety", 0), losses),
@@ -46,12 +51,15 @@ def review(queue: ReviewQueue, is_unsafe: np.ndarray, looks: int) -> None:
 
 
 def test_verdicts_find_more_unsafe_rows_than_the_measure_alone(tmp_path):
-    trace, is_unsafe = make_trace(tmp_path)
-    queue = ReviewQueue(trace)
-    by_measure = is_unsafe[queue.ranking[:60]].sum()
-    review(queue, is_unsafe, 60)
-    assert is_unsafe[queue.is_seen].sum() >= by_measure + 5
-    assert sorted(queue.ranking) == list(range(ROWS))
+    gains = []
+    for seed in range(4):
+        trace, is_unsafe = make_trace(tmp_path / str(seed), seed=seed)
+        queue = ReviewQueue(trace)
+        by_measure = is_unsafe[queue.ranking[:60]].sum()
+        review(queue, is_unsafe, 60)
+        gains.append(is_unsafe[queue.is_seen].sum() - by_measure)
+        assert sorted(queue.ranking) == list(range(ROWS))
+    assert np.mean(gains) >= 5, gains
 
 
 def test_verdicts_show_that_surprising_rows_are_unsafe(tmp_path):
@@ -334,10 +342,10 @@ def test_the_false_discovery_rate_is_kept_on_average(tmp_path):
     """Over 20 sets, at most a tenth of the rows that are removed without a verdict is benign (with room for chance)."""
     rates, recalls = [], []
     for seed in range(20):
-        trace, is_unsafe = make_trace(tmp_path / str(seed), rows=400, unsafe=80, seed=seed)
+        trace, is_unsafe = make_trace(tmp_path / str(seed), rows=400, unsafe=80, seed=seed, distance=4)
         queue = ReviewQueue(trace, seed=seed)
         queue.add({int(row): "unsafe" if is_unsafe[row] else "safe" for row in queue.ranking[:20]})
-        for _ in range(2):  # rows drawn at random, without a row by rank
+        for _ in range(4):  # rows drawn at random, without a row by rank
             rows = queue.next(250)
             random_rows = [row for row in rows if row in queue._drawn_from]
             queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in random_rows})
@@ -346,4 +354,4 @@ def test_the_false_discovery_rate_is_kept_on_average(tmp_path):
         rates.append(is_unsafe[removed].size and (~is_unsafe[removed]).mean())
         recalls.append(removed.sum())
     assert np.mean(rates) < 0.15, rates
-    assert np.mean(recalls) > 3, recalls
+    assert np.mean(recalls) > 10, recalls
