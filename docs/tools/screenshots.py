@@ -19,7 +19,8 @@ from forgetfilter_callback import Trace
 from forgetfilter_callback.data.decode import load_decoder
 from forgetfilter_callback.reports.review_page import write_review_page
 from forgetfilter_callback.reports.review_server.serve import review_server
-from forgetfilter_callback.trace.source_files import find_tokenizer, find_trace_folder
+from forgetfilter_callback.trace.as_trace import find_trace_folder
+from forgetfilter_callback.trace.source_files import find_tokenizer
 
 
 IMAGES = Path(__file__).parent.parent / "images"

@@ -213,8 +213,8 @@ def open_trace(path: Path) -> Trace:
 
 def trace_folder(path: Path) -> Path:
     """The folder of the trace in `path`. Raises a [`TraceError`] if a process has just started to write it."""
+    from ..trace.as_trace import find_trace_folder
     from ..trace.lock_folder import is_locked
-    from ..trace.source_files import find_trace_folder
     from ..trace.trace import Trace
 
     folder = find_trace_folder(path)

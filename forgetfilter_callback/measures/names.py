@@ -20,7 +20,7 @@ UNITS: dict[Measure, str] = {
 }
 # What a value means, for a reviewer.
 MEANINGS: dict[Measure, str] = {
-    "combined": "Higher values mean that the row lost more than others of this run. Values of two runs cannot be compared.",
+    "combined": "How much the model forgot the row in safety finetuning, compared with the other rows of this run only.",
     "loss": "0.69 means that the tokens of the row became half as likely, on geometric average; 0 means no change.",
     "relative": "1 means that all that noisy finetuning taught about the row was lost; 0 means that nothing was.",
     "pooled": "0.69 means that the most forgotten words of the row became half as likely in other rows; 0 means no change.",

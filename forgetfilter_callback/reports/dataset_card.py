@@ -34,15 +34,20 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         phi = "none (rows found to be unsafe are removed, and rows selected at the false discovery rate)"
     elif result.method == "weights":
         phi = "none (rows are weighted instead of removed)"
+    elif result.method == "reviewed":
+        phi = "none (rows found to be unsafe in a review are removed)"
     else:
         phi = "none (only rows overridden to 'remove' are removed)"
+    how = "the rows that it forgot most were removed. No harm classifier read the rows."
+    if result.method in ("reviewed", "fdr", "weights"):
+        how = "the rows that it forgot most were reviewed."
     overrides = list(result.overrides.values())
     lines = [
         "## Filtering",
         "",
         f"{counted_of(counts['removed'], counts['samples'], 'row', 'were')} removed with "
         "[ForgetFilter](https://arxiv.org/abs/2312.12736). A model that had been finetuned on all rows was finetuned "
-        "on safe examples, and the rows that it forgot most were removed. No harm classifier read the rows.",
+        f"on safe examples, and {how}",
         "",
         "| | |",
         "|---|---|",

@@ -68,11 +68,12 @@ def show(
         console.print()
         console.print(_table_by_source(result.source_counts))
     console.print()
-    table = Table(title="The most forgotten rows")
+    table = Table(title="The most forgotten rows", expand=True)
     for name in ("row", "forgetting", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("decision", no_wrap=True)
-    table.add_column("completion", no_wrap=True, overflow="ellipsis")  # one line a row: the list fits on a screen
+    # One line a row, so that the list fits on a screen. The other columns keep their width.
+    table.add_column("completion", no_wrap=True, overflow="ellipsis", ratio=1)
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +12,12 @@ from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
 from ..errors import DataError
 from ..utils.counted import counted
-from .trace import TRACE_FOLDER, Trace
+from .trace import Trace
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-def find_trace_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a trace: `path` itself, or the trace inside the output folder `path` of a run."""
-    inside = Path(path) / TRACE_FOLDER
-    return inside if inside.is_dir() and not Trace.exists(path) else Path(path)
 
 
 def find_source(trace: Trace) -> str:

@@ -74,8 +74,12 @@ def test_a_row_takes_one_line(finished_run, files, width, monkeypatch):
     trace = Trace.open(finished_run / "_forgetfilter")
     console = Console(width=width, file=io.StringIO())
     show(trace, find_forgotten(trace, FilterConfig(fraction=0.25)), console, load_decoder(str(files["model"])), head=10)
-    listed = console.file.getvalue().split("completion")[1].split("┡")[1].splitlines()[1:-1]
+    head, _, rows = console.file.getvalue().partition("┡")
+    listed = rows.splitlines()[1:-1]
     assert len(listed) == 10 and all("a b word" in line and "…" in line and len(line) <= width for line in listed)
+    assert all(name in head.splitlines()[-1] for name in ("row", "forgetting", "tokens", "decision"))
+    cells = [line.split("│")[1:5] for line in listed]
+    assert all(row.strip().isdecimal() and decision.strip() in ("removed", "kept") for row, _, _, decision in cells)
 
 
 def test_score_says_how_to_complete_a_trace(files, tmp_path):

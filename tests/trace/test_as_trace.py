@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten, to_dataset
+from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.reports.review_page import write_review_page
 
@@ -31,6 +35,15 @@ def test_the_folder_of_a_trace_is_as_good_as_the_trace(trace, functions):
     for function in functions:
         np.testing.assert_array_equal(function(trace.folder), function(trace))
         np.testing.assert_array_equal(function(str(trace.folder)), function(trace))
+
+
+def test_the_output_folder_of_a_run_is_as_good_as_its_trace(trace, tmp_path):
+    shutil.copytree(trace.folder, tmp_path / "out" / "_forgetfilter")
+    (tmp_path / "out" / "config.yaml").write_text("")
+    found = find_forgotten(tmp_path / "out", FilterConfig("loss"))
+    np.testing.assert_array_equal(found.values, trace.forgetting("loss"))
+    with pytest.raises(TraceError, match=re.escape(f"{tmp_path} contains no trace")):
+        find_forgotten(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [ForgetTracker(), None, np.zeros(7)], ids=lambda wrong: type(wrong).__name__)
