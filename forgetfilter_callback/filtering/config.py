@@ -55,7 +55,7 @@ class FilterConfig:
     measure: Measure | None = field(
         default=None,
         metadata={
-            "help": "combined, loss, relative, pooled, smoothed or rouge1.",
+            "help": "The measure, such as loss or smoothed.",
             "metavar": "MEASURE",
             "default": "combined",
             "group": "Filtering",

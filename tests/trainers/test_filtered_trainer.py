@@ -96,7 +96,7 @@ def test_removes_the_samples_above_the_threshold(given_as, noisy, tracker, make_
     }[given_as]
     trainer = FilteredTrainer(
         tiny_llama(), make_args(), train_dataset=audited, data_collator=collator,
-        forgetting=forgetting, filter_config=FilterConfig("smoothed", phi),
+        forgetting=forgetting, filter_config=FilterConfig("combined", phi),
     )  # fmt: skip
     expected = np.flatnonzero(values > phi).tolist()
     assert len(expected) == 5
@@ -245,7 +245,7 @@ def test_a_threshold_that_removes_nothing_is_reported(noisy, tracker, make_args,
         filter_config=FilterConfig(threshold=99.0),
     )
     assert len(trainer.train_dataset) == 24 and len(trainer.removed_dataset) == 0
-    assert "FilteredTrainer: removed 0 of 24 samples (φ = 99, smoothed forgetting)" in caplog.text
+    assert "FilteredTrainer: removed 0 of 24 samples (φ = 99, combined forgetting)" in caplog.text
 
 
 def test_a_filter_without_forgetting_is_refused(noisy, make_args):
