@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ..errors import EncodingError
 from ..utils.argument_checks import check_max_length
-from .encoded_rows import WINDOW, EncodedRows, without_padding
+from .encoded_rows import WINDOW, EncodedRows
+from .token_buffers import TokenBuffers
 from .token_sample import Sample
 
 
@@ -50,10 +51,7 @@ def encode_each(
         ValueError: if `max_length` is not an integer of at least 2.
     """
     check_max_length(max_length)
-    # Growing buffers, because one Python object per row would take more memory than most rows.
-    all_tokens, offsets, ids = array("i"), array("q", [0]), bytearray()
-    # Attention masks are stored up to the last padded row only. Most sets have no padding.
-    all_loss_masks, all_attention_masks = bytearray(), bytearray()
+    buffers, offsets, ids = TokenBuffers(), array("q", [0]), bytearray()
     truncated = left_padded = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
         try:
@@ -70,23 +68,17 @@ def encode_each(
         loss_mask, attention_mask = sample.loss_mask[span].copy(), sample.attention_mask[span]
         loss_mask[:1] = False  # nothing predicts the first token
         token_bytes, mask_bytes = sample.tokens[span].tobytes(), loss_mask.tobytes()
-        hashed = token_bytes + mask_bytes
-        if not attention_mask.all():
-            hashed += attention_mask.tobytes()
-            all_attention_masks += b"\1" * (offsets[-1] - len(all_attention_masks)) + attention_mask.tobytes()
+        attention_bytes = None if attention_mask.all() else attention_mask.tobytes()
+        hashed = token_bytes + mask_bytes + (attention_bytes or b"")
         ids += hashlib.blake2b(hashed, digest_size=_DIGEST_BYTES).hexdigest().encode() + b"-0"
-        all_tokens.frombytes(token_bytes)
-        all_loss_masks += mask_bytes
-        offsets.append(len(all_tokens))
-    attention_masks = without_padding(len(all_tokens))
-    if all_attention_masks:
-        all_attention_masks += b"\1" * (len(all_tokens) - len(all_attention_masks))
-        attention_masks = np.frombuffer(all_attention_masks, bool)
+        buffers.append(token_bytes, mask_bytes, attention_bytes)
+        offsets.append(len(buffers))
+    all_tokens, all_loss_masks, all_attention_masks = buffers.arrays()
     return EncodedRows(
         ids=_with_occurrence_numbers(ids),
-        tokens=np.frombuffer(all_tokens, np.int32),
-        loss_mask=np.frombuffer(all_loss_masks, bool),
-        attention_mask=attention_masks,
+        tokens=all_tokens,
+        loss_mask=all_loss_masks,
+        attention_mask=all_attention_masks,
         offsets=np.frombuffer(offsets, np.int64),
         truncated=truncated,
         left_padded=left_padded,

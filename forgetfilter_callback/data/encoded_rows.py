@@ -147,7 +147,7 @@ class EncodedRows:
         if not padding:
             return None
         return (
-            f"{counted_of(padding, len(self.loss_tokens), 'loss token', 'are')} padding with a label other than -100. "
+            f"{counted_of(padding, int(self.loss_offsets[-1]), 'loss token', 'are')} padding with a label other than -100. "
             "Training counts such tokens, so the records do too. To train and score the text only, set the labels to -100 "
             "where `attention_mask` is 0."
         )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common import by_window, clip_extremes, loss_rises, mean_losses
-from .loss import loss_forgetting
-from .pooled import pooled_of_window, token_numbers, token_totals
-from .smoothed import agreed_of_window, lost_probability, smoothed_over_states, typical_loss
+from .common import TokenValues, clip_extremes
+from .smoothed import LossChanges, loss_changes, smoothed_over_states
 
 
 # An estimate whose deviation is less than this fraction of its deviation before smoothing has no weight: it is noise.
@@ -15,7 +13,7 @@ MIN_SMOOTHED_FRACTION = 1e-3
 
 
 def combined_forgetting(
-    tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
+    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues, states: np.ndarray
 ) -> np.ndarray:
     """Computes the mean of three estimates of forgetting that fail on different data.
 
@@ -44,32 +42,22 @@ def combined_forgetting(
         `np.ndarray` of shape `(samples,)`, float64, in typical changes. Higher is more forgotten. NaN for samples without
         loss tokens and for samples with a loss or state that is not finite.
     """
-    estimates = forgetting_estimates(tokens, offsets, before, after)
+    estimates = forgetting_estimates(loss_changes(tokens, offsets, before, after))
     return mean_estimate(estimates, smoothed_over_states(estimates, states))
 
 
-def forgetting_estimates(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def forgetting_estimates(changes: LossChanges) -> np.ndarray:
     """Computes the three estimates of [`combined_forgetting`] before they are smoothed.
 
     Args:
-        tokens, offsets, before, after:
-            As in [`smoothed_forgetting`].
+        changes ([`LossChanges`]):
+            How the losses changed.
 
     Returns:
         `np.ndarray` of shape `(samples, 3)`, float64: [`loss_forgetting`] in nats per token, [`pooled_forgetting`] in nats,
         and [`agreed_forgetting`] in typical changes. NaN where one of the three is unknown.
     """
-    loss = loss_forgetting(mean_losses(before, offsets), mean_losses(after, offsets))
-    rise_totals = token_totals(loss_rises, tokens, offsets, before, after)
-    lost_totals = token_totals(lost_probability, tokens, offsets, before, after)
-
-    def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        numbers = token_numbers(offsets, tokens)  # once for both: it takes half of the time
-        pooled = pooled_of_window(offsets, tokens, numbers, before, after, rise_totals)
-        return np.column_stack([pooled, agreed_of_window(offsets, tokens, numbers, before, after, lost_totals)])
-
-    pooled, agreed = by_window(of_window, offsets, tokens, before, after).reshape(-1, 2).T
-    estimates = np.column_stack([loss, pooled, agreed / typical_loss(before, after, offsets)])
+    estimates = np.column_stack([changes.rises, changes.pooled, changes.agreed])
     estimates[~np.isfinite(estimates).all(axis=1)] = np.nan
     return np.apply_along_axis(clip_extremes, 0, estimates)
 

@@ -6,6 +6,9 @@ Per-token values are stored flat: the values of sample `i` are `values[offsets[i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +19,49 @@ from ..utils.windows import window_bounds
 WINDOW_TOKENS = 2**17
 # Values are extreme if they are further from the central 96 % range than its width.
 CENTRAL_QUANTILES = (0.02, 0.98)
+
+
+class TokenValues(Protocol):
+    """One value per loss token: an array, or values on disk that a slice reads into an array.
+
+    Measures take them in windows, so that the losses of all tokens need not be in memory at once.
+    """
+
+    def __getitem__(self, span: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindow:
+    """The loss tokens of a window of samples.
+
+    Attributes:
+        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
+            Start of each sample in `tokens` and `rises`.
+        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
+            Token ids.
+        rises (`np.ndarray` of shape `(loss_tokens,)`, float64):
+            By how much the loss of each token rose, in nats.
+    """
+
+    offsets: np.ndarray
+    tokens: np.ndarray
+    rises: np.ndarray
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Numbers of the distinct tokens of each sample: shape `(loss_tokens,)`, int64. Occurrences of a token in one
+        sample have the same number.
+        """
+        samples = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        return np.unique(samples * (int(self.tokens.max(initial=0)) + 1) + self.tokens, return_inverse=True)[1]
+
+
+def token_windows(
+    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues
+) -> Iterator[TokenWindow]:
+    """Iterates over the samples in [`windows`], with the rises of their token losses from `before` to `after`."""
+    for window, span in windows(offsets):
+        yield TokenWindow(window, tokens[span], loss_rises(before[span], after[span]))
 
 
 def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
@@ -32,20 +78,20 @@ def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
         yield offsets[start : stop + 1] - offsets[start], slice(offsets[start], offsets[stop])
 
 
-def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: np.ndarray) -> np.ndarray:
+def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: TokenValues) -> np.ndarray:
     """Computes one value per sample in windows, so that intermediate results do not grow with the number of samples.
 
     Args:
         function (`Callable`):
-            Called with the offsets of a window's samples and the window's part of each of `values`. Returns one value, or
-            one row of values, per sample of the window.
+            Called with the offsets of a window's samples and the window's part of each of `values`. Returns one value per
+            sample of the window.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `values`.
-        *values (`np.ndarray` of shape `(loss_tokens,)`):
+        *values ([`TokenValues`]):
             Values of the loss tokens.
 
     Returns:
-        `np.ndarray` of shape `(samples,)` or `(samples, values)`.
+        `np.ndarray` of shape `(samples,)`.
     """
     results = [function(window, *(each[span] for each in values)) for window, span in windows(offsets)]
     return np.concatenate(results) if results else np.zeros(0)
@@ -56,11 +102,11 @@ def loss_rises(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return after.astype(np.float64) - before
 
 
-def mean_losses(losses: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def mean_losses(losses: TokenValues, offsets: np.ndarray) -> np.ndarray:
     """Computes the mean loss of each sample.
 
     Args:
-        losses (`np.ndarray` of shape `(loss_tokens,)`, float32):
+        losses ([`TokenValues`], float32 or float64):
             Loss of each token that contributes to the loss, in nats.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `losses`; the last entry is `loss_tokens`.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from .common import all_finite, by_window, loss_rises, mean_of_largest, windows
+from .common import TokenValues, TokenWindow, all_finite, mean_of_largest, token_windows
 
 
 # Number of prior observations added to the occurrences of each token, so that a rare token needs a large rise.
@@ -15,7 +13,7 @@ POOLED_PRIOR_COUNT = 3
 POOLED_TOP_TOKENS = 3
 
 
-def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def pooled_forgetting(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> np.ndarray:
     """Computes the mean of each sample's three largest pooled loss rises.
 
     Formula: for a token `v` of sample `i`, `pooled(v, i) = sum(rises of v in other samples) / (n + 3)`, where `n` is
@@ -27,117 +25,76 @@ def pooled_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
     Source: this library.
 
     Args:
-        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
+        tokens ([`TokenValues`], integer):
             Token id of each loss.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `tokens`, `before` and `after`.
-        before (`np.ndarray` of shape `(loss_tokens,)`, float32):
+        before ([`TokenValues`], float32):
             Token losses at the start of safety finetuning, in nats.
-        after (`np.ndarray` of shape `(loss_tokens,)`, float32):
+        after ([`TokenValues`], float32):
             Token losses at a later step, in nats.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float64, in nats. Higher is more forgotten. NaN for samples without loss
         tokens and for samples with a loss that is not finite.
     """
-    totals = token_totals(loss_rises, tokens, offsets, before, after)
+    totals = TokenTotals()
+    for window in token_windows(tokens, offsets, before, after):
+        totals.add(window, window.rises)
+    values = [pooled_of_window(window, totals) for window in token_windows(tokens, offsets, before, after)]
+    return np.concatenate([np.zeros(0), *values])
 
-    def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        return pooled_of_window(offsets, tokens, token_numbers(offsets, tokens), before, after, totals)
 
-    return by_window(of_window, offsets, tokens, before, after)
-
-
-def pooled_of_window(
-    offsets: np.ndarray,
-    tokens: np.ndarray,
-    numbers: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-    totals: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    """Computes [`pooled_forgetting`] of a window of samples, with their [`token_numbers`] and the totals of all samples."""
-    rises = loss_rises(before, after)
-    pooled = pool_over_samples(tokens, numbers, rises, totals)
-    values = mean_of_largest(pooled, offsets, lambda count: POOLED_TOP_TOKENS)
-    values[~all_finite(rises, offsets)] = np.nan
+def pooled_of_window(window: TokenWindow, totals: TokenTotals) -> np.ndarray:
+    """Computes [`pooled_forgetting`] of a window of samples, given the totals of the rises in all samples."""
+    pooled = totals.mean_over_others(window, window.rises)
+    values = mean_of_largest(pooled, window.offsets, lambda count: POOLED_TOP_TOKENS)
+    values[~all_finite(window.rises, window.offsets)] = np.nan
     return values
 
 
-def token_numbers(offsets: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Numbers the distinct tokens of each sample: occurrences of a token in one sample have the same number.
+class TokenTotals:
+    """Sums a value over all occurrences of each token, to average it over the occurrences in other samples.
 
-    Args:
-        offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
-            Start of each sample in `tokens`.
-        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
-            Token ids.
-
-    Returns:
-        `np.ndarray` of shape `(loss_tokens,)`, int64.
+    Values that are not finite contribute as 0.
     """
-    samples = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return np.unique(samples * (int(tokens.max(initial=0)) + 1) + tokens, return_inverse=True)[1]
 
+    def __init__(self) -> None:
+        # By token id, up to the largest one so far.
+        self._sums: np.ndarray = np.zeros(0)
+        self._counts: np.ndarray = np.zeros(0, np.int64)
 
-def token_totals(
-    change: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sums a change of the losses over all occurrences of each token.
+    def add(self, window: TokenWindow, values: np.ndarray) -> None:
+        """Adds the values of the tokens of a window: shape `(loss_tokens,)`, float64."""
+        if not len(window.tokens):  # their sums would be integers
+            return
+        sums: np.ndarray = np.bincount(window.tokens, _finite(values), len(self._sums))
+        counts: np.ndarray = np.bincount(window.tokens, minlength=len(self._counts))
+        sums[: len(self._sums)] += self._sums
+        counts[: len(self._counts)] += self._counts
+        self._sums, self._counts = sums, counts
 
-    Args:
-        change (`Callable`):
-            Maps the losses before and after to the change, float64. Changes that are not finite contribute as 0.
-        tokens, offsets, before, after:
-            As in [`pooled_forgetting`].
+    def mean_over_others(self, window: TokenWindow, values: np.ndarray, prior: np.ndarray | float = 0.0) -> np.ndarray:
+        """Averages the value of each token of a window over the token's occurrences in other samples.
 
-    Returns:
-        `tuple` of two `np.ndarray` of shape `(largest token id + 1,)`: the sums (float64), in the unit of the change, and
-        the numbers of occurrences (int64).
-    """
-    vocabulary = int(tokens.max(initial=0)) + 1
-    sums, counts = np.zeros(vocabulary), np.zeros(vocabulary, np.int64)
-    for _, span in windows(offsets):
-        sums += np.bincount(tokens[span], _finite(change(before[span], after[span])), vocabulary)
-        counts += np.bincount(tokens[span], minlength=vocabulary)
-    return sums, counts
+        Formula: `(sum(values of the token in other samples) + 3 * prior) / (n + 3)`, where `n` is the number of these
+        occurrences.
 
+        Args:
+            window ([`TokenWindow`]):
+                A window whose values were added.
+            values (`np.ndarray` of shape `(loss_tokens,)`, float64):
+                The values that were added for it.
+            prior (`float` or `np.ndarray` of shape `(loss_tokens,)`, defaults to 0.0):
+                Value to shrink towards, with the weight of three occurrences.
 
-def pool_over_samples(
-    tokens: np.ndarray,
-    numbers: np.ndarray,
-    values: np.ndarray,
-    totals: tuple[np.ndarray, np.ndarray],
-    prior: np.ndarray | float = 0.0,
-) -> np.ndarray:
-    """Averages the value of each token over the token's occurrences in other samples.
-
-    Formula: `(sum(values of the token in other samples) + 3 * prior) / (n + 3)`, where `n` is the number of these
-    occurrences.
-
-    Args:
-        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
-            Token ids, of all samples or of a window of them.
-        numbers (`np.ndarray` of shape `(loss_tokens,)`, int64):
-            Their [`token_numbers`].
-        values (`np.ndarray` of shape `(loss_tokens,)`, float64):
-            The values to average. Values that are not finite contribute as 0.
-        totals:
-            The [`token_totals`] of all samples.
-        prior (`float` or `np.ndarray` of shape `(loss_tokens,)`, defaults to 0.0):
-            Value to shrink towards, with the weight of three occurrences.
-
-    Returns:
-        `np.ndarray` of shape `(loss_tokens,)`, float64, in the unit of `values`.
-    """
-    sums, counts = totals
-    others = sums[tokens] - np.bincount(numbers, _finite(values))[numbers]
-    others_count = counts[tokens] - np.bincount(numbers)[numbers]
-    return (others + POOLED_PRIOR_COUNT * prior) / (others_count + POOLED_PRIOR_COUNT)
+        Returns:
+            `np.ndarray` of shape `(loss_tokens,)`, float64, in the unit of `values`.
+        """
+        numbers = window.numbers
+        others = self._sums[window.tokens] - np.bincount(numbers, _finite(values))[numbers]
+        others_count = self._counts[window.tokens] - np.bincount(numbers)[numbers]
+        return (others + POOLED_PRIOR_COUNT * prior) / (others_count + POOLED_PRIOR_COUNT)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

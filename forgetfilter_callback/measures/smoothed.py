@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from .common import all_finite, by_window, clip_extremes, loss_rises, mean_losses, mean_of_largest
-from .pooled import pool_over_samples, token_numbers, token_totals
+from .common import (
+    TokenValues,
+    TokenWindow,
+    all_finite,
+    clip_extremes,
+    mean_losses,
+    mean_of_largest,
+    token_windows,
+)
+from .pooled import TokenTotals, pooled_of_window
 
 
 # Weight of a token's own value where no other sample contains the token.
@@ -27,7 +36,7 @@ RIDGE_MAX_LEFT_OUT = 2_000
 
 
 def smoothed_forgetting(
-    tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray, states: np.ndarray
+    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues, states: np.ndarray
 ) -> np.ndarray:
     """Computes the forgetting that occurrences of a token, and similar samples, have in common.
 
@@ -35,7 +44,7 @@ def smoothed_forgetting(
 
     1. Lost probability: `lost = 1 - exp(-r)` if `r >= 0`, else `-(1 - exp(r))`.
     2. Agreement with other samples: `agreed = min(lost, pooled)`, where `pooled` averages `lost` over the token's
-       occurrences in other samples (see [`pool_over_samples`], with the prior `0.25 * lost`).
+       occurrences in other samples (see [`TokenTotals`], with the prior `0.25 * lost`).
     3. Sample value: the mean of the largest tenth of `agreed`, divided by the typical change (see [`typical_loss`]).
     4. Smoothing: a ridge regression of the sample values on the centered, L2-normalized hidden states of the samples. It
        shrinks each value towards samples with similar hidden states. Leave-one-out cross-validation chooses the
@@ -51,13 +60,13 @@ def smoothed_forgetting(
     Source: this library.
 
     Args:
-        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer):
+        tokens ([`TokenValues`], integer):
             Token id of each loss.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `tokens`, `before` and `after`.
-        before (`np.ndarray` of shape `(loss_tokens,)`, float32):
+        before ([`TokenValues`], float32):
             Token losses at the start of safety finetuning, in nats.
-        after (`np.ndarray` of shape `(loss_tokens,)`, float32):
+        after ([`TokenValues`], float32):
             Token losses at a later step, in nats.
         states (`np.ndarray` of shape `(samples, size)`, float16):
             Hidden states of the samples at the start of safety finetuning (see [`Scores`]).
@@ -70,7 +79,7 @@ def smoothed_forgetting(
     return smoothed_over_states(agreed_forgetting(tokens, offsets, before, after), states)
 
 
-def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def agreed_forgetting(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> np.ndarray:
     """Computes [`smoothed_forgetting`] without its last step, the smoothing over similar samples.
 
     It has more noise and needs no hidden states.
@@ -83,34 +92,67 @@ def agreed_forgetting(tokens: np.ndarray, offsets: np.ndarray, before: np.ndarra
         `np.ndarray` of shape `(samples,)`, float64, in typical changes. NaN for samples without loss tokens and for
         samples with a loss that is not finite.
     """
-    totals = token_totals(lost_probability, tokens, offsets, before, after)
-
-    def of_window(offsets: np.ndarray, tokens: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        return agreed_of_window(offsets, tokens, token_numbers(offsets, tokens), before, after, totals)
-
-    return by_window(of_window, offsets, tokens, before, after) / typical_loss(before, after, offsets)
+    return loss_changes(tokens, offsets, before, after).agreed
 
 
-def agreed_of_window(
-    offsets: np.ndarray,
-    tokens: np.ndarray,
-    numbers: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-    totals: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    """Computes [`agreed_forgetting`] of a window of samples, as a lost probability, with their [`token_numbers`] and the
-    totals of all samples."""
-    lost = lost_probability(before, after)
-    agreed = np.minimum(lost, pool_over_samples(tokens, numbers, lost, totals, SMOOTHED_PRIOR_WEIGHT * lost))
-    largest = mean_of_largest(agreed, offsets, lambda count: math.ceil(SMOOTHED_FRACTION * count))
-    largest[~all_finite(loss_rises(before, after), offsets)] = np.nan
+@dataclass(frozen=True, eq=False)
+class LossChanges:
+    """How the losses of samples changed: what [`smoothed_forgetting`] and [`combined_forgetting`] are computed from.
+
+    Attributes:
+        rises (`np.ndarray` of shape `(samples,)`, float64):
+            Mean rise of the token losses, in nats per token. It equals [`loss_forgetting`].
+        pooled (`np.ndarray` of shape `(samples,)`, float64):
+            [`pooled_forgetting`], in nats.
+        agreed (`np.ndarray` of shape `(samples,)`, float64):
+            [`agreed_forgetting`], in typical changes.
+        typical_loss (`float`):
+            The typical change as a lost probability (see [`typical_loss`]).
+    """
+
+    rises: np.ndarray
+    pooled: np.ndarray
+    agreed: np.ndarray
+    typical_loss: float
+
+
+def loss_changes(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> LossChanges:
+    """Computes all changes together: losses on disk are read twice, and the distinct tokens of samples are found once.
+
+    Args:
+        tokens, offsets, before, after:
+            As in [`smoothed_forgetting`].
+
+    Returns:
+        [`LossChanges`]: NaN for samples without loss tokens and for samples with a loss that is not finite.
+    """
+    rise_totals, lost_totals = TokenTotals(), TokenTotals()
+    rises, squares, pooled, agreed = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
+    for window in token_windows(tokens, offsets, before, after):
+        rise_totals.add(window, window.rises)
+        lost_totals.add(window, lost_probability(window.rises))
+        rises.append(mean_losses(window.rises, window.offsets))
+        squares.append(mean_losses(window.rises**2, window.offsets))
+    for window in token_windows(tokens, offsets, before, after):
+        pooled.append(pooled_of_window(window, rise_totals))
+        agreed.append(agreed_of_window(window, lost_totals))
+    typical = typical_loss(np.concatenate(squares), np.diff(offsets))
+    return LossChanges(np.concatenate(rises), np.concatenate(pooled), np.concatenate(agreed) / typical, typical)
+
+
+def agreed_of_window(window: TokenWindow, totals: TokenTotals) -> np.ndarray:
+    """Computes [`agreed_forgetting`] of a window of samples, as a lost probability, given the totals of the lost
+    probabilities in all samples.
+    """
+    lost = lost_probability(window.rises)
+    agreed = np.minimum(lost, totals.mean_over_others(window, lost, SMOOTHED_PRIOR_WEIGHT * lost))
+    largest = mean_of_largest(agreed, window.offsets, lambda count: math.ceil(SMOOTHED_FRACTION * count))
+    largest[~all_finite(window.rises, window.offsets)] = np.nan
     return largest
 
 
-def lost_probability(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def lost_probability(rises: np.ndarray) -> np.ndarray:
     """Computes the fraction of a token's probability that was lost: step 1 of [`smoothed_forgetting`]."""
-    rises = loss_rises(before, after)
     return -np.sign(rises) * np.expm1(-np.abs(rises))
 
 
@@ -208,7 +250,7 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return (basis @ np.column_stack(best)).reshape(-1, *targets.shape[1:])
 
 
-def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
+def typical_loss(squares: np.ndarray, counts: np.ndarray) -> float:
     """Computes the fraction of a token's probability that the typical change takes.
 
     Formula: `1 - exp(-R)`, where `R` is the root mean square of the changes of the token losses, in nats, and at least
@@ -216,17 +258,14 @@ def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> 
     determines the scale.
 
     Args:
-        before, after, offsets:
-            As in [`smoothed_forgetting`].
+        squares (`np.ndarray` of shape `(samples,)`, float64):
+            Mean square change of the token losses of each sample. NaN if unknown.
+        counts (`np.ndarray` of shape `(samples,)`, integer):
+            Number of loss tokens of each sample.
 
     Returns:
         `float` between 0 and 1; NaN if no sample has finite losses.
     """
-
-    def mean_squares(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        return mean_losses(loss_rises(before, after) ** 2, offsets)
-
-    squares, counts = by_window(mean_squares, offsets, before, after), np.diff(offsets)
     known = np.isfinite(squares)
     if not known.any():
         return math.nan
@@ -235,7 +274,7 @@ def typical_loss(before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> 
     return -math.expm1(-max(change, MIN_TYPICAL_CHANGE))
 
 
-def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, offsets: np.ndarray) -> float:
+def nats_per_unit(values: np.ndarray, rises: np.ndarray, counts: np.ndarray) -> float:
     """Computes how much less likely a sample of median length becomes per unit of smoothed forgetting, in nats.
 
     Formula: the slope of a least-squares line through the samples' mean loss rises over their values, times the median
@@ -249,20 +288,16 @@ def nats_per_unit(values: np.ndarray, before: np.ndarray, after: np.ndarray, off
 
     Args:
         values (`np.ndarray` of shape `(samples,)`, float64):
-            [`smoothed_forgetting`] of these losses.
-        before, after, offsets:
-            As in [`smoothed_forgetting`].
+            [`smoothed_forgetting`] of the samples.
+        rises (`np.ndarray` of shape `(samples,)`, float64):
+            Their mean loss rises, in nats per token (see [`LossChanges`]).
+        counts (`np.ndarray` of shape `(samples,)`, integer):
+            Their numbers of loss tokens.
 
     Returns:
         `float`, in nats per typical change; NaN if all values are equal or none is known. Extreme rises are clipped (see
         [`clip_extremes`]).
     """
-
-    def mean_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        return mean_losses(loss_rises(before, after), offsets)
-
-    counts = np.diff(offsets)
-    rises = by_window(mean_rises, offsets, before, after)
     known = np.isfinite(values) & np.isfinite(rises)
     if not known.any():
         return math.nan

@@ -9,8 +9,9 @@ from scipy.stats import norm, rankdata
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
+from ..data.loss_tokens import LossTokens
 from ..measures.common import by_window, loss_rises, mean_of_largest
-from ..measures.smoothed import agreed_forgetting
+from ..measures.smoothed import loss_changes, smoothed_over_states
 from ..trace.trace import Trace
 
 
@@ -43,20 +44,21 @@ def row_features(trace: Trace) -> np.ndarray:
         TraceError: if the trace does not hold the records that the measures need.
     """
     before, after = trace.first_and_last()
-    tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
-    losses = trace.token_losses(before), trace.token_losses(after)
+    offsets, states = trace.rows.loss_offsets, trace.states(before)
+    losses = trace.stored_losses(before), trace.stored_losses(after)
+    changes = loss_changes(LossTokens(trace.rows), offsets, *losses)
     values = [
-        trace.forgetting("smoothed"),
-        trace.forgetting("loss"),
-        trace.forgetting("pooled"),
-        agreed_forgetting(tokens, offsets, *losses),
+        smoothed_over_states(changes.agreed, states),
+        changes.rises,
+        changes.pooled,
+        changes.agreed,
         by_window(_largest_rises, offsets, *losses),
         trace.mean_losses(before),
         np.diff(offsets).astype(np.float64),
     ]
     if trace.base_record is not None:
         values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
-    return np.column_stack([*map(_normal_scores, values), _state_components(trace.states(before))])
+    return np.column_stack([*map(_normal_scores, values), _state_components(states)])
 
 
 def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.loss_tokens import LossTokens
 from ..errors import TraceError
 from ..measures.combined import forgetting_estimates, mean_estimate
 from ..measures.loss import loss_forgetting
@@ -14,7 +15,7 @@ from ..measures.names import MEASURES, TYPICAL_CHANGES, UNITS, Measure
 from ..measures.pooled import pooled_forgetting
 from ..measures.relative import relative_forgetting
 from ..measures.rouge import rouge_forgetting
-from ..measures.smoothed import agreed_forgetting, nats_per_unit, smoothed_over_states, typical_loss
+from ..measures.smoothed import loss_changes, nats_per_unit, smoothed_over_states
 from .records import Record
 
 
@@ -53,9 +54,9 @@ def compute_forgetting_by_record(
         return np.array([rouge_forgetting(rouge_before, trace.rouge1(record)) for record in records]), None
     offsets = trace.rows.loss_offsets
     if measure == "pooled":
-        tokens, losses_before = trace.rows.loss_tokens, trace.token_losses(before)
-        pooled = [pooled_forgetting(tokens, offsets, losses_before, trace.token_losses(record)) for record in records]
-        return np.array(pooled), None
+        tokens, losses_before = LossTokens(trace.rows), trace.stored_losses(before)
+        losses = map(trace.stored_losses, records)
+        return np.array([pooled_forgetting(tokens, offsets, losses_before, each) for each in losses]), None
     means_before, means = trace.mean_losses(before), map(trace.mean_losses, records)
     if measure == "loss":
         return np.array([loss_forgetting(means_before, means_after) for means_after in means]), None
@@ -70,22 +71,22 @@ def compute_forgetting_by_record(
 
 def _in_typical_changes(trace: Trace, measure: Measure, steps: Sequence[int]) -> tuple[np.ndarray, float]:
     """See [`compute_forgetting_by_record`]. All records are smoothed together, which takes little longer than one."""
-    tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
+    tokens, offsets = LossTokens(trace.rows), trace.rows.loss_offsets
     before = trace.first_and_last(steps[-1])[0]
-    losses_before = trace.token_losses(before)
-    estimates, units = [], []
-    for step in steps:  # one record in memory at a time
-        losses = trace.token_losses(Record("safety", step))
-        if measure == "combined":
-            estimates.append(forgetting_estimates(tokens, offsets, losses_before, losses))
-        else:
-            estimates.append(agreed_forgetting(tokens, offsets, losses_before, losses)[:, None])
-        units.append(typical_loss(losses_before, losses, offsets))
+    losses_before = trace.stored_losses(before)
+    changes = [
+        loss_changes(tokens, offsets, losses_before, trace.stored_losses(Record("safety", step))) for step in steps
+    ]
+    if measure == "combined":
+        estimates = list(map(forgetting_estimates, changes))
+    else:
+        estimates = [each.agreed[:, None] for each in changes]
     smoothed = np.split(smoothed_over_states(np.hstack(estimates), trace.states(before)), len(steps), axis=1)
     # The last estimate is in typical changes. The first one of `combined` is the loss itself, so only the last one can be
     # compared with the loss.
-    nats = nats_per_unit(smoothed[-1][:, -1], losses_before, losses, offsets)
+    nats = nats_per_unit(smoothed[-1][:, -1], changes[-1].rises, np.diff(offsets))
     values = [each[:, -1] for each in smoothed]
     if measure == "combined":
         values = list(map(mean_estimate, estimates, smoothed))
-    return np.array(values) * (np.array(units) / units[-1])[:, None], nats
+    units = np.array([each.typical_loss for each in changes])
+    return np.array(values) * (units / units[-1])[:, None], nats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.encoded_rows import EncodedRows, without_padding
+from ..data.encoded_rows import EncodedRows
+from ..data.token_buffers import TokenBuffers
 from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
-from ..utils.counted import counted
 
 
 if TYPE_CHECKING:
@@ -50,23 +50,11 @@ _ROW_TYPES = {
     "loss_mask": pa.large_list(pa.bool_()),
     "attention_mask": pa.large_list(pa.bool_()),
 }
-_IS_RECORD_TYPE: dict[str, Callable[[pa.DataType], bool]] = {
-    "loss": lambda dtype: dtype == pa.large_list(pa.float32()),
-    "rouge1": lambda dtype: dtype == pa.float64(),
-    "state": lambda dtype: pa.types.is_fixed_size_list(dtype) and dtype.value_type == pa.float16(),
-}
-_RECORD_DTYPES = {"loss": np.float32, "rouge1": np.float64, "state": np.float16}
 WITHOUT_STATES = (
     "The input of the model's output head could not be read, so there are no hidden states. The measures combined (the "
     "default) and smoothed need them, and so do reviews (`ReviewQueue`, `forgetfilter review`). Use the measure pooled or "
     "loss: `FilterConfig(measure='pooled')`."
 )
-# What to do if a record has no such column.
-_ADVICE = {
-    "loss": "The file is not a record of this library.",
-    "rouge1": "Record with `ForgetTracker(rouge1=True)`.",
-    "state": WITHOUT_STATES,
-}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -150,31 +138,42 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     Raises:
         TraceError: if it cannot be read, if its columns are wrong, or if it does not match the manifest.
     """
+    wrong_columns = TraceError(
+        f"rows.parquet in {folder} must have the columns {', '.join(_ROW_TYPES)} without missing values. Restore the "
+        "file, or record the trace again into another folder."
+    )
+    buffers, ids, lengths = TokenBuffers(), [], []
     try:
         with pq.ParquetFile(folder / "rows.parquet") as parquet:  # `read_table` would import pandas
-            table = _read_table(parquet)
+            types = {field.name: field.type for field in parquet.schema_arrow}
+            # In traces of older versions, no row has padding and there is no mask.
+            expected = {name: dtype for name, dtype in _ROW_TYPES.items() if name in types or name != "attention_mask"}
+            if {name: types.get(name) for name in expected} != expected:
+                raise wrong_columns
+            for index in range(parquet.num_row_groups):  # decoding takes several times the memory of the values
+                table = parquet.read_row_group(index, list(expected))
+                if any(map(has_nulls, table.columns)):
+                    raise wrong_columns
+                columns = {name: table[name].combine_chunks() for name in expected}
+                lists = {name: columns[name].values for name in expected if name != "id"}
+                ids.append(columns["id"])
+                lengths.append(np.diff(to_numpy(columns["input_ids"].offsets)))
+                attention = lists.get("attention_mask")
+                is_padded = attention is not None and not pc.all(attention, min_count=0).as_py()
+                buffers.append(
+                    to_numpy(lists["input_ids"]).tobytes(),
+                    to_numpy(lists["loss_mask"]).tobytes(),
+                    to_numpy(attention).tobytes() if is_padded else None,
+                )
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
-    types = {name: table.schema.field(name).type for name in table.column_names}
-    is_older = "attention_mask" not in types  # no row has padding
-    expected = {name: dtype for name, dtype in _ROW_TYPES.items() if not is_older or name != "attention_mask"}
-    if {name: types.get(name) for name in expected} != expected or any(map(_has_nulls, table.columns)):
-        raise TraceError(
-            f"rows.parquet in {folder} must have the columns {', '.join(_ROW_TYPES)} without missing values. Restore the "
-            "file, or record the trace again into another folder."
-        )
-    input_ids, loss_mask = (table[name].combine_chunks() for name in ("input_ids", "loss_mask"))
-    attention_mask = without_padding(len(input_ids.values))
-    if not is_older:
-        stored = table["attention_mask"].combine_chunks().values
-        if not pc.all(stored, min_count=0).as_py():
-            attention_mask = to_numpy(stored)
+    tokens, loss_mask, attention_mask = buffers.arrays()
     rows = EncodedRows(
-        ids=table["id"].combine_chunks(),
-        tokens=to_numpy(input_ids.values),
-        loss_mask=to_numpy(loss_mask.values),
+        ids=pa.chunked_array(ids, pa.string()).combine_chunks(),
+        tokens=tokens,
+        loss_mask=loss_mask,
         attention_mask=attention_mask,
-        offsets=to_numpy(input_ids.offsets),
+        offsets=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
         truncated=manifest["truncated"],
         max_length=manifest["max_length"],
         encoding=manifest["encoding"],
@@ -189,71 +188,16 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
     return rows
 
 
-def read_column(file: Path, column: str, rows: EncodedRows) -> np.ndarray:
-    """Read and check one column of a record.
-
-    Values are copied out of Arrow one row group at a time. Its decoder takes several times the memory of the values, and its
-    memory pool keeps what it has freed.
-
-    Args:
-        file (`Path`):
-            The Parquet file of the record.
-        column (`str`):
-            `"loss"`, `"state"` or `"rouge1"`.
-        rows ([`EncodedRows`]):
-            The rows of the trace.
-
-    Returns:
-        `np.ndarray`: the values of all samples in order, without the boundaries of lists. Read-only.
-
-    Raises:
-        TraceError: if the file cannot be read, if the column is missing, or if it does not match the rows.
-    """
-    wrong_type = TraceError(f"The column {column!r} of the record {file} has a wrong type or missing values.")
-    try:
-        with pq.ParquetFile(file) as parquet:
-            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-            if column not in schema.names:
-                raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
-            if count != len(rows):
-                raise TraceError(f"The record {file} has {counted(count, 'sample')}, but the trace has {len(rows):,}.")
-            dtype = schema.field(column).type
-            if not _IS_RECORD_TYPE[column](dtype):
-                raise wrong_type
-            width = dtype.list_size if column == "state" else 1
-            size = int(rows.loss_offsets[-1]) if column == "loss" else count * width
-            values = np.empty(size, _RECORD_DTYPES[column])
-            row = position = 0
-            for index in range(parquet.num_row_groups):
-                part = parquet.read_row_group(index, [column])[column].combine_chunks()
-                if _has_nulls(part):
-                    raise wrong_type
-                loss_offsets = rows.loss_offsets[row : row + len(part) + 1]
-                if column == "loss" and not np.array_equal(to_numpy(part.offsets), loss_offsets - loss_offsets[0]):
-                    raise TraceError(f"The record {file} does not have one loss per loss token of the trace.")
-                flat = to_numpy(part if column == "rouge1" else part.values)
-                values[position : position + len(flat)] = flat
-                row, position = row + len(part), position + len(flat)
-    except (OSError, pa.ArrowException) as error:
-        raise TraceError(f"The record {file} cannot be read: {error}") from error
-    values.setflags(write=False)
-    return values
-
-
 def has_column(file: Path, column: str) -> bool:
     """Whether a record has a column. Only the schema is read."""
     return column in pq.read_schema(file).names
-
-
-def _read_table(parquet: pq.ParquetFile) -> pa.Table:
-    """Read one row group at a time, because decoding takes several times the memory of the values."""
-    return pa.concat_tables(parquet.read_row_group(index) for index in range(parquet.num_row_groups))
 
 
 def _is_session(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), dtype) for key, dtype in _SESSION_TYPES.items())
 
 
-def _has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
+def has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether a column, or a list in it, has a missing value."""
     nested = pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
     return column.null_count > 0 or (nested and pc.list_flatten(column).null_count > 0)

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
-from ..measures.common import mean_losses
+from ..measures.common import mean_losses, windows
 from ..measures.names import DEFAULT_MEASURE, Measure
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.counted import counted
@@ -38,7 +38,8 @@ from .forgetting import compute_forgetting
 from .lock_folder import lock_folder
 from .plot_trace import plot_trace
 from .records import SESSIONS, Record, Session
-from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_column, read_manifest, read_rows, record_tables, rows_table
+from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_manifest, read_rows, record_tables, rows_table
+from .stored_column import StoredColumn
 from .superseded import supersede
 
 
@@ -259,8 +260,9 @@ class Trace:
         if measure == "relative" and self.base_record is not None:
             records.append(self.base_record)
         digest = hashlib.blake2b(self.manifest["fingerprint"].encode(), digest_size=16)
-        for record in records:
-            digest.update(self.token_losses(record).data)
+        for losses in map(self.stored_losses, records):
+            for _, span in windows(self.rows.loss_offsets):
+                digest.update(losses[span].data)
         return digest.hexdigest()
 
     def records(self) -> list[Record]:
@@ -274,19 +276,23 @@ class Trace:
 
     def token_losses(self, record: Record) -> np.ndarray:
         """Losses of a record in nats: shape `(loss_tokens,)`, float32, in the order of `rows.loss_tokens`. Read-only."""
-        return self._read(record, "loss")
+        return self.stored_losses(record)[:]
+
+    def stored_losses(self, record: Record) -> StoredColumn:
+        """[`token_losses`], read from disk in parts: all of them take four bytes per loss token."""
+        return self._column(record, "loss")
 
     def states(self, record: Record) -> np.ndarray:
         """Hidden states of the samples in a record (see [`Scores`]): shape `(samples, size)`, float16."""
-        return self._read(record, "state").reshape(len(self.rows), -1)
+        return self._column(record, "state")[:]
 
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of a record: shape `(samples,)`, float64, between 0 and 1."""
-        return self._read(record, "rouge1")
+        return self._column(record, "rouge1")[:]
 
     def mean_losses(self, record: Record) -> np.ndarray:
         """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN without loss tokens."""
-        return mean_losses(self.token_losses(record), self.rows.loss_offsets)
+        return mean_losses(self.stored_losses(record), self.rows.loss_offsets)
 
     def losses(self) -> np.ndarray:
         """Mean loss of each sample in each record.
@@ -370,8 +376,8 @@ class Trace:
     def _file(self, record: Record) -> Path:
         return self.folder / "records" / record.file_name
 
-    def _read(self, record: Record, column: str) -> np.ndarray:
-        return read_column(self._file(record), column, self.rows)
+    def _column(self, record: Record, column: str) -> StoredColumn:
+        return StoredColumn(self._file(record), column, self.rows)
 
     def _write_manifest(self) -> None:
         write_json(self.manifest, self.folder / "manifest.json")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ..data.encode_each import encode_each
 from ..data.token_sample import Sample
 from ..errors import TraceError
+from ..measures.common import windows
 from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted, counted_of
 from ..utils.row_numbers import describe_rows
@@ -88,7 +89,9 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             columns = parquet.schema_arrow.names
             for index in range(parquet.num_row_groups):  # one at a time, to bound memory
                 parquet.read_row_group(index)
-        losses = trace.token_losses(record)
+        losses = trace.stored_losses(record)
+        spans = [span for _, span in windows(trace.rows.loss_offsets)]
+        not_finite = sum(int(np.count_nonzero(~np.isfinite(losses[span]))) for span in spans)
         for column, read in (("state", trace.states), ("rouge1", trace.rouge1)):
             if column in columns:
                 read(record)
@@ -97,7 +100,6 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             [f"{file}: {error} Move it to another folder. The next run of the session records it again."], []
         )
     notes = []
-    not_finite = int((~np.isfinite(losses)).sum())
     if not_finite:
         notes.append(
             f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."

@@ -14,7 +14,7 @@ from forgetfilter_callback.measures.loss import loss_forgetting
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 from forgetfilter_callback.measures.relative import relative_forgetting
 from forgetfilter_callback.measures.rouge import rouge_forgetting
-from forgetfilter_callback.measures.smoothed import agreed_forgetting, nats_per_unit
+from forgetfilter_callback.measures.smoothed import agreed_forgetting, loss_changes
 
 
 def test_mean_losses(samples):
@@ -48,9 +48,8 @@ MEASURES = {
     "finite": lambda tokens, offsets, before, after: all_finite(after, offsets),
     "pooled": pooled_forgetting,
     "agreed": agreed_forgetting,
-    "nats per unit": lambda tokens, offsets, before, after: nats_per_unit(
-        np.arange(len(offsets) - 1.0), before, after, offsets
-    ),
+    "rises": lambda *arrays: loss_changes(*arrays).rises,
+    "typical loss": lambda *arrays: loss_changes(*arrays).typical_loss,
 }
 
 

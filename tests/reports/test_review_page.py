@@ -15,6 +15,7 @@ from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.names import MEANINGS
 from forgetfilter_callback.measures.smoothed import typical_loss
 from forgetfilter_callback.reports import review_page, source_table
@@ -448,11 +449,10 @@ def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp
     earlier, last = (np.frombuffer(base64.b64decode(values), "<f4") for values in data["forgetting"])
     assert data["steps"][0] == 4 and np.isnan(earlier[0]) and np.isfinite(last).all()
     np.testing.assert_allclose(result.values, find_forgotten(diverged, FilterConfig(measure)).values, rtol=1e-9)
-    first = diverged.token_losses(Record("safety", 0))
-    typical = [
-        typical_loss(first, diverged.token_losses(Record("safety", step)), diverged.rows.loss_offsets)
-        for step in data["steps"]
-    ]
+    first, offsets = diverged.token_losses(Record("safety", 0)), diverged.rows.loss_offsets
+    later = [diverged.token_losses(Record("safety", step)) for step in data["steps"]]
+    squares = [mean_losses((losses - first) ** 2, offsets) for losses in later]
+    typical = [typical_loss(each, np.diff(offsets)) for each in squares]
     np.testing.assert_allclose(earlier, diverged.forgetting(measure, 4) * typical[0] / typical[1], rtol=1e-5)
 
 
