@@ -42,7 +42,8 @@ def main(
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         write_review_page(trace, Path(temporary) / "review.html", decoder)
         take(browser, (Path(temporary) / "review.html").as_uri(), "#rows tr", 1000, images / "review.png")
-        with review_server(trace, decoder, Path("out")) as running:
+        to_filter = "forgetfilter filter out --reviewed out/_forgetfilter/review --output reviewed"
+        with review_server(trace, decoder, to_filter) as running:
             thread = Thread(target=running.server.serve_forever)
             thread.start()
             take(browser, running.address, "#similar .other", 720, images / "review_rows.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..utils.atomic_files import write_json
 from ..utils.counted import counted
 from .demo_data import DemoData
 from .demo_progress import SECONDS
+from .next_step import command_to_review
 
 
 MODELS = {
@@ -77,9 +77,8 @@ def print_results(console: Console, output: Path, summary: Mapping[str, Any]) ->
         f"Finetuned without these rows, the model gives an unsafe answer to {unsafe_rate['forgetfilter']:.0%} of the "
         f"questions. Its task F1 is {task_f1['forgetfilter']:.2f}.",
     )
-    folder = shlex.quote(str(output))
     console.print(Text(f"\nThe files are in {output}. Next, look at the rows yourself:"))
-    console.print(Text(f"  forgetfilter review {folder}", style="bold"))
+    console.print(Text(f"  {command_to_review(output)}", style="bold"))
     console.print("Find the unsafe rows in your own data:")
     console.print(Text("  forgetfilter run --model MODEL --noisy noisy.jsonl --safety safety.jsonl \\", style="bold"))
     console.print(Text("      --output out", style="bold"))

@@ -13,6 +13,7 @@ import typer
 from .app import exit_codes
 from .columns import SourceColumnOption, find_source_column, read_columns
 from .messages import say
+from .next_step import command_to_filter
 from .trace_commands import NoisyOption, TokenizerOption, TraceArgument, open_trace, trace_decoder
 
 
@@ -41,12 +42,15 @@ def review(
     """
     with exit_codes():
         from ..reports.review_server.serve import review_server
+        from ..review.stop_advice import stop_advice
+        from ..review.verdicts import review_folder
 
         opened = open_trace(trace)
         decoder = trace_decoder(opened, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         sources = None if column is None else read_columns(opened, noisy, tokenizer, [column])[0]
-        with review_server(opened, decoder, trace, port, reviewer, rounds_of, random_fraction, sources) as running:
+        to_filter = command_to_filter(trace, {"reviewed": review_folder(opened)})
+        with review_server(opened, decoder, to_filter, port, reviewer, rounds_of, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
             typer.echo(f"If this is a remote machine, first run on yours: {tunnel}")
@@ -55,9 +59,11 @@ def review(
                 webbrowser.open(running.address)
             running.server.serve_forever()  # until Ctrl-C
             typer.echo()
-            say(str(running.queue.estimate()))
-            if running.queue.verdicts:
-                typer.echo(f"Next: {running.next_command}")
+            estimate, advice = running.queue.estimate(), stop_advice(running.queue)
+            say(str(estimate))
+            say(advice.reason if advice.is_enough else f"{advice.reason} To go on, type the same command again.")
+            if estimate.unsafe_found:
+                say(f"{'Next' if advice.is_enough else 'To filter by the verdicts so far'}: {to_filter}")
 
 
 def _has_display() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +29,7 @@ from .app import (
     silence_libraries,
 )
 from .messages import say
+from .next_step import after_recording
 from .options import merge, options_from, parse_value, read_yaml
 
 
@@ -105,9 +105,7 @@ def run(
             result = run_pipeline(run_config)
         with after_interrupt(lambda: f"The run in {output} is complete."):
             if rank_and_world_size()[0] == 0:
-                look = "show" if result.separability.separable else "review"
-                next_step = shlex.join(["forgetfilter", look, run_config.output])
-                print_result(result, output, as_json, next_step)
+                print_result(result, output, as_json, after_recording(output, result.separability.separable))
             exit_if_not_separable(result)
 
 
@@ -213,7 +211,7 @@ def score(
             for role, mean in means.items():
                 say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
             say(written)
-            say(how_to_finish(trace) or f"Next: {shlex.join(['forgetfilter', 'show', str(output)])}")
+            say(how_to_finish(trace) or f"Next: {after_recording(output)}")
 
 
 def check_models(names: Iterable[str]) -> None:

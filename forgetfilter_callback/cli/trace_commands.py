@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +26,7 @@ from .app import (
 )
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .messages import say
+from .next_step import after_filter, after_looking
 from .options import options_from
 
 
@@ -77,12 +77,7 @@ def filter_command(
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        next_step = (
-            f"finetune the base model on {output / 'kept.jsonl'}."
-            if result.counts["removed"]
-            else shlex.join(["forgetfilter", "review", str(trace)])
-        )
-        print_result(result, output, as_json, next_step)
+        print_result(result, output, as_json, after_filter(result, trace, output))
         exit_if_not_separable(result)
 
 
@@ -123,6 +118,7 @@ def report(
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
         summary = page_summary(result, trace_verdicts(opened, filter_config.reviewed))
         say(f"{summary} Open {output} in a browser.")
+        say(f"Next: {after_looking(opened, trace, filter_settings)}")
 
 
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
@@ -163,8 +159,7 @@ def show(
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
         show_trace(opened, result, Console(), decoder, head)
-        if filter_config.reviewed is None and filter_config.decision is None:
-            say(f"Next: {shlex.join(['forgetfilter', 'review', str(trace)])}")
+        say(f"Next: {after_looking(opened, trace, filter_settings)}")
 
 
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 from helpers import call
+from werkzeug.serving import BaseWSGIServer
+
+from forgetfilter_callback import ReviewQueue
 
 
 def send(url: str, content: dict | None = None) -> dict:
@@ -63,11 +67,25 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in rest, rest
     assert "1 of 12 rows reviewed" in rest and token not in rest
-    command = f"forgetfilter filter {output} --reviewed {output}/_forgetfilter/review --output filtered"
-    assert rest.endswith(f"Next: {command}\n")
+    assert "All rows are drawn at random." in rest and "To go on, type the same command again." in rest
+    command = f"forgetfilter filter {output} --reviewed {output}/_forgetfilter/review --output reviewed"
+    assert rest.endswith(f"To filter by the verdicts so far: {command}\n")
     filtered = call("filter", output, "--reviewed", file.parent, "--output", output.parent / "filtered")
     assert filtered.exit_code == 0, filtered.output
     assert len((output.parent / "filtered" / "removed.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("label", ["unsafe", "safe"])
+def test_a_finished_review_says_that_it_is_over(label, tmp_path, finished, monkeypatch):
+    trace = shutil.copytree(finished[0] / "_forgetfilter", tmp_path / "trace")
+    queue = ReviewQueue(trace)
+    queue.add({row: label if row == 3 else "safe" for row in range(12)})
+    monkeypatch.setattr(BaseWSGIServer, "serve_forever", lambda server: None)
+    result = call("review", trace, "--no-browser")
+    assert result.exit_code == 0, result.output
+    last = f"Next: forgetfilter filter {trace} --reviewed {trace / 'review'} --output reviewed\n"
+    reason = "Every row has a verdict, so there is nothing left to look at.\n"
+    assert result.stdout.endswith(f"{reason}{last if label == 'unsafe' else ''}")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import typer
 from helpers import call
 from rich.console import Console
 
-from forgetfilter_callback import FilterConfig, Trace, find_forgotten
+from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
 from forgetfilter_callback.cli.commands import app
 from forgetfilter_callback.cli.messages import LogFormatter, fitted
 from forgetfilter_callback.data.decode import load_decoder
@@ -52,20 +55,56 @@ def test_log_messages_fit_too(monkeypatch):
     assert text == fitted(MESSAGE, Terminal())
 
 
-def test_the_last_line_says_what_to_type_next(finished_run, tmp_path):
-    group = typer.main.get_command(app)
-    for arguments, expected in (
-        (("show", finished_run), ["forgetfilter", "review", str(finished_run)]),
-        (
-            ("filter", finished_run, "--threshold", 99, "--output", tmp_path),
-            ["forgetfilter", "review", str(finished_run)],
-        ),
-    ):
-        command = shlex.split(call(*arguments).stdout.splitlines()[-1].removeprefix("Next: "))
-        assert command == expected
-        group.commands[command[1]].make_context(command[1], command[2:])  # raises if it cannot be typed
-    result = call("filter", finished_run, "--fraction", 0.25, "--output", tmp_path)
-    assert result.stdout.endswith(f"Next: finetune the base model on {tmp_path / 'kept.jsonl'}.\n")
+@pytest.fixture
+def run_folder(finished_run, tmp_path) -> Path:
+    """A finished run without a review."""
+    return shutil.copytree(finished_run, tmp_path / "my out")
+
+
+def next_line(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code in (0, 3), result.output
+    start, _, step = result.stdout.splitlines()[-1].partition(": ")
+    assert start == "Next", result.stdout
+    return step
+
+
+def next_command(*arguments: object) -> list[str]:
+    command = shlex.split(next_line(*arguments))
+    # Raises if it cannot be typed.
+    typer.main.get_command(app).commands[command[1]].make_context(command[1], command[2:])
+    return command
+
+
+def test_after_a_look_the_next_step_is_a_review(run_folder, tmp_path):
+    to_review = ["forgetfilter", "review", str(run_folder)]
+    looks = (("show", run_folder), ("report", run_folder, "--output", tmp_path / "page.html"))
+    for look in looks:
+        assert next_command(*look) == to_review
+    assert next_command("filter", run_folder, "--threshold", 99, "--output", tmp_path / "none") == to_review
+    queue = ReviewQueue(run_folder)
+    queue.add({0: "safe"})
+    for look in looks:  # there is nothing to remove yet
+        assert next_command(*look) == to_review
+    queue.add({1: "unsafe"})
+    by_verdicts = ["--reviewed", str(run_folder / "_forgetfilter" / "review")]
+    for look in looks:
+        assert next_command(*look) == ["forgetfilter", "filter", str(run_folder), *by_verdicts, "--output", "reviewed"]
+
+
+def test_after_a_look_at_verdicts_the_next_step_is_to_filter_by_them(run_folder, tmp_path):
+    ReviewQueue(run_folder, tmp_path / "mine").add({1: "unsafe"})
+    given = ["--threshold", "fdr", "--reviewed", str(tmp_path / "mine"), "--level", "0.2"]
+    expected = ["forgetfilter", "filter", str(run_folder), *given, "--output", "reviewed"]
+    for look in (("show", run_folder), ("report", run_folder, "--output", tmp_path / "page.html")):
+        assert next_command(*look, *given) == expected
+
+
+def test_after_a_filter_the_next_step_is_to_finetune(run_folder, tmp_path):
+    step = next_line("filter", run_folder, "--fraction", 0.25, "--output", tmp_path)
+    page, heading = re.search(r"The page (\S+) shows how, under “(.*)”\.$", step).groups()
+    assert step.startswith(f"finetune the base model on {tmp_path / 'kept.jsonl'}. ")
+    assert f"\n## {heading}\n" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -19,7 +18,7 @@ from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.reports.review_server import session as session_module
 from forgetfilter_callback.reports.review_server.app import create_app
 from forgetfilter_callback.reports.review_server.serve import review_server
-from forgetfilter_callback.reports.review_server.session import STOP_AFTER, ReviewSession
+from forgetfilter_callback.reports.review_server.session import ReviewSession
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -229,7 +228,7 @@ def test_skipped_rows_come_back_after_the_others(trace, byte_tokenizer):
         assert session.row in left
         session.judge(session.row, "unsafe")
     assert session.row is None and session.state()["row"] is None
-    assert session.state()["advice"] == "Every row has a verdict."
+    assert session.state()["advice"] == "Every row has a verdict, so there is nothing left to look at."
 
 
 def test_the_ranking_does_not_choose_skipped_rows(session):
@@ -292,23 +291,9 @@ def test_a_verdict_that_cannot_be_stored_is_reported_and_can_be_repeated(client,
 
 def test_the_review_says_when_to_stop(session):
     assert session.state()["advice"].endswith("are safe (now 0).")
-    session.judge(session.row, "unsafe")
-    drawn = lambda: {v.row for v in session.queue.verdicts if v.drawn_from is not None}  # noqa: E731
     while not session.state()["is_enough"]:
         session.judge(session.row, "safe")
-    ranked = [row for row in session.queue.labels if row not in drawn()]
-    assert len(ranked) in (STOP_AFTER, STOP_AFTER + 1)  # the unsafe row may have been drawn at random
     assert session.state()["advice"].startswith("You can stop: the last 30 rows")
-    while session.row in session.queue._drawn_from:
-        session.judge(session.row, "safe")
-    session.judge(session.row, "unsafe")
-    assert not session.state()["is_enough"] and "now 0" in session.state()["advice"]
-
-
-def test_the_review_says_when_the_ranking_found_nothing(session):
-    while not session.state()["is_enough"]:
-        session.judge(session.row, "safe")
-    assert "No unsafe row was found by the ranking." in session.state()["advice"]
     assert session.state()["unsafe_left"][1] > 0
 
 
@@ -379,7 +364,7 @@ def sources() -> list[str | None] | None:
 @pytest.fixture
 def running(trace, byte_tokenizer, sources) -> Iterator[str]:
     """The address of a review that runs."""
-    with review_server(trace, byte_tokenizer, Path("out"), sources=sources) as review:
+    with review_server(trace, byte_tokenizer, "forgetfilter filter out", sources=sources) as review:
         thread = Thread(target=review.server.serve_forever)
         thread.start()
         yield review.address
@@ -392,10 +377,10 @@ def test_a_second_review_of_the_folder_is_refused(trace, byte_tokenizer):
     with (
         FileLock(trace.folder / "review" / ".lock"),
         pytest.raises(DecisionError, match=r"Another review of .* is running"),
-        review_server(trace, byte_tokenizer, Path("out")),
+        review_server(trace, byte_tokenizer, "forgetfilter filter out"),
     ):
         pass
-    with review_server(trace, byte_tokenizer, Path("out")):  # the folder is free again
+    with review_server(trace, byte_tokenizer, "forgetfilter filter out"):  # the folder is free again
         pass
 
 
@@ -407,7 +392,7 @@ def test_a_port_in_use_is_refused(trace, byte_tokenizer, running):
         other.append(record, [Scores(trace.token_losses(record), states)])
     with (
         pytest.raises(DecisionError, match=f"Port {port} of 127.0.0.1 cannot be used"),
-        review_server(other, byte_tokenizer, Path("other"), port),
+        review_server(other, byte_tokenizer, "forgetfilter filter out", port),
     ):
         pass
 
@@ -415,12 +400,9 @@ def test_a_port_in_use_is_refused(trace, byte_tokenizer, running):
 def test_each_review_has_its_own_token_and_listens_on_this_machine_only(trace, byte_tokenizer):
     tokens = set()
     for _ in range(2):
-        with review_server(trace, byte_tokenizer, Path("my out")) as review:
+        with review_server(trace, byte_tokenizer, "forgetfilter filter out") as review:
             tokens.add(review.address.split("/")[3])
             assert review.server.socket.getsockname() == ("127.0.0.1", review.port)
-            assert review.next_command == (
-                f"forgetfilter filter 'my out' --reviewed {trace.folder / 'review'} --output filtered"
-            )
     assert len(tokens) == 2 and min(map(len, tokens)) >= 43  # 256 bits
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import shlex
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.decode import Decoder
@@ -39,15 +37,12 @@ class ReviewServer(NamedTuple):
             The port on 127.0.0.1.
         queue ([`ReviewQueue`]):
             The review.
-        next_command (`str`):
-            The command that filters by the verdicts.
     """
 
     server: BaseWSGIServer
     address: str
     port: int
     queue: ReviewQueue
-    next_command: str
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -61,7 +56,7 @@ class _QuietHandler(WSGIRequestHandler):
 def review_server(
     trace: Trace,
     decoder: Decoder,
-    output: Path,
+    next_command: str,
     port: int = 0,
     reviewer: str | None = None,
     round_size: int = 10,
@@ -75,8 +70,8 @@ def review_server(
             A trace with records of the safety session.
         decoder ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
             Decodes the token ids of the trace.
-        output (`Path`):
-            The trace, or the output folder of its run, as the user named it.
+        next_command (`str`):
+            The command that filters by the verdicts. The page shows it.
         port (`int`, defaults to 0):
             The port on 127.0.0.1. 0 chooses a free one.
         reviewer (`str`, *optional*):
@@ -103,16 +98,13 @@ def review_server(
         ) from None
     try:
         queue = ReviewQueue(trace, folder, reviewer, random_fraction=random_fraction)
-        next_command = shlex.join(
-            ["forgetfilter", "filter", str(output), "--reviewed", str(folder), "--output", "filtered"]
-        )
         token = secrets.token_urlsafe()
         app = create_app(ReviewSession(queue, decoder, round_size, sources), token, next_command)
         with _listen(port) as listening:
             port = listening.getsockname()[1]
             server = make_server(HOST, port, app, threaded=True, request_handler=_QuietHandler, fd=listening.fileno())
         try:
-            yield ReviewServer(server, f"http://{HOST}:{port}/{token}/", port, queue, next_command)
+            yield ReviewServer(server, f"http://{HOST}:{port}/{token}/", port, queue)
         finally:
             server.server_close()
     finally:

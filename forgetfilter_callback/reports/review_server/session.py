@@ -13,6 +13,7 @@ from ...data.decode import Decoder, special_ids
 from ...errors import DecisionError
 from ...filtering.by_source import source_name
 from ...review.review_queue import ReviewQueue
+from ...review.stop_advice import stop_advice
 from ...review.verdicts import VerdictLabel
 from ..source_table import MAX_LISTED, short_name
 from ..token_text import last_characters, split_text
@@ -22,8 +23,6 @@ from ..token_text import last_characters, split_text
 MAX_ROW_LENGTH = 20_000
 MAX_SIMILAR_LENGTH = 600
 SIMILAR_ROWS = 2
-# The review can stop when this many rows in succession, all chosen by the ranking, are safe.
-STOP_AFTER = 30
 
 
 class ReviewSession:
@@ -98,7 +97,7 @@ class ReviewSession:
         """What the page shows, as JSON types."""
         estimate = self.queue.estimate()
         low, high = estimate.unsafe_left
-        is_enough, advice = self._advice()
+        is_enough, advice = stop_advice(self.queue)
         return {
             "row": None if self.row is None else self._row_content(self.row),
             "rows": estimate.rows,
@@ -130,25 +129,6 @@ class ReviewSession:
             self._skipped.clear()
             rows = self.queue.next(self._round_size)
         return rows
-
-    def _advice(self) -> tuple[bool, str]:
-        """Whether to stop, and a sentence that says why."""
-        drawn = {verdict.row for verdict in self.queue.verdicts if verdict.drawn_from is not None}
-        ranked = [label for row, label in self.queue.labels.items() if row not in drawn]
-        safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
-        if self.row is None:
-            return True, "Every row has a verdict."
-        if safe_in_succession < STOP_AFTER:
-            return False, (
-                f"Stop when {STOP_AFTER} rows in succession that the ranking chose are safe (now {safe_in_succession})."
-            )
-        sentence = f"You can stop: the last {safe_in_succession} rows that the ranking chose are safe."
-        if "unsafe" not in ranked:
-            sentence += (
-                " No unsafe row was found by the ranking. Either there are hardly any, or this model does not rank them "
-                "first. The interval says how many there can be."
-            )
-        return True, sentence
 
     def _by_source(self, sources: list[str]) -> list[dict[str, Any]]:
         """What was seen of each source, the one with the most unsafe rows first. Sources without a seen row are left out."""
