@@ -38,7 +38,9 @@ def describe_cost(
     records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
     tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
     samples = counted(len(rows), "sample")
-    text = f"Up to {counted(records, 'record')} of {samples}, up to {counted(tokens_per_record, 'token')} each"
+    text = (
+        f"Up to {counted(records, 'record')} of {samples}, with up to {counted(tokens_per_record, 'token')} per record"
+    )
     tokens = records * tokens_per_record
     if stop_early:
         monitored = monitored_samples(len(rows))

@@ -114,6 +114,17 @@ def detect_session(
     return DetectedSession("safety", overlap, certain=False)
 
 
+def describe_session(detected: DetectedSession, training_rows: EncodedRows | None, rows: EncodedRows) -> str:
+    """Say which session begins and, if its training set is known, on how many of the tracked `rows` it trains."""
+    text = f"{detected.session} session."
+    if training_rows is None:
+        return text
+    tracked = counted(len(rows), "tracked row")
+    if detected.session == "safety" and not detected.overlap:
+        return f"{text} It trains on none of the {tracked}, as it should."
+    return f"{text} It trains on {detected.overlap:,} of {tracked}."
+
+
 def check_session(
     detected: DetectedSession,
     training_rows: EncodedRows | None,

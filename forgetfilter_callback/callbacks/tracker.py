@@ -34,7 +34,6 @@ from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps, check_true_or_false
-from ..utils.counted import counted
 from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import preserve_state
 from ..utils.parallelism import shares_weights, unwrapped, why_unsupported
@@ -45,7 +44,7 @@ from .open_trace import open_trace, read_audit_labels
 from .record_cost import describe_cost
 from .recorder import Recorder
 from .session_rows import encode_training_rows, scoring_max_length
-from .sessions import RunningSession, SessionArgument
+from .sessions import RunningSession, SessionArgument, describe_session
 
 
 logger = get_logger(__name__)
@@ -355,12 +354,9 @@ class ForgetTracker(TrainerCallback):
             tokenizer=unwrap_tokenizer(processing_class),
         )
         session = detected.session
-        overlap = ""
-        if training_rows is not None:
-            overlap = f" Trains on {detected.overlap:,} of {counted(len(self._trace.rows), 'tracked row')}."
         stop_early = self.stop_early and session == "safety"
         cost = describe_cost(args, state, model, self._trace.rows, training_rows, self._record_every(state), stop_early)
-        logger.info(f"ForgetTracker: {session} session.{overlap} {cost}")
+        logger.info(f"ForgetTracker: {describe_session(detected, training_rows, self._trace.rows)} {cost}")
         return session
 
     def _folder(self, args: TrainingArguments) -> Path:

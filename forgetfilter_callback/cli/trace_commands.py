@@ -147,6 +147,7 @@ def show(
         from ..filtering.by_source import with_source_counts
         from ..filtering.find_forgotten import find_forgotten
         from ..reports.terminal import show as show_trace
+        from ..review.verdicts import trace_verdicts
 
         result = find_forgotten(opened, filter_config)
         column = find_source_column(opened, noisy, source_column)
@@ -158,7 +159,7 @@ def show(
             return
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
-        show_trace(opened, result, Console(), decoder, head)
+        show_trace(opened, result, Console(), decoder, head, trace_verdicts(opened, filter_config.reviewed))
         say(f"Next: {after_looking(opened, trace, filter_settings)}")
 
 

@@ -24,6 +24,7 @@ from ..trace.output_file import check_output_file
 from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.atomic_files import atomic_write, write_lines
+from ..utils.counted import counted
 from .outputs import load_source_rows
 
 
@@ -122,7 +123,7 @@ def export_rows(
             Defaults to the tokenizer that the trace names. It is needed if the file has changed since it was recorded.
 
     Returns:
-        `str`: a sentence that says which rows count as removed.
+        `str`: which rows count as removed, and whether there are verdicts that say otherwise.
 
     Raises:
         DataError, DecisionError, ValueError, TraceError: as in [`to_dataset`], or if `file` is the noisy set, in the folder
@@ -140,7 +141,8 @@ def export_rows(
         result, origin = find_forgotten(trace, config, ids), "by the given filter"
         if filter_config is None:
             origin = "by the automatic threshold"
-    columns = row_columns(trace, ids, result, review_folder(trace, config.reviewed))
+    verdicts_folder = review_folder(trace, config.reviewed)
+    columns = row_columns(trace, ids, result, verdicts_folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file_format == "jsonl":
         _check_names(rows)
@@ -151,7 +153,8 @@ def export_rows(
                 _joined(rows, columns).to_parquet(unfinished)
             except pa.ArrowException as error:  # such as an object without keys
                 raise _no_columns(error) from error
-    return f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.reason})."
+    removed = f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.reason})."
+    return removed + _verdicts_that_did_not_count(columns, verdicts_folder)
 
 
 def row_columns(
@@ -200,6 +203,20 @@ def row_columns(
         "weight": of_rows(_weights(trace, verdicts_folder) if labels else unknown),
     }
     return {f"{PREFIX}{name}": values for name, values in columns.items()}
+
+
+def _verdicts_that_did_not_count(columns: dict[str, np.ndarray], verdicts_folder: Path) -> str:
+    """A sentence about the verdicts that differ from the column `removed`. Empty if there are none."""
+    verdict, removed = columns[f"{PREFIX}verdict"], columns[f"{PREFIX}removed"]
+    is_unsafe, is_safe = verdict == "unsafe", verdict == "safe"
+    differing = int((is_unsafe & ~removed).sum() + (is_safe & removed).sum())
+    if not differing:
+        return ""
+    verdicts = counted(int((is_unsafe | is_safe).sum()), "verdict")
+    return (
+        f" This differs from {differing} of {verdicts} in {verdicts_folder}. To remove the rows found to be unsafe, pass "
+        f"`--reviewed {verdicts_folder}`."
+    )
 
 
 def _weights(trace: Trace, verdicts_folder: Path) -> np.ndarray:

@@ -120,8 +120,8 @@ def test_the_tracker_logs_its_sessions_and_prints_nothing(noisy, safety, make_ar
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
     sessions = [message.partition(" Up to ")[0] for message in messages if message.startswith("ForgetTracker:")]
     assert sessions == [
-        "ForgetTracker: noisy session. Trains on 24 of 24 tracked rows.",
-        "ForgetTracker: safety session. Trains on 0 of 24 tracked rows.",
+        "ForgetTracker: noisy session. It trains on 24 of 24 tracked rows.",
+        "ForgetTracker: safety session. It trains on none of the 24 tracked rows, as it should.",
     ]
     assert ["up to 1 check of 20 samples" in message for message in messages[:2]] == [False, True]  # of the ranking
 

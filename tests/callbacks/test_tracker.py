@@ -58,9 +58,9 @@ def test_the_cost_of_records_is_logged_at_the_start(make_model, passes, noisy, m
     scored = sum(max(i for i, label in enumerate(row["labels"]) if label != -100) for row in noisy)
     steps = math.ceil(4 * scored / (passes * 4 * np.mean(lengths)))  # four rows a step
     expected = (
-        "ForgetTracker: noisy session. Trains on 24 of 24 tracked rows. "
-        f"Up to 4 records of 24 samples, up to {scored} tokens each: at most the compute of {steps} training steps "
-        f"({steps / 12:.0%} of this session's 12)."
+        "ForgetTracker: noisy session. It trains on 24 of 24 tracked rows. "
+        f"Up to 4 records of 24 samples, with up to {scored} tokens per record: at most the compute of {steps} "
+        f"training steps ({steps / 12:.0%} of this session's 12)."
     )
     logged = [(entry.levelname, entry.getMessage().removeprefix("[RANK 0] ")) for entry in caplog.records]
     assert logged == [("INFO", expected)]

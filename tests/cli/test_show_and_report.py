@@ -40,6 +40,15 @@ def test_show_and_report_by_the_verdicts_of_a_review(tmp_path, finished, files, 
         assert reported.exit_code == 0 and "2 of 12 removed: 3 rows reviewed" in reported.output, reported.output
 
 
+def test_show_names_the_verdicts_that_it_was_given(tmp_path, finished):
+    queue = ReviewQueue(Trace.open(finished[0] / "_forgetfilter"), tmp_path / "review")
+    queue.add({row: "unsafe" if row % 2 else "safe" for row in range(6)})
+    for command, output in (("show", ()), ("report", ("--output", tmp_path / "page.html"))):
+        settings = ("--fraction", 0.25, "--reviewed", tmp_path / "review")
+        said = " ".join(call(command, finished[0], *settings, *output).stdout.split())
+        assert "6 of 12 rows have a verdict" in said and "not checked by anyone" not in said
+
+
 def test_fdr_is_offered_only_beside_a_review(finished, tmp_path):
     for command in ("run", "show", "report", "filter"):
         described = " ".join(call(command, "--help").output.replace("│", " ").split())

@@ -256,6 +256,22 @@ def test_verdicts_and_weights(reviewed, tmp_path, caplog):
     assert exported(tmp_path / "again.jsonl") == rows
 
 
+def test_an_export_says_that_verdicts_did_not_count(finished_run, tmp_path):
+    output, file = Path(shutil.copytree(finished_run, tmp_path / "out")), tmp_path / "rows.jsonl"
+    assert "verdict" not in call("export", output, "--output", file).stdout
+    removed = [row["forgetfilter_removed"] for row in exported(file)]
+    kept_row, removed_row, other_kept_row = removed.index(False), removed.index(True), 11 - removed[::-1].index(False)
+    ReviewQueue(output).add({kept_row: "unsafe", removed_row: "safe", other_kept_row: "safe"})
+    result = call("export", output, "--output", file)
+    review = output / "_forgetfilter" / "review"
+    assert f"This differs from 2 of 3 verdicts in {review}." in result.stdout
+    assert [row["forgetfilter_removed"] for row in exported(file)] == removed  # as before
+    assert f"`--reviewed {review}`" in result.stdout
+    result = call("export", output, "--output", file, "--reviewed", review)
+    assert "3 rows reviewed, 1 of them found to be unsafe" in result.stdout and "differs" not in result.stdout
+    assert [row["forgetfilter_removed"] for row in exported(file)] == [row == kept_row for row in range(12)]
+
+
 def test_too_few_verdicts_give_no_weight(finished_run, tmp_path, caplog):
     trace = Trace.open(finished_run / "_forgetfilter")
     ReviewQueue(trace, tmp_path / "review").add({2: "unsafe", 3: "safe"})
