@@ -23,6 +23,7 @@ import typer
 from ..errors import ForgetFilterError
 from ..utils.atomic_files import file_version
 from .messages import LogFormatter, say
+from .option_names import with_option_names
 
 
 if TYPE_CHECKING:  # torch and transformers are imported in the commands, so that `--help` is fast
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # torch and transformers are imported in the commands, so tha
 
 FAILED, BAD_INPUT, NOT_SEPARABLE, INTERRUPTED = 1, 2, 3, 130
 NOTHING_WRITTEN = "No file was written."
-RUN_FILTER_OPTIONS = ("measure", "threshold", "fraction")
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -84,12 +84,12 @@ def exit_codes(kept: str = "") -> Iterator[None]:
         with after_interrupt(lambda: kept):
             yield
     except ValueError as error:  # all errors about inputs and settings
-        say(f"forgetfilter: {error}", err=True)
+        say(f"forgetfilter: {with_option_names(str(error))}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
             raise
-        say(f"forgetfilter: {type(error).__name__}: {error}", err=True)
+        say(f"forgetfilter: {type(error).__name__}: {with_option_names(str(error))}", err=True)
         raise typer.Exit(FAILED) from error
 
 
@@ -104,7 +104,7 @@ def after_interrupt(describe: Callable[[], str]) -> Iterator[None]:
             try:
                 description = describe()
             except (ForgetFilterError, OSError) as problem:  # such as a trace that cannot be read
-                description = str(problem)
+                description = with_option_names(str(problem))
             say(f"forgetfilter: Interrupted. {description}".rstrip(), err=True)
         raise typer.Exit(INTERRUPTED) from error
 

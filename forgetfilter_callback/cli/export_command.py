@@ -11,9 +11,9 @@ from ..filtering.config import FilterConfig
 from .app import after_interrupt, exit_codes, silence_libraries, what_is_written
 from .columns import find_rows
 from .messages import say
+from .option_names import ALL_FILTER_OPTIONS
 from .options import options_from
 from .trace_commands import (
-    ALL_FILTER_OPTIONS,
     NoisyOption,
     TokenizerOption,
     TraceArgument,

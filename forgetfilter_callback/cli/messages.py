@@ -11,6 +11,7 @@ from typing import TextIO
 import typer
 
 from ..utils.sanitize_text import sanitize
+from .option_names import with_option_names
 
 
 def say(message: str, *, err: bool = False) -> None:
@@ -32,7 +33,9 @@ def fitted(message: str, stream: TextIO) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Fits log messages into the terminal, without the prefix that accelerate gives those of the main process."""
+    """Fits log messages into the terminal, with options in place of arguments, and without the prefix that accelerate gives
+    those of the main process.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return fitted(super().format(record).removeprefix("[RANK 0] "), sys.stderr)
+        return fitted(with_option_names(super().format(record).removeprefix("[RANK 0] ")), sys.stderr)

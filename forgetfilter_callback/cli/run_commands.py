@@ -20,7 +20,6 @@ from ..utils.counted import counted
 from .advice import how_to_finish, what_is_kept
 from .app import (
     NOTHING_WRITTEN,
-    RUN_FILTER_OPTIONS,
     JsonOption,
     after_interrupt,
     exit_codes,
@@ -30,10 +29,8 @@ from .app import (
 )
 from .messages import say
 from .next_step import after_recording
+from .option_names import RUN_FILTER_OPTIONS, RUN_OPTIONS
 from .options import merge, options_from, parse_value, read_yaml
-
-
-RUN_OPTIONS = tuple(each.name for each in dataclasses.fields(RunConfig) if each.name != "filter")
 
 
 def demo(
@@ -116,7 +113,7 @@ def _run_config(file: Path | None, settings: dict[str, Any], filter_settings: di
         section = content.get(name)
         section = {} if section is None else section
         if not isinstance(section, dict):
-            raise ValueError(f"{file}: `{name}` must map names to values.")
+            raise ValueError(f"{file}: {name} must map names to values.")
         content[name] = {key: _from_yaml(key, value) for key, value in section.items()}
     merged = merge(content, {**settings, "filter": filter_settings})
     unknown = set(merged["filter"]) - set(RUN_FILTER_OPTIONS)

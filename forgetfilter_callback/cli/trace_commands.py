@@ -27,6 +27,7 @@ from .app import (
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .messages import say
 from .next_step import after_filter, after_looking
+from .option_names import ALL_FILTER_OPTIONS, PAGE_FILTER_OPTIONS
 from .options import options_from
 
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from ..trace.trace import Trace
 
 
-PAGE_FILTER_OPTIONS = ("measure", "threshold", "fraction", "decision", "reviewed", "level")
-ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Output folder of a run, or of a trace.")]
 TokenizerOption = Annotated[
     str | None,

@@ -223,8 +223,8 @@ def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> No
     has_run = (earlier is not None and earlier.records()) or has_outputs(output)
     if has_run and not (config.resume or config.overwrite):
         raise TraceError(
-            f"{output} contains an earlier run. Choose another output folder, or set `resume` to continue the run or "
-            "`overwrite` to replace it."
+            f"{output} contains an earlier run. Choose another output folder, or pass `resume=True` to continue the run or "
+            "`overwrite=True` to replace it."
         )
     if is_resumed:
         config.check_same_as(output / CONFIG_FILE)

@@ -53,7 +53,7 @@ _ROW_TYPES = {
 WITHOUT_STATES = (
     "The input of the model's output head could not be read, so there are no hidden states. The measures combined (the "
     "default) and smoothed need them, and so do reviews (`ReviewQueue`, `forgetfilter review`). Use the measure pooled or "
-    "loss: `FilterConfig(measure='pooled')`."
+    "loss, for example `measure='pooled'`."
 )
 
 

@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_a_second_run_is_refused(output, files):
     before = contents(output)
     result = call("run", *run_options(files, output), "--fraction", 0.5)
-    refused(result, "contains an earlier run.", "set `resume` to continue the run or `overwrite` to replace it")
+    refused(result, "contains an earlier run.", "pass `--resume` to continue the run or `--overwrite` to replace it")
     assert contents(output) == before
 
 
@@ -61,7 +61,7 @@ def test_overwrite_keeps_the_inputs_of_the_new_run(finished, files, tmp_path):
     output = Path(shutil.copytree(finished[0], tmp_path / "out"))
     before = contents(output)
     result = call("run", *run_options({**files, "model": output / "model"}, output), "--overwrite")
-    refused(result, "belongs to the run that `overwrite` replaces")
+    refused(result, "belongs to the run that `--overwrite` replaces")
     assert contents(output) == before
     refused(call("run", *run_options(files, output), "--overwrite", "--resume"), "Pass one of them")
 
