@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common import TokenValues, clip_extremes
+from .common import Sliceable, clip_extremes
 from .smoothed import LossChanges, loss_changes, smoothed_over_states
 
 
@@ -13,7 +13,7 @@ MIN_SMOOTHED_FRACTION = 1e-3
 
 
 def combined_forgetting(
-    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues, states: np.ndarray
+    tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable, states: Sliceable
 ) -> np.ndarray:
     """Computes the mean of three estimates of forgetting that fail on different data.
 

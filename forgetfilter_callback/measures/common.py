@@ -21,10 +21,10 @@ WINDOW_TOKENS = 2**17
 CENTRAL_QUANTILES = (0.02, 0.98)
 
 
-class TokenValues(Protocol):
-    """One value per loss token: an array, or values on disk that a slice reads into an array.
+class Sliceable(Protocol):
+    """One value per loss token or sample: an array, or values on disk that a slice reads into an array.
 
-    Measures take them in windows, so that the losses of all tokens need not be in memory at once.
+    Measures take slices of bounded length, so that not all values need be in memory at once.
     """
 
     def __getitem__(self, span: slice, /) -> np.ndarray: ...
@@ -56,9 +56,7 @@ class TokenWindow:
         return np.unique(samples * (int(self.tokens.max(initial=0)) + 1) + self.tokens, return_inverse=True)[1]
 
 
-def token_windows(
-    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues
-) -> Iterator[TokenWindow]:
+def token_windows(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable) -> Iterator[TokenWindow]:
     """Iterates over the samples in [`windows`], with the rises of their token losses from `before` to `after`."""
     for window, span in windows(offsets):
         yield TokenWindow(window, tokens[span], loss_rises(before[span], after[span]))
@@ -78,7 +76,7 @@ def windows(offsets: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
         yield offsets[start : stop + 1] - offsets[start], slice(offsets[start], offsets[stop])
 
 
-def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: TokenValues) -> np.ndarray:
+def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values: Sliceable) -> np.ndarray:
     """Computes one value per sample in windows, so that intermediate results do not grow with the number of samples.
 
     Args:
@@ -87,7 +85,7 @@ def by_window(function: Callable[..., np.ndarray], offsets: np.ndarray, *values:
             sample of the window.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `values`.
-        *values ([`TokenValues`]):
+        *values (`np.ndarray` of shape `(loss_tokens,)`, or [`Sliceable`]):
             Values of the loss tokens.
 
     Returns:
@@ -102,11 +100,11 @@ def loss_rises(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return after.astype(np.float64) - before
 
 
-def mean_losses(losses: TokenValues, offsets: np.ndarray) -> np.ndarray:
+def mean_losses(losses: Sliceable, offsets: np.ndarray) -> np.ndarray:
     """Computes the mean loss of each sample.
 
     Args:
-        losses ([`TokenValues`], float32 or float64):
+        losses (`np.ndarray` of shape `(loss_tokens,)`, or [`Sliceable`]):
             Loss of each token that contributes to the loss, in nats.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `losses`; the last entry is `loss_tokens`.

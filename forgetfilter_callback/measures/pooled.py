@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common import TokenValues, TokenWindow, all_finite, mean_of_largest, token_windows
+from .common import Sliceable, TokenWindow, all_finite, mean_of_largest, token_windows
 
 
 # Number of prior observations added to the occurrences of each token, so that a rare token needs a large rise.
@@ -13,7 +13,7 @@ POOLED_PRIOR_COUNT = 3
 POOLED_TOP_TOKENS = 3
 
 
-def pooled_forgetting(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> np.ndarray:
+def pooled_forgetting(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable) -> np.ndarray:
     """Computes the mean of each sample's three largest pooled loss rises.
 
     Formula: for a token `v` of sample `i`, `pooled(v, i) = sum(rises of v in other samples) / (n + 3)`, where `n` is
@@ -25,13 +25,13 @@ def pooled_forgetting(tokens: TokenValues, offsets: np.ndarray, before: TokenVal
     Source: this library.
 
     Args:
-        tokens ([`TokenValues`], integer):
+        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer, or [`Sliceable`]):
             Token id of each loss.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `tokens`, `before` and `after`.
-        before ([`TokenValues`], float32):
+        before (`np.ndarray` of shape `(loss_tokens,)`, float32, or [`Sliceable`]):
             Token losses at the start of safety finetuning, in nats.
-        after ([`TokenValues`], float32):
+        after (`np.ndarray` of shape `(loss_tokens,)`, float32, or [`Sliceable`]):
             Token losses at a later step, in nats.
 
     Returns:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .common import (
-    TokenValues,
+    Sliceable,
     TokenWindow,
     all_finite,
     clip_extremes,
@@ -36,7 +36,7 @@ RIDGE_MAX_LEFT_OUT = 2_000
 
 
 def smoothed_forgetting(
-    tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues, states: np.ndarray
+    tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable, states: Sliceable
 ) -> np.ndarray:
     """Computes the forgetting that occurrences of a token, and similar samples, have in common.
 
@@ -60,15 +60,15 @@ def smoothed_forgetting(
     Source: this library.
 
     Args:
-        tokens ([`TokenValues`], integer):
+        tokens (`np.ndarray` of shape `(loss_tokens,)`, integer, or [`Sliceable`]):
             Token id of each loss.
         offsets (`np.ndarray` of shape `(samples + 1,)`, integer):
             Start of each sample in `tokens`, `before` and `after`.
-        before ([`TokenValues`], float32):
+        before (`np.ndarray` of shape `(loss_tokens,)`, float32, or [`Sliceable`]):
             Token losses at the start of safety finetuning, in nats.
-        after ([`TokenValues`], float32):
+        after (`np.ndarray` of shape `(loss_tokens,)`, float32, or [`Sliceable`]):
             Token losses at a later step, in nats.
-        states (`np.ndarray` of shape `(samples, size)`, float16):
+        states (`np.ndarray` of shape `(samples, size)`, float16, or [`Sliceable`]):
             Hidden states of the samples at the start of safety finetuning (see [`Scores`]).
 
     Returns:
@@ -79,7 +79,7 @@ def smoothed_forgetting(
     return smoothed_over_states(agreed_forgetting(tokens, offsets, before, after), states)
 
 
-def agreed_forgetting(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> np.ndarray:
+def agreed_forgetting(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable) -> np.ndarray:
     """Computes [`smoothed_forgetting`] without its last step, the smoothing over similar samples.
 
     It has more noise and needs no hidden states.
@@ -116,7 +116,7 @@ class LossChanges:
     typical_loss: float
 
 
-def loss_changes(tokens: TokenValues, offsets: np.ndarray, before: TokenValues, after: TokenValues) -> LossChanges:
+def loss_changes(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable) -> LossChanges:
     """Computes all changes together: losses on disk are read twice, and the distinct tokens of samples are found once.
 
     Args:
@@ -156,7 +156,7 @@ def lost_probability(rises: np.ndarray) -> np.ndarray:
     return -np.sign(rises) * np.expm1(-np.abs(rises))
 
 
-def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
+def smoothed_over_states(values: np.ndarray, states: Sliceable) -> np.ndarray:
     """Shrinks each value towards samples with similar hidden states, by ridge regression.
 
     Formula: `mean(values) + D w`, where the rows of `D` are the centered hidden states, scaled to length 1, and `w`
@@ -166,7 +166,7 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
         values (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
             One value per sample and record. NaN if unknown; unknown values are not fitted. Several records that have the
             same known samples take little longer than one.
-        states (`np.ndarray` of shape `(samples, size)`, float16):
+        states (`np.ndarray` of shape `(samples, size)`, float16, or [`Sliceable`]):
             Hidden states of the samples (see [`Scores`]).
 
     Returns:
@@ -174,7 +174,8 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
         finite.
     """
     records = values.reshape(len(values), -1)
-    known = np.isfinite(records) & np.isfinite(states).all(axis=1)[:, None]
+    finite = np.concatenate([np.isfinite(states[span]).all(axis=1) for span in _chunks(len(values))])
+    known = np.isfinite(records) & finite[:, None]
     smoothed = np.full(records.shape, np.nan)
     for pattern in {column.tobytes(): column for column in known.T}.values():
         columns = (known == pattern[:, None]).all(axis=0)
@@ -182,28 +183,33 @@ def smoothed_over_states(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     return smoothed.reshape(values.shape)
 
 
-def _smoothed_known(values: np.ndarray, states: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _smoothed_known(values: np.ndarray, states: Sliceable, known: np.ndarray) -> np.ndarray:
     """Smooths the values of shape `(known samples, records)`. `known` selects their states."""
     if len(values) < 3:  # too few samples to compare
         return values
-    center = states[known].mean(axis=0, dtype=np.float64)
+    spans = _chunks(len(known))
+    center = sum(states[span][known[span]].sum(axis=0, dtype=np.float64) for span in spans) / len(values)
 
-    def directions(samples: np.ndarray) -> np.ndarray:
-        centered = states[samples].astype(np.float64)  # changed in place below: each copy takes 8 bytes per state
+    def directions(chosen: np.ndarray) -> np.ndarray:
+        centered = chosen.astype(np.float64)  # changed in place below: each copy takes 8 bytes per state
         centered -= center
         lengths = np.sqrt(np.einsum("ij,ij->i", centered, centered))
         centered /= np.where(lengths > 0, lengths, 1.0)[:, None]
         return centered
 
-    indices = np.flatnonzero(known)
-    fitted = random_subset(len(indices), RIDGE_MAX_SAMPLES)
-    fit_directions, fit_values = directions(indices[fitted]), values[fitted]
+    fitted = np.zeros(len(known), bool)
+    fitted[np.flatnonzero(known)[random_subset(len(values), RIDGE_MAX_SAMPLES)]] = True
+    fit_values = values[fitted[known]]
     mean = fit_values.mean(axis=0)
+    fit_directions = directions(np.concatenate([states[span][fitted[span]] for span in spans]))
     coefficients = ridge_coefficients(fit_directions, fit_values - mean)
-    # Chunks bound the memory for directions.
-    count = math.ceil(len(indices) / RIDGE_MAX_SAMPLES)
-    chunks = [fit_directions] if count == 1 else map(directions, np.array_split(indices, count))
-    return np.concatenate([chunk @ coefficients for chunk in chunks]) + mean
+    del fit_directions
+    return np.concatenate([directions(states[span][known[span]]) @ coefficients for span in spans]) + mean
+
+
+def _chunks(count: int) -> list[slice]:
+    """Slices of the samples, at least one. They bound the memory for states and directions."""
+    return [slice(start, start + RIDGE_MAX_SAMPLES) for start in range(0, max(count, 1), RIDGE_MAX_SAMPLES)]
 
 
 def random_subset(count: int, size: int) -> np.ndarray:

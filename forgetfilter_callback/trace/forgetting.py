@@ -81,7 +81,7 @@ def _in_typical_changes(trace: Trace, measure: Measure, steps: Sequence[int]) ->
         estimates = list(map(forgetting_estimates, changes))
     else:
         estimates = [each.agreed[:, None] for each in changes]
-    smoothed = np.split(smoothed_over_states(np.hstack(estimates), trace.states(before)), len(steps), axis=1)
+    smoothed = np.split(smoothed_over_states(np.hstack(estimates), trace.stored_states(before)), len(steps), axis=1)
     # The last estimate is in typical changes. The first one of `combined` is the loss itself, so only the last one can be
     # compared with the loss.
     nats = nats_per_unit(smoothed[-1][:, -1], changes[-1].rises, np.diff(offsets))

@@ -284,7 +284,11 @@ class Trace:
 
     def states(self, record: Record) -> np.ndarray:
         """Hidden states of the samples in a record (see [`Scores`]): shape `(samples, size)`, float16."""
-        return self._column(record, "state")[:]
+        return self.stored_states(record)[:]
+
+    def stored_states(self, record: Record) -> StoredColumn:
+        """[`states`], read from disk in parts."""
+        return self._column(record, "state")
 
     def rouge1(self, record: Record) -> np.ndarray:
         """ROUGE-1 of the greedy completions of a record: shape `(samples,)`, float64, between 0 and 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -193,6 +194,25 @@ def test_smoothed_forgetting_of_noise_is_small():
     assert 0 < np.abs(values).max() < 0.01
     none = smoothed_forgetting(tokens[:0], np.zeros(5, dtype=int), np.zeros(0), np.zeros(0), states)
     assert np.isnan(none).all()
+
+
+def test_states_are_read_in_chunks(tmp_path, monkeypatch):
+    """Values and states of some samples are unknown. Chunks give the values of one array."""
+    count, size, rng = 8_000, 300, np.random.default_rng(0)
+    states = np.memmap(tmp_path / "states", np.float16, "w+", shape=(count, size))
+    states[:] = rng.normal(size=states.shape)
+    values = states[:, 0] + rng.normal(0, 0.1, count)
+    values[[3, 700]], states[[5, 7_999], 2] = np.nan, np.inf
+    monkeypatch.setattr(smoothed, "random_subset", lambda count, size: np.arange(0, count, 16))
+    expected = smoothed_over_states(values, np.array(states))
+    monkeypatch.setattr(smoothed, "RIDGE_MAX_SAMPLES", 500)
+    tracemalloc.start()
+    found = smoothed_over_states(values, states)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [3, 5, 700, 7_999]
+    assert peak < states.nbytes
 
 
 @pytest.mark.parametrize("shape", [(300, 20), (20, 300), (50, 50), (3, 512)])
