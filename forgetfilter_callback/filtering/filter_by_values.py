@@ -88,7 +88,9 @@ def filter_by_values(
         method = "auto"
         phi = separability.threshold if separability.separable else None
         removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
-        reason = separability.reason + ("; φ was chosen without verdicts" if phi is not None else "")
+        reason = separability.reason
+        if phi is not None:
+            reason += "; φ was chosen without verdicts, so it is not checked by anyone"
     else:
         method = "fixed"
         phi = threshold if math.isfinite(threshold) else None

@@ -84,7 +84,7 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
             "auto",
             math.log(2),
             "the median above φ is 7.4 robust standard deviations above the median of the rest; φ was chosen without "
-            "verdicts",
+            "verdicts, so it is not checked by anyone",
         ),
     ],
 )
