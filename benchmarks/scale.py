@@ -40,6 +40,7 @@ from forgetfilter_callback.pipeline.outputs import write_filter_outputs
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.scoring.token_losses import token_losses, window_scores
 from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trace.stored_column import StoredColumn
 from forgetfilter_callback.utils.atomic_files import write_json
 
 
@@ -93,7 +94,7 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def shifted_scores(rows: EncodedRows, losses: np.ndarray) -> Iterator[Scores]:
+def shifted_scores(rows: EncodedRows, losses: StoredColumn) -> Iterator[Scores]:
     """Scores of a later record: one row in ten is forgotten."""
     rng, start = np.random.default_rng(1), 0
     for window in rows.windows():
@@ -135,7 +136,7 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
 
         run_stage("record", record)
         trace = Trace.open(trace_folder)
-        trace.append(Record("safety", 1), shifted_scores(trace.rows, trace.token_losses(Record("safety", 0))))
+        trace.append(Record("safety", 1), shifted_scores(trace.rows, trace.stored_losses(Record("safety", 0))))
         del trace
         run_stage("decide", decide)
         run_stage("export", export)

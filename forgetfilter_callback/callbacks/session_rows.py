@@ -84,8 +84,9 @@ def encode_training_rows(
             "session='noisy')` for a packed noisy session."
         )
     dataset = train_dataloader.dataset
-    rows = encode_collated(dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args))
-    return rows.sharing_memory(dataset.rows) if isinstance(dataset, EncodedDataset) else rows
+    known = dataset.rows if isinstance(dataset, EncodedDataset) else None
+    rows = encode_collated(dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args), known)
+    return rows if known is None else rows.sharing_memory(known)
 
 
 def sft_encoding_options(

@@ -38,6 +38,7 @@ def encode_collated(
     model: nn.Module,
     max_length: int | None = None,
     disable_tqdm: bool = False,
+    known: EncodedRows | None = None,
 ) -> EncodedRows:
     """Encode the rows of a training set through its own collator, one row at a time.
 
@@ -52,6 +53,8 @@ def encode_collated(
             Rows with more tokens are truncated on the right. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
+        known ([`EncodedRows`], *optional*):
+            Rows in memory that are probably the same. If they are, the result shares their arrays.
 
     Returns:
         [`EncodedRows`]: one sample per row, in the order of `dataset`.
@@ -103,7 +106,7 @@ def encode_collated(
             )
         return batch
 
-    return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm)
+    return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm, known=known)
 
 
 def sample_of_batch(batch: Mapping[str, Any], model: nn.Module | None = None) -> Sample:

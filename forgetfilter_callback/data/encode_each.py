@@ -29,6 +29,7 @@ def encode_each(
     max_length: int | None,
     disable_tqdm: bool,
     keep_end: bool = False,
+    known: EncodedRows | None = None,
 ) -> EncodedRows:
     """Encode each row with `encode_one`, truncate it, and give it an id.
 
@@ -45,13 +46,15 @@ def encode_each(
             Whether to hide the progress bar.
         keep_end (`bool`, defaults to `False`):
             Whether to truncate on the left instead of the right.
+        known ([`EncodedRows`], *optional*):
+            Rows in memory that are probably the same. If they are, the result shares their arrays.
 
     Raises:
         EncodingError: if a row cannot be encoded. The message names the row.
         ValueError: if `max_length` is not an integer of at least 2.
     """
     check_max_length(max_length)
-    buffers, offsets, ids = TokenBuffers(), array("q", [0]), bytearray()
+    buffers, offsets, ids = TokenBuffers(known), array("q", [0]), bytearray()
     truncated = left_padded = 0
     for index, row in enumerate(tqdm(rows, total=total, desc="Encoding", disable=disable_tqdm, leave=False)):
         try:

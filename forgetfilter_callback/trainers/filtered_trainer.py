@@ -82,7 +82,14 @@ class FilteredTrainer(FilterMixin, Trainer):
         with preserve_state(model):
             loader = self.get_train_dataloader()
             max_length = trace.manifest["max_length"] if trace is not None else None
-            ids = encode_collated(loader.dataset, loader.collate_fn, model, max_length, hide_progress(self.args)).ids
+            ids = encode_collated(
+                loader.dataset,
+                loader.collate_fn,
+                model,
+                max_length,
+                hide_progress(self.args),
+                known=trace.rows if trace is not None else None,
+            ).ids
         self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
         self.train_dataset = self._filter(dataset, ids, forgetting, config, max_length)
         self._save_result(self.args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from helpers import random_rows, reference_means, tiny_llama, train_tracked
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from forgetfilter_callback import ForgetTracker, encode_rows
+from forgetfilter_callback.callbacks.session_rows import encode_training_rows
+from forgetfilter_callback.data.encoded_dataset import EncodedDataset
 from forgetfilter_callback.errors import EncodingError, TraceError, UnsupportedDatasetError
 from forgetfilter_callback.trace.records import Record
 
@@ -32,6 +36,20 @@ def test_given_and_adopted_rows_have_the_same_ids(noisy, make_args, tokenizer):
             tiny_llama(), make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker]
         ).train()
     assert named.trace.rows.ids == adopted.trace.rows.ids
+
+
+def test_encoded_rows_are_not_held_twice(make_args, collator):
+    """A session that trains on encoded rows encodes them again, because its collator decides which tokens count."""
+    rows = encode_rows(random_rows(60, longest=4_000), disable_tqdm=True)
+    trainer = Trainer(tiny_llama(), make_args(), train_dataset=EncodedDataset(rows), data_collator=collator)
+    arguments = trainer.args, trainer.model, trainer.get_train_dataloader(), None
+    encode_training_rows(*arguments)  # imports what it needs
+    tracemalloc.start()
+    again = encode_training_rows(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.shares_memory(again.tokens, rows.tokens) and again.ids == rows.ids
+    assert len(rows.tokens) > 60_000 and peak < 5 * len(rows.tokens)
 
 
 def test_given_text_rows(safety, make_args, collator, tokenizer):

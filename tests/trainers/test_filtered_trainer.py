@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from helpers import random_rows, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, filtered
+from forgetfilter_callback.data.encode_collated import encode_collated
+from forgetfilter_callback.data.encoded_rows import EncodedRows
 from forgetfilter_callback.errors import UnsupportedDatasetError
+from forgetfilter_callback.trainers import filtered_trainer
 from forgetfilter_callback.trainers.row_weights import RowWeightsMixin
 
 
@@ -66,6 +70,21 @@ def test_the_loader_of_the_unfiltered_rows_is_released(noisy, tracker, make_args
     plain = Trainer(tiny_llama(), make_args("plain"), train_dataset=noisy, data_collator=collator)
     plain.train()
     assert len(trainer.accelerator._dataloaders) == len(plain.accelerator._dataloaders)
+
+
+def test_the_rows_of_the_trace_are_not_held_twice(noisy, tracker, make_args, collator, monkeypatch):
+    encoded = []
+
+    def spy(*args: Any, **kwargs: Any) -> EncodedRows:
+        encoded.append(encode_collated(*args, **kwargs))
+        return encoded[-1]
+
+    monkeypatch.setattr(filtered_trainer, "encode_collated", spy)
+    FilteredTrainer(
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker,
+        filter_config=FilterConfig(fraction=0.25),
+    )  # fmt: skip
+    assert np.shares_memory(encoded[0].tokens, tracker.trace.rows.tokens)
 
 
 @pytest.mark.parametrize(
