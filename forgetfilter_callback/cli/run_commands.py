@@ -46,6 +46,8 @@ def demo(
     Example:
 
         forgetfilter demo --output forgetfilter-demo
+
+    It needs no network. OUTPUT then has example rows (noisy.jsonl and safety.jsonl) and a model (base-model) for `run`.
     """
     with exit_codes(f"The demo cannot be continued. Delete {output}, or choose another --output, and start it again."):
         from .demo import run_demo
@@ -212,7 +214,7 @@ def score(
 
 
 def check_models(names: Iterable[str]) -> None:
-    """Check that the folders of models exist. Say which names are Hub ids: without a network, a typo takes a minute."""
+    """Check that the folders of models exist, and say which names are Hub ids."""
     for name in names:
         check_model(name)
         if not Path(name).exists():

@@ -8,6 +8,8 @@ from ..errors import DataError
 
 
 FILE_EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+HUB_TIMEOUT = 20.0  # seconds
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")  # one of them is in each folder
 
 
 def check_source(source: str) -> None:
@@ -38,10 +40,35 @@ def check_model(name: str, kind: str = "model") -> None:
         raise DataError(f"The {kind} {name!r} cannot be loaded: the folder does not exist.")
 
 
+def check_hub_model(name: str, kind: str = "model") -> None:
+    """Ask the Hub for a model or tokenizer that is neither a folder nor in the cache, so that a missing one fails at once.
+
+    transformers tries for a minute if the Hub cannot be reached.
+
+    Raises:
+        DataError: if it is not on the Hub, or if the Hub cannot be reached.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    if Path(name).exists():
+        return
+    try:
+        files = [try_to_load_from_cache(name, file) for file in _MODEL_FILES]
+        if not any(isinstance(file, str) for file in files):
+            model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the errors of a network depend on the version of huggingface_hub
+        said = cannot_be_loaded(name, error, kind).rstrip(".")
+        raise DataError(
+            f"{said}. It is not in the cache either. Without a network, pass the folder of a {kind}: `forgetfilter demo` "
+            "leaves a small one in forgetfilter-demo/base-model."
+        ) from error
+
+
 def cannot_be_loaded(name: str, error: Exception, kind: str = "model") -> str:
     """The message for a model or tokenizer that transformers cannot load. If no folder has its name, it is a Hub id."""
     place = "" if Path(name).exists() else "There is no such folder. From the Hub: "
-    return f"The {kind} {name!r} cannot be loaded. {place}{str(error).splitlines()[0]}"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"The {kind} {name!r} cannot be loaded. {place}{reason}"
 
 
 def is_path(name: str) -> bool:

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import DataError
-from .source_paths import cannot_be_loaded
+from .source_paths import cannot_be_loaded, check_hub_model
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -44,6 +44,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: if it cannot be loaded.
     """
+    check_hub_model(name, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -87,6 +88,7 @@ def check_decoder_only(model: str) -> None:
 
 
 def _load_config(model: str) -> PreTrainedConfig:
+    check_hub_model(model)
     try:
         if find_adapter_config_file(model) is not None:
             return _load_config(PeftConfig.from_pretrained(model).base_model_name_or_path)

@@ -89,7 +89,8 @@ def test_help_does_not_import_torch():
 
 OFFLINE = """
 import time
-time.sleep = lambda seconds: None  # between the tries
+def fail(seconds): raise AssertionError("The Hub was tried again")
+time.sleep = fail
 from forgetfilter_callback.cli.main import main
 main()
 """
@@ -108,3 +109,5 @@ def test_a_model_that_is_no_folder_without_a_network(files, tmp_path):
     assert last.startswith(
         "forgetfilter: The model 'owner/modle' cannot be loaded. There is no such folder. From the Hub: "
     )
+    assert "Without a network, pass the folder of a model" in last
+    assert not (tmp_path / "out").exists()
