@@ -55,7 +55,7 @@ class FilterConfig:
     measure: Measure | None = field(
         default=None,
         metadata={
-            "help": "The measure, such as loss or smoothed.",
+            "help": "|".join(MEASURES),
             "metavar": "MEASURE",
             "default": "combined",
             "group": "Filtering",

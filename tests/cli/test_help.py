@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from forgetfilter_callback.cli.commands import app
-from forgetfilter_callback.measures.names import DEFAULT_MEASURE
+from forgetfilter_callback.measures.names import DEFAULT_MEASURE, MEASURES
 
 
 GROUP = typer.main.get_command(app)
@@ -86,3 +86,9 @@ def test_defaults_are_shown():
         ("show", ["[default: 10]"]),
     ):
         assert all(default in help_of(command, 120) for default in shown)
+
+
+@pytest.mark.parametrize("command", ["run", "show", "report", "filter", "export"])
+def test_the_help_of_the_measure_names_all_measures(command):
+    (described,) = re.findall(r"--measure +MEASURE +(\S+)", help_of(command, 80))
+    assert described.split("|") == list(MEASURES)
