@@ -290,6 +290,20 @@ def rows_and_memory() -> str:
     return table(header, lines)
 
 
+def long_rows_and_memory() -> str:
+    """Memory of each stage by the number of rows of 500 tokens."""
+    stages = {"record": "encode and record", "decide": "rank and filter", "export": "export to Parquet"}
+    lines = []
+    for row in read("scale_500"):
+        for name, shown in stages.items():
+            stage = row["stages"][name]
+            each = stage["bytes_a_row_beyond_token_ids"]
+            growth = "–" if each is None else f"{each / row['length']:.1f}"
+            lines.append([shown, f"{row['rows']:,}", f"{stage['peak_bytes'] / 2**20:.0f}", growth])
+    lines.sort(key=lambda line: [*stages.values()].index(line[0]))
+    return table(["stage", "rows", "peak MiB", "bytes a token beyond the token ids, from the row above"], lines)
+
+
 def page_sizes() -> str:
     """The review page by the number of samples."""
     lines = [
@@ -322,5 +336,5 @@ def gpu_speed() -> str:
 ALL: tuple[Callable[[], str], ...] = (
     measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls,
     arms_over_seeds, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs,
-    gpu_speed, rows_and_memory, page_sizes, *few_tables.ALL,
+    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, *few_tables.ALL,
 )  # fmt: skip

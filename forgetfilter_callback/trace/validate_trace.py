@@ -72,7 +72,7 @@ def _check_rows(trace: Trace) -> list[str]:
         span = slice(trace.rows.offsets[index], trace.rows.offsets[index + 1])
         return Sample(trace.rows.tokens[span], trace.rows.loss_mask[span], trace.rows.attention_mask[span])
 
-    encoded = encode_each(range(count), sample, count, max_length=None, disable_tqdm=True)
+    encoded = encode_each(range(count), sample, count, max_length=None, disable_tqdm=True, known=trace.rows)
     changed = np.flatnonzero(to_numpy(pc.not_equal(encoded.ids, trace.rows.ids)))
     if not len(changed):
         return []
