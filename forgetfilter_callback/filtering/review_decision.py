@@ -86,8 +86,8 @@ class ReviewDecision:
         are_overrides = isinstance(overrides, dict) and all(each in get_args(Override) for each in overrides.values())
         if decision.measure not in MEASURES or not (threshold is None or is_number) or not are_overrides:
             raise DecisionError(
-                f"{file} is not a valid reviewer's decision: `measure` must be one of {', '.join(MEASURES)}, `threshold` a "
-                "number or null, and every value of `overrides` 'keep' or 'remove'."
+                f'{file} is not a valid reviewer\'s decision: "measure" must be one of {", ".join(MEASURES)}, '
+                '"threshold" a number or null, and every value of "overrides" "keep" or "remove".'
             )
         return decision
 

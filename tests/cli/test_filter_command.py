@@ -94,9 +94,9 @@ def test_filter_and_filtered_trainer_agree_on_a_decision(finished, files, tmp_pa
         ('{"measure": "loss", "threshold": 1}', "is not a reviewer's decision"),
         (
             '{"measure": "other", "threshold": 1, "overrides": {}, "trace": "x"}',
-            "`measure` must be one of combined, loss",
+            '"measure" must be one of combined, loss',
         ),
-        ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', "`threshold` a number or null"),
+        ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', '"threshold" a number or null'),
         ('{"measure": "loss", "threshold": 1, "overrides": {"a": "burn"}, "trace": "x"}', "'keep' or 'remove'"),
         ('{"measure": "loss", "threshold": 1, "overrides": {}, "trace": "x"}', "another trace"),
     ],
