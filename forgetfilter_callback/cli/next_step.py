@@ -18,9 +18,16 @@ def command_to_review(path: Path) -> str:
     return shlex.join(["forgetfilter", "review", str(path)])
 
 
-def command_to_filter(path: Path, settings: Mapping[str, Any]) -> str:
-    """The command that filters with these settings of a [`FilterConfig`]."""
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+def command_to_filter(
+    trace: Trace, path: Path, settings: Mapping[str, Any], noisy: str | None = None, tokenizer: str | None = None
+) -> str:
+    """The command that filters with these settings of a [`FilterConfig`], and with the rows and the tokenizer that the user
+    gave. If nothing says where the rows are, it has a word to replace.
+    """
+    if noisy is None and "source" not in trace.manifest:
+        noisy = "NOISY"
+    given = {**settings, "noisy": noisy, "tokenizer": tokenizer}
+    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["forgetfilter", "filter", str(path), *options, "--output", "reviewed"])
 
 
@@ -29,7 +36,9 @@ def after_recording(path: Path, is_separable: bool = True) -> str:
     return shlex.join(["forgetfilter", "show", str(path)]) if is_separable else command_to_review(path)
 
 
-def after_looking(trace: Trace, path: Path, settings: Mapping[str, Any]) -> str:
+def after_looking(
+    trace: Trace, path: Path, settings: Mapping[str, Any], noisy: str | None, tokenizer: str | None
+) -> str:
     """After `show` and `report`: filter as people have decided, or review rows if they have found nothing yet.
 
     Args:
@@ -39,14 +48,16 @@ def after_looking(trace: Trace, path: Path, settings: Mapping[str, Any]) -> str:
             The trace, or the output folder of its run, as the user named it.
         settings (`Mapping[str, Any]`):
             The filter options that the user gave.
+        noisy, tokenizer (`str`, *optional*):
+            The options that the user gave.
     """
     from ..review.verdicts import review_folder, trace_verdicts
 
     if "decision" in settings or "reviewed" in settings:
-        return command_to_filter(path, settings)
+        return command_to_filter(trace, path, settings, noisy, tokenizer)
     labels = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace)}
     if "unsafe" in labels.values():
-        return command_to_filter(path, {"reviewed": review_folder(trace)})
+        return command_to_filter(trace, path, {"reviewed": review_folder(trace)}, noisy, tokenizer)
     return command_to_review(path)
 
 
@@ -55,6 +66,6 @@ def after_filter(result: FilterResult, path: Path, output: Path) -> str:
     if not result.counts["removed"]:
         return command_to_review(path)
     return (
-        f"finetune the base model on {output / 'kept.jsonl'}. The page docs/how-to/few-unsafe-rows.md shows how, under "
-        "“Finetune on the kept rows”."
+        f"finetune the base model on {output / 'kept.jsonl'}. The page docs/how-to/few-unsafe-rows.md of the "
+        "repository shows how, under “Finetune on the kept rows”."
     )

@@ -18,7 +18,9 @@ PAGE_FILTER_OPTIONS = (*RUN_FILTER_OPTIONS, "decision", "reviewed", "level")
 ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
 _QUOTE = "'"
 _NAMES = "|".join((*RUN_OPTIONS, *ALL_FILTER_OPTIONS, "random_fraction"))
-_ARGUMENT = re.compile(rf"(?<=`)({_NAMES})(?=`)|(?<![^\s`])({_NAMES})=('[^']*'|[\w+-]+(?:\.\w+)*)")
+# A value without quotes needs a word of an error after it: "step=4" can be the name of a folder.
+_VALUE = r"'[^']*'|True(?=`)|[\d.e+-]+(?=`| must | is invalid| has an effect )"
+_ARGUMENT = re.compile(rf"(?<=`)({_NAMES})(?=`)|(?<![^\s`])({_NAMES})=({_VALUE})")
 
 
 def with_option_names(message: str) -> str:

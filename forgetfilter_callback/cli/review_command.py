@@ -49,7 +49,7 @@ def review(
         decoder = trace_decoder(opened, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         sources = None if column is None else read_columns(opened, noisy, tokenizer, [column])[0]
-        to_filter = command_to_filter(trace, {"reviewed": review_folder(opened)})
+        to_filter = command_to_filter(opened, trace, {"reviewed": review_folder(opened)}, noisy, tokenizer)
         with review_server(opened, decoder, to_filter, port, reviewer, rounds_of, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"

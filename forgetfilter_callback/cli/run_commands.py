@@ -47,7 +47,8 @@ def demo(
 
         forgetfilter demo --output forgetfilter-demo
 
-    It needs no network. OUTPUT then has example rows (noisy.jsonl and safety.jsonl) and a model (base-model) for `run`.
+    Without --model, it needs no network. OUTPUT then has example rows (noisy.jsonl and safety.jsonl) and a model
+    (base-model) for `run`.
     """
     with exit_codes(f"The demo cannot be continued. Delete {output}, or choose another --output, and start it again."):
         from .demo import run_demo

@@ -117,7 +117,7 @@ def report(
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
         summary = page_summary(result, trace_verdicts(opened, filter_config.reviewed))
         say(f"{summary} Open {output} in a browser.")
-        say(f"Next: {after_looking(opened, trace, filter_settings)}")
+        say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
 
 
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
@@ -159,7 +159,7 @@ def show(
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
         show_trace(opened, result, Console(), decoder, head, trace_verdicts(opened, filter_config.reviewed))
-        say(f"Next: {after_looking(opened, trace, filter_settings)}")
+        say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
 
 
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:

@@ -43,12 +43,14 @@ def check_model(name: str, kind: str = "model") -> None:
 def check_hub_model(name: str, kind: str = "model") -> None:
     """Ask the Hub for a model or tokenizer that is neither a folder nor in the cache, so that a missing one fails at once.
 
-    transformers tries for a minute if the Hub cannot be reached.
+    transformers tries for a minute if the Hub cannot be reached. It decides about other errors, such as those of a mirror
+    that has the files only.
 
     Raises:
         DataError: if it is not on the Hub, or if the Hub cannot be reached.
     """
     from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if Path(name).exists():
         return
@@ -56,11 +58,18 @@ def check_hub_model(name: str, kind: str = "model") -> None:
         files = [try_to_load_from_cache(name, file) for file in _MODEL_FILES]
         if not any(isinstance(file, str) for file in files):
             model_info(name, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"The {kind} {name!r} cannot be loaded. There is no such folder, and the Hub has no such model, or it is "
+            "private. Check the name, or log in with `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, HFValidationError):
+        return
     except Exception as error:  # the errors of a network depend on the version of huggingface_hub
         said = cannot_be_loaded(name, error, kind).rstrip(".")
         raise DataError(
-            f"{said}. It is not in the cache either. Without a network, pass the folder of a {kind}: `forgetfilter demo` "
-            "leaves a small one in forgetfilter-demo/base-model."
+            f"{said}. It is not in the cache either. Without a network, pass the folder of a {kind}, such as "
+            "forgetfilter-demo/base-model, which `forgetfilter demo` leaves."
         ) from error
 
 

@@ -91,7 +91,10 @@ def _load_config(model: str) -> PreTrainedConfig:
     check_hub_model(model)
     try:
         if find_adapter_config_file(model) is not None:
-            return _load_config(PeftConfig.from_pretrained(model).base_model_name_or_path)
+            base_model = PeftConfig.from_pretrained(model).base_model_name_or_path
+            if base_model is None:
+                raise DataError(f"The adapter {model!r} does not name its base model.")
+            return _load_config(base_model)
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(cannot_be_loaded(model, error)) from error

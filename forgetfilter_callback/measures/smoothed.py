@@ -101,7 +101,7 @@ class LossChanges:
 
     Attributes:
         rises (`np.ndarray` of shape `(samples,)`, float64):
-            Mean rise of the token losses, in nats per token. It equals [`loss_forgetting`].
+            Mean rise of the token losses, in nats per token. It is [`loss_forgetting`] up to rounding.
         pooled (`np.ndarray` of shape `(samples,)`, float64):
             [`pooled_forgetting`], in nats.
         agreed (`np.ndarray` of shape `(samples,)`, float64):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -214,8 +215,8 @@ def _verdicts_that_did_not_count(columns: dict[str, np.ndarray], verdicts_folder
         return ""
     verdicts = counted(int((is_unsafe | is_safe).sum()), "verdict")
     return (
-        f" This differs from {differing} of {verdicts} in {verdicts_folder}. To remove the rows found to be unsafe, pass "
-        f"`--reviewed {verdicts_folder}`."
+        f" This differs from {differing} of {verdicts} in {verdicts_folder}. To decide by the verdicts, pass "
+        f"`--reviewed {shlex.quote(str(verdicts_folder))}`."
     )
 
 

@@ -165,6 +165,8 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
                     to_numpy(lists["loss_mask"]).tobytes(),
                     to_numpy(attention).tobytes() if is_padded else None,
                 )
+    except TraceError:
+        raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TraceError(f"The trace in {folder} cannot be read: {error}") from error
     tokens, loss_mask, attention_mask = buffers.arrays()

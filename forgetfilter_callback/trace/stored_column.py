@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
+from ..utils.atomic_files import file_version
 from ..utils.counted import counted
 from .schema import WITHOUT_STATES, has_nulls
 
@@ -52,6 +53,7 @@ class StoredColumn:
 
     def __init__(self, file: Path, column: str, rows: EncodedRows):
         self._file, self._column, self._loss_offsets = file, column, rows.loss_offsets
+        self._version = file_version(file)
         with self._open() as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
             if column not in schema.names:
@@ -100,6 +102,8 @@ class StoredColumn:
         """Open the file for one read only: a file that stays open cannot be replaced on Windows."""
         try:
             with pq.ParquetFile(self._file) as parquet:
+                if file_version(self._file) != self._version:  # another process records again
+                    raise TraceError(f"The record {self._file} was replaced while it was read. Run this again.")
                 yield parquet
         except (OSError, pa.ArrowException) as error:
             raise TraceError(f"The record {self._file} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import shlex
@@ -92,6 +93,19 @@ def test_after_a_look_the_next_step_is_a_review(run_folder, tmp_path):
         assert next_command(*look) == ["forgetfilter", "filter", str(run_folder), *by_verdicts, "--output", "reviewed"]
 
 
+def test_the_next_step_says_where_the_rows_are(run_folder, files):
+    """The trace of a callback does not know the file of its rows."""
+    manifest = run_folder / "_forgetfilter" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["source"]
+    manifest.write_text(json.dumps(content))
+    ReviewQueue(run_folder).add({1: "unsafe"})
+    rows = ["--noisy", "NOISY"]
+    assert next_command("show", run_folder)[-4:] == [*rows, "--output", "reviewed"]
+    rows = ["--noisy", str(files["noisy"]), "--tokenizer", str(files["model"])]
+    assert next_command("show", run_folder, *rows)[-6:] == [*rows, "--output", "reviewed"]
+
+
 def test_after_a_look_at_verdicts_the_next_step_is_to_filter_by_them(run_folder, tmp_path):
     ReviewQueue(run_folder, tmp_path / "mine").add({1: "unsafe"})
     given = ["--threshold", "fdr", "--reviewed", str(tmp_path / "mine"), "--level", "0.2"]
@@ -102,7 +116,7 @@ def test_after_a_look_at_verdicts_the_next_step_is_to_filter_by_them(run_folder,
 
 def test_after_a_filter_the_next_step_is_to_finetune(run_folder, tmp_path):
     step = next_line("filter", run_folder, "--fraction", 0.25, "--output", tmp_path)
-    page, heading = re.search(r"The page (\S+) shows how, under “(.*)”\.$", step).groups()
+    page, heading = re.search(r"The page (\S+) of the repository shows how, under “(.*)”\.$", step).groups()
     assert step.startswith(f"finetune the base model on {tmp_path / 'kept.jsonl'}. ")
     assert f"\n## {heading}\n" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
 

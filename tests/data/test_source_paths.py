@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from forgetfilter_callback.data.source_paths import check_hub_model
 from forgetfilter_callback.errors import DataError
@@ -20,3 +22,20 @@ def test_what_is_in_the_cache_needs_no_network(file, tmp_path, monkeypatch):
     check_hub_model("owner/model")
     with pytest.raises(DataError, match="The tokenizer 'owner/other' cannot be loaded"):
         check_hub_model("owner/other", "tokenizer")
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, HfHubHTTPError])
+def test_only_a_missing_model_is_an_error_of_the_hub(error, tmp_path, monkeypatch):
+    """A mirror can have the files without the API that describes models."""
+
+    def model_info(name, timeout):
+        raise error("404 Client Error.", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    if error is HfHubHTTPError:
+        check_hub_model("owner/modle")
+        return
+    with pytest.raises(DataError, match="the Hub has no such model, or it is private") as raised:
+        check_hub_model("owner/modle")
+    assert "network" not in str(raised.value)

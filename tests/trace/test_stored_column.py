@@ -14,6 +14,7 @@ from trace_helpers import rouge1_of
 from forgetfilter_callback import Trace
 from forgetfilter_callback.data import encoded_rows
 from forgetfilter_callback.data.encoded_rows import EncodedRows
+from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.measures.common import windows
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
@@ -118,3 +119,14 @@ def test_consecutive_slices_read_each_part_of_the_file_once(long_trace, monkeypa
     parts = [losses[span] for _, span in windows(offsets)]
     assert len(parts) == 58 and read == list(range(20))
     np.testing.assert_array_equal(np.concatenate(parts), long_trace.token_losses(FIRST))
+
+
+def test_a_record_that_is_replaced_between_two_slices_is_an_error(long_trace):
+    stored = long_trace.stored_losses(LAST)
+    assert stored[:3].shape == (3,)
+    file = long_trace.folder / "records" / LAST.file_name
+    replacement = file.with_suffix(".new")
+    replacement.write_bytes(file.read_bytes())
+    replacement.replace(file)
+    with pytest.raises(TraceError, match="was replaced while it was read"):
+        stored[-3:]
