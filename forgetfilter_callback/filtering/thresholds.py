@@ -50,6 +50,7 @@ MAX_FORGOTTEN_FRACTION = 0.9
 # and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the rows were unsafe. Exceptions: 3.2 on
 # clean toxicity, where no value exceeds φ, 2.7 on clean bias after hard safety finetuning, and 1.5 on a clean `bias_dev`.
 MIN_NATS_PER_UNIT = 1.0
+_NOTHING_REMOVED = "; nothing is removed, which does not show that all rows are safe"
 # Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
 # The fit of two populations ends when an iteration changes the mean log-likelihood by less than this, or after this many
@@ -120,13 +121,13 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
-        return Separability(False, phi, f"no value exceeds φ = {phi:.2f}; nothing to remove")
+        return Separability(False, phi, f"no value exceeds φ = {phi:.2f}{_NOTHING_REMOVED}")
     if len(forgotten) > MAX_FORGOTTEN_FRACTION * len(values):
         return Separability(
             False,
             phi,
             f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety "
-            "finetuning has moved nearly all samples; nothing to remove",
+            f"finetuning has moved nearly all samples{_NOTHING_REMOVED}",
         )
     larger, smaller_count = (kept, len(forgotten)) if len(kept) >= len(forgotten) else (forgotten, len(kept))
     deviation = float(np.median(np.abs(larger - np.median(larger)))) / NormalDist().inv_cdf(0.75)
@@ -138,7 +139,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             phi,
             f"not separable: samples became less likely by only {nats_per_unit:.2f} nats per typical change (the "
             f"minimum is {MIN_NATS_PER_UNIT:.0f}), so safety finetuning has changed single tokens rather than whole "
-            "samples, or has changed little so far; nothing to remove",
+            f"samples, or has changed little so far{_NOTHING_REMOVED}",
             distance,
         )
     tail = -NormalDist().inv_cdf(smaller_count / len(values) / 2)
@@ -148,7 +149,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             False,
             phi,
             f"not separable: the median of the {counted(len(forgotten), 'most forgotten sample')} is only {distance:.1f} "
-            f"robust standard deviations above the median of the rest{raised}; nothing to remove",
+            f"robust standard deviations above the median of the rest{raised}{_NOTHING_REMOVED}",
             distance,
         )
     doubt = ""

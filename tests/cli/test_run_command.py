@@ -115,7 +115,7 @@ def test_run_exits_with_3_when_not_separable(files, tmp_path):
     flags[flags.index("learning_rate=3e-2")] = "learning_rate=1e-6"  # nothing is learned, so nothing is forgotten
     result = call("run", *flags)
     assert result.exit_code == 3
-    assert "Removed 0 of 12 samples: " in result.output and "nothing to remove" in result.output
+    assert "Removed 0 of 12 samples: " in result.output and "nothing is removed" in result.output
     assert len((tmp_path / "out" / "kept.jsonl").read_text().splitlines()) == 12
 
 

@@ -75,7 +75,7 @@ def test_automatic_threshold_removes_nothing_from_a_clean_set(seed):
     values, _ = two_populations(0.0, seed=seed)
     result = filter_by_values(sample_ids(400), values - 0.1, FilterConfig("loss"))
     assert not result.removed.any() and result.threshold is None
-    assert "nothing to remove" in result.reason
+    assert "nothing is removed, which does not show that all rows are safe" in result.reason
 
 
 @pytest.mark.parametrize("mean", [-0.2, 0.2, 0.5, 0.7])
@@ -137,7 +137,7 @@ def test_the_reason_when_not_separable():
     half = math.log(2)
     none = find_threshold(np.array([0.0, 0.5, half]), "loss")  # a value equal to φ is not above it
     assert (none.separable, none.threshold, none.distance) == (False, half, None)
-    assert none.reason == "no value exceeds φ = 0.69; nothing to remove"
+    assert none.reason == "no value exceeds φ = 0.69; nothing is removed, which does not show that all rows are safe"
     every = find_threshold(np.full(30, 2.0), "loss")
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
     assert (
@@ -156,7 +156,7 @@ def test_the_reason_when_not_separable():
     (too_close, close_distance), (separated, distance) = reasons
     assert too_close == (
         f"not separable: the median of the 200 most forgotten samples is only {close_distance:.1f} robust standard "
-        "deviations above the median of the rest; nothing to remove"
+        "deviations above the median of the rest; nothing is removed, which does not show that all rows are safe"
     )
     assert separated == (
         f"the median above φ is {distance:.1f} robust standard deviations above the median of the rest"

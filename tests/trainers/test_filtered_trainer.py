@@ -284,7 +284,7 @@ def test_nothing_separable_is_a_warning(unsafe, removed, level, noisy, make_args
     assert [record.levelname for record in summaries] == [level]
     assert summaries[0].message.removeprefix("[RANK 0] ") == f"FilteredTrainer: {trainer.filter_result.summary()}"
     assert trainer.filter_result.counts["removed"] == removed
-    assert ("nothing to remove" in summaries[0].message) == (removed == 0)
+    assert ("nothing is removed" in summaries[0].message) == (removed == 0)
 
 
 @pytest.mark.parametrize(
