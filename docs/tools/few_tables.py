@@ -9,7 +9,10 @@ from markdown_tables import decimal, find, read, table
 
 
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
-FINAL_SETS = {"bias-0.05-600-0": "`bias`, seed 0", "harmfulness-0.05-600-1": "`harmfulness`, seed 1"}
+FINAL_SETS = {
+    f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
+    for name, seed in (("bias", 0), ("bias", 1), ("harmfulness", 1), ("harmfulness", 2), ("toxicity", 0), ("mixed", 1))
+}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
