@@ -37,7 +37,8 @@ def test_rows_without_padding(trace, rows):
         assert each.rows.attention_mask.all() and each.rows.attention_mask.shape == rows.tokens.shape
         assert each.rows.attention_mask.strides == (0,)  # it takes no memory
     pq.write_table(pq.read_table(file).append_column("attention_mask", pa.array([1] * len(rows))), file)
-    with pytest.raises(TraceError, match=r"^rows\.parquet in .* must have the columns id, input_ids, loss_mask"):
+    expected = r"^rows\.parquet in .* must have the columns id, input_ids, loss_mask, attention_mask"
+    with pytest.raises(TraceError, match=expected):
         Trace.open(trace.folder)
 
 
