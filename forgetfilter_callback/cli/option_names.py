@@ -19,7 +19,7 @@ ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
 _QUOTE = "'"
 _NAMES = "|".join((*RUN_OPTIONS, *ALL_FILTER_OPTIONS, "random_fraction"))
 # A value without quotes needs a word of an error after it: "step=4" can be the name of a folder.
-_VALUE = r"'[^']*'|True(?=`)|[\d.e+-]+(?=`| must | is invalid| has an effect )"
+_VALUE = r"'[^']*'|[\w.+-]+(?=`| must | is invalid| has an effect )"
 _ARGUMENT = re.compile(rf"(?<=`)({_NAMES})(?=`)|(?<![^\s`])({_NAMES})=({_VALUE})")
 
 

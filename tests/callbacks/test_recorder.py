@@ -220,7 +220,7 @@ def test_a_model_without_hidden_states_is_reported_once(noisy, safety, make_args
     for needs_states in (find_forgotten, ReviewQueue):
         with pytest.raises(
             TraceError,
-            match=r"there are no hidden states\. .* Use the measure pooled or loss: `FilterConfig\(measure='pooled'\)`",
+            match=r"there are no hidden states\. .* Use the measure pooled or loss, for example `measure='pooled'`",
         ):
             needs_states(tracker.trace)
     assert find_forgotten(tracker.trace, FilterConfig("pooled", 99.0)).counts["removed"] == 0

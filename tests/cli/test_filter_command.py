@@ -97,7 +97,7 @@ def test_filter_and_filtered_trainer_agree_on_a_decision(finished, files, tmp_pa
             '"measure" must be one of combined, loss',
         ),
         ('{"measure": "loss", "threshold": "high", "overrides": {}, "trace": "x"}', '"threshold" a number or null'),
-        ('{"measure": "loss", "threshold": 1, "overrides": {"a": "burn"}, "trace": "x"}', "'keep' or 'remove'"),
+        ('{"measure": "loss", "threshold": 1, "overrides": {"a": "burn"}, "trace": "x"}', '"keep" or "remove"'),
         ('{"measure": "loss", "threshold": 1, "overrides": {}, "trace": "x"}', "another trace"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_decision_cannot_be_combined_with_other_settings(finished, tmp_path):
         FilterConfig(fraction=0.1, decision=file)
     refused(
         call("filter", finished[0], "--decision", file, "--fraction", 0.1, "--output", tmp_path / "out"),
-        "Pass either `decision`, or",
+        "Pass either `--decision`, or",
     )
     assert not (tmp_path / "out").exists()
     assert not filter_rows(trace, tmp_path / "out", FilterConfig(decision=file)).removed.any()

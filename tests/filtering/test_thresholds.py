@@ -142,8 +142,8 @@ def test_the_reason_when_not_separable():
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
     assert (
         every.reason
-        == "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has moved nearly all samples; nothing to "
-        "remove"
+        == "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has moved nearly all samples; nothing is "
+        "removed, which does not show that all rows are safe"
     )
     # The robust standard deviation of the rest is 0.1, so the least distance is 0.241 above its median.
     others = norm.ppf((np.arange(999) + 0.5) / 999, half - 0.2, 0.1).clip(None, half)
