@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from forgetfilter_callback.data.source_paths import check_hub_model
+from forgetfilter_callback.data.tokenizers import check_decoder_only
 from forgetfilter_callback.errors import DataError
 
 
@@ -39,3 +40,9 @@ def test_only_a_missing_model_is_an_error_of_the_hub(error, tmp_path, monkeypatc
     with pytest.raises(DataError, match="the Hub has no such model, or it is private") as raised:
         check_hub_model("owner/modle")
     assert "network" not in str(raised.value)
+
+
+def test_an_adapter_without_a_base_model_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    with pytest.raises(DataError, match="does not name its base model"):
+        check_decoder_only(str(tmp_path))
