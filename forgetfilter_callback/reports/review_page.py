@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -121,6 +122,12 @@ def write_review_page(
         # Escape "<", so that a text that contains "</script>" cannot end the JSON block.
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         meaning=MEANINGS[result.measure],
+        unit=data["unit"],
+        initial_model=data["initial_model"],
+        folder=repr(str(trace.folder)),
+        command=shlex.join(
+            ["forgetfilter", "filter", str(trace.folder), "--decision", "review_decision.json", "--output", "reviewed"]
+        ),
         style=_joined(STYLES),
         plotly=get_plotlyjs(),
         script=script,

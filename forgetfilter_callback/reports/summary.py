@@ -32,7 +32,7 @@ def page_summary(result: FilterResult, verdicts: Sequence[Verdict] = ()) -> str:
     """
     counts = result.counts
     if result.threshold is None:
-        return f"{counts['removed']:,} of {counts['samples']:,} removed: {result.reason}."
+        return f"{counts['removed']:,} of {counts['samples']:,} removed; {result.reason}."
     return (
         f"{counts['removed']:,} of {counts['samples']:,} removed (φ = {result.threshold:.3g}, "
         f"{_METHODS[result.method]}); {_what_people_found(result, verdicts)}."

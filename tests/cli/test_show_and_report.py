@@ -37,7 +37,7 @@ def test_show_and_report_by_the_verdicts_of_a_review(tmp_path, finished, files, 
         assert json.loads(shown.stdout) == {key: value for key, value in expected.items() if key != "output"}
         assert expected["removed"] == 2
         reported = call("report", finished[0], *review, "--output", page)
-        assert reported.exit_code == 0 and "2 of 12 removed: 3 rows reviewed" in reported.output, reported.output
+        assert reported.exit_code == 0 and "2 of 12 removed; 3 rows reviewed" in reported.output, reported.output
 
 
 def test_show_names_the_verdicts_that_it_was_given(tmp_path, finished):

@@ -20,8 +20,9 @@ def browser():
 
 
 @pytest.fixture
-def plain_page(browser, tmp_path, byte_tokenizer):
+def plain_page(browser, tmp_path_factory, byte_tokenizer):
     """The page of a trace without sources and verdicts."""
+    tmp_path = tmp_path_factory.mktemp("plain")  # `tmp_path` has the name of the test, and the page names the folder
     trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=30)
     write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
     opened = browser.new_page()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -464,10 +465,38 @@ def test_the_page_explains_what_a_value_means(review):
 
 def test_the_page_explains_how_to_apply_the_decision(review):
     """The code on the page must use the current arguments and file names."""
-    html = review[0].read_text(encoding="utf-8")
-    assert "forgetfilter filter TRACE --decision review_decision.json --output DIR" in html
-    code = 'FilteredTrainer(…, forgetting=TRACE, filter_config=FilterConfig(decision="review_decision.json"))'
-    assert code in html
+    file, trace, *_ = review
+    html = unescape(file.read_text(encoding="utf-8"))
+    assert f"forgetfilter filter {trace.folder} --decision review_decision.json --output reviewed" in html
+    config = 'FilterConfig(decision="review_decision.json")'
+    assert f"FilteredTrainer(…, forgetting={str(trace.folder)!r}, filter_config={config})" in html
+
+
+@needs_chromium
+def test_a_page_without_a_threshold_shows_none(browser, review, byte_tokenizer, tmp_path):
+    """A threshold that was tested and not used must not look like one that removes rows."""
+    _, trace, _, _ = review
+    file = tmp_path / "review_decision.json"
+    file.write_text(json.dumps({"measure": "loss", "threshold": None, "overrides": {}, "trace": trace.identity()}))
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig(decision=file))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    expect(opened.locator("#counts")).to_contain_text("No φ: 0 of 150 removed, 150 kept.")
+    assert opened.input_value("#phi-number") == ""
+    # The slider is at the largest plotted value, which is rounded to 32 bits. The value in the table can be larger.
+    opened.evaluate("() => { for (const row of data.rows) row.value += 1e-3; showRows(); }")
+    assert "removed by φ" not in opened.inner_text("#rows")
+    lines = "() => [...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot.layout.shapes?.length ?? 0)"
+    opened.wait_for_function(f"({lines})().length === 4")
+    assert opened.evaluate(lines) == [0, 0, 0, 0]
+    opened.fill("#phi-number", "1")
+    opened.dispatch_event("#phi-number", "change")
+    expect(opened.locator("#counts")).to_contain_text("φ = 1.000")
+    opened.wait_for_function(f"({lines})()[0] === 1")
+    opened.click("#phi-reset")
+    expect(opened.locator("#counts")).to_contain_text("No φ")
+    opened.close()
 
 
 @pytest.fixture(scope="module")

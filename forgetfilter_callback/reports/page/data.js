@@ -19,7 +19,7 @@ const initialPhi = data.threshold === null ? Math.max(data.tested_threshold, hig
 
 // Plotted values are rounded to 32 bits, so they are compared with a rounded φ.
 let phi = initialPhi, plottedPhi = Math.fround(phi);
-let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed
+let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed and no φ is shown
 const overrides = new Map(data.overrides.map((each) => [each.id, each.choice])); // sample id → "keep" or "remove"
 const rowOf = new Map([...data.rows, ...data.overrides].map((each) => [each.id, each.row]));
 const reviewed = data.verdicts.unsafe + data.verdicts.safe;
@@ -29,7 +29,7 @@ function format(value, digits = 3) {
   return value === null || !Number.isFinite(value) ? "–" : value.toFixed(digits);
 }
 function isAbove(row) {
-  return row.value !== null && row.value > phi;
+  return exportedThreshold !== null && row.value !== null && row.value > phi;
 }
 function decisionFor(row) {
   return overrides.get(row.id) ?? (isAbove(row) ? "remove" : "keep");

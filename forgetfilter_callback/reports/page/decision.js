@@ -6,7 +6,7 @@ function showCounts() {
   // Counts of a random subset are scaled up. Overrides are left out then, because they are not a random subset.
   if (!data.sampled) for (const [id, choice] of overrides) if (rowOf.has(id)) removed[rowOf.get(id)] = choice === "remove";
   const above = removed.filter(Boolean).length;
-  let text = `φ = ${format(phi)}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
+  let text = `${exportedThreshold === null ? "No φ" : `φ = ${format(phi)}`}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
     const hits = removed.filter((isRemoved, i) => isRemoved && unsafe[i]).length, all = unsafe.filter(Boolean).length;
     text += ` Against the audit labels: precision ${above ? format(hits / above) : "–"}, recall ${all ? format(hits / all) : "–"}.`;
@@ -25,7 +25,7 @@ function setPhi(value, threshold = value) {
   plottedPhi = Math.fround(value);
   exportedThreshold = threshold;
   $("phi").value = String(value);
-  $("phi-number").value = String(Number(value.toPrecision(4)));
+  $("phi-number").value = threshold === null ? "" : String(Number(value.toPrecision(4)));
   showCounts();
   showRows();
   cancelAnimationFrame(drawing);

@@ -14,8 +14,9 @@ function layout(extra) {
 }
 const config = { responsive: true, displaylogo: false, displayModeBar: false };
 function phiLine(vertical) {
+  if (exportedThreshold === null) return [];
   const along = vertical ? { x0: phi, x1: phi, y0: 0, y1: 1, yref: "paper" } : { y0: phi, y1: phi, x0: 0, x1: 1, xref: "paper" };
-  return { type: "line", line: { color: cssColor("--text"), width: 3, dash: "dash" }, ...along };
+  return [{ type: "line", line: { color: cssColor("--text"), width: 3, dash: "dash" }, ...along }];
 }
 
 function drawDistribution() {
@@ -29,9 +30,9 @@ function drawDistribution() {
     : [["not labeled unsafe", "--audit-others", those((i) => !unsafe[i])], ["labeled unsafe", "--audit-unsafe", those((i) => unsafe[i])]];
   const traces = groups.map(([name, color, x]) => ({ type: "histogram", x, name, marker: { color: cssColor(color) }, xbins: bins }));
   Plotly.react("distribution", traces, layout({
-    barmode: "stack", showlegend: unsafe !== null, legend: { orientation: "h", x: 0, y: 1.35 }, shapes: [phiLine(true)],
+    barmode: "stack", showlegend: unsafe !== null, legend: { orientation: "h", x: 0, y: 1.35 }, shapes: phiLine(true),
     margin: { l: 50, r: 10, t: unsafe === null ? 25 : 50, b: 45 },
-    annotations: [["right", "kept ", "--kept"], ["left", " removed", "--removed"]].map(([xanchor, text, color]) => ({
+    annotations: exportedThreshold === null ? [] : [["right", "kept ", "--kept"], ["left", " removed", "--removed"]].map(([xanchor, text, color]) => ({
       x: phi, y: 1, yref: "paper", xanchor, yanchor: "bottom", text, showarrow: false, font: { color: cssColor(color) },
     })),
     xaxis: { title: { text: `${data.measure} forgetting [${data.unit}], higher is more forgotten` } }, yaxis: { title: { text: "rows" } },
@@ -64,7 +65,7 @@ function drawScatter(id, x, title) {
   Plotly.react(id, [{
     mode: "markers", x: indices.map((i) => x[i]), y: indices.map((i) => last[i]), hoverinfo: "skip",
     marker: { size: 5, opacity: 0.6, color: indices.map((i) => (last[i] > plottedPhi ? cssColor("--removed") : cssColor("--kept"))) },
-  }], layout({ xaxis: { title: { text: title } }, shapes: [phiLine(false)] }), config);
+  }], layout({ xaxis: { title: { text: title } }, shapes: phiLine(false) }), config);
 }
 
 function drawAll() {

@@ -127,7 +127,7 @@ function cell(row, label, className = "") {
 
 function showDecision(td, row) {
   const override = overrides.get(row.id);
-  td.append(element("div", "", override === undefined ? (isAbove(row) ? "removed by φ" : "kept by φ") : override === "keep" ? "kept by you" : "removed by you"));
+  td.append(element("div", "", override === undefined ? (isAbove(row) ? "removed by φ" : exportedThreshold === null ? "kept" : "kept by φ") : override === "keep" ? "kept by you" : "removed by you"));
   const buttons = element("div", "buttons");
   for (const [choice, className, text] of [["keep", "safe", "keep"], ["remove", "unsafe", "remove"]]) {
     const button = element("button", className, text);
