@@ -21,7 +21,7 @@ def describe_cost(
     record_every: int | None,
     stop_early: bool,
 ) -> str:
-    """A sentence with the number of records of a session and their cost. It does not include generation (`rouge1=True`).
+    """Sentences with the number of records of a session and their cost. It does not include generation (`rouge1=True`).
 
     Args:
         args, state, model:
@@ -37,18 +37,18 @@ def describe_cost(
     """
     records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
     tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
-    samples = counted(len(rows), "sample")
     text = (
-        f"Up to {counted(records, 'record')} of {samples}, with up to {counted(tokens_per_record, 'token')} per record"
+        f"Up to {counted(records, 'record')}: each measures the losses of {counted(len(rows), 'row')} "
+        f"(up to {counted(tokens_per_record, 'token')})."
     )
     tokens = records * tokens_per_record
     if stop_early:
         monitored = monitored_samples(len(rows))
         checks = sum(map(is_check_step, range(1, state.max_steps - args.get_warmup_steps(state.max_steps))))
-        text += f", and up to {counted(checks, 'check')} of {counted(monitored, 'sample')}"
+        text += f" Up to {counted(checks, 'check')} for early stopping: each measures {counted(monitored, 'row')}."
         tokens += checks * math.ceil(tokens_per_record * monitored / len(rows))
     if training_rows is None:
-        return f"{text}."
+        return text
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens_per_step = samples_per_step * len(training_rows.tokens) / len(training_rows)
     # A backward pass costs two forward passes, or one if nearly all weights are frozen (adapters).
@@ -56,6 +56,6 @@ def describe_cost(
     passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
     steps = math.ceil(tokens / (passes * tokens_per_step))
     return (
-        f"{text}: at most the compute of {counted(steps, 'training step')} ({steps / state.max_steps:.0%} of this session's "
-        f"{state.max_steps:,})."
+        f"{text} All this needs at most the compute of {counted(steps, 'training step')}. This session has "
+        f"{counted(state.max_steps, 'step')}."
     )

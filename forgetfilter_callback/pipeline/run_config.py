@@ -82,7 +82,7 @@ class RunConfig:
     )
     output: str = field(default="", metadata={"help": "Output folder. Required.", "metavar": "FOLDER"})
     refit: bool = field(
-        default=False, metadata={"help": "Finetune on the kept rows, into OUTPUT/model.", "group": "Model"}
+        default=False, metadata={"help": "Also finetune on the kept rows, into OUTPUT/model.", "group": "Model"}
     )
     training: dict[str, Any] = field(
         default_factory=dict,
@@ -169,7 +169,7 @@ class RunConfig:
         if self.resume and self.overwrite:
             raise ValueError("`resume` continues an earlier run and `overwrite` replaces it. Pass one of them.")
         if self.lora and not self.use_lora:
-            raise ValueError("`lora` has settings, but `use_lora` is false.")
+            raise ValueError("`lora` has settings, but this run trains all weights and no adapter. Leave out `lora`.")
         for name in ("training", "safety_training"):
             for setting, advice in (
                 ("output_dir", "the sessions are saved in OUTPUT/sessions"),

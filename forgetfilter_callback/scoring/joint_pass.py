@@ -76,6 +76,6 @@ def _describe(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"Scoring does not fit into the memory of process {rank}. The processes share the weights, so a smaller batch "
-            f"cannot be tried. Pass a smaller `batch_tokens`, or lower `max_length`. ({error})"
+            f"cannot be tried. Lower `batch_tokens` of the `ForgetTracker`, or `max_length`. ({error})"
         )
     return f"Process {rank} failed while it scored rows with weights that other processes share: {error!r}"

@@ -127,14 +127,16 @@ def window_scores(
             shard_losses, shard_states, shard_batch_tokens = zip(
                 *(scored[rank] for rank in sorted(set(leaders))), strict=True
             )
-            if min(shard_batch_tokens) < batch_tokens:
+            fitting = min(shard_batch_tokens)
+            if fitting < batch_tokens:
                 if rank_and_world_size()[0] == 0:
                     logger.warning(
                         f"Scoring {counted(batch_tokens, 'token')} at a time does not fit into the device's memory. "
-                        f"From here on, batches have at most {counted(min(shard_batch_tokens), 'token')}. Pass "
-                        f"`batch_tokens={min(shard_batch_tokens)}` to avoid failed attempts."
+                        f"From here on, batches have at most {counted(fitting, 'token')}. With "
+                        f"`ForgetTracker(batch_tokens={fitting})` or `forgetfilter score --batch-tokens {fitting}`, no "
+                        "attempt fails."
                     )
-                batch_tokens = min(shard_batch_tokens)
+                batch_tokens = fitting
             yield Scores(np.concatenate(shard_losses), _concatenate_states(shard_states) if with_states else None)
 
 

@@ -123,7 +123,10 @@ def test_the_tracker_logs_its_sessions_and_prints_nothing(noisy, safety, make_ar
         "ForgetTracker: noisy session. It trains on 24 of 24 tracked rows.",
         "ForgetTracker: safety session. It trains on none of the 24 tracked rows, as it should.",
     ]
-    assert ["up to 1 check of 20 samples" in message for message in messages[:2]] == [False, True]  # of the ranking
+    assert ["Up to 1 check for early stopping: each measures 20 rows." in message for message in messages[:2]] == [
+        False,
+        True,
+    ]  # of the ranking
 
 
 def test_without_logging_at_info_level_the_tracker_is_silent(noisy, safety, make_args, collator, caplog):

@@ -59,8 +59,8 @@ def test_the_cost_of_records_is_logged_at_the_start(make_model, passes, noisy, m
     steps = math.ceil(4 * scored / (passes * 4 * np.mean(lengths)))  # four rows a step
     expected = (
         "ForgetTracker: noisy session. It trains on 24 of 24 tracked rows. "
-        f"Up to 4 records of 24 samples, with up to {scored} tokens per record: at most the compute of {steps} "
-        f"training steps ({steps / 12:.0%} of this session's 12)."
+        f"Up to 4 records: each measures the losses of 24 rows (up to {scored} tokens). "
+        f"All this needs at most the compute of {steps} training steps. This session has 12 steps."
     )
     logged = [(entry.levelname, entry.getMessage().removeprefix("[RANK 0] ")) for entry in caplog.records]
     assert logged == [("INFO", expected)]

@@ -23,7 +23,10 @@ RUN = ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o"]
         ([*RUN, "--training", "bf16=no"], "bf16='no' must be true or false"),
         ([*RUN, "--fraction", "2"], "between 0 and 1"),
         ([*RUN, "--threshold", "0.5", "--fraction", "0.2"], "`--threshold` and `--fraction` exclude each other"),
-        ([*RUN, "--no-use-lora", "--lora", "r=2"], "`--lora` has settings, but `--use-lora` is false"),
+        (
+            [*RUN, "--no-use-lora", "--lora", "r=2"],
+            "`--lora` has settings, but this run trains all weights and no adapter. Leave out `--lora`.",
+        ),
         ([*RUN, "--training", "output_dir=elsewhere"], "`--training` must not contain output_dir"),
         (
             [*RUN, "--training", "learning_rte=1"],

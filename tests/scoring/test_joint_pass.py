@@ -82,4 +82,4 @@ def test_without_a_way_to_recover_all_processes_end(tmp_path):
     process = launch(tmp_path, "fsdp1:layer")
     assert process.returncode != 0
     assert "Scoring does not fit into the memory of process 1" in process.stderr
-    assert "Pass a smaller `batch_tokens`" in process.stderr
+    assert "Lower `batch_tokens` of the `ForgetTracker`" in process.stderr

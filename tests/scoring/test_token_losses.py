@@ -168,7 +168,7 @@ def test_out_of_memory_halves_all_following_batches(monkeypatch, caplog):
     assert failed == sorted(failed, reverse=True) and sum(failed) >= 2, sizes
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "Scoring 320 tokens at a time does not fit" in warning
-    assert f"`batch_tokens={320 // 2 ** sum(failed)}`" in warning
+    assert f"`ForgetTracker(batch_tokens={320 // 2 ** sum(failed)})`" in warning
     assert emptied == list(range(1, sum(failed) + 1))
 
 
