@@ -46,7 +46,7 @@ def main(
         with review_server(trace, decoder, to_filter) as running:
             thread = Thread(target=running.server.serve_forever)
             thread.start()
-            take(browser, running.address, "#similar .other", 720, images / "review_rows.png")
+            take(browser, running.address, "#similar .other", 800, images / "review_rows.png")
             running.server.shutdown()
             thread.join()
         browser.close()
