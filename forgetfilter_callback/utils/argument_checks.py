@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 
 def check_record_steps(record_steps: float | None) -> None:
@@ -80,18 +81,19 @@ def check_fraction(name: str, value: Any) -> None:
 def check_fields(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
     """Check that settings are fields of a dataclass.
 
-    Text is refused for fields whose default is a number or a Boolean: the text "False" would be true.
+    Text is refused for fields whose type allows only numbers or Booleans: the text "False" would be true.
 
     Raises:
         ValueError: if there is no such field, or if a value is text. The message starts with `section`.
     """
-    defaults = {each.name: each.default for each in dataclasses.fields(config_class) if each.init}
+    fields = [each.name for each in dataclasses.fields(config_class) if each.init]
+    types = get_type_hints(config_class)
     for name, value in settings.items():
-        if name not in defaults:
-            similar = difflib.get_close_matches(name, defaults, n=1)
+        if name not in fields:
+            similar = difflib.get_close_matches(name, fields, n=1)
             suggestion = f" Did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"{section}: {config_class.__name__} has no field {name}.{suggestion}")
-        default = defaults[name]
-        if isinstance(default, bool | int | float) and isinstance(value, str):
-            kind = "true or false" if isinstance(default, bool) else "a number"
+        allowed = set(get_args(types[name]) or [types[name]]) - {NoneType}
+        if allowed <= {bool, int, float} and isinstance(value, str):
+            kind = "true or false" if bool in allowed else "a number"
             raise ValueError(f"{section}: {name}={value!r} must be {kind}.")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import call, run_options
+from helpers import call, run_options, tiny_llama
 from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from forgetfilter_callback import FilterConfig, ForgetFilter, RunConfig, Trace
 from forgetfilter_callback.pipeline import cost_estimate as plan_module
 from forgetfilter_callback.pipeline.cost_estimate import Plan
-from forgetfilter_callback.pipeline.load_model import load_model, lora_config
+from forgetfilter_callback.pipeline.load_model import add_lora, load_model, lora_config
 from forgetfilter_callback.pipeline.run import training_arguments
 from forgetfilter_callback.trace.records import Record
 
@@ -241,6 +241,13 @@ def test_python_and_json_spellings_of_booleans(parsed, text, value):
 def test_alpha_follows_the_rank(parsed):
     for flags, alpha in ((("r=4",), 8), (("r=4", "lora_alpha=5"), 5), ((), 16)):
         assert lora_config(parsed(*REQUIRED, *options("--lora", *flags)).lora).lora_alpha == alpha
+
+
+@pytest.mark.parametrize("initialization", ["gaussian", "pissa", "pissa_niter_4", "olora"])
+def test_initializations_that_peft_knows_by_name(parsed, initialization):
+    settings = parsed(*REQUIRED, "--lora", f"init_lora_weights={initialization}").lora
+    assert lora_config(settings).init_lora_weights == initialization
+    assert add_lora(tiny_llama(), 0, settings).peft_config["default"].init_lora_weights == initialization
 
 
 def test_yaml_reads_no_as_false_but_a_strategy_as_no(parsed, tmp_path):
