@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import KW_ONLY, dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
 from ..measures.names import MEASURES, Measure
+from ..utils.argument_checks import check_minimum, check_true_or_false
 
 
 Threshold = float | Literal["auto", "fdr"]
@@ -103,9 +104,7 @@ class FilterConfig:
             "group": "Reviewed rows",
         },
     )
-    weights: bool = field(
-        default=False, metadata={"help": "Weight the rows by their probability of being safe instead of removing some."}
-    )
+    weights: bool = False
 
     def __post_init__(self) -> None:
         if self.measure is not None and self.measure not in MEASURES:
@@ -115,8 +114,8 @@ class FilterConfig:
             raise ValueError(f"fraction={self.fraction!r} must be between 0 and 1 (both excluded).")
         if self.fraction is not None and self.threshold != "auto":
             raise ValueError("`threshold` and `fraction` exclude each other. Pass one of them.")
-        if self.step is not None and not (isinstance(self.step, Integral) and self.step >= 0):
-            raise ValueError(f"step={self.step!r} must be a whole number of at least 0.")
+        check_minimum("step", self.step, 0)
+        check_true_or_false("weights", self.weights)
         others = (self.measure, self.threshold, self.fraction, self.step)
         if not (isinstance(self.level, Real) and 0 < self.level < 1):
             raise ValueError(f"level={self.level!r} must be between 0 and 1 (both excluded).")
@@ -169,7 +168,7 @@ def parse_threshold(threshold: float | str) -> Threshold:
     if threshold == "fdr":
         return "fdr"
     try:
-        value = float(threshold)
+        value = math.nan if isinstance(threshold, bool) else float(threshold)
     except (TypeError, ValueError):
         value = math.nan
     if math.isnan(value) or (isinstance(threshold, str) and math.isinf(value)):

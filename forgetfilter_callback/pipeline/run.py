@@ -161,8 +161,9 @@ def _build_arguments(config: RunConfig, section: str, settings: dict[str, Any]) 
         check_positive(f"{section}: {name}", settings[name])
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         check_positive(f"{section}: {name}", settings[name], whole=True)
-    if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**32:
-        raise ValueError(f"{section}: seed={settings['seed']} must be a whole number from 0 to 2**32 - 1.")
+    seed = settings["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"{section}: seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
     try:
         return TrainingArguments(output_dir=str(Path(config.output) / "sessions"), **settings)
     except (TypeError, ValueError) as error:

@@ -52,7 +52,7 @@ def test_a_threshold_given_as_text_filters_like_the_number():
     assert (result.threshold, result.method) == (0.5, "fixed")
 
 
-@pytest.mark.parametrize("threshold", [math.nan, "nan", "high", "", "0.5 nats", "inf", None, [0.5]], ids=repr)
+@pytest.mark.parametrize("threshold", [math.nan, "nan", "high", "", "0.5 nats", "inf", None, [0.5], True], ids=repr)
 def test_a_threshold_that_is_not_a_number_is_refused(threshold):
     with pytest.raises(ValueError, match=r"^threshold=.* must be a number, 'auto' or 'fdr'\.$"):
         FilterConfig("loss", threshold)
@@ -69,6 +69,18 @@ def test_an_unknown_measure_is_refused(measure):
 def test_a_fraction_outside_0_and_1_is_refused(fraction):
     with pytest.raises(ValueError, match=rf"fraction={fraction!r} must be between 0 and 1 \(both excluded\)"):
         FilterConfig(fraction=fraction)
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, "4", True], ids=repr)
+def test_a_step_that_is_not_a_whole_number_is_refused(step):
+    with pytest.raises(ValueError, match=rf"^step={step!r} must be a whole number of at least 0\.$"):
+        FilterConfig(step=step)
+
+
+def test_weights_that_are_neither_true_nor_false_are_refused():
+    """The text "no" would count as true."""
+    with pytest.raises(ValueError, match=r"^weights='no' must be True or False\.$"):
+        FilterConfig(weights="no", reviewed="review")
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, "0.5", -math.inf])
