@@ -1,4 +1,4 @@
-"""The errors this library raises. All are `ValueError`s: each means that an input must change."""
+"""The errors that this library raises on bad data. All are `ValueError`s, and so are errors of arguments out of range."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UnsupportedInputError(UnsupportedDatasetError):
 
 
 class DataError(ForgetFilterError):
-    """Rows, a tokenizer or a model cannot be loaded."""
+    """Rows, a tokenizer or a model are missing or cannot be loaded, or the rows do not belong to the values or the trace."""
 
 
 class ScoringError(ForgetFilterError):
@@ -28,7 +28,10 @@ class ScoringError(ForgetFilterError):
 
 
 class BrokenPassError(ScoringError):
-    """A process failed in a forward pass that needs weights of other processes. They wait for it and cannot be told."""
+    """A process failed in a forward pass that needs weights of other processes.
+
+    The others are still waiting in that pass, so they cannot be told.
+    """
 
 
 class TraceError(ForgetFilterError):
@@ -36,4 +39,4 @@ class TraceError(ForgetFilterError):
 
 
 class DecisionError(ForgetFilterError):
-    """A filter result or a reviewer's decision cannot be read, or belongs to another trace."""
+    """A filter result or a reviewer's decision cannot be read or belongs to another trace, or would remove every row."""

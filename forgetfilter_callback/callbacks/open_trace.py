@@ -17,7 +17,7 @@ from ..data.audit_labels import as_labels
 from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
-from ..errors import TraceError, UnsupportedDatasetError
+from ..errors import DataError, TraceError, UnsupportedDatasetError
 from ..scoring.model_capabilities import check_is_causal, describe_left_padding
 from ..trace.trace import Trace
 from ..utils.counted import counted, counted_of
@@ -140,8 +140,8 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
 
     Raises:
         EncodingError: if `noisy` is a stream, is no table of rows, or has no rows.
-        DataError: if a row has no audit label in this column. See [`as_labels`].
-        ValueError: if a row has no such column.
+        DataError: if a row has no such column, or no audit label in it. See [`as_labels`].
+        ValueError: if there are no rows.
     """
     if noisy is None:
         raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but no rows were given.")
@@ -155,7 +155,7 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
     for index, row in enumerate(noisy):
         if not isinstance(row, Mapping) or audit_column not in row:
             has = f"has {sorted(row)}" if isinstance(row, Mapping) else f"is {type(row).__name__}"
-            raise ValueError(f"audit_column={audit_column!r} must be a column of `noisy`, but row {index} {has}.")
+            raise DataError(f"audit_column={audit_column!r} must be a column of `noisy`, but row {index} {has}.")
         labels.append(row[audit_column])
     return as_labels(labels, f"The column {audit_column!r}")
 

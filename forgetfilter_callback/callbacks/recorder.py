@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..errors import TraceError
+from ..errors import DataError, TraceError
 from ..measures.common import all_finite, mean_losses
 from ..scoring.scores import Scores
 from ..scoring.token_losses import window_scores
@@ -173,7 +173,7 @@ class Recorder:
         from ..scoring.generation import greedy_completions, split_prompts
 
         if tokenizer is None:
-            raise ValueError("rouge1=True needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
+            raise DataError("rouge1=True needs a tokenizer. Pass `processing_class=tokenizer` to the trainer.")
         prompts, references = split_prompts(self._trace.rows, tokenizer)
         longest_reference = int(np.diff(self._trace.rows.loss_offsets).max())
         generate = partial(

@@ -114,6 +114,7 @@ class ForgetTracker(TrainerCallback):
         EncodingError: if the rows are not samples of causal language modeling, if there are none, or if a row changes each
             time it is read.
         UnsupportedDatasetError: if rows have images or other model inputs; without `noisy`, if they are packed or streamed.
+        DataError: if a row has no audit label, or with `rouge1=True` if the trainer has no tokenizer.
         TraceError: if the trace in the folder belongs to other data, or if the sessions do not fit together.
         NotImplementedError: if sequences are split (context or sequence parallelism), if weights are divided in another
             way than by FSDP, DeepSpeed ZeRO or tensor parallelism, or with `rouge1=True` if processes share weights.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.audit_labels import as_labels
+from ..errors import DataError
 from ..review.verdicts import Verdict, trace_verdicts
 from ..trace.trace import Trace
 from ..utils.counted import counted
@@ -78,12 +79,13 @@ def count_by_source(
     Returns:
         `list[SourceCounts]`: one item per source, the one with the most removed rows first, then by the number of rows.
     """
-    for what, values in (("sources", sources), ("audit labels", unsafe)):
+    for what, values in (("source", sources), ("audit label", unsafe)):
         if isinstance(values, str):
             raise ValueError(f"Pass the values of the column, such as `dataset[{values!r}]`, not its name.")
         if values is not None and len(values) != len(result.ids):
-            raise ValueError(
-                f"There are {counted(len(result.ids), 'sample')}, but {len(values)} {what}. Pass one each."
+            raise DataError(
+                f"Pass one {what} per sample: there are {counted(len(result.ids), 'sample')}, but "
+                f"{counted(len(values), what)}."
             )
     names = [source_name(value) for value in sources]
     # An override is what the filter applied, so it is more current than a verdict.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import DecisionError
+from ..errors import DataError, DecisionError
 from ..utils.counted import counted, counted_of
 from ..utils.versions import library_versions
 from .config import FilterConfig, filter_config_or_default
@@ -47,9 +47,10 @@ def filter_by_values(
 
     Raises:
         TypeError: if `filter_config` is something else.
-        ValueError: if the measure is not given, if a setting needs a trace, if the number of values differs from the number
-            of ids, if no value is finite, or if all samples would be removed.
-        DecisionError: if an override names an unknown sample.
+        ValueError: if the measure is not given, if a setting needs a trace, or if the number of values differs from the
+            number of ids.
+        DataError: if no value is finite.
+        DecisionError: if an override names an unknown sample, or if all samples would be removed.
     """
     filter_config = filter_config_or_default(filter_config)
     measure, threshold, fraction = filter_config.measure, filter_config.threshold, filter_config.fraction
@@ -71,7 +72,7 @@ def filter_by_values(
     values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
     if not known.any():
-        raise ValueError(
+        raise DataError(
             f"There is no finite forgetting value among {counted(len(values), 'sample')}. The model may have diverged."
         )
     separability = find_threshold(values[known], measure, nats_per_unit)
@@ -90,7 +91,7 @@ def filter_by_values(
         removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
         reason = separability.reason
         if phi is not None:
-            reason += "; φ was chosen without verdicts, so it is not checked by anyone"
+            reason += "; nobody has checked φ: it was chosen without verdicts"
     else:
         method = "fixed"
         phi = threshold if math.isfinite(threshold) else None
@@ -102,7 +103,7 @@ def filter_by_values(
     if len(removed) and removed.all():
         decided = sum(override == "remove" for override in overrides.values()) if overrides else 0
         by_reviewer = f", {decided:,} of them by a reviewer's decision" if decided else ""
-        raise ValueError(
+        raise DecisionError(
             f"This would remove all {counted(len(values), 'sample')} (their forgetting ranges from {np.nanmin(values):.3g} "
             f"to {np.nanmax(values):.3g}){by_reviewer}. Choose a larger threshold, or threshold='auto'"
             f"{', or keep more rows in the review' if decided else ''}."

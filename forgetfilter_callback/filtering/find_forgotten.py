@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..errors import DataError
 from ..measures.names import DEFAULT_MEASURE
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting
@@ -43,10 +44,10 @@ def find_forgotten(
 
     Raises:
         TraceError: if the trace does not hold the records that the measure needs.
-        DecisionError: if the reviewer's decision or the verdicts belong to another trace, or if there are no verdicts.
+        DecisionError: if the reviewer's decision or the verdicts belong to another trace, if there are no verdicts, or if
+            all samples would be removed.
         TypeError: if `trace` or `filter_config` is something else.
-        ValueError: if more than 1 % of `ids` are not in the trace, if no sample has a finite value, or if all samples would
-            be removed.
+        DataError: if more than 1 % of `ids` are not in the trace, or if no sample has a finite value.
     """
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     config, overrides = with_decision(trace, config)
@@ -127,13 +128,13 @@ def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: n
         `np.ndarray` of shape `(samples,)`: NaN for ids that are not known.
 
     Raises:
-        ValueError: if more than 1 % of the ids that are not null are unknown.
+        DataError: if more than 1 % of the ids that are not null are unknown.
     """
     indices = pc.index_in(ids, value_set=known_ids, skip_nulls=True)
     total = len(ids) - ids.null_count
     unknown = indices.null_count - ids.null_count
     if unknown > MAX_UNKNOWN_FRACTION * total:
-        raise ValueError(
+        raise DataError(
             f"{counted_of(unknown, total, 'row', 'have')} no forgetting value (more than {MAX_UNKNOWN_FRACTION:.0%}), so "
             "these are not the rows that were tracked. The usual causes are a different max_length, chat template, "
             "tokenizer or collator. Prepare the rows exactly as in the tracked sessions."

@@ -163,8 +163,8 @@ class FilterResult:
             `unsafe_labeled`; see [`SourceCounts`].
 
         Raises:
-            ValueError: if there is not one source and one audit label per sample.
-            DataError: if an audit label is missing.
+            DataError: if there is not one source and one audit label per sample, or if an audit label is missing.
+            ValueError: if `sources` is the name of a column.
 
         Example:
 

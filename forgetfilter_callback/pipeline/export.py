@@ -78,10 +78,10 @@ def to_dataset(
         [`~datasets.Dataset`]: one row per row of `rows`, in their order.
 
     Raises:
-        DataError: if a row has a column with one of these names, or if the rows cannot become columns.
+        DataError: if more than 1 % of the rows are not in the trace, if a row has a column with one of these names, or if
+            the rows cannot become columns.
+        DecisionError, TraceError: as in [`find_forgotten`].
         TypeError: if `trace` or `filter_config` is something else.
-        ValueError: if more than 1 % of the rows are not in the trace.
-        TraceError: if the trace does not hold the records that the measure needs.
     """
     from ..data.as_rows import as_rows  # imports torch
     from ..data.encode_text import encode_rows
@@ -127,8 +127,10 @@ def export_rows(
         `str`: which rows count as removed, and whether there are verdicts that say otherwise.
 
     Raises:
-        DataError, DecisionError, ValueError, TraceError: as in [`to_dataset`], or if `file` is the noisy set, in the folder
-            of a trace, or an existing file that is not an export.
+        DataError: as in [`to_dataset`], or if `file` is the noisy set, in the folder of a trace, or an existing file that is
+            not an export.
+        DecisionError, TraceError: as in [`to_dataset`].
+        ValueError: if the format is unknown.
     """
     source = source if source is not None else find_source(trace)
     if file_format not in get_args(ExportFormat):

@@ -62,10 +62,10 @@ def filter_rows(
             many rows of each source are kept and removed.
 
     Raises:
-        DataError: if the rows cannot be found or loaded, if they have no `source_column`, or if files with the names of the
-            outputs come from elsewhere or were changed.
+        DataError: if the rows cannot be found or loaded, if more than 1 % of them are not in the trace, if they have no
+            `source_column`, or if files with the names of the outputs come from elsewhere or were changed.
+        DecisionError, TraceError: as in [`find_forgotten`].
         TypeError: if `trace` or `filter_config` is something else.
-        ValueError: if more than 1 % of the rows are not in the trace.
     """
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     source = source if source is not None else find_source(trace)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ..errors import DataError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..utils.argument_checks import check_max_length, check_record_steps
 from ..utils.atomic_files import write_text
@@ -196,12 +197,13 @@ class RunConfig:
         """Check that a resumed run has the settings that an earlier run saved in `file`.
 
         Raises:
+            DataError: if the file cannot be read.
             ValueError: if a setting differs.
         """
         try:
             saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{file} is damaged, so the run cannot be resumed: {error}") from error
+            raise DataError(f"{file} is damaged, so the run cannot be resumed: {error}") from error
         changed = [name for name, value in self.to_dict().items() if name != "output" and saved.get(name) != value]
         if changed:
             raise ValueError(

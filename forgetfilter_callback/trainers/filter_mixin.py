@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
+from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.filter_by_values import filter_by_values
 from ..filtering.find_forgotten import align_values, find_forgotten
@@ -173,7 +174,7 @@ def _values_of(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
             )
         return align_values(ids, known_ids, values)
     if len(values) != len(ids):
-        raise ValueError(
+        raise DataError(
             f"`forgetting` has {counted(len(values), 'value')}, but the training set has {counted(len(ids), 'row')}. An "
             "array must match the rows in their order. Otherwise pass (ids, values)."
         )

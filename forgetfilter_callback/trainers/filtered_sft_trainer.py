@@ -46,6 +46,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
 
     Raises:
         TypeError, ValueError, ForgetFilterError: as in [`FilteredTrainer`].
+        ValueError: also with weights, if rows are packed or batches are padding-free.
         EncodingError: for an `IterableDataset`, whose rows have no ids, and with `skip_prepare_dataset`.
     """
 

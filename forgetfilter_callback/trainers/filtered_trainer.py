@@ -48,8 +48,11 @@ class FilteredTrainer(FilterMixin, Trainer):
 
     Raises:
         TypeError: if `forgetting` or `filter_config` is something else, or if an argument is unknown.
-        ValueError: if more than 1 % of the rows have no forgetting value, if all rows would be removed, or if `forgetting`
-            is plain values and `filter_config.measure` is not given.
+        ValueError: if `forgetting` is plain values and `filter_config.measure` is not given.
+        DataError: if more than 1 % of the rows have no forgetting value, if no value is finite, or if an array does not have
+            one value per row.
+        DecisionError, TraceError: as in [`find_forgotten`].
+        EncodingError: if the rows are not samples of causal language modeling, such as the rows of a stream.
         ForgetFilterError: from `train()`, if the model is not the base model of the trace. With weights, also if the model
             is compiled, if `torch.nn.DataParallel` is used, or if a fused loss never computes the logits.
     """

@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from forgetfilter_callback import ForgetTracker, encode_rows, find_forgotten
 from forgetfilter_callback.callbacks import integrations
 from forgetfilter_callback.callbacks.integrations import summarize_forgetting
+from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.trace.records import Record
 
@@ -165,7 +166,7 @@ def test_tensorboard_receives_the_histograms(noisy, safety, make_args, collator,
 
 
 def test_a_missing_audit_column_is_refused(noisy):
-    with pytest.raises(ValueError, match="audit_column='toxic' must be a column of `noisy`, but row 0 has"):
+    with pytest.raises(DataError, match="audit_column='toxic' must be a column of `noisy`, but row 0 has"):
         ForgetTracker(noisy, audit_column="toxic")
     with pytest.raises(ValueError, match="audit_column='unsafe' must be a column of `noisy`, but no rows were given"):
         ForgetTracker(audit_column="unsafe")

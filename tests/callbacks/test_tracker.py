@@ -16,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker, Trace
-from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.errors import DataError, TraceError
 from forgetfilter_callback.trace.records import Record
 
 
@@ -142,6 +142,11 @@ def test_a_record_without_rouge_names_the_option(noisy, safety, make_args, colla
     train_tracked(safety, make_args, collator, tracker)
     with pytest.raises(TraceError, match=r"ForgetTracker\(rouge1=True\)"):
         tracker.trace.forgetting("rouge1")
+
+
+def test_rouge1_without_a_tokenizer_is_refused(noisy, make_args, collator):
+    with pytest.raises(DataError, match="rouge1=True needs a tokenizer"):
+        train_tracked(noisy, make_args, collator, ForgetTracker(rouge1=True))
 
 
 def test_deleting_checkpoints_does_not_affect_the_trace(noisy, make_args, collator):

@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from forgetfilter_callback import FilterConfig, ForgetFilter, RunConfig, Trace
+from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.pipeline import cost_estimate as plan_module
 from forgetfilter_callback.pipeline.cost_estimate import Plan
 from forgetfilter_callback.pipeline.load_model import add_lora, load_model, lora_config
@@ -280,5 +281,5 @@ def test_a_resumed_run_must_have_the_same_settings(whole, files, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"- 1", b"text", b"a: [", b"\xff\xfe"])
 def test_a_damaged_configuration_cannot_be_resumed(content, tmp_path):
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged, so the run cannot be resumed"):
+    with pytest.raises(DataError, match=r"config\.yaml is damaged, so the run cannot be resumed"):
         RunConfig("m", "n", "s", "o").check_same_as(tmp_path / "config.yaml")

@@ -13,6 +13,7 @@ from datasets import Dataset
 from helpers import sample_ids
 
 from forgetfilter_callback import FilterConfig, FilterResult
+from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.filtering.by_source import count_by_source, largest_sources, source_name
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.review.verdicts import Verdict
@@ -98,7 +99,7 @@ def test_values_that_are_not_text():
 
 def test_wrong_lengths_and_names_of_columns_are_refused():
     result = result_of(np.array([1.0, -1, 1]))
-    with pytest.raises(ValueError, match=r"There are 3 samples, but 2 sources\. Pass one each\."):
+    with pytest.raises(DataError, match=r"Pass one source per sample: there are 3 samples, but 2 sources\."):
         result.by_source(["a", "b"])
     with pytest.raises(ValueError, match="3 samples, but 4 audit labels"):
         result.by_source(["a", "b", "c"], unsafe=[True] * 4)

@@ -12,7 +12,7 @@ from helpers import sample_ids, tiny_llama, two_populations
 from transformers import Trainer
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, find_forgotten
-from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.errors import DataError, DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.find_forgotten import align_values
 from forgetfilter_callback.measures.names import MEASURES
@@ -25,7 +25,7 @@ LOSS = FilterConfig("loss")
 def test_infinite_values_are_unknown():
     result = filter_by_values(sample_ids(4), np.array([np.inf, 0.0, 0.1, 5.0]), LOSS)
     assert result.removed.tolist() == [False, False, False, True] and result.counts["unknown"] == 1
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(DataError, match="finite"):
         filter_by_values(sample_ids(2), np.array([np.nan, np.inf]), LOSS)
 
 
@@ -59,7 +59,6 @@ def test_samples_with_unknown_values_are_kept():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"filter_config": FilterConfig("loss", -9.0)}, "would remove all 3 samples"),
         ({"filter_config": FilterConfig()}, r"Plain values do not say what they measure.*FilterConfig\(measure=...\)"),
         ({"ids": sample_ids(1)}, r"`ids` has 1 id, but `values` has the shape \(3,\)"),
         ({"values": np.ones((3, 2))}, r"`ids` has 3 ids, but `values` has the shape \(3, 2\)"),
@@ -83,8 +82,8 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
             {},
             "auto",
             math.log(2),
-            "the median above φ is 7.4 robust standard deviations above the median of the rest; φ was chosen without "
-            "verdicts, so it is not checked by anyone",
+            "the median above φ is 7.4 robust standard deviations above the median of the rest; nobody has checked φ: "
+            "it was chosen without verdicts",
         ),
     ],
 )
@@ -121,7 +120,7 @@ def test_values_are_aligned_by_id():
     known, values = pa.array(["a", None, "b"]), np.array([1.0, 9.0, 2.0])
     np.testing.assert_array_equal(align_values(pa.array(["b", None, "a"]), known, values), [2, np.nan, 1])
     many = pa.array([*"ab" * 45, *"cdefghijkl", *[None] * 900])
-    with pytest.raises(ValueError, match="10 of 100 rows have no forgetting value"):
+    with pytest.raises(DataError, match="10 of 100 rows have no forgetting value"):
         align_values(many, known, values)
 
 
@@ -165,8 +164,10 @@ def test_overrides_take_precedence_over_the_threshold():
     message = (
         r"would remove all 4 samples .* ranges from 0 to 3\), 1 of them by a reviewer's decision\. .* keep more rows"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, FilterConfig("loss", 0.5), {"id-0": "remove"})
+    with pytest.raises(DecisionError, match="would remove all 4 samples"):
+        filter_by_values(sample_ids(4), values, FilterConfig("loss", -9.0))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -175,7 +176,7 @@ def test_values_that_are_not_finite_are_kept_and_counted(measure, bad):
     values = np.array([0.0, 0.01, 0.02, bad, 3.0, 3.1])
     result = filter_by_values(pa.array(list("abcdef")), values, FilterConfig(measure))
     assert not result.removed[3] and result.counts["unknown"] == 1
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(DataError, match="finite"):
         filter_by_values(pa.array(["a", "b"]), np.array([bad, bad]), FilterConfig(measure))
 
 
@@ -184,7 +185,7 @@ def test_values_that_are_not_finite_are_kept_and_counted(measure, bad):
 def test_few_and_extreme_values(measure, values):
     values = np.array(values)
     if len(values) == 0:
-        with pytest.raises(ValueError, match="There is no finite forgetting value among 0 samples"):
+        with pytest.raises(DataError, match="There is no finite forgetting value among 0 samples"):
             filter_by_values(pa.array([], pa.string()), values, FilterConfig(measure))
         return
     result = filter_by_values(pa.array([f"{i}" for i in range(len(values))]), values, FilterConfig(measure))

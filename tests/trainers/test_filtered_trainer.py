@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, filtered
 from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.data.encoded_rows import EncodedRows
-from forgetfilter_callback.errors import UnsupportedDatasetError
+from forgetfilter_callback.errors import DataError, DecisionError, UnsupportedDatasetError
 from forgetfilter_callback.trainers import filtered_trainer
 from forgetfilter_callback.trainers.row_weights import RowWeightsMixin
 
@@ -226,7 +226,7 @@ def test_values_without_a_measure_are_refused(noisy, make_args, collator):
 
 
 def test_an_array_of_another_length_is_refused(noisy, make_args, collator):
-    with pytest.raises(ValueError, match="has 3 values, but the training set has 24 rows"):
+    with pytest.raises(DataError, match="has 3 values, but the training set has 24 rows"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
             forgetting=np.zeros(3), filter_config=FilterConfig("loss", fraction=0.5),
@@ -242,7 +242,7 @@ def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
 
 
 def test_a_threshold_that_removes_everything_is_refused(noisy, tracker, make_args, collator):
-    with pytest.raises(ValueError, match="would remove all 24 samples"):
+    with pytest.raises(DecisionError, match="would remove all 24 samples"):
         FilteredTrainer(
             tiny_llama(),
             make_args(),
