@@ -23,7 +23,6 @@ from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
-from ..measures.common import mean_losses
 from ..measures.names import DEFAULT_MEASURE, MEANINGS, UNITS
 from ..review.verdicts import Verdict, VerdictLabel, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -170,7 +169,7 @@ def _page_data(
     if samples > MAX_PLOTTED:
         plotted = np.sort(np.random.default_rng(0).choice(samples, MAX_PLOTTED, replace=False))
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
-    initial_losses = mean_losses(trace.token_losses(initial), trace.rows.loss_offsets)
+    initial_losses = trace.mean_losses(initial)
     overridden = _overridden_samples(result)
     labels = {verdict.row: verdict.verdict for verdict in verdicts}
     drawn = _draw_samples(result)
@@ -259,16 +258,15 @@ def _text_rows(
     unsafe: np.ndarray | None,
     labels: dict[int, VerdictLabel],
 ) -> list[dict[str, Any]]:
-    before, after = trace.first_and_last()
-    rises = trace.token_losses(after) - trace.token_losses(before)
+    before, after = map(trace.stored_losses, trace.first_and_last())
     offsets = trace.rows.loss_offsets
     special = special_ids(tokenizer)
     order_of = {index: order for order, index in enumerate(drawn.tolist())}
     rows = []
     for index in shown.tolist():
         tokens, loss_mask = trace.rows.sample(index)
-        of_sample = rises[offsets[index] : offsets[index + 1]]
-        prompt, pieces = split_text(tokenizer, tokens, loss_mask, of_sample, special)
+        span = slice(offsets[index], offsets[index + 1])
+        prompt, pieces = split_text(tokenizer, tokens, loss_mask, after[span] - before[span], special)
         prompt, is_cut = last_characters(prompt, MAX_TEXT_LENGTH)
         rows.append(
             {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from helpers import CHROMIUM, hostile_trace
 from playwright.sync_api import sync_playwright
 
 from forgetfilter_callback import FilterConfig
+from forgetfilter_callback.measures import common
 from forgetfilter_callback.reports.review_page import write_review_page
+from forgetfilter_callback.trace.stored_column import StoredColumn
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +20,22 @@ def browser():
         running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture
+def loss_reads(monkeypatch) -> list[int]:
+    """How many losses each read of a record returned. A part of a record has at most 500."""
+    monkeypatch.setattr(common, "WINDOW_TOKENS", 500)
+    read, lengths = StoredColumn.__getitem__, []
+
+    def remember(column: StoredColumn, span: slice) -> np.ndarray:
+        values = read(column, span)
+        if values.dtype == np.float32:
+            lengths.append(len(values))
+        return values
+
+    monkeypatch.setattr(StoredColumn, "__getitem__", remember)
+    return lengths
 
 
 @pytest.fixture

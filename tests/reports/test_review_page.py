@@ -417,6 +417,15 @@ def test_a_large_set_is_subsampled(tmp_path, tokenizer, monkeypatch):
     assert abs(numbers.mean() - samples / 2) < 5 * samples / np.sqrt(12 * len(numbers))
 
 
+def test_losses_are_read_in_parts(tmp_path, byte_tokenizer, loss_reads):
+    trace, _ = hostile_trace(tmp_path / "trace", byte_tokenizer, samples=MAX_TEXTS + 200)
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig("loss"))
+    assert max(loss_reads) <= 500 < trace.rows.loss_offsets[-1]
+    for row in data_of(tmp_path / "review.html")["rows"]:  # all tokens of a row rise by the same number
+        rises = [rise for _, rise, _ in row["pieces"] if rise is not None]
+        assert rises and rises == pytest.approx([row["value"]] * len(rises), abs=1e-3)
+
+
 @pytest.mark.parametrize("measure", ["combined", "smoothed"])
 def test_curves_in_typical_changes_rise_as_samples_are_forgotten(tmp_path, byte_tokenizer, measure):
     """A record's values are scaled by its own typical change; the page scales all records by the last record's."""

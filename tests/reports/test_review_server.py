@@ -156,6 +156,22 @@ def test_a_row_is_shown_with_its_texts_and_similar_rows(client, trace, session):
     assert (state["seen"], state["unsafe"], state["rows"], state["left_in_round"]) == (0, 0, ROWS, 10)
 
 
+def test_losses_are_read_for_the_shown_rows_only(trace, loss_reads, client):
+    content = get(client, "/token/state").json["row"]
+    assert max(loss_reads) <= 500 < trace.rows.loss_offsets[-1]
+    value = trace.forgetting("loss")  # all tokens of a row rise by the same number
+    for row in (content, *content["similar"]):
+        rises = [rise for _, rise, _ in row["pieces"] if rise is not None]
+        assert rises and rises == pytest.approx([value[row["number"]]] * len(rises), abs=1e-3)
+
+
+def test_a_record_that_was_replaced_is_reported(client, trace):
+    last = Record("safety", 8)
+    trace.append(last, [Scores(trace.token_losses(last) + 1)])
+    response = get(client, "/token/state")
+    assert response.status_code == 500 and "was replaced while it was read" in response.json["problem"]
+
+
 def test_verdicts_are_stored_at_once_and_rows_are_ranked_again(client, trace, session):
     given = []
     for number in range(10):

@@ -11,7 +11,7 @@ from importlib.resources import files
 from threading import Lock
 from typing import Any, get_args
 
-from ...errors import DecisionError
+from ...errors import DecisionError, TraceError
 from ...review.verdicts import VerdictLabel
 from ...utils.optional_packages import requires_extra
 from .session import ReviewSession
@@ -80,6 +80,10 @@ def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
     @app.errorhandler(DecisionError)
     def conflict(error: DecisionError) -> tuple[dict[str, Any], int]:
         return {"problem": str(error)}, 409
+
+    @app.errorhandler(TraceError)
+    def not_read(error: TraceError) -> tuple[dict[str, Any], int]:
+        return {"problem": str(error)}, 500
 
     @app.errorhandler(OSError)
     def not_stored(error: OSError) -> tuple[dict[str, Any], int]:

@@ -52,7 +52,7 @@ class ReviewSession:
         self._sources = None if sources is None else [source_name(value) for value in sources]
         self._rows_of_source = Counter(self._sources)
         before, after = queue.trace.first_and_last()
-        self._rises = queue.trace.token_losses(after) - queue.trace.token_losses(before)
+        self._before, self._after = queue.trace.stored_losses(before), queue.trace.stored_losses(after)
         states = queue.trace.states(before).astype(np.float32)
         states[~np.isfinite(states)] = 0
         # All states share a large component. Without centering, all rows would be similar.
@@ -180,7 +180,8 @@ class ReviewSession:
     def _text(self, row: int, max_length: int) -> dict[str, Any]:
         rows = self.queue.trace.rows
         tokens, loss_mask = rows.sample(row)
-        rises = self._rises[rows.loss_offsets[row] : rows.loss_offsets[row + 1]]
+        span = slice(rows.loss_offsets[row], rows.loss_offsets[row + 1])
+        rises = self._after[span] - self._before[span]
         prompt, pieces = split_text(self._decoder, tokens, loss_mask, rises, self._special, max_length)
         prompt, is_cut = last_characters(prompt, max_length)
         return {"prompt": prompt, "is_cut": is_cut, "pieces": pieces}
