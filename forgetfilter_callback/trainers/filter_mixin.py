@@ -36,7 +36,8 @@ logger = get_logger(__name__)
 # `Trainer.push_to_hub` skips names that begin with "_". The removed rows must not be published.
 RESULT_FOLDER = "_forgetfilter-result"
 
-Forgetting = ForgetTracker | TraceOrFolder | tuple[Sequence[str], Sequence[float]] | np.ndarray
+PlainValues = tuple[Sequence[str], Sequence[float]] | np.ndarray
+Forgetting = ForgetTracker | TraceOrFolder | PlainValues
 
 
 class FilterMixin(RowWeightsMixin):
@@ -56,7 +57,7 @@ class FilterMixin(RowWeightsMixin):
         self,
         dataset: Any,
         ids: pa.StringArray,
-        forgetting: Forgetting,
+        forgetting: Trace | PlainValues,
         filter_config: FilterConfig,
         max_length: int | None,
         keep_end: bool = False,
@@ -67,9 +68,8 @@ class FilterMixin(RowWeightsMixin):
         """
 
         def decide() -> FilterResult:
-            trace = get_trace(forgetting)
-            if trace is not None:
-                return find_forgotten(trace, filter_config, ids)
+            if isinstance(forgetting, Trace):
+                return find_forgotten(forgetting, filter_config, ids)
             return filter_by_values(ids, _values_of(ids, forgetting), filter_config)
 
         self.filter_result = result = run_on_main(decide)
@@ -90,8 +90,8 @@ class FilterMixin(RowWeightsMixin):
             self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed)
 
 
-def get_trace(forgetting: Forgetting) -> Trace | None:
-    """The trace of a tracker or of a folder; `None` for plain values.
+def trace_or_values(forgetting: Forgetting) -> Trace | PlainValues:
+    """The trace of a tracker or of a folder, or the plain values. A folder is opened once, because that reads all rows.
 
     Raises:
         TypeError: if `forgetting` is something else.
@@ -101,7 +101,7 @@ def get_trace(forgetting: Forgetting) -> Trace | None:
     if isinstance(forgetting, Trace | str | os.PathLike):
         return as_trace(forgetting)
     _plain_values(forgetting)
-    return None
+    return forgetting
 
 
 @contextmanager

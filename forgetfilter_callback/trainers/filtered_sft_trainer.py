@@ -16,9 +16,10 @@ from ..data.encode_text import encode_rows
 from ..errors import EncodingError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
+from ..trace.trace import Trace
 from ..utils.optional_packages import requires_extra
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, get_trace
+from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, trace_or_values
 
 
 with requires_extra("trl", "FilteredSFTTrainer"):
@@ -57,7 +58,9 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         filter_config: FilterConfig | None = None,
         **kwargs: Any,
     ):
-        self._forgetting, self._filter_config = forgetting, filter_config_or_default(filter_config)
+        self._forgetting = None if forgetting is None else trace_or_values(forgetting)
+        self._trace = self._forgetting if isinstance(self._forgetting, Trace) else None
+        self._filter_config = filter_config_or_default(filter_config)
         if forgetting is not None and "train_dataset" in kwargs:
             kwargs["train_dataset"] = as_rows(kwargs["train_dataset"], "`train_dataset`")
         with explain_filter_settings(kwargs):
@@ -74,7 +77,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         if self._filter_config.weights:
             self.check_weights_are_possible()
         self._save_result(self.args)
-        self.add_callback(BaseModelCheck(get_trace(forgetting)))
+        self.add_callback(BaseModelCheck(self._trace))
 
     def _prepare_dataset(
         self,
@@ -104,8 +107,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 formatting_func,
                 dataset_name,
             )
-            trace = get_trace(self._forgetting)
-            max_length = trace.manifest["max_length"] if trace is not None else None
+            max_length = self._trace.manifest["max_length"] if self._trace is not None else None
             keep_end = args.truncation_mode == "keep_end"
             prepared_ids = encode_rows(
                 prepared.select_columns(["input_ids", "labels"]),

@@ -14,9 +14,10 @@ from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
+from ..trace.trace import Trace
 from ..utils.model_state import preserve_state
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, get_trace
+from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, trace_or_values
 
 
 class FilteredTrainer(FilterMixin, Trainer):
@@ -76,7 +77,8 @@ class FilteredTrainer(FilterMixin, Trainer):
                 "FilteredTrainer needs a map-style dataset, because samples of a stream cannot be removed by id. Load the "
                 "dataset with `streaming=False`, or stream the `kept.jsonl` that `forgetfilter filter` writes."
             )
-        trace = get_trace(forgetting)
+        forgetting = trace_or_values(forgetting)
+        trace = forgetting if isinstance(forgetting, Trace) else None
         model = cast(nn.Module, self.model)
         check_is_causal(model)
         if config.weights:

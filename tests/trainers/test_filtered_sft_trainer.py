@@ -11,7 +11,7 @@ from sft_helpers import rows_of
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker
+from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker, Trace
 from forgetfilter_callback.errors import EncodingError, ForgetFilterError
 
 
@@ -130,6 +130,20 @@ def test_rows_are_truncated_as_by_the_tracker(sft_config, chat_tokenizer):
     )
     assert tracker.trace.rows.truncated == 4
     assert set(trainer.removed_dataset["id"]) == set(np.argsort(tracker.trace.forgetting())[-3:].tolist())
+
+
+def test_a_trace_folder_is_opened_once(tracker, sft_config, chat_tokenizer, monkeypatch):
+    """Opening a trace decodes all of its rows."""
+    opened, open_trace = [], Trace.open
+    monkeypatch.setattr(Trace, "open", lambda folder: opened.append(folder) or open_trace(folder))
+    FilteredSFTTrainer(
+        tiny_llama(),
+        sft_config(),
+        train_dataset=rows_of("prompt and completion"),
+        processing_class=chat_tokenizer,
+        forgetting=tracker.trace.folder,
+    )
+    assert opened == [tracker.trace.folder]
 
 
 def test_settings_without_forgetting_are_refused(sft_config, chat_tokenizer):

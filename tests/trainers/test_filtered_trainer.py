@@ -14,7 +14,7 @@ from datasets import Dataset
 from helpers import random_rows, tiny_llama
 from transformers import Trainer, TrainingArguments
 
-from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, filtered
+from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, Trace, filtered
 from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.data.encoded_rows import EncodedRows
 from forgetfilter_callback.errors import DataError, DecisionError, UnsupportedDatasetError
@@ -161,6 +161,16 @@ def test_a_torch_dataset_is_filtered(noisy, tracker, make_args, collator):
     trainer.train()
 
 
+def test_a_trace_folder_is_opened_once(noisy, tracker, make_args, collator, monkeypatch):
+    """Opening a trace decodes all of its rows."""
+    opened, open_trace = [], Trace.open
+    monkeypatch.setattr(Trace, "open", lambda folder: opened.append(folder) or open_trace(folder))
+    FilteredTrainer(
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=tracker.trace.folder
+    )
+    assert opened == [tracker.trace.folder]
+
+
 def test_the_result_is_saved_in_the_output_folder(noisy, tracker, make_args, collator):
     args = make_args()
     trainer = FilteredTrainer(
@@ -197,7 +207,7 @@ def test_rows_without_a_value_are_kept_and_reported(tracker, noisy, make_args, c
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
-    with pytest.raises(ValueError, match=r"24 of 24 rows.*max_length, chat template"):
+    with pytest.raises(DataError, match=r"24 of 24 rows.*max_length, chat template"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=random_rows(24, seed=9), data_collator=collator, forgetting=tracker
         )
