@@ -15,7 +15,6 @@ from rich.text import Text
 from ..data.output_lines import to_json_lines
 from ..filtering.result import FilterResult
 from ..pipeline.outputs import write_kept_and_removed
-from ..reports.plot import plot_forgetting
 from ..utils.atomic_files import write_json
 from ..utils.counted import counted
 from .demo_data import DemoData
@@ -100,7 +99,7 @@ def write_results(
     lines = to_json_lines(noisy.add_column("forgetting", reviewed.values))
     write_kept_and_removed(output / "kept.jsonl", output / "removed.jsonl", lines, reviewed.removed)
     _held_out(data, answers).to_json(output / "answers.jsonl", force_ascii=False)
-    plot_forgetting(automatic, output / "forgetting.png", noisy["group"])
+    automatic.plot(noisy["group"]).savefig(output / "forgetting.png", dpi=150)
 
 
 def _held_out(data: DemoData, answers: Mapping[str, list[str]]) -> Dataset:

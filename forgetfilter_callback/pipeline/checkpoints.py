@@ -42,7 +42,6 @@ def score_checkpoints(
     rows: EncodedRows,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: dict[str, str],
-    max_length: int | None = None,
     batch_tokens: int | None = None,
     disable_tqdm: bool = False,
 ) -> Trace:
@@ -60,8 +59,6 @@ def score_checkpoints(
         checkpoints (`dict[str, str]`):
             Hub ids or folders of models or PEFT adapters: `"before"` (the model that has learned the rows), `"after"` (the
             same after safety finetuning) and, for relative forgetting, `"base"` (the base model).
-        max_length (`int`, *optional*):
-            The `max_length` that the rows were encoded with. Defaults to that of `rows`, and must be equal to it.
         batch_tokens (`int`, *optional*):
             As in [`ForgetTracker`].
         disable_tqdm (`bool`, defaults to `False`):
@@ -84,11 +81,6 @@ def score_checkpoints(
         raise ValueError(
             f"`tokenizer` must be a `PreTrainedTokenizerBase`, but it is {type(tokenizer).__name__}. Pass the tokenizer "
             "that the rows were encoded with."
-        )
-    if max_length not in (None, rows.max_length):
-        raise ValueError(
-            f"max_length={max_length!r} is not what the rows were encoded with ({rows.max_length}). Leave it out, or "
-            "pass it to `encode_rows`."
         )
     device = _start_processes()
     tokenizer_name = absolute_path_or_hub_id(tokenizer.name_or_path)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -49,13 +50,17 @@ class ForgetFilter:
             Further callbacks of all three trainers.
         trainer_kwargs:
             Further arguments of all three trainers (`data_collator`, `processing_class`, …).
+
+    Raises:
+        EncodingError: if `noisy` or `safety` is no table of rows, or has no rows.
+        TypeError: if `filter_config` is something else.
     """
 
     def __init__(
         self,
         load_model: Callable[[], PreTrainedModel],
-        noisy: Dataset | torch.utils.data.Dataset,
-        safety: Dataset | torch.utils.data.Dataset,
+        noisy: Dataset | torch.utils.data.Dataset | pd.DataFrame,
+        safety: Dataset | torch.utils.data.Dataset | pd.DataFrame,
         args: TrainingArguments,
         safety_args: TrainingArguments | None = None,
         tracker: ForgetTracker | None = None,
@@ -75,7 +80,12 @@ class ForgetFilter:
         self.model: PreTrainedModel | None = None
 
     def finetune(self, resume_from_checkpoint: str | bool | None = None) -> PreTrainedModel:
-        """Finetune the base model on the noisy set. Returns the model after noisy finetuning."""
+        """Finetune the base model on the noisy set. Returns the model after noisy finetuning.
+
+        Raises:
+            ForgetFilterError: as in [`ForgetTracker`].
+            TypeError: if one of `trainer_kwargs` is not an argument of `Trainer`.
+        """
         self.model = self.load_model()
         self._trainer("noisy", self.args, self.model, self.noisy).train(resume_from_checkpoint)
         return self.model
@@ -85,6 +95,7 @@ class ForgetFilter:
 
         Raises:
             RuntimeError: if [`finetune`] was not called before.
+            ForgetFilterError: as in [`ForgetTracker`].
         """
         if self.model is None:
             raise RuntimeError(
@@ -94,7 +105,11 @@ class ForgetFilter:
         return self.model
 
     def refit(self, resume_from_checkpoint: str | bool | None = None) -> FilteredTrainer:
-        """Finetune the base model on the rows that were not forgotten. Returns the trainer, with its `filter_result`."""
+        """Finetune the base model on the rows that were not forgotten. Returns the trainer, with its `filter_result`.
+
+        Raises:
+            ForgetFilterError: as in [`FilteredTrainer`].
+        """
         self.model = None
         trainer = FilteredTrainer(
             self.load_model(),

@@ -312,8 +312,8 @@ class Trace:
 
         Args:
             measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"combined"`):
-                The measure; each is a module of `forgetfilter_callback.measures`. `"relative"` needs the record of the
-                base model. `"rouge1"` needs `ForgetTracker(rouge1=True)`.
+                The measure. `"relative"` needs the record of the base model. `"rouge1"` needs
+                `ForgetTracker(rouge1=True)`.
             step (`int`, *optional*):
                 The record of the safety session that is compared with its first record. Defaults to the last one.
 
@@ -322,6 +322,7 @@ class Trace:
 
         Raises:
             TraceError: if the trace does not hold the records that the measure needs.
+            ValueError: if the measure is unknown.
         """
         return compute_forgetting(self, measure, step)[0]
 
@@ -337,6 +338,8 @@ class Trace:
 
         Raises:
             ImportError: if matplotlib is not installed (the extra `[report]`).
+            TraceError: if a record cannot be read.
+            ValueError: if the measure is unknown.
         """
         return plot_trace(self, measure)
 

@@ -11,7 +11,6 @@ from helpers import HOSTILE, sample_ids, two_populations
 
 from forgetfilter_callback import FilterConfig, FilterResult
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
-from forgetfilter_callback.reports.plot import plot_forgetting
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_a_result_without_a_threshold_has_no_line(result):
 
 
 def test_the_plot_is_written_to_a_file(result, tmp_path):
-    plot_forgetting(result, tmp_path / "forgetting.png")
+    result.plot().savefig(tmp_path / "forgetting.png", dpi=150)
     assert plt.imread(tmp_path / "forgetting.png").shape == (675, 1200, 4)
 
 
