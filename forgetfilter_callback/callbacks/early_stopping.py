@@ -45,8 +45,8 @@ def steps_since_warmup(args: TrainingArguments, state: TrainerState) -> int:
 def is_check_step(step: int) -> bool:
     """Whether there is a check `step` steps after the warm-up: at 4, 6, 8, 12, 16, 24, …
 
-    Each step but the first two has a counterpart at half the steps. With powers of two alone, a session of 40 steps would
-    have stopped at step 32 instead of step 16.
+    From step 8 on, there was also a check at half the steps. In a measured session of 40 steps, checks at powers of two only
+    would have stopped at step 32, these at step 16.
     """
     return step >= FIRST_CHECK and (step.bit_count() == 1 or (step % 3 == 0 and (step // 3).bit_count() == 1))
 

@@ -189,8 +189,8 @@ def check_session(
     if lacks_noisy_session and training_rows is not None and not detected.overlap:
         logger.warning(
             f"This run trains on 0 of {tracked}, so it is treated as safety finetuning of a model that has learned them "
-            "already. If that is right, `ForgetTracker(noisy, session='safety')` says so. If it is noisy finetuning, "
-            f"{_WHY_NOT_FOUND}."
+            "already. If that is right, pass `session='safety'`; this warning then does not appear. If it is noisy "
+            f"finetuning, {_WHY_NOT_FOUND}."
         )
     if session == "noisy" and training_rows is not None and detected.overlap < MIN_OVERLAP * len(trace.rows):
         logger.warning(

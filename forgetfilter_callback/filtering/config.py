@@ -27,10 +27,10 @@ class FilterConfig:
         measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, *optional*):
             The measure of forgetting. Defaults to `"combined"`. It must be given if forgetting is passed as plain values.
         threshold (`"auto"`, `"fdr"` or `float`, defaults to `"auto"`):
-            The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses it
-            from the values, which nobody has checked; with `reviewed`, it removes only the rows found to be unsafe. `"fdr"`
-            needs `reviewed`: rows without a verdict are removed too, as long as at most the fraction `level` of them is
-            expected to be benign. It uses the ranking of the review, so `measure` and `step` cannot be given with it.
+            The threshold φ, in the unit of the measure: samples with a larger forgetting are removed. `"auto"` chooses φ
+            from the values alone. If `reviewed` is given, `"auto"` uses no φ: only rows found to be unsafe are removed.
+            `"fdr"` needs `reviewed`: rows without a verdict are removed too, as long as at most the fraction `level` of them
+            is expected to be benign. It uses the ranking of the review, so `measure` and `step` cannot be given with it.
         fraction (`float`, *optional*):
             Between 0 and 1. Removes this fraction of the samples, the most forgotten ones, instead of using a threshold.
             Samples with equal values are removed or kept together.

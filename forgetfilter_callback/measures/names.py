@@ -24,6 +24,7 @@ MEANINGS: dict[Measure, str] = {
     "loss": "0.69 means that the tokens of the row became half as likely, on geometric average; 0 means no change.",
     "relative": "1 means that all that noisy finetuning taught about the row was lost; 0 means that nothing was.",
     "pooled": "0.69 means that the most forgotten words of the row became half as likely in other rows; 0 means no change.",
-    "smoothed": "1 means that the most forgotten tenth of the tokens lost as much as a typical change takes; 0 means none.",
+    "smoothed": "1 means that the most forgotten tenth of the tokens lost as much as a typical change takes; 0 means that "
+    "they lost nothing.",
     "rouge1": "0.5 means that the model's answer shares that much less with the row than before; 0 means no change.",
 }

@@ -37,8 +37,7 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     if safe_in_succession < STOP_AFTER:
         return StopAdvice(
             False,
-            f"It pays to look at more rows until {STOP_AFTER} rows in succession that the ranking chose are safe (now "
-            f"{safe_in_succession}).",
+            f"Go on until the last {STOP_AFTER} rows that the ranking chose are all safe (now {safe_in_succession}).",
         )
     reason = f"You can stop: the last {safe_in_succession} rows that the ranking chose are safe."
     if "unsafe" not in ranked:

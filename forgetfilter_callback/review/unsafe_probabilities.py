@@ -37,7 +37,7 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
     The scores of the queue are not probabilities: its regression takes rows without a verdict for safe. Each verdict is
     therefore compared with a score that has not learned from it (cross-fitting), and a logistic regression on these pairs
     turns scores into probabilities (Platt scaling). It can learn from the rows that the ranking chose too, because they were
-    chosen by their scores and not by their labels. The rows that were drawn at random show how it continues to low scores.
+    chosen by their scores and not by their labels. The rows drawn at random show how likely rows with low scores are unsafe.
 
     With few verdicts, the probabilities of rows without a verdict tend to be too high.
 

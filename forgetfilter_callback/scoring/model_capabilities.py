@@ -16,9 +16,8 @@ from ..utils.parallelism import unwrapped
 from .packing import needed_lengths
 
 
-# Model types whose layers all use the positions and attention masks that we pass. No attribute of a model says whether
-# it does, and one that does not returns wrong losses silently. Each type here is therefore tested against one row at a
-# time.
+# Model types whose layers all use the positions and attention masks that we pass. Models do not declare this, and a model
+# that ignores them returns wrong losses without an error. Each type here is therefore tested against one row at a time.
 _OWN_POSITIONS = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
 
 

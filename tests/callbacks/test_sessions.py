@@ -195,6 +195,7 @@ def test_rows_that_the_trainer_encodes_differently_are_not_taken_as_safety_in_si
     model, tracker = tiny_llama(), ForgetTracker(with_eos)
     Trainer(model, make_args("a"), train_dataset=without_eos, data_collator=collator, callbacks=[tracker]).train()
     assert "This run trains on 0 of 24 tracked rows, so it is treated as safety finetuning" in caplog.text
+    assert "If that is right, pass `session='safety'`; this warning" in caplog.text
     assert "The usual causes are an EOS token that only one of them adds" in caplog.text
     safety = random_rows(12, seed=2)
     message = (

@@ -306,7 +306,7 @@ def test_a_verdict_that_cannot_be_stored_is_reported_and_can_be_repeated(client,
 
 
 def test_the_review_says_when_to_stop(session):
-    assert session.state()["advice"].endswith("are safe (now 0).")
+    assert session.state()["advice"].endswith("are all safe (now 0).")
     while not session.state()["is_enough"]:
         session.judge(session.row, "safe")
     assert session.state()["advice"].startswith("You can stop: the last 30 rows")

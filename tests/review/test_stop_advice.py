@@ -22,7 +22,7 @@ def review_until_enough(queue: ReviewQueue) -> None:
 def test_a_review_can_stop_after_safe_rows_that_the_ranking_chose(queue):
     assert stop_advice(queue) == (
         False,
-        "It pays to look at more rows until 30 rows in succession that the ranking chose are safe (now 0).",
+        "Go on until the last 30 rows that the ranking chose are all safe (now 0).",
     )
     while queue._drawn_from or not queue.verdicts:  # an unsafe row that the ranking chose
         queue.add(dict.fromkeys(queue.next(1), "unsafe"))
@@ -41,7 +41,7 @@ def test_an_unsafe_row_that_the_ranking_chose_continues_the_review(queue):
     queue.random_fraction = 0
     queue.add(dict.fromkeys(queue.next(1), "unsafe"))
     is_enough, reason = stop_advice(queue)
-    assert not is_enough and reason.endswith("are safe (now 0).")
+    assert not is_enough and reason.endswith("are all safe (now 0).")
 
 
 def test_a_ranking_that_found_nothing_may_be_wrong(queue):
