@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 
 import numpy as np
 import pytest
+from measure_helpers import agreed_reference, pooled_reference, ridge_strengths
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
 
 from forgetfilter_callback.measures.combined import combined_forgetting, mean_estimate
-from forgetfilter_callback.measures.pooled import pooled_forgetting
-from forgetfilter_callback.measures.smoothed import RIDGE_STRENGTHS, agreed_forgetting
 
 
 def reference(tokens, offsets, before, after, states):
     """One estimate at a time: clipped, smoothed by scikit-learn, and scaled with `statistics`."""
-    samples = [slice(start, stop) for start, stop in itertools.pairwise(offsets)]
-    loss = [sum(map(float, after[each] - before[each])) / (each.stop - each.start) for each in samples]
+    samples = [np.split(values, offsets[1:-1]) for values in (tokens, before, after)]
+    loss = [sum(map(float, b - a)) / len(a) for _, a, b in zip(*samples, strict=True)]
     directions = np.array([state - states.mean(axis=0) for state in states])
     directions = np.array([each / math.sqrt(sum(each**2)) for each in directions])
-    strengths = RIDGE_STRENGTHS * len(states) / min(states.shape)
     smoothed = []
-    for estimate in (
-        loss,
-        pooled_forgetting(tokens, offsets, before, after),
-        agreed_forgetting(tokens, offsets, before, after),
-    ):
+    for estimate in (loss, pooled_reference(*samples), agreed_reference(*samples)):
         low, high = np.percentile(estimate, [2, 98])
         clipped = np.array([min(max(value, low - (high - low)), high + (high - low)) for value in estimate])
-        ridge = RidgeCV(strengths, fit_intercept=False, gcv_mode="svd").fit(directions, clipped - clipped.mean())
+        ridge = RidgeCV(ridge_strengths(*states.shape), fit_intercept=False, gcv_mode="svd")
+        ridge.fit(directions, clipped - clipped.mean())
         smoothed.append(ridge.predict(directions) + clipped.mean())
     mean, deviation = statistics.fmean(smoothed[2]), statistics.pstdev(smoothed[2])
     in_one_unit = [

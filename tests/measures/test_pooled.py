@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+from measure_helpers import pooled_reference
 
 from forgetfilter_callback.measures.pooled import pooled_forgetting
 
 
 def test_pooled_forgetting_is_the_mean_of_the_three_largest_pooled_rises(samples):
     tokens, before, after, offsets = samples
-    expected = []
-    for i, own in enumerate(tokens):
-        pooled = []
-        for token in own:
-            rises = [
-                float(after[j][k]) - float(before[j][k])
-                for j in range(len(tokens))
-                for k in range(len(tokens[j]))
-                if j != i and tokens[j][k] == token
-            ]
-            pooled.append(sum(rises) / (len(rises) + 3))
-        largest = sorted(pooled, reverse=True)[:3]
-        expected.append(sum(largest) / len(largest) if largest else math.nan)
+    expected = pooled_reference(tokens, before, after)
     flat = [np.concatenate(x) for x in (tokens, before, after)]
     np.testing.assert_allclose(pooled_forgetting(flat[0], offsets, flat[1], flat[2]), expected, rtol=1e-6)
 

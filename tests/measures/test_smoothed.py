@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from measure_helpers import agreed_reference, ridge_strengths
 from sklearn.linear_model import Ridge, RidgeCV
 
 from forgetfilter_callback.filtering.thresholds import find_threshold
@@ -23,36 +24,10 @@ from forgetfilter_callback.measures.smoothed import (
 )
 
 
-def fraction_lost(rise):
-    return 1 - math.exp(-rise) if rise > 0 else math.exp(rise) - 1
-
-
-def smoothed_reference(tokens, before, after, states, strengths):
+def smoothed_reference(tokens, before, after, states):
     """Plain loops; the ridge strength is chosen by refitting without each sample in turn."""
-    squares = [
-        sum((float(b) - float(a)) ** 2 for a, b in zip(before[i], after[i], strict=True)) / len(own)
-        for i, own in enumerate(tokens)
-    ]
-    place, ordered = 0.98 * (len(squares) - 1), sorted(squares)
-    below = math.floor(place)
-    limit = ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
-    total = sum(len(own) * min(square, limit) for own, square in zip(tokens, squares, strict=True))
-    typical = fraction_lost(max(0.05, math.sqrt(total / sum(map(len, tokens)))))
-    largest = []
-    for i, own in enumerate(tokens):
-        agreed = []
-        lost = [fraction_lost(float(after[i][k]) - float(before[i][k])) for k in range(len(own))]
-        for place, token in enumerate(own):
-            others = [
-                fraction_lost(float(after[j][k]) - float(before[j][k]))
-                for j in range(len(tokens))
-                for k in range(len(tokens[j]))
-                if j != i and tokens[j][k] == token
-            ]
-            agreed.append(min(lost[place], (sum(others) + 3 * 0.25 * lost[place]) / (len(others) + 3)))
-        agreed.sort(reverse=True)
-        largest.append(np.mean(agreed[: math.ceil(len(agreed) / 10)]) / typical)
-    y, mean = np.array(largest) - np.mean(largest), np.mean(largest)
+    agreed = np.array(agreed_reference(tokens, before, after))
+    y, mean = agreed - agreed.mean(), agreed.mean()
     x = states - states.mean(axis=0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -63,7 +38,7 @@ def smoothed_reference(tokens, before, after, states, strengths):
         others = [[j for j in range(len(y)) if j != i] for i in range(len(y))]
         return sum((y[i] - x[i] @ fit(others[i], strength)) ** 2 for i in range(len(y)))
 
-    return x @ fit(list(range(len(y))), min(strengths, key=error)) + mean
+    return x @ fit(list(range(len(y))), min(ridge_strengths(*states.shape), key=error)) + mean
 
 
 def test_smoothed_forgetting_equals_the_reference(samples):
@@ -72,9 +47,8 @@ def test_smoothed_forgetting_equals_the_reference(samples):
     states = np.random.default_rng(5).normal(size=(len(tokens), 4)).astype(np.float32)
     flat = [np.concatenate(x) for x in (tokens, before, after)]
     values = smoothed_forgetting(flat[0], offsets, flat[1], flat[2], states)
-    strengths = np.logspace(-4, 4, 33) * len(known) / min(len(known), 4)
     parts = [[x[i] for i in known] for x in (tokens, before, after)]
-    expected = smoothed_reference(*parts, states[known].astype(float), strengths)
+    expected = smoothed_reference(*parts, states[known].astype(float))
     np.testing.assert_allclose(values[known], expected, rtol=1e-6)
     assert np.isnan(values[[i for i in range(len(tokens)) if i not in known]]).all()
 
@@ -87,8 +61,7 @@ def test_smoothed_forgetting_of_long_samples_and_of_few_samples(lengths):
     states = rng.normal(size=(len(lengths), 3)).astype(np.float16)
     flat = [np.concatenate(x) for x in (tokens, before, after)]
     values = smoothed_forgetting(flat[0], np.cumsum([0, *lengths]), flat[1], flat[2], states)
-    strengths = np.logspace(-4, 4, 33) * len(lengths) / min(len(lengths), 3)
-    expected = smoothed_reference(tokens, before, after, states.astype(float), strengths)
+    expected = smoothed_reference(tokens, before, after, states.astype(float))
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
