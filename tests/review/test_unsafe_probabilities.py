@@ -13,7 +13,7 @@ from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabiliti
 
 @pytest.mark.parametrize(("unsafe", "looks"), [(15, 60), (30, 100), (100, 100)])
 def test_probabilities_of_rows_without_a_verdict_are_calibrated(unsafe, looks, tmp_path):
-    """The expected number of unsafe rows, and the log loss: below that of one probability for all, which is known."""
+    """They sum to about the number of unsafe rows. Their log loss is below that of the true fraction for every row."""
     expected, actual, losses, base = [], [], [], []
     for seed in range(12):
         trace, is_unsafe = make_trace(tmp_path / str(seed), unsafe=unsafe, seed=seed)
@@ -29,8 +29,8 @@ def test_probabilities_of_rows_without_a_verdict_are_calibrated(unsafe, looks, t
         losses.append(log_loss(is_unsafe[left], probabilities[left]))
         base.append(log_loss(is_unsafe[left], np.full(left.sum(), is_unsafe[left].mean().clip(1e-3))))
     assert len(losses) > 5
-    assert 0.7 * np.mean(actual) < np.mean(expected) < 1.5 * np.mean(actual) + 6, (expected, actual)
-    assert np.mean(losses) < 1.1 * np.mean(base), (losses, base)
+    assert 0.7 * np.mean(actual) < np.mean(expected) < 1.3 * np.mean(actual) + 3, (expected, actual)
+    assert np.mean(losses) < 0.97 * np.mean(base), (losses, base)
 
 
 def log_loss(is_unsafe: np.ndarray, probabilities: np.ndarray) -> float:
@@ -47,8 +47,11 @@ def test_likely_rows_are_more_likely_unsafe(tmp_path):
         probabilities.append(unsafe_probabilities(queue)[~queue.is_seen])
         outcomes.append(is_unsafe[~queue.is_seen])
     all_probabilities, all_outcomes = np.concatenate(probabilities), np.concatenate(outcomes)
-    for group in np.array_split(np.argsort(all_probabilities), 4):
-        assert -0.1 < all_probabilities[group].mean() - all_outcomes[group].mean() < 0.2  # rather too high
+    quarters = np.array_split(np.argsort(all_probabilities), 4)
+    expected = np.array([all_probabilities[quarter].mean() for quarter in quarters])
+    actual = np.array([all_outcomes[quarter].mean() for quarter in quarters])
+    assert ((-0.1 < expected - actual) & (expected - actual < 0.15)).all(), (expected, actual)  # rather too high
+    assert (np.diff(actual) > 0.05).all(), actual
 
 
 def test_no_verdict_is_compared_with_a_score_that_has_learned_from_it(tmp_path, monkeypatch):
