@@ -10,6 +10,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 
+_BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off")
+
+
 def check_record_steps(record_steps: float | None) -> None:
     """Check that `record_steps` is `None`, a whole number of steps, or a fraction of a session below 1.
 
@@ -81,7 +84,8 @@ def check_fraction(name: str, value: Any) -> None:
 def check_fields(section: str, config_class: type[Any], settings: dict[str, Any]) -> None:
     """Check that settings are fields of a dataclass.
 
-    Text is refused for fields whose type allows only numbers or Booleans: the text "False" would be true.
+    Text is refused for fields whose type allows only numbers or Booleans: the text "False" would be true. Fields that
+    allow a Boolean or certain names, such as `init_lora_weights`, refuse the words for true and false.
 
     Raises:
         ValueError: if there is no such field, or if a value is text. The message starts with `section`.
@@ -94,6 +98,8 @@ def check_fields(section: str, config_class: type[Any], settings: dict[str, Any]
             suggestion = f" Did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"{section}: {config_class.__name__} has no field {name}.{suggestion}")
         allowed = set(get_args(types[name]) or [types[name]]) - {NoneType}
-        if allowed <= {bool, int, float} and isinstance(value, str):
+        takes_no_text = allowed <= {bool, int, float}
+        is_boolean_word = bool in allowed and str not in allowed and str(value).lower() in _BOOLEAN_WORDS
+        if isinstance(value, str) and (takes_no_text or is_boolean_word):
             kind = "true or false" if bool in allowed else "a number"
             raise ValueError(f"{section}: {name}={value!r} must be {kind}.")

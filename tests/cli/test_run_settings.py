@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import call, run_options, tiny_llama
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from forgetfilter_callback import FilterConfig, ForgetFilter, RunConfig, Trace
@@ -19,6 +19,7 @@ from forgetfilter_callback.pipeline.cost_estimate import Plan
 from forgetfilter_callback.pipeline.load_model import add_lora, load_model, lora_config
 from forgetfilter_callback.pipeline.run import training_arguments
 from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.utils.argument_checks import check_fields
 
 
 REQUIRED = ("--model", "m", "--noisy", "n.jsonl", "--safety", "s.jsonl", "--output", "out")
@@ -249,6 +250,12 @@ def test_initializations_that_peft_knows_by_name(parsed, initialization):
     settings = parsed(*REQUIRED, "--lora", f"init_lora_weights={initialization}").lora
     assert lora_config(settings).init_lora_weights == initialization
     assert add_lora(tiny_llama(), 0, settings).peft_config["default"].init_lora_weights == initialization
+
+
+def test_no_is_a_name_for_fields_that_know_it(parsed, tmp_path):
+    settings = parsed(*REQUIRED, "--training", "include_num_input_tokens_seen=no").training
+    check_fields("training", TrainingArguments, settings)
+    assert TrainingArguments(str(tmp_path), **settings).include_num_input_tokens_seen == "no"
 
 
 def test_yaml_reads_no_as_false_but_a_strategy_as_no(parsed, tmp_path):

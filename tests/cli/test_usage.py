@@ -21,6 +21,7 @@ RUN = ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o"]
         ([*RUN, "--training", "num_train_epochs=0"], "num_train_epochs=0 must be a finite number larger than 0"),
         ([*RUN, "--training", "num_train_epochs"], "'num_train_epochs' must be FIELD=VALUE"),
         ([*RUN, "--training", "bf16=no"], "bf16='no' must be true or false"),
+        ([*RUN, "--lora", "init_lora_weights=No"], "init_lora_weights='No' must be true or false"),
         ([*RUN, "--training", "seed=true"], "seed=True must be a whole number from 0"),
         ([*RUN, "--training", "tf32=no"], "tf32='no' must be true or false"),
         ([*RUN, "--training", "eval_steps=many"], "eval_steps='many' must be a number"),

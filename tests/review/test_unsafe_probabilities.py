@@ -50,7 +50,7 @@ def test_likely_rows_are_more_likely_unsafe(tmp_path):
     quarters = np.array_split(np.argsort(all_probabilities), 4)
     expected = np.array([all_probabilities[quarter].mean() for quarter in quarters])
     actual = np.array([all_outcomes[quarter].mean() for quarter in quarters])
-    assert ((-0.1 < expected - actual) & (expected - actual < 0.15)).all(), (expected, actual)  # rather too high
+    assert (expected - actual > -0.1).all() and (expected - actual < 0.15).all(), (expected, actual)  # rather too high
     assert (np.diff(actual) > 0.05).all(), actual
 
 
