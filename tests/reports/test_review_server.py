@@ -469,7 +469,7 @@ def test_reviewing_with_the_keyboard(page, trace):
 
 @needs_chromium
 def test_similar_rows_show_their_answers_first(page):
-    page.evaluate("document.getElementById('similar').style.width = '3rem'")  # the texts are longer than their boxes
+    page.evaluate("document.getElementById('similar').style.width = '1rem'")  # the texts are longer than their boxes
     row = shown_row(page)
     page.keyboard.press("Space")
     expect(page.locator("#row-title")).not_to_have_text(f"Row {row}")
