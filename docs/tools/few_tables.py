@@ -11,7 +11,8 @@ from markdown_tables import decimal, find, read, table
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
 FINAL_SETS = {
     f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
-    for name, seed in (("bias", 0), ("bias", 1), ("harmfulness", 1), ("harmfulness", 2), ("toxicity", 0), ("mixed", 1))
+    for name, seeds in (("bias", (0, 1, 2)), ("harmfulness", (1, 2)), ("toxicity", (0, 1, 2)), ("mixed", (1, 2)))
+    for seed in seeds
 }
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
