@@ -15,7 +15,7 @@ import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from sessions import Cache, DataDir, Json, Scenarios, Seeds, Sessions, earlier_r
 
 RESULTS = Path(__file__).parent / "results" / "few_defences.json"
 ARMS = ("base", "no_measure", "forgetfilter", "forgetfilter_60_looks", "oracle")
+Arms = Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ARMS)}; can be given several times.")]
 HELD_OUT, HELD_OUT_TASK = 100, 200
 
 
@@ -82,6 +83,7 @@ def main(
     data_dir: DataDir = None,
     scenario: Scenarios = None,
     seed: Seeds = None,
+    arm: Arms = None,
     cache: Cache = Path("few-cache"),
     json_file: Json = RESULTS,
 ) -> None:
@@ -93,10 +95,10 @@ def main(
             sizes = dataclasses.replace(chosen.sizes, held_out=HELD_OUT, held_out_task=HELD_OUT_TASK)
             rows = load_scenario(name, data_dir, run_seed, sizes)
             sessions = Sessions(cache / chosen.name, rows, None, run_seed, chosen.settings, chosen.sizes)
-            for arm in ARMS:
+            for run in arm if arm is not None else ARMS:
                 results = earlier_results(json_file)
-                if not any((r["scenario"], r["seed"], r["arm"]) == (name, run_seed, arm) for r in results):
-                    result = {"scenario": name, "seed": run_seed, **run_arm(arm, sessions, data_dir)}
+                if not any((r["scenario"], r["seed"], r["arm"]) == (name, run_seed, run) for r in results):
+                    result = {"scenario": name, "seed": run_seed, **run_arm(run, sessions, data_dir)}
                     write_results([*earlier_results(json_file), result], json_file)
     print(table(earlier_results(json_file)))
 
