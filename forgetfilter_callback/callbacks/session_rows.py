@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from datasets import Dataset
@@ -17,6 +17,9 @@ from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import context_length
 from ..errors import UnsupportedDatasetError, UnsupportedInputError
 
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 # Columns that SFTTrainer reads of a tokenized row.
 _SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
@@ -77,7 +80,7 @@ def encode_training_rows(
             scored.
         EncodingError: if a row is not a sample of causal language modeling.
     """
-    if args.to_dict().get("packing", False):  # TRL's SFTConfig
+    if is_sft_config(args) and args.packing:
         raise UnsupportedDatasetError(
             "The training set is packed (`packing=True`), so its rows are not single samples. Set `packing=False`, or "
             "name the rows to track: `ForgetTracker(noisy)` for a packed safety session, `ForgetTracker(noisy, "
@@ -85,7 +88,10 @@ def encode_training_rows(
         )
     dataset = train_dataloader.dataset
     known = dataset.rows if isinstance(dataset, EncodedDataset) else None
-    rows = encode_collated(dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args), known)
+    keep_end = is_sft_config(args) and args.truncation_mode == "keep_end"
+    rows = encode_collated(
+        dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args), keep_end, known
+    )
     return rows if known is None else rows.sharing_memory(known)
 
 
@@ -95,16 +101,15 @@ def sft_encoding_options(
     """Arguments of [`encode_rows`] that encode rows as this trainer does. They are stored in the trace."""
     if not is_sft_config(args):
         return {}
-    settings = args.to_dict()
     # The tokenizer inside a processor may have another template or none.
     chat_template = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
-    if settings["assistant_only_loss"] and processing_class is not None:
+    if args.assistant_only_loss and processing_class is not None:
         chat_template = _training_chat_template(processing_class) or chat_template
     return {
-        "text_column": settings["dataset_text_field"],
-        "completion_only_loss": settings["completion_only_loss"],
-        "assistant_only_loss": settings["assistant_only_loss"],
-        "keep_end": settings["truncation_mode"] == "keep_end",
+        "text_column": args.dataset_text_field,
+        "completion_only_loss": args.completion_only_loss,
+        "assistant_only_loss": args.assistant_only_loss,
+        "keep_end": args.truncation_mode == "keep_end",
         "chat_template": chat_template,
     }
 
@@ -113,7 +118,7 @@ def scoring_max_length(model: PreTrainedModel, args: TrainingArguments, max_leng
     """Number of tokens of a row that are scored: `max_length` or the model's context, and at most SFTTrainer's limit."""
     lengths = [max_length if max_length is not None else context_length(model.config)]
     if is_sft_config(args):
-        lengths.append(args.to_dict()["max_length"])
+        lengths.append(args.max_length)
     return min((length for length in lengths if length is not None), default=None)
 
 
@@ -122,9 +127,9 @@ def hide_progress(args: TrainingArguments) -> bool:
     return args.disable_tqdm or args.process_index > 0
 
 
-def is_sft_config(args: TrainingArguments) -> bool:
+def is_sft_config(args: TrainingArguments) -> TypeGuard[SFTConfig]:
     """Whether the arguments belong to TRL's SFTTrainer, which encodes rows itself."""
-    return "completion_only_loss" in args.to_dict()
+    return "completion_only_loss" in vars(args)
 
 
 def _training_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:

@@ -90,7 +90,8 @@ class ForgetTracker(TrainerCallback):
         max_new_tokens (`int`, *optional*):
             Maximum number of generated tokens with `rouge1`. Defaults to the longest completion of the noisy set.
         max_length (`int`, *optional*):
-            Longer rows are truncated on the right. Defaults to the context of the model.
+            Rows with more tokens are truncated: on the right, or on the left with `SFTConfig(truncation_mode="keep_end")`.
+            Defaults to the context of the model. The `max_length` of an `SFTConfig` applies too.
         batch_tokens (`int`, *optional*):
             Padded tokens per scoring batch. Defaults to 2048 on a CPU and 16384 elsewhere.
         audit_column (`str`, *optional*):

@@ -38,6 +38,7 @@ def encode_collated(
     model: nn.Module,
     max_length: int | None = None,
     disable_tqdm: bool = False,
+    keep_end: bool = False,
     known: EncodedRows | None = None,
 ) -> EncodedRows:
     """Encode the rows of a training set through its own collator, one row at a time.
@@ -50,9 +51,11 @@ def encode_collated(
         model (`nn.Module`):
             The model that is trained. Some inputs matter for some models only.
         max_length (`int`, *optional*):
-            Rows with more tokens are truncated on the right. By default, no row is truncated.
+            Rows with more tokens are truncated. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
+        keep_end (`bool`, defaults to `False`):
+            Whether to truncate on the left instead of the right.
         known ([`EncodedRows`], *optional*):
             Rows in memory that are probably the same. If they are, the result shares their arrays.
 
@@ -106,7 +109,7 @@ def encode_collated(
             )
         return batch
 
-    return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm, known=known)
+    return encode_each(range(len(dataset)), encode_one, len(dataset), max_length, disable_tqdm, keep_end, known)
 
 
 def sample_of_batch(batch: Mapping[str, Any], model: nn.Module | None = None) -> Sample:

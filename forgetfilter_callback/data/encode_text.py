@@ -62,7 +62,7 @@ def encode_rows(
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             The tokenizer, or a processor that contains one. It is required unless the rows have `input_ids`.
         max_length (`int`, *optional*):
-            Rows with more tokens are truncated on the right. By default, no row is truncated.
+            Rows with more tokens are truncated. By default, no row is truncated.
         disable_tqdm (`bool`, defaults to `False`):
             Whether to hide the progress bar.
         text_column (`str`, defaults to `"text"`):

@@ -90,6 +90,13 @@ class FilterMixin(RowWeightsMixin):
             self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed)
 
 
+def truncation_of(trace: Trace | None) -> tuple[int | None, bool]:
+    """How the rows of a trace were truncated for their ids: `max_length` and `keep_end` of [`encode_rows`]."""
+    if trace is None:
+        return None, False
+    return trace.manifest["max_length"], trace.manifest["encoding"].get("keep_end", False)
+
+
 def trace_or_values(forgetting: Forgetting) -> Trace | PlainValues:
     """The trace of a tracker or of a folder, or the plain values. A folder is opened once, because that reads all rows.
 

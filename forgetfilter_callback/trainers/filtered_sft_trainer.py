@@ -19,7 +19,14 @@ from ..scoring.model_capabilities import check_is_causal
 from ..trace.trace import Trace
 from ..utils.optional_packages import requires_extra
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, trace_or_values
+from .filter_mixin import (
+    FilterMixin,
+    Forgetting,
+    check_nothing_to_filter,
+    explain_filter_settings,
+    trace_or_values,
+    truncation_of,
+)
 
 
 with requires_extra("trl", "FilteredSFTTrainer"):
@@ -107,8 +114,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 formatting_func,
                 dataset_name,
             )
-            max_length = self._trace.manifest["max_length"] if self._trace is not None else None
-            keep_end = args.truncation_mode == "keep_end"
+            max_length, keep_end = truncation_of(self._trace)
             prepared_ids = encode_rows(
                 prepared.select_columns(["input_ids", "labels"]),
                 max_length=max_length,

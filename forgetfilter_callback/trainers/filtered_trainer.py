@@ -17,7 +17,14 @@ from ..scoring.model_capabilities import check_is_causal
 from ..trace.trace import Trace
 from ..utils.model_state import preserve_state
 from .base_model_check import BaseModelCheck
-from .filter_mixin import FilterMixin, Forgetting, check_nothing_to_filter, explain_filter_settings, trace_or_values
+from .filter_mixin import (
+    FilterMixin,
+    Forgetting,
+    check_nothing_to_filter,
+    explain_filter_settings,
+    trace_or_values,
+    truncation_of,
+)
 
 
 class FilteredTrainer(FilterMixin, Trainer):
@@ -86,17 +93,18 @@ class FilteredTrainer(FilterMixin, Trainer):
         prepared = [*self.accelerator._dataloaders]
         with preserve_state(model):
             loader = self.get_train_dataloader()
-            max_length = trace.manifest["max_length"] if trace is not None else None
+            max_length, keep_end = truncation_of(trace)
             ids = encode_collated(
                 loader.dataset,
                 loader.collate_fn,
                 model,
                 max_length,
                 hide_progress(self.args),
+                keep_end,
                 known=trace.rows if trace is not None else None,
             ).ids
         self.accelerator._dataloaders = prepared  # without the loader of the unfiltered rows
-        self.train_dataset = self._filter(dataset, ids, forgetting, config, max_length)
+        self.train_dataset = self._filter(dataset, ids, forgetting, config, max_length, keep_end)
         self._save_result(self.args)
         self.add_callback(BaseModelCheck(trace))
 

@@ -53,6 +53,24 @@ def test_losses_equal_sfttrainer_evaluation(case, named, sft_config, chat_tokeni
     assert encode_rows(rows, chat_tokenizer, length, **encoding).ids == trace.rows.ids
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
+@pytest.mark.parametrize("limit", ["tracker", "context"])
+@pytest.mark.parametrize(("mode", "side"), [("keep_start", "right"), ("keep_end", "left")])
+def test_rows_that_only_the_tracker_truncates(mode, side, limit, named, sft_config, chat_tokenizer, caplog):
+    """The tracker's limit is below SFTTrainer's. The loss of a row is that of SFTTrainer with the lower limit."""
+    rows = Dataset.from_list([{"input_ids": np.random.default_rng(i).integers(5, 60, 30).tolist()} for i in range(9)])
+    args = sft_config(max_length=20, truncation_mode=mode)
+    max_length = 10 if limit == "tracker" else None
+    tracker = ForgetTracker(rows if named else None, max_length=max_length)
+    model = tiny_llama(max_position_embeddings=10 if limit == "context" else 64)
+    SFTTrainer(model, args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    trace = tracker.trace
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 1)]
+    expected = one_row_losses(rows, sft_config(max_length=10, truncation_mode=mode), chat_tokenizer)
+    np.testing.assert_allclose(trace.losses()[0], expected, rtol=1e-5)
+    assert f"9 of 9 samples were truncated on the {side}, to 10 tokens" in caplog.text
+
+
 def test_the_trace_encodes_the_rows_as_the_trainer_did(sft_config, chat_tokenizer, tmp_path):
     """The trace stores the settings of SFTTrainer for `forgetfilter filter` and the audit."""
     rows = rows_of("prompt and completion").add_column("unsafe", [index % 2 == 0 for index in range(9)])

@@ -11,8 +11,10 @@ from sft_helpers import rows_of
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker, Trace
+from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker, Trace, filtered
 from forgetfilter_callback.errors import EncodingError, ForgetFilterError
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 @pytest.fixture
@@ -48,6 +50,26 @@ def test_filtered_sft_trainer_removes_raw_rows_before_packing(packing, shuffle, 
     assert (trainer.train_dataset.column_names == as_usual.column_names) and len(tokens) == len(as_usual)
     assert (tracker.trace.folder.parent / "_forgetfilter-result" / "removed.jsonl").exists()
     trainer.train()
+
+
+@pytest.mark.parametrize("trainer_class", [FilteredSFTTrainer, filtered(SFTTrainer)])
+@pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_rows_that_only_the_tracker_truncates_are_found(mode, named, trainer_class, sft_config, chat_tokenizer):
+    """Also by a trainer that truncates them on the other side, but not below the limit of the tracker."""
+    rows = [{"input_ids": np.random.default_rng(i).integers(5, 60, 16).tolist(), "id": i} for i in range(9)]
+    rows = Dataset.from_list(rows)
+    tracker = ForgetTracker(rows if named else None, max_length=10)
+    args = sft_config(max_length=16, truncation_mode=mode)
+    SFTTrainer(tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    for step, rises in ((0, np.zeros(9)), (1, np.arange(9))):
+        tracker.trace.append(Record("safety", step), [Scores(np.repeat(rises, 9).astype(np.float32))])
+    for other_mode in ("keep_start", "keep_end"):
+        trainer = trainer_class(
+            tiny_llama(), sft_config(max_length=16, truncation_mode=other_mode), train_dataset=rows,
+            processing_class=chat_tokenizer, forgetting=tracker, filter_config=FilterConfig("loss", threshold=6.5),
+        )  # fmt: skip
+        assert [row["input_ids"] for row in trainer.removed_dataset] == [row["input_ids"] for row in rows][7:]
 
 
 @pytest.mark.parametrize(("process", "shown"), [(0, True), (1, False)])
