@@ -112,6 +112,20 @@ def hostile_trace(folder: Path, tokenizer: PreTrainedTokenizerFast, samples: int
     return trace, unsafe
 
 
+class MapStyle(torch.utils.data.Dataset):
+    """A map-style dataset, which need not raise an `IndexError`: others raise a `KeyError` at their end, or begin again."""
+
+    def __init__(self, rows):
+        self.rows = list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        assert 0 <= index < len(self.rows), "The dataset was read past its end."
+        return self.rows[index]
+
+
 PAIR = {"prompt": "the cat", "completion": " sat"}
 WORDS = ["cat", "dog", "mat", "man", "ran", "sat", "on", "the", "and", "an"]
 

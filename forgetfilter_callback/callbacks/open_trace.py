@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
-from ..data.as_rows import as_rows
+from ..data.as_rows import as_rows, each_row
 from ..data.audit_labels import as_labels
 from ..data.blank_completions import describe_blank_completions
 from ..data.encoded_rows import EncodedRows
@@ -152,7 +152,7 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
             f"({type(noisy).__name__}). Pass a map-style dataset or a list of rows."
         )
     labels = []
-    for index, row in enumerate(noisy):
+    for index, row in enumerate(each_row(noisy)):
         if not isinstance(row, Mapping) or audit_column not in row:
             has = f"has {sorted(row)}" if isinstance(row, Mapping) else f"is {type(row).__name__}"
             raise DataError(f"audit_column={audit_column!r} must be a column of `noisy`, but row {index} {has}.")

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
-from ..data.as_rows import as_rows
+from ..data.as_rows import as_rows, each_row
 from ..data.encode_collated import encode_collated, model_inputs
 from ..data.encode_text import encode_rows
 from ..data.encoded_dataset import EncodedDataset
@@ -64,7 +64,7 @@ def _columns_that_are_read(noisy: Any, args: TrainingArguments, model: PreTraine
         return noisy
     if isinstance(noisy, Dataset) and "input_ids" in noisy.column_names:  # false if a transform creates it
         return noisy.select_columns([name for name in noisy.column_names if name in names])
-    return [{name: value for name, value in row.items() if name in names} for row in noisy]
+    return [{name: value for name, value in row.items() if name in names} for row in each_row(noisy)]
 
 
 def encode_training_rows(

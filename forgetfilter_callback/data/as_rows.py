@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Iterator, Mapping, Set, Sized, ValuesView
 from typing import Any
 
 import pandas as pd
@@ -44,8 +44,17 @@ def as_rows(rows: Any, name: str) -> Any:
                 "`frame.to_dict('records')`."
             ) from error
     is_table = isinstance(rows, Sized | torch.utils.data.IterableDataset)
-    if not is_table or isinstance(rows, str | Mapping | Set):
+    if not is_table or isinstance(rows, str | Mapping | Set | ValuesView):
         raise EncodingError(f"{name} must be a dataset or a list of rows, but it is {type(rows).__name__}.")
     if isinstance(rows, Sized) and not len(rows):
         raise EncodingError(f"{name} has no rows. Pass at least one.")
     return rows
+
+
+def each_row(rows: Any) -> Iterator[Any]:
+    """Iterate over the rows that [`as_rows`] returns, in order.
+
+    A map-style dataset has `__len__` and `__getitem__`. Without `__iter__`, Python would go on until an `IndexError`, which
+    such a dataset need not raise.
+    """
+    return iter(rows) if isinstance(rows, Dataset) else (rows[index] for index in range(len(rows)))

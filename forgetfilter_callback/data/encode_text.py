@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import EncodingError, UnsupportedDatasetError
-from .as_rows import as_rows
+from .as_rows import as_rows, each_row
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows, common_prefix_length
 from .messages import (
@@ -158,7 +158,7 @@ def encode_rows(
         "keep_end": keep_end,
         "chat_template": chat_template,
     }
-    encoded = encode_each(rows, encode_one, len(rows), max_length, disable_tqdm, keep_end)
+    encoded = encode_each(each_row(rows), encode_one, len(rows), max_length, disable_tqdm, keep_end)
     return replace(encoded, encoding=encoding)
 
 

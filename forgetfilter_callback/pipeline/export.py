@@ -336,7 +336,11 @@ def _check_names(rows: Any) -> None:
 def _column_names(rows: Any) -> set[str]:
     from datasets import Dataset
 
-    return set(rows.column_names) if isinstance(rows, Dataset) else {str(name) for row in rows for name in row}
+    from ..data.as_rows import each_row
+
+    return (
+        set(rows.column_names) if isinstance(rows, Dataset) else {str(name) for row in each_row(rows) for name in row}
+    )
 
 
 def _no_columns(error: Exception) -> DataError:

@@ -39,7 +39,7 @@ def test_a_dictionary_of_splits_is_refused(byte_tokenizer):
         encode_rows(rows, byte_tokenizer)
 
 
-@pytest.mark.parametrize("rows", ["noisy.jsonl", {"text": ["a"]}, 7, {"a"}, iter([])])
+@pytest.mark.parametrize("rows", ["noisy.jsonl", {"text": ["a"]}, 7, {"a"}, iter([]), {0: {}}.values()])
 def test_other_kinds_are_refused(rows, byte_tokenizer):
     with pytest.raises(EncodingError, match=f"must be a dataset or a list of rows, but it is {type(rows).__name__}"):
         encode_rows(rows, byte_tokenizer)

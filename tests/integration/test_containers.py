@@ -1,11 +1,11 @@
-"""Every entry point that takes rows accepts a pandas DataFrame and refuses a DatasetDict with a sentence."""
+"""Every entry point that takes rows accepts a DataFrame or a map-style dataset, and refuses a DatasetDict by name."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import texts, tiny_llama, train_tracked
+from helpers import MapStyle, texts, tiny_llama, train_tracked
 from sft_helpers import rows_of
 from transformers import Trainer
 
@@ -23,11 +23,15 @@ from forgetfilter_callback.errors import EncodingError
 FORGETTING = {"filter_config": FilterConfig(measure="loss", threshold=0.5)}
 
 
+CONTAINERS = {"DataFrame": Dataset.to_pandas, "map-style": MapStyle}
+
+
+@pytest.mark.parametrize("contained", CONTAINERS.values(), ids=CONTAINERS)
 @pytest.mark.parametrize("form", ["text", "tokens"])
-def test_named_rows_of_a_data_frame(form, safety, make_args, collator, tokenizer):
+def test_named_rows(form, contained, safety, make_args, collator, tokenizer):
     rows = Dataset.from_list(texts(6, seed=0)) if form == "text" else safety.add_column("unsafe", [True, False] * 6)
     losses = []
-    for folder, named in (("a", rows), ("b", rows.to_pandas())):
+    for folder, named in (("a", rows), ("b", contained(rows))):
         tracker = ForgetTracker(named, audit_column="unsafe")
         Trainer(
             tiny_llama(), make_args(folder), train_dataset=safety, data_collator=collator, callbacks=[tracker],
@@ -35,15 +39,17 @@ def test_named_rows_of_a_data_frame(form, safety, make_args, collator, tokenizer
         ).train()  # fmt: skip
         losses.append(tracker.trace.losses())
     np.testing.assert_array_equal(*losses)
+    assert encode_rows(contained(rows), tokenizer).ids == tracker.trace.rows.ids
 
 
-def test_the_training_rows_of_a_data_frame(noisy, safety, make_args, collator):
+@pytest.mark.parametrize("contained", CONTAINERS.values(), ids=CONTAINERS)
+def test_training_rows(contained, noisy, safety, make_args, collator):
     values = np.arange(24) / 24
     trainer = FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=noisy.to_pandas(), data_collator=collator, forgetting=values, **FORGETTING
+        tiny_llama(), make_args(), train_dataset=contained(noisy), data_collator=collator, forgetting=values, **FORGETTING
     )  # fmt: skip
-    assert trainer.removed_dataset.to_list() == noisy.to_list()[13:]
-    pipeline = ForgetFilter(tiny_llama, noisy.to_pandas(), safety.to_pandas(), make_args("p"), data_collator=collator)
+    assert [*trainer.removed_dataset] == noisy.to_list()[13:]
+    pipeline = ForgetFilter(tiny_llama, contained(noisy), contained(safety), make_args("p"), data_collator=collator)
     pipeline.finetune()
     assert pipeline.tracker.trace.rows.ids == encode_rows(noisy).ids
 

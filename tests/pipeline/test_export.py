@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from helpers import call, reference_means, refused, run_both, run_options, texts, tiny_llama
+from helpers import MapStyle, call, reference_means, refused, run_both, run_options, texts, tiny_llama
 from sft_helpers import one_row_losses
 from trl import SFTTrainer
 
@@ -281,7 +281,7 @@ def test_too_few_verdicts_give_no_weight(finished_run, tmp_path, caplog):
     assert rows["forgetfilter_verdict"][2:5] == ["unsafe", "safe", None] and rows["forgetfilter_removed"][2]
 
 
-@pytest.mark.parametrize("container", ["dataset", "list", "frame", "selected"])
+@pytest.mark.parametrize("container", ["dataset", "list", "frame", "selected", "map-style"])
 def test_to_dataset_finds_rows_in_any_order(container, finished_run, tmp_path):
     call("export", finished_run, "--output", tmp_path / "rows.jsonl", "--measure", "loss", "--fraction", 0.25)
     order = np.random.default_rng(0).permutation(12)
@@ -289,7 +289,7 @@ def test_to_dataset_finds_rows_in_any_order(container, finished_run, tmp_path):
     shuffled = [given[index] for index in order]
     rows = {
         "dataset": Dataset.from_list(shuffled), "list": shuffled, "frame": pd.DataFrame(shuffled),
-        "selected": Dataset.from_list(given).select(order),
+        "selected": Dataset.from_list(given).select(order), "map-style": MapStyle(shuffled),
     }[container]  # fmt: skip
     dataset = to_dataset(Trace.open(finished_run / "_forgetfilter"), rows, FilterConfig("loss", fraction=0.25))
     expected = exported(tmp_path / "rows.jsonl")
