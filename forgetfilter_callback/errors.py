@@ -15,6 +15,10 @@ class UnsupportedDatasetError(EncodingError):
     """The losses of single rows cannot be followed: the dataset is packed, streamed, or has rows that are not one sample."""
 
 
+class RandomRowsError(EncodingError):
+    """A row changes each time it is read, so it has no fixed loss, and reading it would change training."""
+
+
 class UnsupportedInputError(UnsupportedDatasetError):
     """The model is given more than tokens (images, token types, weights), or a mask or positions of another kind."""
 

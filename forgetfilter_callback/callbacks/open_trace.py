@@ -89,7 +89,7 @@ def open_trace(
             "session='safety')`, or the folder of the trace of the noisy session as `trace_dir`."
         )
     scored_length = scoring_max_length(model, args, max_length)
-    rows = encode_noisy_rows(noisy, args, model, processing_class, train_dataloader, scored_length)
+    rows = encode_noisy_rows(noisy, session, args, model, processing_class, train_dataloader, scored_length)
     encoding = sft_encoding_options(args, processing_class)
     if rows.truncated:
         side = "left" if encoding.get("keep_end", False) else "right"

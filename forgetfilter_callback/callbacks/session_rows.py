@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
@@ -15,11 +16,14 @@ from ..data.encode_text import encode_rows
 from ..data.encoded_dataset import EncodedDataset
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import context_length
-from ..errors import UnsupportedDatasetError, UnsupportedInputError
+from ..errors import EncodingError, RandomRowsError, UnsupportedDatasetError, UnsupportedInputError
+from .sessions import SessionArgument
 
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+logger = get_logger(__name__)
 
 # Columns that SFTTrainer reads of a tokenized row.
 _SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
@@ -27,6 +31,7 @@ _SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 def encode_noisy_rows(
     noisy: Any,
+    session: SessionArgument,
     args: TrainingArguments,
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
@@ -44,11 +49,16 @@ def encode_noisy_rows(
         if not is_sft_config(args):
             # The collator decides which tokens contribute to the loss, so try this trainer's collator first.
             try:
-                return encode_collated(noisy, train_dataloader.collate_fn, model, max_length, disable_tqdm)
-            except UnsupportedInputError:
+                _, collate_fn = rows_and_collator(train_dataloader)
+                return encode_collated(noisy, collate_fn, model, max_length, disable_tqdm)
+            except (UnsupportedInputError, RandomRowsError):
                 raise
             except UnsupportedDatasetError:
-                pass  # this collator cannot collate a single row
+                pass  # this trainer has no collator, or it cannot collate a single row
+            except EncodingError:
+                # The collator of a safety session may be another one than that of the noisy session.
+                if session != "safety" or "labels" not in noisy[0]:
+                    raise
     return encode_rows(
         noisy, processing_class, max_length, disable_tqdm, **sft_encoding_options(args, processing_class)
     )
@@ -76,8 +86,9 @@ def encode_training_rows(
     """Encode the rows a session trains on.
 
     Raises:
-        UnsupportedDatasetError: if the training set is packed or streamed, or if the model is given inputs that are not
-            scored.
+        UnsupportedDatasetError: if the training set is packed or streamed, if the model is given inputs that are not
+            scored, or if the data loader has no dataset and collator.
+        RandomRowsError: if a row changes each time it is read.
         EncodingError: if a row is not a sample of causal language modeling.
     """
     if is_sft_config(args) and args.packing:
@@ -86,13 +97,75 @@ def encode_training_rows(
             "name the rows to track: `ForgetTracker(noisy)` for a packed safety session, `ForgetTracker(noisy, "
             "session='noisy')` for a packed noisy session."
         )
-    dataset = train_dataloader.dataset
+    dataset, collate_fn = rows_and_collator(train_dataloader)
     known = dataset.rows if isinstance(dataset, EncodedDataset) else None
     keep_end = is_sft_config(args) and args.truncation_mode == "keep_end"
-    rows = encode_collated(
-        dataset, train_dataloader.collate_fn, model, max_length, hide_progress(args), keep_end, known
-    )
+    rows = encode_collated(dataset, collate_fn, model, max_length, hide_progress(args), keep_end, known)
     return rows if known is None else rows.sharing_memory(known)
+
+
+def encode_training_rows_if_possible(
+    session: SessionArgument,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    train_dataloader: torch.utils.data.DataLoader,
+    max_length: int | None,
+) -> EncodedRows | None:
+    """Encode the rows a session trains on, or return `None` if they cannot be followed. They tell the session, and which of
+    the tracked rows are among them.
+
+    Raises:
+        RandomRowsError: if a row changes each time it is read, unless the user says that this is the safety session.
+    """
+    try:
+        if session == "safety":
+            return _encode_stored_rows(args, model, train_dataloader, max_length)
+        return encode_training_rows(args, model, train_dataloader, max_length)
+    except RandomRowsError:
+        raise
+    except EncodingError as error:
+        if session == "auto":
+            logger.warning(f"The rows of this run cannot be followed, so it is treated as safety finetuning. ({error})")
+    return None
+
+
+def _encode_stored_rows(
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    train_dataloader: torch.utils.data.DataLoader,
+    max_length: int | None,
+) -> EncodedRows | None:
+    """Encode rows that are stored with their labels, or return `None` for others.
+
+    Code of the user (a dataset, a transform or a collator) is not called: it may be random, and reading a row would change
+    the random numbers that training draws.
+    """
+    dataset, _ = rows_and_collator(train_dataloader)
+    if isinstance(dataset, EncodedDataset):
+        return dataset.rows
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or "labels" not in dataset.column_names:
+        return None
+    if is_sft_config(args) and args.packing:
+        return None
+    stored = _columns_that_are_read(dataset.with_format(None), args, model)
+    return encode_rows(stored, None, max_length, hide_progress(args), **sft_encoding_options(args, None))
+
+
+def rows_and_collator(train_dataloader: torch.utils.data.DataLoader) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """The dataset and the collator of a trainer's data loader.
+
+    Raises:
+        UnsupportedDatasetError: if it has none: `get_train_dataloader` of a trainer may return any iterable of batches.
+    """
+    try:
+        return train_dataloader.dataset, train_dataloader.collate_fn
+    except AttributeError as error:
+        raise UnsupportedDatasetError(
+            f"The data loader of this trainer ({type(train_dataloader).__name__}) has no dataset and no collator, so its "
+            "rows are not known. Return a `torch.utils.data.DataLoader` from `get_train_dataloader`. A tracker can also be "
+            "given its rows: `ForgetTracker(noisy)` for a safety session, and `ForgetTracker(noisy, session='noisy')` for a "
+            "noisy session."
+        ) from error
 
 
 def sft_encoding_options(

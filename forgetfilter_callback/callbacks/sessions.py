@@ -179,7 +179,10 @@ def check_session(
     if recorded and not detected.certain and not _is_same_run(trace, session, training_rows, output_dir, resumed):
         reason = "its rows could not be encoded"
         if training_rows is not None:
-            reason = f"it trains on other rows, with {detected.overlap:,} of {tracked} among them"
+            other = "rows that cannot be compared with those of the earlier run"
+            if any(_recorded_rows(trace, session)):
+                other = "other rows"
+            reason = f"it trains on {other}, with {detected.overlap:,} of {tracked} among them"
         verb = "resumes" if resumed else "repeats"
         raise TraceError(
             f"The trace in {trace.folder} already has records of the {session} session, and it is not certain that this "
@@ -217,12 +220,16 @@ def _is_same_run(
 
     If the rows of both cannot be encoded, only a run that resumes in the same output folder is the same run.
     """
-    entries = [entry for entry in trace.manifest["sessions"] if entry["session"] == session]
-    recorded_rows = [entry.get("training_rows") for entry in entries]
+    recorded_rows = _recorded_rows(trace, session)
     if training_rows is not None:
         return digest_of_rows(training_rows) in recorded_rows
-    output_dirs = [entry["output_dir"] for entry in entries]
+    output_dirs = [entry["output_dir"] for entry in trace.manifest["sessions"] if entry["session"] == session]
     return resumed and recorded_rows == [None] and output_dirs == [os.path.abspath(output_dir)]
+
+
+def _recorded_rows(trace: Trace, session: Session) -> list[str | None]:
+    """The hash of the rows of a recorded session, if there is one, or `None` if its rows are not known."""
+    return [entry.get("training_rows") for entry in trace.manifest["sessions"] if entry["session"] == session]
 
 
 def warn_if_noisy_session_is_unfinished(trace: Trace, records: Sequence[Record]) -> None:

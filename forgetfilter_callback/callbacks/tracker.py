@@ -29,7 +29,7 @@ from transformers import (
 from ..data.as_rows import as_rows
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
-from ..errors import TraceError, UnsupportedDatasetError
+from ..errors import TraceError
 from ..scoring.token_losses import token_losses
 from ..trace.records import Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
@@ -43,7 +43,7 @@ from .integrations import LoggingIntegrations
 from .open_trace import open_trace, read_audit_labels
 from .record_cost import describe_cost
 from .recorder import Recorder
-from .session_rows import encode_training_rows, scoring_max_length
+from .session_rows import encode_training_rows_if_possible, scoring_max_length
 from .sessions import RunningSession, SessionArgument, describe_session
 
 
@@ -74,7 +74,9 @@ class ForgetTracker(TrainerCallback):
         session (`"auto"`, `"noisy"` or `"safety"`, defaults to `"auto"`):
             Which session the training runs are. With `"auto"`, a run is the noisy session if it trains on at least half of
             the tracked rows and if these are more than half of its training set. Otherwise it is the safety session.
-            This guess replaces no record: a run on other rows than those of a recorded session is refused.
+            This guess replaces no record: a run on other rows than those of a recorded session is refused. With `"safety"`,
+            the training set may be random, because it is not read. A random collator needs `trace_dir`, because the rows of
+            `noisy` are collated.
         trace_dir (`str`, *optional*):
             Folder of the trace. An existing trace is continued, so the two sessions may be two processes. Defaults to
             `output_dir/_forgetfilter` of the first session.
@@ -112,9 +114,10 @@ class ForgetTracker(TrainerCallback):
         EncodingError: if `noisy` is no table of rows, such as the name of a file.
 
     When a training run begins, it raises:
-        EncodingError: if the rows are not samples of causal language modeling, if there are none, or if a row changes each
-            time it is read.
-        UnsupportedDatasetError: if rows have images or other model inputs; without `noisy`, if they are packed or streamed.
+        EncodingError: if the rows to track are not samples of causal language modeling, or if there are none.
+        RandomRowsError: if a row changes each time it is read. The training set may be random with `session="safety"`.
+        UnsupportedDatasetError: if the rows to track have images or other model inputs. Without `noisy`, also if they are
+            packed or streamed, or if `get_train_dataloader` returns something else than a `DataLoader`.
         DataError: if a row has no audit label, or with `rouge1=True` if the trainer has no tokenizer.
         TraceError: if the trace in the folder belongs to other data, or if the sessions do not fit together.
         NotImplementedError: if sequences are split (context or sequence parallelism), if weights are divided in another
@@ -333,14 +336,9 @@ class ForgetTracker(TrainerCallback):
                 self._unsafe = self._unsafe[order.to_numpy()]
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
         if training_rows is None:
-            try:
-                max_length = scoring_max_length(model, args, self.max_length)
-                training_rows = encode_training_rows(args, model, train_dataloader, max_length)
-            except UnsupportedDatasetError as error:
-                if self.session == "auto":
-                    logger.warning(
-                        f"The rows of this run cannot be followed, so it is treated as safety finetuning. ({error})"
-                    )
+            training_rows = encode_training_rows_if_possible(
+                self.session, args, model, train_dataloader, scoring_max_length(model, args, self.max_length)
+            )
         if any(gather_from_all(training_rows is None)):
             training_rows = None
         if training_rows is not None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..errors import EncodingError, UnsupportedDatasetError
+from ..errors import EncodingError, RandomRowsError, UnsupportedDatasetError
 from ..utils.parallelism import unwrapped
 from .as_rows import as_rows
 from .encode_each import encode_each
@@ -67,8 +67,8 @@ def encode_collated(
             row.
         UnsupportedInputError: if the model is given inputs that are not scored, or a mask or positions that are not
             those of one run of tokens.
-        EncodingError: if the dataset is empty, if a row is not a causal language modeling sample, or if a row changes
-            each time it is read.
+        RandomRowsError: if a row changes each time it is read.
+        EncodingError: if the dataset is empty, or if a row is not a causal language modeling sample.
         ValueError: if `max_length` is not an integer of at least 2.
     """
     dataset = as_rows(dataset, "The training set")
@@ -86,10 +86,11 @@ def encode_collated(
             first = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
             batch = collate_one(index)
             if not _equal(first, batch):
-                raise EncodingError(
+                raise RandomRowsError(
                     "the dataset or the collator returns a different batch each time it reads the same row (random "
                     "masks, prompts or augmentation). Such a row has no fixed loss, and reading it for a record would "
-                    "change the random numbers that training draws. Use a deterministic dataset and collator."
+                    "change the random numbers that training draws. Use a deterministic dataset and collator. Only a safety "
+                    "session may be random: `ForgetTracker(trace_dir=..., session='safety')` does not read it."
                 )
         return sample_of_batch(batch, model)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..callbacks.session_rows import hide_progress
+from ..callbacks.session_rows import hide_progress, rows_and_collator
 from ..data.as_rows import as_rows
 from ..data.encode_collated import encode_collated
 from ..errors import UnsupportedDatasetError
@@ -92,11 +92,11 @@ class FilteredTrainer(FilterMixin, Trainer):
             self.check_weights_are_possible()
         prepared = [*self.accelerator._dataloaders]
         with preserve_state(model):
-            loader = self.get_train_dataloader()
+            rows, collate_fn = rows_and_collator(self.get_train_dataloader())
             max_length, keep_end = truncation_of(trace)
             ids = encode_collated(
-                loader.dataset,
-                loader.collate_fn,
+                rows,
+                collate_fn,
                 model,
                 max_length,
                 hide_progress(self.args),

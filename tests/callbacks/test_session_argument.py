@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_rows, run_both, tiny_llama
+from helpers import random_rows, run_both, tiny_llama, train_tracked
 from trace_helpers import record_files
 from transformers import PrinterCallback, Trainer
 
@@ -224,6 +224,10 @@ def test_a_streamed_safety_session_is_resumed_but_not_repeated(noisy, safety, ma
         with pytest.raises(TraceError, match=r"it is not certain that this run .* it: its rows could not be encoded"):
             trainer(**overrides).train(checkpoint if checkpoint is None else str(checkpoint))
         assert record_files(folder) == old
+    with pytest.raises(
+        TraceError, match="it trains on rows that cannot be compared with those of the earlier run, with 0"
+    ):
+        train_tracked(safety, make_args, collator, ForgetTracker(noisy, trace_dir=folder))
     trainer().train(str(folder / "../out/checkpoint-2"))
     assert record_files(folder / "superseded" / "1") == {
         name.removeprefix("records/"): old[name] for name in old if name.endswith(("3.parquet", "4.parquet"))

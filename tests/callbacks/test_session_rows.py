@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tracemalloc
 
 import numpy as np
@@ -11,10 +12,10 @@ from datasets import Dataset
 from helpers import random_rows, reference_means, tiny_llama, train_tracked
 from transformers import DataCollatorForLanguageModeling, Trainer
 
-from forgetfilter_callback import ForgetTracker, encode_rows
+from forgetfilter_callback import FilterConfig, ForgetTracker, encode_rows, filtered
 from forgetfilter_callback.callbacks.session_rows import encode_training_rows
 from forgetfilter_callback.data.encoded_dataset import EncodedDataset
-from forgetfilter_callback.errors import EncodingError, TraceError, UnsupportedDatasetError
+from forgetfilter_callback.errors import EncodingError, RandomRowsError, TraceError, UnsupportedDatasetError
 from forgetfilter_callback.trace.records import Record
 
 
@@ -174,6 +175,99 @@ def test_a_packed_training_set_is_refused(noisy, make_args, tokenizer):
 
     with pytest.raises(UnsupportedDatasetError, match=r"ForgetTracker\(noisy\)"):
         train_tracked(noisy, make_args, packing_collator, ForgetTracker())
+
+
+class OwnLoader(Trainer):
+    """Its data loader is a list of batches."""
+
+    def get_train_dataloader(self):
+        return [self.data_collator([row]) for row in self.train_dataset.select_columns(["input_ids", "labels"])]
+
+
+@pytest.mark.parametrize("session", ["auto", "noisy", "safety"])
+def test_a_trainer_with_its_own_data_loader(session, noisy, safety, make_args, collator):
+    rows = noisy if session == "noisy" else safety
+    training_losses, tracker = [], ForgetTracker(noisy, session=session)
+    for callbacks in ([], [tracker]):
+        trainer = OwnLoader(tiny_llama(), make_args(), train_dataset=rows, data_collator=collator, callbacks=callbacks)
+        training_losses.append(trainer.train().training_loss)
+    assert training_losses[0] == training_losses[1]
+    assert [record.session for record in tracker.trace.records()] == ["noisy" if session == "noisy" else "safety"] * 2
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
+
+
+def test_the_rows_of_an_own_data_loader_are_not_known(noisy, make_args, collator):
+    trainer = OwnLoader(
+        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, callbacks=[ForgetTracker()]
+    )
+    with pytest.raises(UnsupportedDatasetError, match=r"\(list\) has no dataset and no collator"):
+        trainer.train()
+    with pytest.raises(UnsupportedDatasetError, match=r"\(list\) has no dataset and no collator"):
+        filtered(OwnLoader)(
+            tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator, forgetting=np.arange(24),
+            filter_config=FilterConfig("loss", threshold=9.5),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("session", ["auto", "safety"])
+@pytest.mark.parametrize("changed", ["labels", "a random mask", "a random dataset"])
+def test_a_safety_session_needs_no_rows_of_its_own(changed, session, noisy, safety, make_args, collator, caplog):
+    """Its rows are not scored. They are refused only if reading them would change training, and then not if it is named."""
+    model, tracker = tiny_llama(), ForgetTracker()
+    Trainer(model, make_args("noisy"), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
+    if session == "safety":
+        tracker = ForgetTracker(trace_dir=tracker.trace.folder, session=session)
+
+    def trainer(callbacks):
+        rng, rows = np.random.default_rng(0), safety
+
+        def collate(rows):
+            batch = collator(rows)
+            if changed == "labels":
+                batch["labels"][batch["labels"] != -100] = 7
+            if changed == "a random mask":
+                batch["labels"][torch.from_numpy(rng.random(batch["labels"].shape) < 0.3)] = -100
+            return batch
+
+        def prepend(batch):
+            prompts = rng.integers(5, 30, (len(batch["labels"]), 3)).tolist()
+            return {
+                "input_ids": [a + b for a, b in zip(prompts, batch["input_ids"], strict=True)],
+                "labels": [[-100] * 3 + labels for labels in batch["labels"]],
+            }
+
+        if changed == "a random dataset":
+            rows = rows.with_transform(prepend)
+        args = make_args(remove_unused_columns=False)
+        copied = copy.deepcopy(model)
+        return Trainer(copied, args, train_dataset=rows, data_collator=collate, callbacks=callbacks)
+
+    if changed != "labels" and session == "auto":
+        with pytest.raises(
+            RandomRowsError, match=r"Row 0: .* `ForgetTracker\(trace_dir=..., session='safety'\)` does not read"
+        ):
+            trainer([tracker]).train()
+        return
+    assert trainer([]).train().training_loss == trainer([tracker]).train().training_loss
+    assert tracker.trace.records()[-2:] == [Record("safety", 0), Record("safety", 6)]
+    np.testing.assert_allclose(tracker.trace.losses()[-2], reference_means(model.eval(), noisy), rtol=1e-5)
+    is_told = "treated as safety finetuning. (Row 0: the labels differ from the row's own tokens" in caplog.text
+    assert is_told == (session == "auto")
+
+
+def test_named_rows_and_a_safety_session_with_its_own_labels(noisy, safety, make_args, collator):
+    """The tracked rows have the labels of the noisy session."""
+
+    def collate(rows):
+        batch = collator(rows)
+        batch["labels"][batch["labels"] != -100] = 7
+        return batch
+
+    tracker = ForgetTracker(noisy, session="safety")
+    train_tracked(safety, make_args, collate, tracker)
+    np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), noisy), rtol=1e-5)
+    with pytest.raises(EncodingError, match="Row 0: the labels differ from the row's own tokens"):
+        train_tracked(safety, make_args, collate, ForgetTracker(noisy))
 
 
 def test_given_rows_with_a_transform(noisy, safety, make_args, collator):

@@ -111,9 +111,12 @@ def test_a_session_that_teaches_nothing_gives_a_warning(noisy, safety, make_args
     assert "The model has hardly learned the noisy set" in caplog.text
 
 
-def test_an_overlapping_safety_set_gives_a_warning(noisy, safety, make_args, collator, caplog):
+@pytest.mark.parametrize("session", ["auto", "safety"])
+def test_an_overlapping_safety_set_gives_a_warning(session, noisy, safety, make_args, collator, caplog):
     overlapping = Dataset.from_list(noisy.select(range(3)).to_list() + safety.to_list())
-    run_both(tiny_llama(), noisy, overlapping, make_args, collator, ForgetTracker())
+    tracker = ForgetTracker(noisy, session=session)
+    train_tracked(overlapping, make_args, collator, tracker)
+    assert tracker.trace.records()[0] == Record("safety", 0)
     assert "3 of 15 rows are in both the safety set and the noisy set." in caplog.text
 
 
