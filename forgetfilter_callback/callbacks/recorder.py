@@ -64,17 +64,20 @@ class Recorder:
         tokenizer: PreTrainedTokenizerBase | None,
         is_session_end: bool,
     ) -> np.ndarray:
-        """Take a record, or copy the last one if the model has not changed since.
+        """Take a record, or copy the last one if the model has certainly not changed since.
 
-        Models are compared only between the end of the noisy session and the beginning of the safety session.
+        Models are compared only between the end of the noisy session and the beginning of the safety session, and only where
+        [`model_digest`] can hash them: not under mixed precision and not in SFTTrainer.
 
         Returns:
             `np.ndarray` of shape `(samples,)`, float64: mean losses, in nats per token.
         """
         earlier = run_on_main(partial(self._earlier_losses, record))
         digest = model_digest(model) if is_session_end and record.has_states else None
-        unchanged = digest is not None and digest == self._last_digest
-        if all(gather_from_all(unchanged)) and self._last_record in self.records():
+        digests = gather_from_all((digest, self._last_digest))
+        can_be_copied = all(now is not None for now, _ in digests)
+        unchanged = all(now == last for now, last in digests)
+        if can_be_copied and unchanged and self._last_record in self.records():
             assert self._last_record is not None
             losses = self._last_losses
             if record == Record("safety", 0):
@@ -82,7 +85,9 @@ class Recorder:
             copy_record = partial(self._trace.copy_record, self._last_record, record, restart=record.step == 0)
             self._log_superseded(record, run_on_main(copy_record))
         else:
-            losses = self._score_and_write(record, args, model, tokenizer)
+            # Only the first record of the safety session is read for its states, and it may be a copy of this one.
+            with_states = record == Record("safety", 0) or can_be_copied
+            losses = self._score_and_write(record, args, model, tokenizer, with_states)
         if earlier is not None:
             warn_if_start_differs(record, earlier, losses)
         self._last_record, self._last_digest, self._last_losses = record, digest, losses
@@ -141,6 +146,7 @@ class Recorder:
         args: TrainingArguments,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
+        with_states: bool,
     ) -> np.ndarray:
         rows = self._trace.rows
         completions, rouge1_scores = None, None
@@ -152,10 +158,10 @@ class Recorder:
             self._batch_tokens,
             disable_tqdm=hide_progress(args),
             description=f"Recording {record}",
-            with_states=record.has_states,
+            with_states=with_states,
         )
         losses: list[np.ndarray] = []
-        checked_scores = self._check_scores(record, scores, losses)
+        checked_scores = self._check_scores(record, scores, losses, with_states)
         restart = record.step == 0
         append = partial(self._trace.append, record, checked_scores, completions, rouge1_scores, restart=restart)
         self._log_superseded(record, run_on_main(append, drain=checked_scores))
@@ -188,7 +194,9 @@ class Recorder:
         completions = [text for shard in run_on_all(generate) for text in shard]
         return completions, rouge1(completions, references)
 
-    def _check_scores(self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray]) -> Iterator[Scores]:
+    def _check_scores(
+        self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray], with_states: bool
+    ) -> Iterator[Scores]:
         """Yield each item of `scores` and append its mean losses to `losses`. Then warn about losses that are not finite,
         and once about missing states.
 
@@ -199,7 +207,7 @@ class Recorder:
             finite.append(all_finite(window_score.losses, window.loss_offsets))
             losses.append(mean_losses(window_score.losses, window.loss_offsets))
             yield window_score
-            if record.has_states and window_score.states is None and not self._lacks_states:
+            if with_states and window_score.states is None and not self._lacks_states:
                 logger.warning(WITHOUT_STATES)
                 self._lacks_states = True
         not_finite = np.flatnonzero(~np.concatenate(finite))

@@ -35,8 +35,9 @@ class Record:
 
     @property
     def has_states(self) -> bool:
-        """Whether the record also stores the samples' hidden states.
+        """Whether the record may store the samples' hidden states, which only step 0 of the safety session is read for.
 
-        They are stored for the model after noisy finetuning: late in the noisy session, and at step 0 of the safety session.
+        The last record of the noisy session stores them where the first record of the safety session can be a copy of it.
+        Older versions stored them in all records of the noisy session but the first.
         """
         return (self.session == "noisy") == (self.step > 0)

@@ -104,7 +104,7 @@ def _check_record(trace: Trace, record: Record) -> Findings:
         notes.append(
             f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."
         )
-    if record.has_states and "state" not in columns:
+    if record == Record("safety", 0) and "state" not in columns:
         notes.append(
             f"{file} has no hidden states, which the measures combined and smoothed need. Use another measure."
         )

@@ -88,9 +88,10 @@ def model_digest(model: nn.Module) -> str | None:
     This reads every byte of the weights, so it costs about as much as saving them.
 
     Returns:
-        `str`: the hash, or `None` if no reliable hash is possible. This is the case if hooks or a wrapped `forward` (as
-        under autocast) may change the losses, or if weights are not plain tensors (offloaded, sharded or, for some
-        methods, quantized).
+        `str`: the hash, or `None` if no reliable hash is possible. This is the case if hooks or a wrapped `forward` may
+        change the losses, or if weights are not plain tensors (offloaded, sharded or, for some methods, quantized).
+        accelerate wraps `forward` for mixed precision, and SFTTrainer for its own loss. PEFT and transformers hook the
+        embeddings for gradient checkpointing.
     """
     if shares_weights(model):
         return None

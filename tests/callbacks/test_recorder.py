@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import reference_means, tiny_llama, tiny_lora
+from helpers import reference_means, run_both, tiny_llama, tiny_lora
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten
@@ -13,6 +14,7 @@ from forgetfilter_callback.callbacks import recorder
 from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.scoring.token_losses import window_scores
 from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trace.validate_trace import validate_trace
 
 
 def change_nothing(model):
@@ -88,6 +90,22 @@ def test_a_record_of_an_unchanged_model_is_not_recomputed(
     Trainer(model, make_args("safety"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()
     assert len(recordings) == taken
     np.testing.assert_allclose(tracker.trace.losses()[2], before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["copied", "autocast"])
+def test_hidden_states_are_stored_where_they_are_read(wrapped, noisy, safety, make_args, collator):
+    """At step 0 of the safety session, and in the record it is a copy of. Under autocast it is computed again."""
+    model, tracker = tiny_llama(), ForgetTracker(record_steps=3)
+    run_both(model, noisy, safety, make_args, collator, tracker, bf16=wrapped)
+    records = tracker.trace.records()
+    assert records == [Record("noisy", step) for step in (0, 3, 6, 9, 12)] + [
+        Record("safety", step) for step in (0, 3, 6)
+    ]
+    folder = tracker.trace.folder / "records"
+    have_states = [record for record in records if "state" in pq.read_schema(folder / record.file_name).names]
+    assert have_states == ([] if wrapped else [Record("noisy", 12)]) + [Record("safety", 0)]
+    assert np.isfinite(tracker.trace.forgetting("combined")).all()
+    assert validate_trace(tracker.trace.folder) == ([], [])
 
 
 def test_the_last_record_is_taken_before_the_best_checkpoint_is_loaded(noisy, make_args, collator):

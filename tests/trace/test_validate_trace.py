@@ -17,6 +17,7 @@ from forgetfilter_callback import Trace
 from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
+from forgetfilter_callback.trace.validate_trace import validate_trace
 
 
 @pytest.fixture
@@ -150,6 +151,22 @@ def test_doctor_finds_a_flipped_bit_in_a_record(run_folder):
     content[column.data_page_offset + column.total_compressed_size - 1] ^= 1  # the last byte of the losses
     file.write_bytes(content)
     refused(call("doctor", run_folder), f"{file}: ")
+
+
+def test_states_in_all_records_of_the_noisy_session(trace):
+    """As older versions stored them. Only those at step 0 of the safety session are read."""
+    assert validate_trace(trace.folder) == ([], [])
+    opened = Trace.open(trace.folder)
+    assert opened.states(Record("noisy", 6)).shape == (7, 4)
+    values = opened.forgetting("combined")
+    rewritten = opened.folder / "records" / Record("noisy", 6).file_name
+    pq.write_table(pq.read_table(rewritten).drop_columns("state"), rewritten)
+    np.testing.assert_array_equal(Trace.open(trace.folder).forgetting("combined"), values)
+    assert validate_trace(trace.folder) == ([], [])
+    needed = opened.folder / "records" / Record("safety", 0).file_name
+    pq.write_table(pq.read_table(needed).drop_columns("state"), needed)
+    problems, (note,) = validate_trace(trace.folder)
+    assert problems == [] and f"{needed} has no hidden states" in note
 
 
 def test_an_intact_trace_has_no_problems(finished_run):
