@@ -31,11 +31,6 @@ def command_to_filter(
     return shlex.join(["forgetfilter", "filter", str(path), *options, "--output", "reviewed"])
 
 
-def after_recording(path: Path, is_separable: bool = True) -> str:
-    """After `run` and `score`: look at the rows. If no threshold was found, a review is the way to find unsafe rows."""
-    return shlex.join(["forgetfilter", "show", str(path)]) if is_separable else command_to_review(path)
-
-
 def after_looking(
     trace: Trace, path: Path, settings: Mapping[str, Any], noisy: str | None, tokenizer: str | None
 ) -> str:

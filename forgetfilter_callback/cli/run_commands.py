@@ -28,7 +28,7 @@ from .app import (
     silence_libraries,
 )
 from .messages import say
-from .next_step import after_recording
+from .next_step import command_to_review
 from .option_names import RUN_FILTER_OPTIONS, RUN_OPTIONS
 from .options import merge, options_from, parse_value, read_yaml
 
@@ -105,7 +105,7 @@ def run(
             result = run_pipeline(run_config)
         with after_interrupt(lambda: f"The run in {output} is complete."):
             if rank_and_world_size()[0] == 0:
-                print_result(result, output, as_json, after_recording(output, result.separability.separable))
+                print_result(result, output, as_json, command_to_review(output))
             exit_if_not_separable(result)
 
 
@@ -211,7 +211,7 @@ def score(
             for role, mean in means.items():
                 say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
             say(written)
-            say(how_to_finish(trace) or f"Next: {after_recording(output)}")
+            say(how_to_finish(trace) or f"Next: {command_to_review(output)}")
 
 
 def check_models(names: Iterable[str]) -> None:

@@ -29,7 +29,7 @@ def test_score_compares_two_checkpoints(files, tmp_path, byte_tokenizer):
     assert first.exit_code == 0, first.output
     result = call("score", "--noisy", files["noisy"], "--after", tmp_path / "after", "--tokenizer", files["model"],
                   "--output", tmp_path / "trace")  # fmt: skip
-    assert result.exit_code == 0 and result.stdout.endswith(f"Next: forgetfilter show {tmp_path / 'trace'}\n")
+    assert result.exit_code == 0 and result.stdout.endswith(f"Next: forgetfilter review {tmp_path / 'trace'}\n")
     trace = Trace.open(tmp_path / "trace")
     assert trace.records() == [Record("safety", 0), Record("safety", 1)]
     assert trace.manifest["model"] == str(files["model"])  # not the model scored last
