@@ -68,12 +68,6 @@ class Plan:
         return "\n".join([" ".join(self._describe_time()), " ".join(self._describe_memory())])
 
     def _describe_time(self) -> Iterator[str]:
-        yield (
-            f"Noisy finetuning: {counted(self.steps, 'step')} over {counted(self.samples, 'row')} "
-            f"({counted(self.tokens, 'token')} per epoch). Safety finetuning: {counted(self.safety_steps, 'step')} over "
-            f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
-            f"and the records cost at most {self.extra_fraction:.0%} of noisy finetuning."
-        )
         if self.processes > 1:
             yield (
                 "Time and memory are measured with one process only. If the model and its training fit on one device, run "
@@ -86,6 +80,12 @@ class Plan:
                 f"{self.seconds / 3600:.1f} hours" if self.seconds >= 5400 else f"{self.seconds / 60:.1f} minutes"
             )
             yield f"On this machine, the whole run takes about {duration}, measured on a few rows."
+        yield (
+            f"Noisy finetuning: {counted(self.steps, 'step')} over {counted(self.samples, 'row')} "
+            f"({counted(self.tokens, 'token')} per epoch). Safety finetuning: {counted(self.safety_steps, 'step')} over "
+            f"{counted(self.safety_samples, 'row')}. Up to {counted(self.records, 'record')}. Safety finetuning "
+            f"and the records add at most {self.extra_fraction:.0%} to the cost of noisy finetuning."
+        )
 
     def _describe_memory(self) -> Iterator[str]:
         yield (

@@ -55,7 +55,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         f"| φ | {phi} ({result.method}) |",
         f"| safety session | step {result.step} |",
         f"| reason | {result.reason} |",
-        f"| overrides | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
+        f"| decided by a person | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
         f"| kept because forgetting is unknown | {counts['unknown']:,} |",
         f"| model | {_code_cell(short_model_name(trace.manifest['model']))} |",
         f"| fingerprint of the rows | {trace.manifest['fingerprint']} |",
