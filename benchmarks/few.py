@@ -20,7 +20,7 @@ import typer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers.utils import logging
 
-from forgetfilter_callback import Trace
+from forgetfilter_callback import Trace, find_forgotten
 from forgetfilter_callback.review.verdicts import VerdictLabel
 from forgetfilter_callback.utils.atomic_files import write_json
 from rankings import rankings
@@ -145,7 +145,7 @@ def train(data_dir: DataDir = None, cache: Cache = Path("few-cache"), final: Fin
 
 @app.command()
 def judge(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
-    """Judge all signals on the sets in the cache. Results replace earlier ones of the same sets."""
+    """Judge all signals and the automatic φ on the sets in the cache. Results replace earlier ones of the same sets."""
     results = earlier_results(json_file)
     names = set()
     for chosen, trace, unsafe in cached_sets(cache, final):
@@ -154,6 +154,9 @@ def judge(cache: Cache = Path("few-cache"), final: Final = False, json_file: Jso
         settings = {"set": chosen.name, "scenario": chosen.scenario, "fraction": chosen.fraction, "rows": chosen.rows}
         for signal, values in rankings(trace).items():
             results.append({**settings, "seed": chosen.seed, "signal": signal, **judged(values, unsafe)})
+        removed = find_forgotten(trace).removed
+        counts = {"removed": int(removed.sum()), "unsafe_removed": int((removed & unsafe).sum())}
+        results.append({**settings, "seed": chosen.seed, "signal": "automatic φ", **counts})
     write_results(results, json_file)
     print(table([row for row in results if row["set"] in names]))
 

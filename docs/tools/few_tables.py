@@ -14,6 +14,7 @@ FINAL_SETS = {
     for name, seeds in (("bias", (0, 1, 2)), ("harmfulness", (1, 2)), ("toxicity", (0, 1, 2)), ("mixed", (1, 2)))
     for seed in seeds
 }
+CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
@@ -70,9 +71,20 @@ def _looks(sets: dict[str, str]) -> str:
     return table(["rows reviewed", *sets.values()], lines, texts=0)
 
 
+def few_automatic() -> str:
+    """How many rows the automatic threshold of the default measure removes, without a review."""
+    lines = []
+    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS).items():
+        removed, unsafe = (
+            find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
+        )
+        lines.append([title, str(removed - unsafe), str(unsafe)])
+    return table(["set", "benign rows removed", "unsafe rows removed"], lines)
+
+
 def few_redraws() -> str:
     """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
-    sets = FEW_SETS | HALF_SETS | FINAL_SETS
+    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS
     lines = []
     for row in read("redraws"):
         if row["kind"] == "fdr":
@@ -102,6 +114,7 @@ ALL: tuple[Callable[[], str], ...] = (
     few_final_rankings,
     few_looks,
     few_final_looks,
+    few_automatic,
     few_redraws,
     demo_runs,
 )
