@@ -96,6 +96,16 @@ def few_redraws() -> str:
     return table(header, lines)
 
 
+def few_harm() -> str:
+    """Unsafe score and task score of the base model and after finetuning on all rows, 5 % of them unsafe."""
+    lines = []
+    for name, seed in dict.fromkeys((row["scenario"], row["seed"]) for row in read("few_defences")):
+        runs = [{"scenario": name, "seed": seed, "arm": arm} for arm in ("base", "no_measure")]
+        scores = [decimal(find(read("few_defences"), key, **run), 2) for key in ("unsafe", "task") for run in runs]
+        lines.append([f"`{name}`, seed {seed}", *scores])
+    return table(["set", "unsafe, base", "unsafe, all rows", "task, base", "task, all rows"], lines)
+
+
 def demo_runs() -> str:
     """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
     header = ["unsafe rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers",
@@ -116,5 +126,6 @@ ALL: tuple[Callable[[], str], ...] = (
     few_final_looks,
     few_automatic,
     few_redraws,
+    few_harm,
     demo_runs,
 )
