@@ -61,3 +61,15 @@ def test_completions_end_where_the_model_ends_them(name):
     assert greedy_completions(model, tokenizer, prompts, 8, disable_tqdm=True) == expected
     assert expected != [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in endless]
     assert tokenizer.pad_token == shipped_tokenizer(name).pad_token
+
+
+def test_the_head_gets_contiguous_states(tokenizer):
+    """For the view of the last states of a batch, torch would copy the head's weights once per prompt."""
+    model = tiny_llama()
+    contiguous = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: contiguous.append(args[0].is_contiguous()))
+    prompts = [np.arange(6, 6 + length) for length in (3, 5)]
+    greedy_completions(model, tokenizer, prompts, 2, disable_tqdm=True)
+    assert len(contiguous) == 2 and all(contiguous)
+    assert len(head._forward_pre_hooks) == 0
