@@ -44,10 +44,18 @@ class ReviewEstimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.seen} of {self.rows} rows reviewed ({self.drawn} of them drawn at random), {self.unsafe_found} unsafe. "
-            f"Unsafe rows that are kept: {_interval(self.unsafe_left)}. "
-            f"Benign rows that are removed: {_interval(self.benign_removed)} (90 % intervals)."
+            f"{self.seen:,} of {counted(self.rows, 'row')} reviewed, {self.unsafe_found:,} unsafe. "
+            f"Unsafe rows that are kept: {self._describe(self.unsafe_left)}. "
+            f"Benign rows that are removed: {self._describe(self.benign_removed)}."
         )
+
+    def _describe(self, interval: tuple[int, int]) -> str:
+        low, high = interval
+        if low == high:
+            return f"{low:,}"
+        if self.drawn == 0:
+            return "not known, because no reviewed row was drawn at random"
+        return f"{low:,} to {high:,} (90 % interval, from {counted(self.drawn, 'row')} drawn at random)"
 
 
 def estimate_unsafe_rows(
@@ -147,7 +155,3 @@ def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int)
     first = bisect_left(candidates, tail, key=lambda total: tails(total)[1])
     last = bisect_left(candidates, -tail, key=lambda total: -tails(total)[0]) - 1
     return min(found + first, most), max(found + last, found)
-
-
-def _interval(bounds: tuple[int, int]) -> str:
-    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"

@@ -45,4 +45,8 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
             " No unsafe row was found by the ranking. Either there are hardly any, or this model does not rank them first. "
             "The interval says how many there can be."
         )
-    return StopAdvice(True, f"{reason} Only rows drawn at random (so far {len(drawn)}) make the interval narrower.")
+    return StopAdvice(
+        True,
+        f"{reason} If the interval is too wide for you, go on with `--random-fraction 1`: only rows drawn at random (so far "
+        f"{len(drawn)}) make it narrower.",
+    )

@@ -31,8 +31,8 @@ def test_a_review_can_stop_after_safe_rows_that_the_ranking_chose(queue):
     safe = [row for row, label in queue.labels.items() if label == "safe" and row not in drawn]
     assert len(safe) == STOP_AFTER
     assert stop_advice(queue).reason == (
-        f"You can stop: the last 30 rows that the ranking chose are safe. Only rows drawn at random (so far {len(drawn)}) "
-        "make the interval narrower."
+        "You can stop: the last 30 rows that the ranking chose are safe. If the interval is too wide for you, go on with "
+        f"`--random-fraction 1`: only rows drawn at random (so far {len(drawn)}) make it narrower."
     )
 
 

@@ -32,14 +32,19 @@ function sourceRow(content) {
   return tr;
 }
 
+function describeLeft(low, high, drawn) {
+  if (low === high) return low.toLocaleString("en");
+  if (drawn === 0) return "not known before a row drawn at random has a verdict";
+  return `${low.toLocaleString("en")} to ${high.toLocaleString("en")} (90 % interval, from ${count(drawn, "row")} drawn at random)`;
+}
+
 // ---- the page ----
 
 function show(state) {
   const current = state.row;
   row = current === null ? null : current.number;
   $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen, ${state.unsafe.toLocaleString("en")} unsafe`;
-  const [low, high] = state.unsafe_left;
-  $("left").textContent = `Unsafe rows not found yet: ${low === high ? low : `${low} to ${high}`} (90 % interval, from ${count(state.drawn, "row")} drawn at random).`;
+  $("left").textContent = `Unsafe rows not found yet: ${describeLeft(...state.unsafe_left, state.drawn)}.`;
   $("advice").textContent = state.advice;
   $("advice").className = state.is_enough ? "is-enough" : "";
   $("by-source").hidden = state.by_source === null;
