@@ -29,15 +29,15 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
     """
     counts = result.counts
     if result.threshold is not None:
-        phi = f"{result.threshold:.4g} {UNITS[result.measure]}"
+        rule = f"above φ = {result.threshold:.4g} {UNITS[result.measure]} ({result.method})"
     elif result.method == "fdr":
-        phi = "none (rows found to be unsafe are removed, and rows selected at the false discovery rate)"
+        rule = "rows found to be unsafe in a review, and rows selected at the false discovery rate"
     elif result.method == "weights":
-        phi = "none (rows are weighted instead of removed)"
+        rule = "none: rows are weighted instead"
     elif result.method == "reviewed":
-        phi = "none (rows found to be unsafe in a review are removed)"
+        rule = "rows found to be unsafe in a review"
     else:
-        phi = "none (only rows overridden to 'remove' are removed)"
+        rule = "none, except rows overridden to 'remove'"
     how = "the rows that it forgot most were removed. No harm classifier read the rows."
     if result.method in ("reviewed", "fdr", "weights"):
         how = "the rows that it forgot most were reviewed."
@@ -52,7 +52,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         "| | |",
         "|---|---|",
         f"| measure | {result.measure} forgetting |",
-        f"| φ | {phi} ({result.method}) |",
+        f"| removed rows | {rule} |",
         f"| safety session | step {result.step} |",
         f"| reason | {result.reason} |",
         f"| decided by a person | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",

@@ -124,9 +124,7 @@ def write_review_page(
         unit=data["unit"],
         initial_model=data["initial_model"],
         folder=repr(str(trace.folder)),
-        command=shlex.join(
-            ["forgetfilter", "filter", str(trace.folder), "--decision", "review_decision.json", "--output", "reviewed"]
-        ),
+        command=_command_to_filter(trace),
         style=_joined(STYLES),
         plotly=get_plotlyjs(),
         script=script,
@@ -136,6 +134,13 @@ def write_review_page(
     with atomic_write(Path(file)) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
     return result
+
+
+def _command_to_filter(trace: Trace) -> str:
+    """The command that applies the exported decision. `NOISY` is to be replaced if the trace does not name its rows."""
+    rows = [] if "source" in trace.manifest else ["--noisy", "NOISY"]
+    decision = ["--decision", "review_decision.json", "--output", "reviewed"]
+    return shlex.join(["forgetfilter", "filter", str(trace.folder), *rows, *decision])
 
 
 def _is_review_page(file: Path) -> bool:

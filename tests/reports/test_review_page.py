@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -476,9 +477,19 @@ def test_the_page_explains_how_to_apply_the_decision(review):
     """The code on the page must use the current arguments and file names."""
     file, trace, *_ = review
     html = unescape(file.read_text(encoding="utf-8"))
-    assert f"forgetfilter filter {trace.folder} --decision review_decision.json --output reviewed" in html
+    assert f"forgetfilter filter {trace.folder} --noisy NOISY --decision review_decision.json --output reviewed" in html
+    assert "Replace <code>NOISY</code> with the file of the noisy set." in html
     config = 'FilterConfig(decision="review_decision.json")'
     assert f"FilteredTrainer(…, forgetting={str(trace.folder)!r}, filter_config={config})" in html
+
+
+def test_the_command_needs_no_rows_if_the_trace_names_them(review, byte_tokenizer, tmp_path):
+    trace = Trace.open(shutil.copytree(review[1].folder, tmp_path / "trace"))
+    trace.set_source("org/rows", None, truncated=0)
+    write_review_page(trace, tmp_path / "page.html", byte_tokenizer)
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"forgetfilter filter {trace.folder} --decision review_decision.json" in html
+    assert "<code>NOISY</code>" not in html
 
 
 @needs_chromium

@@ -280,7 +280,8 @@ def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):
     review(queue, is_unsafe, 60)
     result = find_forgotten(trace, FilterConfig(threshold="fdr", level=0.9, reviewed=trace.folder / "review"))
     assert result.removed[~queue.is_seen].any()
-    assert "| φ | none (rows found to be unsafe are removed, and rows selected" in dataset_card(result, trace)
+    rule = "rows found to be unsafe in a review, and rows selected at the false discovery rate"
+    assert f"| removed rows | {rule} |" in dataset_card(result, trace)
 
 
 def test_the_scores_do_not_learn_from_the_rows_that_calibrate_them(tmp_path, monkeypatch):
