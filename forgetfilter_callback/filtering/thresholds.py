@@ -154,11 +154,11 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         )
     doubt = ""
     if distance < MIN_DISTANCE:
-        doubt = "; a single population cut in two can be as far apart, so review the removed samples"
+        doubt = "; but a single population cut in two can be as far apart, so review the removed samples"
     return Separability(
         True,
         phi,
-        f"the median above φ is {distance:.1f} robust standard deviations above the median of the rest{raised}{doubt}",
+        f"the samples above φ are apart from the rest{raised}{doubt}",
         distance,
     )
 

@@ -130,7 +130,10 @@ def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_
         monkeypatch.setattr(review_page, "compute_forgetting_by_record", lambda *arguments: (values[None], nats))
 
     set_nats(1.2)
-    assert all(reason.startswith("the median above φ is") for reason in decided(tmp_path / "apart").values())
+    assert all(
+        reason.startswith("the samples above φ are apart from the rest")
+        for reason in decided(tmp_path / "apart").values()
+    )
     set_nats(0.2)
     assert all("less likely by only 0.20 nats" in reason for reason in decided(tmp_path / "not").values())
 
