@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,8 +40,12 @@ def new_figure(width: float, height: float = 4.5) -> Figure:
 def plot_trace(trace: Trace, measure: Measure) -> Figure:
     """See [`Trace.plot`]."""
     values = None
-    with suppress(TraceError):
+    try:
         values = trace.forgetting(measure)
+    except TraceError:
+        steps = [record.step for record in trace.records() if record.session == "safety"]
+        if 0 in steps and len(steps) > 1:  # the trace lacks what this measure needs; others can be computed
+            raise
     figure = new_figure(9 if values is None else 12)
     if values is None:
         _draw_losses(figure.subplots(), trace)

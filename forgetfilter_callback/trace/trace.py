@@ -29,6 +29,7 @@ from ..data.encoded_rows import EncodedRows
 from ..errors import TraceError
 from ..measures.common import mean_losses, windows
 from ..measures.names import DEFAULT_MEASURE, Measure
+from ..utils.argument_checks import check_minimum
 from ..utils.atomic_files import atomic_write, write_json, write_parquet
 from ..utils.counted import counted
 from ..utils.html_table import html_table
@@ -322,7 +323,7 @@ class Trace:
 
         Raises:
             TraceError: if the trace does not hold the records that the measure needs.
-            ValueError: if the measure is unknown.
+            ValueError: if the measure is unknown, or if `step` is not a whole number of at least 0.
         """
         return compute_forgetting(self, measure, step)[0]
 
@@ -338,7 +339,7 @@ class Trace:
 
         Raises:
             ImportError: if matplotlib is not installed (the extra `[report]`).
-            TraceError: if a record cannot be read.
+            TraceError: if a record cannot be read, or if the measure needs others than those of the safety session.
             ValueError: if the measure is unknown.
         """
         return plot_trace(self, measure)
@@ -353,7 +354,9 @@ class Trace:
 
         Raises:
             TraceError: if the trace does not hold both.
+            ValueError: if `step` is not a whole number of at least 0.
         """
+        check_minimum("step", step, 0)
         safety = [record for record in self.records() if record.session == "safety"]
         if not safety:
             held = "records of noisy finetuning only" if self.records() else "no records yet"

@@ -8,6 +8,7 @@ import pytest
 from helpers import HOSTILE, hostile_trace
 
 from forgetfilter_callback import Trace
+from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.scoring.scores import Scores
 
 
@@ -40,6 +41,11 @@ def test_before_the_safety_session_there_are_losses_only(trace, tmp_path):
         noisy.append(record, [Scores(trace.token_losses(record))])
     (axes,) = noisy.plot().axes
     assert axes.get_ylabel() == "mean loss of a sample [nats per token]" and len(axes.lines) == 1
+
+
+def test_a_measure_that_needs_other_records_is_refused(trace):
+    with pytest.raises(TraceError, match="rouge1=True"):
+        trace.plot("rouge1")
 
 
 def test_a_notebook_shows_what_a_trace_holds(trace):

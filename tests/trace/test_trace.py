@@ -308,6 +308,13 @@ def test_missing_records_are_explained(trace, gone, measure, step, message):
         trace.forgetting(measure, step)
 
 
+@pytest.mark.parametrize("step", [True, 3.0, -1, "8"])
+def test_steps_are_whole_numbers(trace, step):
+    """`True` would be step 1."""
+    with pytest.raises(ValueError, match=rf"^step={step!r} must be a whole number of at least 0\.$"):
+        trace.forgetting("loss", step)
+
+
 def test_unknown_measures_are_refused(trace):
     with pytest.raises(
         ValueError, match=r"'bleu' is unknown\. Choose one of combined, loss, relative, pooled, smoothed, rouge1"
