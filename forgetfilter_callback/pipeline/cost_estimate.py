@@ -88,11 +88,15 @@ class Plan:
         )
 
     def _describe_memory(self) -> Iterator[str]:
-        yield (
-            f"The longest row has {counted(self.longest_row, 'token')}. A batch is padded to its longest row, so the "
-            f"largest one has {self.batch_rows} x {self.longest_row:,} = {self.batch_rows * self.longest_row:,} tokens. Its "
-            f"logits take {_size(self.logits_bytes)} in float32."
-        )
+        logits = f"logits take {_size(self.logits_bytes)} in float32"
+        if self.batch_rows == 1:
+            yield f"The longest row has {counted(self.longest_row, 'token')}. Its {logits}."
+        else:
+            yield (
+                f"The longest row has {counted(self.longest_row, 'token')}. A batch is padded to its longest row, so the "
+                f"largest one has {self.batch_rows} x {self.longest_row:,} = {self.batch_rows * self.longest_row:,} tokens. "
+                f"Its {logits}."
+            )
         if self.peak_bytes is not None:
             shorter = (
                 f", extended from rows of up to {MEASURED_TOKENS} tokens" if self.longest_row > MEASURED_TOKENS else ""
