@@ -486,7 +486,7 @@ def test_the_page_explains_how_to_apply_the_decision(review):
 def test_the_command_needs_no_rows_if_the_trace_names_them(review, byte_tokenizer, tmp_path):
     trace = Trace.open(shutil.copytree(review[1].folder, tmp_path / "trace"))
     trace.set_source("org/rows", None, truncated=0)
-    write_review_page(trace, tmp_path / "page.html", byte_tokenizer)
+    write_review_page(trace, tmp_path / "page.html", byte_tokenizer, FilterConfig("loss"))
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"forgetfilter filter {trace.folder} --decision review_decision.json" in html
     assert "<code>NOISY</code>" not in html
