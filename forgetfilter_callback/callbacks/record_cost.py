@@ -56,6 +56,6 @@ def describe_cost(
     passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
     steps = math.ceil(tokens / (passes * tokens_per_step))
     return (
-        f"{text} All this needs at most the compute of {counted(steps, 'training step')}. This session has "
+        f"{text} This needs less time than {counted(steps, 'training step')}; the session has "
         f"{counted(state.max_steps, 'step')}."
     )
