@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.identical_rows import with_identical_rows
 from ..errors import DataError
 from ..measures.names import DEFAULT_MEASURE
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -19,7 +20,7 @@ from ..utils.counted import counted_of
 from .config import FilterConfig, filter_config_or_default
 from .filter_by_values import filter_by_values
 from .result import FilterResult
-from .review_decision import Override, ReviewDecision, with_identical_rows
+from .review_decision import Override, ReviewDecision
 
 
 # Rows without a forgetting value are kept. If more than this fraction has none, the rows are not those of the trace.
@@ -107,7 +108,7 @@ def decide(
 
         result = find_reviewed(trace, config, measure, ids, values, nats_per_unit)
     else:
-        overrides = {**overrides, **with_identical_rows(overrides, ids)}
+        overrides = {**overrides, **with_identical_rows(overrides, ids, worst="remove")}
         on_values = replace(config, measure=measure, step=None)
         result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     return replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity(measure))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.identical_rows import with_identical_rows
 from ..errors import DecisionError
 from ..measures.names import Measure
 from ..review.false_discoveries import removable_rows
@@ -19,7 +20,7 @@ from ..utils.counted import counted
 from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
-from .review_decision import Override, with_identical_rows
+from .review_decision import Override
 
 
 def find_reviewed(
@@ -44,7 +45,7 @@ def find_reviewed(
     verdicts: dict[str, Override] = {
         trace_ids[row].as_py(): "remove" if label == "unsafe" else "keep" for row, label in queue.labels.items()
     }
-    overrides = with_identical_rows(verdicts, ids)
+    overrides = with_identical_rows(verdicts, ids, worst="remove")
     reviewed = [override for id_, override in overrides.items() if id_ in verdicts]
     unsafe = list(overrides.values()).count("remove")
     if unsafe == len(ids):

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-
-from ..data.encoded_rows import content_hash
 from ..errors import DecisionError
 from ..measures.names import MEASURES, Measure
 from ..trace.trace import Trace
@@ -26,27 +22,6 @@ _OTHER_FILES = {
     "sessions": "the manifest of a trace (manifest.json)",
     "spearman": "the checks of early stopping (early_stopping.json)",
 }
-
-
-def with_identical_rows(overrides: Mapping[str, Override], ids: pa.StringArray) -> dict[str, Override]:
-    """Apply overrides to all rows that are trained on the same tokens.
-
-    Args:
-        overrides (`Mapping[str, str]`):
-            Sample id to `"keep"` or `"remove"`.
-        ids (`pa.StringArray`):
-            The sample ids of a set. Null ids have no override.
-
-    Returns:
-        `dict[str, str]`: overrides of samples in `ids`. A sample without an override of its own is removed if an identical
-        one is.
-    """
-    by_content: dict[str, Override] = {}
-    for id_, override in overrides.items():
-        content = content_hash(id_)
-        by_content[content] = "remove" if "remove" in (override, by_content.get(content)) else "keep"
-    contents = ((id_, content_hash(id_)) for id_ in ids.to_pylist() if id_ is not None)
-    return {id_: overrides.get(id_, by_content[content]) for id_, content in contents if content in by_content}
 
 
 @dataclass(frozen=True)

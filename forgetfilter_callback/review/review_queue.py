@@ -10,8 +10,11 @@ from numbers import Integral
 from typing import get_args
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from sklearn.linear_model import LogisticRegression
 
+from ..data.identical_rows import with_identical_rows
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
 from .estimates import ReviewEstimate, estimate_unsafe_rows
@@ -167,6 +170,15 @@ class ReviewQueue:
     def labels(self) -> dict[int, VerdictLabel]:
         """The valid verdict of each reviewed row, in the order of the first verdicts."""
         return {verdict.row: verdict.verdict for verdict in self.verdicts}
+
+    @property
+    def known_labels(self) -> dict[int, VerdictLabel]:
+        """The [`labels`], and those of the rows that are trained on the same tokens as a reviewed row."""
+        ids = self.trace.rows.ids
+        by_id = {ids[row].as_py(): label for row, label in self.labels.items()}
+        known = with_identical_rows(by_id, ids, worst="unsafe")
+        rows = pc.index_in(pa.array(list(known), pa.string()), value_set=ids).to_pylist()
+        return dict(zip(rows, known.values(), strict=True))
 
     @property
     def is_seen(self) -> np.ndarray:

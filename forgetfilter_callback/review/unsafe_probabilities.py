@@ -46,7 +46,8 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
             The review.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float64: 1 for rows found to be unsafe and 0 for rows found to be safe.
+        `np.ndarray` of shape `(samples,)`, float64: 1 for rows found to be unsafe and 0 for rows found to be safe, and
+        the same for the rows that are trained on the same tokens.
 
     Raises:
         DecisionError: if there are too few verdicts.
@@ -64,5 +65,6 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
     center, spread = scores.mean(), max(scores.std(), 1e-9)
     model = LogisticRegression().fit(((scores - center) / spread)[:, None], is_unsafe)
     probabilities: np.ndarray = model.predict_proba(((queue.scores - center) / spread)[:, None])[:, 1]
-    probabilities[rows] = is_unsafe
+    known = queue.known_labels
+    probabilities[list(known)] = [label == "unsafe" for label in known.values()]
     return probabilities

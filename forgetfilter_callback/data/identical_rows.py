@@ -1,0 +1,36 @@
+"""Apply what is known about a row to the rows that are trained on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import pyarrow as pa
+
+from .encoded_rows import content_hash
+
+
+Label = TypeVar("Label", bound=str)
+
+
+def with_identical_rows(labels: Mapping[str, Label], ids: pa.StringArray, worst: Label) -> dict[str, Label]:
+    """Apply labels to all rows that are trained on the same tokens.
+
+    Args:
+        labels (`Mapping[str, str]`):
+            Sample id to one of two labels.
+        ids (`pa.StringArray`):
+            The sample ids of a set. Null ids have no label.
+        worst (`str`):
+            The label that counts where identical rows have different ones.
+
+    Returns:
+        `dict[str, str]`: labels of samples in `ids`. A sample without a label of its own has the label `worst` if an
+        identical one has it.
+    """
+    by_content: dict[str, Label] = {}
+    for id_, label in labels.items():
+        content = content_hash(id_)
+        by_content[content] = worst if by_content.get(content) == worst else label
+    contents = ((id_, content_hash(id_)) for id_ in ids.to_pylist() if id_ is not None)
+    return {id_: labels.get(id_, by_content[content]) for id_, content in contents if content in by_content}
