@@ -153,10 +153,10 @@ class ReviewQueue:
             Verdict(int(row), ids[int(row)].as_py(), verdict, time, self.reviewer, drawn_from.get(row))
             for row, verdict in verdicts.items()
         ]
-        append_verdicts(new, self._file)
+        self._size_read += append_verdicts(new, self._file)
         self.verdicts = [*self.verdicts, *new]
-        self._size_read = self._file.stat().st_size
         self.__dict__.pop("scores", None)
+        self._read()
 
     def _read(self) -> None:
         """Read the verdicts. Another queue on the same folder may have added some."""

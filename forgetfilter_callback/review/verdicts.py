@@ -51,8 +51,12 @@ class Verdict:
     drawn_from: int | None = None
 
 
-def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
-    """Append verdicts to a file, one JSON object per line. They are on disk when the function returns."""
+def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> int:
+    """Append verdicts to a file, one JSON object per line. They are on disk when the function returns.
+
+    Returns:
+        `int`: the number of bytes that were written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
     with file.open("a+b") as stream:
@@ -61,9 +65,11 @@ def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> None:
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":  # a crash cut the last line short; it stays in the file
                 text = "\n" + text
-        stream.write(text.encode())
+        content = text.encode()
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+    return len(content)
 
 
 def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) -> Path:

@@ -11,7 +11,9 @@ import pytest
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.reports.dataset_card import dataset_card
+from forgetfilter_callback.review import review_queue
 from forgetfilter_callback.review.false_discoveries import FalseDiscoveryResult, removable_rows
+from forgetfilter_callback.review.verdicts import Verdict, append_verdicts
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -325,6 +327,21 @@ def test_two_queues_on_one_folder_see_each_others_verdicts(tmp_path):
     second.add(dict.fromkeys(rows, "unsafe"))
     first.next(10)
     assert first.labels == second.labels and len(first.labels) == 20
+
+
+def test_a_verdict_that_another_queue_stores_at_the_same_moment_is_seen(tmp_path, monkeypatch):
+    trace, _ = make_trace(tmp_path)
+    first, second = ReviewQueue(trace), ReviewQueue(trace)
+
+    def append_after_another(verdicts: list[Verdict], file: Path) -> int:
+        monkeypatch.setattr(review_queue, "append_verdicts", append_verdicts)
+        second.add({7: "unsafe"})
+        return append_verdicts(verdicts, file)
+
+    monkeypatch.setattr(review_queue, "append_verdicts", append_after_another)
+    first.add({3: "safe"})
+    assert first.labels == {7: "unsafe", 3: "safe"} and first.is_seen.sum() == 2
+    assert first.verdicts == ReviewQueue(trace).verdicts
 
 
 @pytest.mark.parametrize("name", ["review/verdicts.jsonl", "."])
