@@ -10,13 +10,15 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
 from ..data.loss_tokens import LossTokens
-from ..measures.common import by_window, loss_rises, mean_of_largest
-from ..measures.smoothed import loss_changes, smoothed_over_states
+from ..measures.common import Sliceable, by_window, loss_rises, mean_of_largest
+from ..measures.smoothed import loss_changes, random_subset, smoothed_over_states
 from ..trace.trace import Trace
 
 
 # Principal components of the hidden states that become features.
 COMPONENTS = 30
+# The components are fitted to at most this many random rows. The states of this many rows are in memory at a time.
+COMPONENTS_MAX_ROWS = 10_000
 # Fraction of a row's tokens that the feature "largest rises" averages.
 LARGEST_FRACTION = 0.1
 
@@ -30,7 +32,8 @@ def row_features(trace: Trace) -> np.ndarray:
     kind of text a row is. Verdicts show whether that kind is unsafe, so these features have no place in a measure of
     forgetting.
 
-    The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1.
+    The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1. If there
+    are more than 10,000 rows, they are fitted to 10,000 random ones.
 
     Args:
         trace ([`Trace`]):
@@ -44,7 +47,7 @@ def row_features(trace: Trace) -> np.ndarray:
         TraceError: if the trace does not hold the records that the measures need.
     """
     before, after = trace.first_and_last()
-    offsets, states = trace.rows.loss_offsets, trace.states(before)
+    offsets, states = trace.rows.loss_offsets, trace.stored_states(before)
     losses = trace.stored_losses(before), trace.stored_losses(after)
     changes = loss_changes(LossTokens(trace.rows), offsets, *losses)
     values = [
@@ -58,7 +61,7 @@ def row_features(trace: Trace) -> np.ndarray:
     ]
     if trace.base_record is not None:
         values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
-    return np.column_stack([*map(_normal_scores, values), _state_components(states)])
+    return np.column_stack([*map(_normal_scores, values), _state_components(states, len(trace.rows))])
 
 
 def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -73,9 +76,24 @@ def _normal_scores(values: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _state_components(states: np.ndarray) -> np.ndarray:
+def _state_components(states: Sliceable, rows: int) -> np.ndarray:
     """Principal components of the states, divided by the standard deviation of the first one."""
-    finite = np.where(np.isfinite(states), states, 0).astype(np.float32)
-    directions = normalize(finite - finite.mean(axis=0))
-    components = PCA(min(COMPONENTS, *directions.shape), random_state=0).fit_transform(directions)
+    chunks = [slice(start, start + COMPONENTS_MAX_ROWS) for start in range(0, rows, COMPONENTS_MAX_ROWS)]
+    sums = [_finite(states[chunk]).sum(axis=0, dtype=np.float64) for chunk in chunks]
+    center = (np.sum(sums, axis=0) / rows).astype(np.float32)
+
+    def directions(chosen: np.ndarray) -> np.ndarray:
+        return normalize(_finite(chosen) - center, copy=False)
+
+    is_fitted = np.zeros(rows, dtype=bool)
+    is_fitted[random_subset(rows, COMPONENTS_MAX_ROWS)] = True
+    fitted = directions(np.concatenate([states[chunk][is_fitted[chunk]] for chunk in chunks]))
+    pca = PCA(min(COMPONENTS, *fitted.shape), random_state=0).fit(fitted)
+    del fitted
+    components = np.concatenate([pca.transform(directions(states[chunk])) for chunk in chunks])
     return components / max(components[:, 0].std(), 1e-9)
+
+
+def _finite(states: np.ndarray) -> np.ndarray:
+    """The states in float32. Values that are not finite are 0."""
+    return np.where(np.isfinite(states), states, 0).astype(np.float32)

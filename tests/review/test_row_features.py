@@ -1,0 +1,34 @@
+"""Features of the rows: what they are, and the memory they take."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from forgetfilter_callback.review import row_features
+
+
+@pytest.mark.parametrize("fitted", [1, 40], ids=["all", "every 40th"])
+def test_components_are_those_of_scikit_learn_and_states_are_read_in_chunks(fitted, tmp_path, monkeypatch):
+    """Chunks give the components of one array. Numbers that are not finite count as 0."""
+    count, size, rng = 20_000, 300, np.random.default_rng(0)
+    states = np.memmap(tmp_path / "states", np.float16, "w+", shape=(count, size))
+    states[:] = rng.normal(size=states.shape) * np.geomspace(10, 1, size)
+    states[[5, count - 1], 2] = np.inf, np.nan
+    finite = np.nan_to_num(np.array(states, np.float32), posinf=0)
+    directions = finite - finite.mean(axis=0, dtype=np.float64)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    expected = PCA(30, svd_solver="full").fit(directions[::fitted]).transform(directions)
+    expected /= expected[:, 0].std()
+    monkeypatch.setattr(row_features, "random_subset", lambda count, size: np.arange(0, count, fitted))
+    monkeypatch.setattr(row_features, "COMPONENTS_MAX_ROWS", 500)
+    tracemalloc.start()
+    found = row_features._state_components(states, count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    signs = np.sign((found * expected).sum(axis=0))
+    np.testing.assert_allclose(found[:, :10] * signs[:10], expected[:, :10], atol=1e-3)
+    assert fitted == 1 or peak < states.nbytes
