@@ -365,7 +365,7 @@ class Trace:
                 "Pass the same tracker to a second trainer that trains on a safety set. To follow rows that the model has "
                 "already learned, name them: `ForgetTracker(noisy)`."
             )
-        before, after = safety[0], Record("safety", step) if step is not None else safety[-1]
+        before, after = safety[0], Record("safety", int(step)) if step is not None else safety[-1]
         if after not in safety:
             raise TraceError(
                 f"The safety session has no record at step {step}. Its records are at steps {[r.step for r in safety]}."

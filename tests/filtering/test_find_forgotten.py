@@ -11,7 +11,7 @@ import pytest
 from helpers import sample_ids, tiny_llama, two_populations
 from transformers import Trainer
 
-from forgetfilter_callback import FilterConfig, ForgetTracker, find_forgotten
+from forgetfilter_callback import FilterConfig, FilterResult, ForgetTracker, find_forgotten
 from forgetfilter_callback.errors import DataError, DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.find_forgotten import align_values
@@ -205,6 +205,12 @@ def test_find_forgotten_uses_the_requested_record(noisy, safety, make_args, coll
     selected = trace.rows.ids.take(pa.array([3, None, 1]))
     result = find_forgotten(trace, FilterConfig("loss", 99.0), ids=selected)
     np.testing.assert_array_equal(result.values, trace.forgetting("loss")[[3, 0, 1]] + [0, np.nan, 0])
+
+
+def test_a_step_of_numpy_is_saved(trace, tmp_path):
+    """`np.array(steps)[-1]` is a whole number, but not an `int`."""
+    find_forgotten(trace, FilterConfig("loss", step=np.int64(3))).save(tmp_path / "result")
+    assert FilterResult.load(tmp_path / "result").step == 3
 
 
 @pytest.mark.parametrize("setting", [{"step": 4}, {"reviewed": "review"}], ids=str)
