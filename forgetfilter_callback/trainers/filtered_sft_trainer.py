@@ -111,7 +111,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
                 processing_class,
                 unshuffled_args,
                 False,
-                formatting_func,
+                _without_index(formatting_func),
                 dataset_name,
             )
             max_length, keep_end = truncation_of(self._trace)
@@ -126,3 +126,10 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
             ids = prepared_ids.take(pa.array(prepared_index, mask=prepared_index < 0))
             dataset = self._filter(dataset, ids, self._forgetting, self._filter_config, max_length, keep_end)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+def _without_index(formatting_func: Any) -> Any:
+    """Return a formatting function that gets the rows as the user passed them."""
+    if formatting_func is None:
+        return None
+    return lambda row: formatting_func({name: value for name, value in row.items() if name != _INDEX_COLUMN})

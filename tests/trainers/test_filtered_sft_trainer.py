@@ -93,6 +93,18 @@ def test_without_forgetting_it_equals_sfttrainer(sft_config, chat_tokenizer):
     assert losses[0] == losses[1] and trainer.filter_result is None and trainer.removed_dataset is None
 
 
+def test_a_formatting_function_gets_the_rows_as_they_are(sft_config, chat_tokenizer):
+    def render(prompt, completion, id):  # another column would be an unexpected argument
+        return f"{prompt}{completion}"
+
+    trainer = FilteredSFTTrainer(
+        tiny_llama(), sft_config(completion_only_loss=False), train_dataset=rows_of("prompt and completion"),
+        processing_class=chat_tokenizer, formatting_func=lambda row: render(**row),
+        forgetting=np.arange(9.0), filter_config=FilterConfig("loss", 7.5),
+    )  # fmt: skip
+    assert trainer.removed_dataset["id"] == [8] and len(trainer.train_dataset) == 8
+
+
 def test_a_model_other_than_the_base_model_is_refused(tracker, sft_config, chat_tokenizer):
     another = tiny_llama()
     with torch.no_grad():
