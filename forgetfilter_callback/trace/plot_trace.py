@@ -96,13 +96,14 @@ def draw_histogram(axes: Axes, values: np.ndarray, measure: Measure, groups: Seq
     labels = np.asarray(groups if groups is not None else ["samples"] * len(values))[known]
     values = values[known]
     names = sorted(set(labels.tolist()))
-    axes.hist(
-        [values[labels == name] for name in names],
-        bins=min(60, max(10, len(values) // 4)),
-        stacked=True,
-        label=[f"{name} ({(labels == name).sum()})" for name in names],
-        color=[COLORS.get(name) or f"C{index}" for index, name in enumerate(names)],
-    )
+    if names:
+        axes.hist(
+            [values[labels == name] for name in names],
+            bins=min(60, max(10, len(values) // 4)),
+            stacked=True,
+            label=[f"{name} ({(labels == name).sum()})" for name in names],
+            color=[COLORS.get(name) or f"C{index}" for index, name in enumerate(names)],
+        )
     axes.set_xlabel(f"{measure} forgetting [{UNITS[measure]}], higher is more forgotten")
     axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
     axes.set_title("Forgetting")

@@ -43,6 +43,12 @@ def test_before_the_safety_session_there_are_losses_only(trace, tmp_path):
     assert axes.get_ylabel() == "mean loss of a sample [nats per token]" and len(axes.lines) == 1
 
 
+def test_a_session_that_diverged_has_no_bars(trace):
+    trace.append(trace.records()[-1], [Scores(np.full(trace.rows.loss_offsets[-1], np.nan, np.float32))])
+    losses, forgetting = trace.plot("loss").axes
+    assert forgetting.containers == [] and len(losses.lines) == 0
+
+
 def test_a_measure_that_needs_other_records_is_refused(trace):
     with pytest.raises(TraceError, match="rouge1=True"):
         trace.plot("rouge1")
