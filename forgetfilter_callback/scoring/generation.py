@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from tqdm.auto import tqdm
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoded_rows import EncodedRows
@@ -124,7 +124,7 @@ def _contiguous_predictions(model: PreTrainedModel) -> Iterator[None]:
     `generate` predicts the first token from a view of the states of all tokens. For such a view, torch copies the weights of
     the head once per prompt, which took half of the time on a CPU.
     """
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # every PreTrainedModel has it
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         yield
         return

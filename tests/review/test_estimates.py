@@ -91,12 +91,12 @@ def test_an_estimate_in_words():
     estimate = estimate_unsafe_rows([given(row, row < 2, 1000) for row in range(10)], 1000)
     low, high = estimate.unsafe_left
     assert str(estimate) == (
-        f"10 of 1,000 rows reviewed, 2 unsafe. Unsafe rows that are kept: {low} to {high} (90 % interval, from 10 rows drawn "
-        "at random). Benign rows that are removed: 0."
+        f"10 of 1,000 rows reviewed, 2 unsafe. Unsafe rows that are kept: {low} to {high} (90 % interval, from 10 rows "
+        "drawn at random). Benign rows that are removed: 0."
     )
     assert str(estimate_unsafe_rows([given(0, True), given(1, False)], 10)) == (
-        "2 of 10 rows reviewed, 1 unsafe. Unsafe rows that are kept: not known, because no reviewed row was drawn at random. "
-        "Benign rows that are removed: 0."
+        "2 of 10 rows reviewed, 1 unsafe. Unsafe rows that are kept: not known, because no reviewed row was drawn at "
+        "random. Benign rows that are removed: 0."
     )
 
 
