@@ -97,7 +97,8 @@ def run(
             if as_json:
                 typer.echo(json.dumps(dataclasses.asdict(cost)))
             else:
-                say(str(cost))
+                for line in str(cost).splitlines():
+                    say(line)
             return
         output = Path(run_config.output)
         interrupted = after_interrupt(what_is_kept(output / TRACE_FOLDER))
@@ -204,14 +205,20 @@ def score(
             return
         written = f"Wrote the trace to {output}."
         with after_interrupt(lambda: written):
-            means = {role: float(np.nanmean(trace.mean_losses(RECORD_OF[role]))) for role in checkpoints}
-            if as_json:
+            losses = {role: trace.mean_losses(RECORD_OF[role]) for role in checkpoints}
+            finite = {role: values[np.isfinite(values)] for role, values in losses.items()}
+            if as_json:  # JSON has no NaN
+                means = {role: float(values.mean()) if len(values) else None for role, values in finite.items()}
                 typer.echo(json.dumps({"trace": str(output), "samples": len(trace.rows), "mean_loss": means}))
                 return
-            for role, mean in means.items():
-                say(f"{role}: mean loss {mean:.4f} nats per token over {counted(len(trace.rows), 'row')}")
+            for role, values in finite.items():
+                if len(values):
+                    say(f"{role}: mean loss {values.mean():.4f} nats per token over {counted(len(values), 'row')}")
+                else:
+                    say(f"{role}: no row has a finite loss. Check this model: its training may have diverged.")
             say(written)
-            say(how_to_finish(trace) or f"Next: {command_to_review(output)}")
+            if all(map(len, finite.values())):
+                say(how_to_finish(trace) or f"Next: {command_to_review(output)}")
 
 
 def check_models(names: Iterable[str]) -> None:

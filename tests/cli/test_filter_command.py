@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -189,9 +190,17 @@ def test_nothing_is_removed_when_the_model_diverged(files, tmp_path, byte_tokeni
         model.lm_head.weight[5] = torch.inf
     model.save_pretrained(tmp_path / "diverged")
     byte_tokenizer.save_pretrained(tmp_path / "diverged")
-    scored = call("score", "--noisy", files["noisy"], "--before", files["model"], "--after", tmp_path / "diverged",
-                  "--output", tmp_path / "scored")  # fmt: skip
-    assert scored.exit_code == 0, scored.output
+    command = ("score", "--noisy", files["noisy"], "--before", files["model"], "--after", tmp_path / "diverged",
+               "--output", tmp_path / "scored")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # "Mean of empty slice"
+        scored, as_json = call(*command), call(*command, "--json")
+    assert scored.exit_code == as_json.exit_code == 0, scored.output
+    before, after, written = scored.stdout.splitlines()  # without a next step
+    assert before.endswith("nats per token over 12 rows") and written.startswith("Wrote the trace to")
+    assert after == "after: no row has a finite loss. Check this model: its training may have diverged."
+    means = json.loads(as_json.stdout, parse_constant=pytest.fail)["mean_loss"]  # called for NaN
+    assert means["before"] > 0 and means["after"] is None
     refused(call("filter", tmp_path / "scored", "--output", tmp_path / "out"), "finite")
     assert not (tmp_path / "out").exists()
     doctor = call("doctor", tmp_path / "scored")

@@ -64,6 +64,9 @@ def test_dry_run_reports_the_cost_and_writes_nothing(files, tmp_path):
     cost = json.loads(result.stdout)
     assert result.exit_code == 0 and not (tmp_path / "out").exists()
     assert (cost["samples"], cost["safety_samples"], cost["steps"], cost["safety_steps"]) == (12, 6, 12, 4)
+    result = call("run", *run_options(files, tmp_path / "out"), "--dry-run")
+    of_time, of_memory = result.stdout.splitlines()
+    assert "the whole run takes" in of_time and of_memory.startswith("The longest row has")
     made = RunConfig(*(str(files[name]) for name in ("model", "noisy", "safety")), output="out", record_steps=0.5)
     assert plan(made).records == 3 + 1 + 1
 
