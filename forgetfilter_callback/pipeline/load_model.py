@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..utils.argument_checks import check_fields, check_positive
@@ -25,6 +26,30 @@ def add_lora(model: PreTrainedModel, seed: int, settings: dict[str, Any]) -> Pre
     """Add a new LoRA adapter to `model`. `settings` are fields of [`~peft.LoraConfig`] that differ from the defaults."""
     set_seed(seed)
     return cast(PreTrainedModel, get_peft_model(model, lora_config(settings)))  # a PeftModel forwards all attributes
+
+
+def check_lora(settings: dict[str, Any]) -> None:
+    """Check the LoRA settings of a run without its model.
+
+    peft checks the names of initializations and biases when it adds the adapter, so one is added to a small layer.
+
+    Raises:
+        ValueError: if `settings` is not valid.
+    """
+    config = lora_config(settings)
+    try:
+        get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)),
+            LoraConfig(
+                r=2,
+                target_modules=["0"],
+                bias=config.bias,
+                init_lora_weights=config.init_lora_weights,
+                loftq_config=config.loftq_config,
+            ),
+        )
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise _invalid(settings, error) from error
 
 
 def lora_config(settings: dict[str, Any]) -> LoraConfig:
@@ -48,4 +73,8 @@ def lora_config(settings: dict[str, Any]) -> LoraConfig:
     try:
         return LoraConfig(**{**defaults, **settings})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora={settings} is not valid for peft.LoraConfig: {error}") from error
+        raise _invalid(settings, error) from error
+
+
+def _invalid(settings: dict[str, Any], error: Exception) -> ValueError:
+    return ValueError(f"lora={settings} is not valid for peft.LoraConfig: {error}")

@@ -34,7 +34,7 @@ from ..utils.distributed import run_on_main
 from ..utils.paths import absolute_path_or_hub_id
 from ..utils.row_numbers import describe_rows
 from .forget_filter import ForgetFilter
-from .load_model import load_model, lora_config
+from .load_model import check_lora, load_model
 from .locked_output import locked_output
 from .output_record import (
     CONFIG_FILE,
@@ -93,7 +93,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
     """
     args, safety_args = training_arguments(config)  # starts torch.distributed under torchrun
     if config.use_lora:
-        lora_config(config.lora)
+        check_lora(config.lora)
     given: list[Dataset | JsonRows] = []  # the other processes do not need the rows as they were given
 
     def load_on_main() -> tuple[PreTrainedTokenizerBase, str | None, EncodedRows, EncodedRows]:

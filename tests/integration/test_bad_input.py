@@ -183,6 +183,8 @@ FIELDS = [
     *(("--lora", "r", value) for value in (*NOT_POSITIVE, "2.5")),
     ("--training", "weight_decay", "much"), ("--training", "bf16", "maybe"), ("--training", "save_strategy", "sometimes"),
     ("--training", "colour", "red"), ("--safety-training", "colour", "red"), ("--lora", "colour", "red"),
+    ("--lora", "init_lora_weights", "gausian"), ("--lora", "init_lora_weights", "pissa_niter_many"),
+    ("--lora", "init_lora_weights", "5"), ("--lora", "bias", "nne"),
 ]  # fmt: skip
 
 
