@@ -70,15 +70,16 @@ def score_checkpoints(
     Raises:
         DataError: if a model has an encoder, or if its configuration cannot be loaded.
         TraceError: if the trace in `folder` belongs to other rows or to a tracked run, or if a model cannot be loaded.
-        ValueError: if an argument is not valid. Nothing is loaded then.
+        TypeError: if `rows` or `tokenizer` is something else. Nothing is loaded then.
+        ValueError: if `checkpoints` or `batch_tokens` is not valid. Nothing is loaded then.
     """
     _check_arguments(checkpoints, batch_tokens)
     if not isinstance(rows, EncodedRows):
-        raise ValueError(
+        raise TypeError(
             f"`rows` must be EncodedRows, but it is {type(rows).__name__}. Pass `encode_rows(rows, tokenizer)`."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
+        raise TypeError(
             f"`tokenizer` must be a `PreTrainedTokenizerBase`, but it is {type(tokenizer).__name__}. Pass the tokenizer "
             "that the rows were encoded with."
         )
