@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,8 @@ def after_filter(result: FilterResult, path: Path, output: Path) -> str:
     """After `filter`: finetune on the kept rows, or review rows if none was removed."""
     if not result.counts["removed"]:
         return command_to_review(path)
+    kept = str(output / "kept.jsonl")
     return (
-        f"finetune the base model on {output / 'kept.jsonl'}. The page docs/how-to/few-unsafe-rows.md of the "
-        "repository shows how, under “Finetune on the kept rows”."
+        f"finetune the base model on {kept}, as you would on all rows. TRL's SFTTrainer takes "
+        f'load_dataset("json", data_files={json.dumps(kept, ensure_ascii=False)}, split="train") as `train_dataset`.'
     )

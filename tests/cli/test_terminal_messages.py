@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from datasets import load_dataset
 from helpers import call
 from rich.console import Console
 
@@ -116,9 +117,10 @@ def test_after_a_look_at_verdicts_the_next_step_is_to_filter_by_them(run_folder,
 
 def test_after_a_filter_the_next_step_is_to_finetune(run_folder, tmp_path):
     step = next_line("filter", run_folder, "--fraction", 0.25, "--output", tmp_path)
-    page, heading = re.search(r"The page (\S+) of the repository shows how, under “(.*)”\.$", step).groups()
-    assert step.startswith(f"finetune the base model on {tmp_path / 'kept.jsonl'}. ")
-    assert f"\n## {heading}\n" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    assert step.startswith(f"finetune the base model on {tmp_path / 'kept.jsonl'}, ")
+    code = re.search(r"SFTTrainer takes (load_dataset\(.*\)) as `train_dataset`\.$", step)[1]
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert eval(code, {"load_dataset": load_dataset}).to_list() == kept
 
 
 @pytest.mark.parametrize("width", [80, 120])
