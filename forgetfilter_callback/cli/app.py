@@ -87,7 +87,8 @@ def exit_codes(kept: str = "") -> Iterator[None]:
         say(f"forgetfilter: {with_option_names(str(error))}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except Exception as error:
-        if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
+        # Typer ends the command in silence if what reads its output has ended, such as `head`.
+        if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter | BrokenPipeError):
             raise
         say(f"forgetfilter: {type(error).__name__}: {with_option_names(str(error))}", err=True)
         raise typer.Exit(FAILED) from error

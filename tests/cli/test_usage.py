@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib.metadata import version
 
 import pytest
 from helpers import call, refused
+
+from forgetfilter_callback.cli import trace_commands
 
 
 RUN = ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o"]
@@ -118,3 +121,14 @@ def test_a_model_that_is_no_folder_without_a_network(files, tmp_path):
     )
     assert "Without a network, pass the folder of a model" in last
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_whose_reader_has_ended_says_nothing(finished_run, monkeypatch):
+    """As in `forgetfilter doctor out | head -0`."""
+
+    def say(message: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(trace_commands, "say", say)
+    result = call("doctor", finished_run)
+    assert result.exit_code == 1 and result.output == ""
