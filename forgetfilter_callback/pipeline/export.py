@@ -130,12 +130,18 @@ def export_rows(
         DataError: as in [`to_dataset`], or if `file` is the noisy set, in the folder of a trace, or an existing file that is
             not an export.
         DecisionError, TraceError: as in [`to_dataset`].
-        ValueError: if the format is unknown.
+        ValueError: if the format is unknown, or if the extension of `file` is that of the other one.
     """
     source = source if source is not None else find_source(trace)
     if file_format not in get_args(ExportFormat):
         raise ValueError(f"The format {file_format!r} is unknown. Choose jsonl or parquet.")
     check_output_file(trace, file, _is_export, source)
+    other_format = "parquet" if file_format == "jsonl" else "jsonl"
+    if file.suffix.lower() == f".{other_format}":
+        raise ValueError(
+            f"{file} has the extension of another format than {file_format}. Pass `--format {other_format}`, or choose "
+            "another name."
+        )
     ids, rows = load_source_rows(trace, source, tokenizer)
     config = filter_config_or_default(filter_config)
     result = _stored_result(trace) if filter_config is None else None
@@ -345,6 +351,6 @@ def _column_names(rows: Any) -> set[str]:
 
 def _no_columns(error: Exception) -> DataError:
     return DataError(
-        f"The rows cannot become columns of one type each: {error}. Export them as JSON Lines (`--format jsonl`), or make "
-        "the values of each column alike."
+        f"The rows cannot become columns of one type each: {error}. Export them as JSON Lines (`--format jsonl --output "
+        "rows.jsonl`), or make the values of each column alike."
     )

@@ -55,6 +55,14 @@ def scored(files, tmp_path, byte_tokenizer):
     return score
 
 
+@pytest.mark.parametrize(("file_format", "other"), [("jsonl", "parquet"), ("parquet", "jsonl")])
+def test_a_file_with_the_extension_of_the_other_format_is_refused(file_format, other, finished_run, tmp_path):
+    file = tmp_path / f"rows.{other.upper()}"
+    result = call("export", finished_run, "--format", file_format, "--output", file)
+    refused(result, f"the extension of another format than {file_format}. Pass `--format {other}`")
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
 def test_losses_are_those_of_transformers(file_format, files, scored, tmp_path, byte_tokenizer, caplog):
     trace, file = scored(files["noisy"]), tmp_path / f"rows.{file_format}"
@@ -200,10 +208,10 @@ def test_rows_that_are_no_columns_are_refused_for_parquet(more, scored, tmp_path
     (tmp_path / "noisy.jsonl").write_text("\n".join(map(json.dumps, rows)))
     trace = scored(tmp_path / "noisy.jsonl")
     file = tmp_path / "out.parquet"
-    command = ("export", trace.folder, "--measure", "loss", "--output", file)
-    refused(call(*command, "--format", "parquet"), "cannot become columns of one type each", "--format jsonl")
+    command = ("export", trace.folder, "--measure", "loss", "--output")
+    refused(call(*command, file, "--format", "parquet"), "cannot become columns of one type each", "--format jsonl")
     assert not file.exists()
-    assert call(*command, "--format", "jsonl").exit_code == 0
+    assert call(*command, tmp_path / "out.jsonl", "--format", "jsonl").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["forgetfilter_weight", "forgetfilter_x", "forgetfil\\u0074er_removed"])
