@@ -68,7 +68,7 @@ def load_rows(source: str | os.PathLike[str]) -> Dataset | JsonRows:
                 f" It must be a file ({', '.join(FILE_EXTENSIONS)}), a folder written by `Dataset.save_to_disk`, or the "
                 "Hub id of a dataset."
             )
-        raise DataError(f"{source} cannot be read: {cause}.{advice}") from error
+        raise DataError(f"{source} cannot be read: {str(cause).rstrip('.')}.{advice}") from error
     if not len(rows):
         raise DataError(f"{source} has no rows.")
     return rows

@@ -67,6 +67,12 @@ def test_unreadable_rows_are_refused(name, content, message, tmp_path):
         load_rows(tmp_path / name)
 
 
+def test_a_folder_of_files_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"nor a `DatasetDict` directory\. It must be a file"):
+        load_rows(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["data[1].jsonl", "NOISY.JSONL", "ro ws*.jsonl"])
 def test_file_names_with_glob_characters(name, tmp_path):
     (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
