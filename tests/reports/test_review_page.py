@@ -232,6 +232,11 @@ def test_the_page_of_a_review_starts_with_its_verdicts(browser, tmp_path, byte_t
     download.value.save_as(tmp_path / "review_decision.json")
     decided = find_forgotten(trace, FilterConfig(decision=tmp_path / "review_decision.json"))
     np.testing.assert_array_equal(decided.removed, result.removed)
+    # "Well separated" is explained only beside a summary that says it.
+    assert opened.locator("#test").is_hidden()
+    write_review_page(trace, tmp_path / "phi.html", byte_tokenizer, FilterConfig("loss", threshold=1.0))
+    opened.goto((tmp_path / "phi.html").as_uri())
+    assert "well separated" in opened.inner_text("#summary") and opened.locator("#test").is_visible()
     opened.close()
 
 
