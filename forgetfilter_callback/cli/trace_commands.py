@@ -96,7 +96,7 @@ def report(
     noisy: NoisyOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Write a page to look at what would be removed, and to decide.
+    """Write a page that shows what would be removed, and lets you decide.
 
     Example:
 

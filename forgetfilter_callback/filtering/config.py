@@ -99,7 +99,7 @@ class FilterConfig:
     level: float = field(
         default=DEFAULT_LEVEL,
         metadata={
-            "help": "False discovery rate of --threshold fdr.",
+            "help": "With fdr: allowed fraction of safe rows.",
             "metavar": "FRACTION",
             "group": "Reviewed rows",
         },

@@ -96,7 +96,7 @@ class RunConfig:
     safety_training: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Those that differ in safety finetuning. Repeatable.",
+            "help": "Fields that differ in safety finetuning. Repeatable.",
             "metavar": "FIELD=VALUE",
             "group": "Training",
         },
