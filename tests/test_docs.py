@@ -157,7 +157,7 @@ def test_options_named_in_the_documents_exist():
         if page.parent.name not in ("benchmarks", "evidence")  # the benchmarks have options of their own
         for span in re.findall(r"`([^`\n]+)`", without_blocks(text))
         for option in re.findall(r"--[\w-]+", span)
-    } - {"--no-deps", "--no-python", "--help"}  # of pip, of torchrun, and of every command
+    } - {"--no-deps", "--index-url", "--no-python", "--help"}  # of pip, of torchrun, and of every command
     assert len(named) > 5
     assert named <= existing
 
