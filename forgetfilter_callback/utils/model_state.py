@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from accelerate.utils import is_compiled_module
 from peft.import_utils import is_bnb_4bit_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -35,6 +36,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
       Contents are restored for buffers of up to 2**20 elements only: larger ones may hold the weights, as in GPTQ.
     - `requires_grad` of every parameter, which PEFT changes when adapters are disabled and enabled.
     - The random generators of Python, NumPy and torch (CPU and the model's device).
+
+    Inside the block, compiled modules run without their compiled code.
     """
     saved_modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     saved_contents = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _MAX_COPIED_BUFFER]
@@ -44,7 +47,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     device_type = accelerator.type if accelerator is not None else "cuda"
     devices = [device.index for device in {p.device for p in model.parameters()} if device.type == device_type]
     try:
-        with torch.random.fork_rng(devices=devices, device_type=device_type):
+        with torch.random.fork_rng(devices=devices, device_type=device_type), _without_compiled_code(model):
             model.eval()
             for module in _eval_unsafe_modules(model):
                 module.training = True
@@ -66,6 +69,20 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 module.reshard()  # some keep gathered weights for a backward pass, which scoring never runs
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _without_compiled_code(model: nn.Module) -> Iterator[None]:
+    """Run modules that `torch.compile` has compiled as if it had not.
+
+    Scoring adds hooks to modules and reads batches of many shapes, and torch would compile the model again for each of them.
+    After a few times it gives up, and training runs without compiled code too.
+    """
+    if not any(is_compiled_module(module) or module._compiled_call_impl is not None for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _eval_unsafe_modules(model: nn.Module) -> list[nn.Module]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_compiled_module
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DeviceMesh, DTensor
@@ -19,8 +21,10 @@ _MODEL_DIMENSIONS = {"tp", "ep"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrapper of FSDP1, which Trainer passes to callbacks; other models are not wrapped."""
-    return model.module if isinstance(model, FullyShardedDataParallel) else model
+    """Return the model inside the wrappers that Trainer passes to callbacks: FSDP1's and that of `torch.compile(model)`."""
+    if isinstance(model, FullyShardedDataParallel):
+        model = model.module
+    return cast(nn.Module, model._orig_mod) if is_compiled_module(model) else model
 
 
 def shares_weights(model: nn.Module) -> bool:

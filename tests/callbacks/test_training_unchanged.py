@@ -201,6 +201,41 @@ def test_training_is_unchanged_with_trainer_features(feature, noisy, safety, mak
     assert [record.step for record in tracker.trace.records() if record.session == "safety"] == list(range(last + 1))
 
 
+def wrapped(model, backend):
+    return torch.compile(model, backend=backend, dynamic=True)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend, dynamic=True)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [wrapped, in_place])
+def test_a_compiled_model_is_not_compiled_for_records(compiled, noisy, make_args, collator):
+    """Torch would compile it again for each hook and each shape, until it gives up and compiles no training step either."""
+    runs = []
+    for tracked in (False, True):
+        torch.compiler.reset()
+        graphs, tracker = [], ForgetTracker(record_steps=1, batch_tokens=64)
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph.forward
+
+        model = tiny_llama()
+        args = make_args(f"{tracked}", max_steps=3, remove_unused_columns=False)
+        trainer = Trainer(
+            compiled(model, backend), args, train_dataset=noisy, data_collator=collator,
+            callbacks=[tracker] if tracked else [],
+        )  # fmt: skip
+        trainer.train()
+        runs.append((len(graphs), without_timings(trainer.state.log_history), model))
+    torch.compiler.reset()
+    assert runs[0][0] == runs[1][0] > 0 and runs[0][1] == runs[1][1]
+    expected = [reference_means(tiny_llama(), noisy), reference_means(runs[1][2].eval(), noisy)]
+    np.testing.assert_allclose(tracker.trace.losses()[[0, -1]], expected, rtol=1e-5)
+
+
 def test_packed_sft_training_with_evaluation_is_unchanged(sft_config, chat_tokenizer):
     def train(tracked: bool):
         model = tiny_llama()

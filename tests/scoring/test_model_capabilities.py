@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers import random_rows, rows_with_common_prefixes, tiny_llama
-from tiny_models import NOT_REUSING_MODELS, reuses_prefixes
+from tiny_models import NOT_REUSING_MODELS, prompt_tuned, reuses_prefixes
 
 from forgetfilter_callback import encode_rows
 from forgetfilter_callback.errors import ScoringError
@@ -15,6 +16,12 @@ from forgetfilter_callback.scoring.token_losses import token_losses
 @pytest.mark.parametrize("make_model", NOT_REUSING_MODELS, ids=lambda f: f.__name__)
 def test_prefixes_are_not_reused_by_unsupported_models(make_model):
     assert not reuses_prefixes(make_model().eval(), rows_with_common_prefixes())
+
+
+def test_a_compiled_model_supports_what_the_model_inside_supports():
+    for make_model, supported in ((tiny_llama, True), (prompt_tuned, False)):
+        model = torch.compile(make_model(), backend="eager")
+        assert reuses_prefixes(model, rows_with_common_prefixes()) == supported
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "flash_attention_3"])
