@@ -23,10 +23,12 @@ from .token_sample import TOKEN_TYPES, Sample, other_inputs_error, sample_of_inp
 
 
 _SCORED_INPUTS = {"input_ids", "labels", "attention_mask", "position_ids"}
-# Collators return these too. They say where a row ends, or what the labels say already.
+# Collators return these too. They say where a row ends, or what the labels say already. `Trainer` keeps the columns `label`
+# and `label_ids` (the classes of a dataset for classification), which causal language models do not read.
 _HARMLESS_INPUTS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths", "length",
     "completion_mask", "assistant_masks", "special_tokens_mask", "num_items_in_batch",
+    "label", "label_ids",
 }  # fmt: skip
 # This many rows are read and collated twice, to detect a dataset or a collator that is not deterministic.
 _ROWS_READ_TWICE = 16
@@ -99,7 +101,7 @@ def encode_collated(
         row = dataset[index] if isinstance(dataset, Dataset) else copy.deepcopy(dataset[index])
         try:
             batch = collate_fn([row])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # the user's code, which may assert that there are several rows
             raise UnsupportedDatasetError(
                 f"the collator cannot collate a single row ({type(error).__name__}: {error}). Use a collator that "
                 "accepts a list of one row."

@@ -58,7 +58,14 @@ def test_a_random_dataset_that_reuses_its_buffer_is_refused(noisy, make_args):
         train_tracked(Drawing(), make_args, collate, ForgetTracker())
 
 
-@pytest.mark.parametrize("collate", [list, lambda rows: rows[1], lambda rows: {"input_ids": rows[0]["input_ids"]}])
+def of_pairs(rows):
+    assert len(rows) % 2 == 0
+    return {}
+
+
+@pytest.mark.parametrize(
+    "collate", [list, lambda rows: rows[1], lambda rows: {"input_ids": rows[0]["input_ids"]}, of_pairs]
+)
 def test_batches_that_are_not_one_sample_are_unsupported(collate, noisy):
     """A list (GRPO), a failure, or a batch without labels: allowed in a safety session, so the error type differs."""
     with pytest.raises(UnsupportedDatasetError, match="Row 0: the collator"):

@@ -164,6 +164,23 @@ def test_token_types_that_a_model_does_not_read_are_harmless(safety, make_args):
         np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make_model", [tiny_llama, gpt2])
+def test_classes_of_a_dataset_for_classification_are_harmless(make_model, safety, make_args, tokenizer):
+    """`Trainer` keeps such a column and gives it to the model, which does not read it."""
+    rows = Dataset.from_list([{"input_ids": row["input_ids"], "label": i % 2} for i, row in enumerate(random_rows(12))])
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    plain = Dataset.from_list(
+        [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in rows.select_columns("input_ids")]
+    )
+    expected = evaluate_each(make_model(), plain, make_args)
+    for how in ("adopted", "named"):
+        tracker = first_record(make_model(), rows, safety, make_args, how, collate)
+        np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+    tracker = ForgetTracker(rows)
+    Trainer(make_model(), make_args("auto"), train_dataset=rows, data_collator=collate, callbacks=[tracker]).train()
+    assert {record.session for record in tracker.trace.records()} == {"noisy"}
+
+
 def text_config(**overrides) -> dict[str, object]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
