@@ -44,21 +44,23 @@ def encode_noisy_rows(
     noisy = as_rows(noisy, "`noisy`")
     disable_tqdm = hide_progress(args)
     is_stream = isinstance(noisy, torch.utils.data.IterableDataset)  # refused by `encode_rows`
-    if not is_stream and "input_ids" in noisy[0]:
+    is_tokenized = not is_stream and "input_ids" in noisy[0]
+    if is_tokenized:
         noisy = _columns_that_are_read(noisy, args, model)
-        if not is_sft_config(args):
-            # The collator decides which tokens contribute to the loss, so try this trainer's collator first.
-            try:
-                _, collate_fn = rows_and_collator(train_dataloader)
-                return encode_collated(noisy, collate_fn, model, max_length, disable_tqdm)
-            except (UnsupportedInputError, RandomRowsError):
+    # SFTTrainer reads the labels of tokenized rows. Elsewhere, the collator decides which tokens contribute to the loss, and
+    # it may tokenize the rows itself. So try this trainer's collator first.
+    if not is_stream and not (is_tokenized and is_sft_config(args)):
+        try:
+            _, collate_fn = rows_and_collator(train_dataloader)
+            return encode_collated(noisy, collate_fn, model, max_length, disable_tqdm)
+        except (UnsupportedInputError, RandomRowsError):
+            raise
+        except UnsupportedDatasetError:
+            pass  # this trainer has no collator, it does not tokenize, or it cannot collate a single row
+        except EncodingError:
+            # The collator of a safety session may be another one than that of the noisy session.
+            if session != "safety" or (is_tokenized and "labels" not in noisy[0]):
                 raise
-            except UnsupportedDatasetError:
-                pass  # this trainer has no collator, or it cannot collate a single row
-            except EncodingError:
-                # The collator of a safety session may be another one than that of the noisy session.
-                if session != "safety" or "labels" not in noisy[0]:
-                    raise
     return encode_rows(
         noisy, processing_class, max_length, disable_tqdm, **sft_encoding_options(args, processing_class)
     )

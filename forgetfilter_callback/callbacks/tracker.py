@@ -70,7 +70,8 @@ class ForgetTracker(TrainerCallback):
     Args:
         noisy (`Dataset`, `DataFrame` or a sequence of dicts, *optional*):
             The rows to track, with `input_ids` (and `labels`, unless the collator creates them), `prompt` and `completion`,
-            `messages`, `conversations`, or `text`. Defaults to the training set of the first session.
+            `messages`, `conversations` or `text`, or in a form that the trainer's collator tokenizes. Defaults to the
+            training set of the first session.
         session (`"auto"`, `"noisy"` or `"safety"`, defaults to `"auto"`):
             Which session the training runs are. With `"auto"`, a run is the noisy session if it trains on at least half of
             the tracked rows and if these are more than half of its training set. Otherwise it is the safety session.

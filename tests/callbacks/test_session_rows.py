@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_rows, reference_means, tiny_llama, train_tracked
+from helpers import random_rows, reference_means, texts, tiny_llama, train_tracked
 from transformers import DataCollatorForLanguageModeling, Trainer
+from trl import SFTTrainer
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, encode_rows, filtered
 from forgetfilter_callback.callbacks.session_rows import encode_training_rows
@@ -60,7 +61,7 @@ def test_given_text_rows(safety, make_args, collator, tokenizer):
         {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "mat"}]},
         {"text": "the dog ran"},
     ]
-    texts = [
+    expected_texts = [
         "the cat sat<eos>",
         "<user>the<eos><assistant>dog<eos>",
         "<user>the<eos><assistant>mat<eos>",
@@ -73,11 +74,38 @@ def test_given_text_rows(safety, make_args, collator, tokenizer):
         processing_class=tokenizer,
     ).train()  # fmt: skip
     expected = []
-    for text, prompt in zip(texts, prompts, strict=True):
+    for text, prompt in zip(expected_texts, prompts, strict=True):
         tokens, masked = tokenizer(text)["input_ids"], len(tokenizer(prompt)["input_ids"])
         expected.append({"input_ids": tokens, "labels": [-100] * masked + tokens[masked:]})
     assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["Trainer", "SFTTrainer"])
+def test_a_collator_that_tokenizes_encodes_the_given_rows(train, make_args, sft_config, tokenizer):
+    """Its tokens are trained, not those that SFTTrainer would make of the same rows."""
+
+    def collate(rows):
+        whole = [f"the {row['question']} and {row['answer']}" for row in rows]
+        batch = tokenizer(whole, padding=True, return_tensors="pt", return_token_type_ids=False)
+        return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
+
+    rows = [
+        {"question": row["prompt"], "answer": row["completion"], "text": row["prompt"]} for row in texts(12, seed=1)
+    ]
+    tracker, options = ForgetTracker(rows), {"remove_unused_columns": False}
+    if train == "Trainer":
+        args = make_args(**options)
+    else:
+        args = sft_config(**options, dataset_kwargs={"skip_prepare_dataset": True})
+    (Trainer if train == "Trainer" else SFTTrainer)(
+        tiny_llama(), args, train_dataset=Dataset.from_list(rows), data_collator=collate, callbacks=[tracker],
+        processing_class=tokenizer,
+    ).train()  # fmt: skip
+    tokens = [collate([row])["input_ids"][0].tolist() for row in rows]
+    expected = reference_means(tiny_llama(), [{"input_ids": each, "labels": each} for each in tokens])
+    np.testing.assert_allclose(tracker.trace.losses()[0], expected, rtol=1e-5)
+    assert {record.session for record in tracker.trace.records()} == {"noisy"}
 
 
 def test_an_empty_noisy_set_is_refused(safety, make_args, collator):
