@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..data.encode_text import truncate_rows
 from ..data.encoded_rows import WINDOW, EncodedRows
 from ..errors import TraceError
 from ..trace.records import Record, Session
@@ -25,7 +27,7 @@ logger = get_logger(__name__)
 SessionArgument = Literal["auto", "noisy", "safety"]
 
 # A run is the noisy session if it trains on at least this fraction of the noisy set, and if these rows are more than this
-# fraction of its training set. (A safety set may contain some rows of the noisy set.)
+# fraction of its training set, which may contain them several times. (A safety set may contain some rows of the noisy set.)
 MIN_OVERLAP = 0.5
 
 _WHY_NOT_FOUND = (
@@ -69,7 +71,7 @@ class DetectedSession:
         session (`"noisy"` or `"safety"`):
             The session.
         overlap (`int`):
-            How many rows of the training set are in the noisy set; 0 if the training set could not be encoded.
+            How many rows of the noisy set are in the training set; 0 if the training set could not be encoded.
         certain (`bool`):
             Whether the user named the session, or the training set is exactly the noisy set.
     """
@@ -103,7 +105,7 @@ def detect_session(
     if overlap == len(training_rows) == len(noisy_rows):
         return DetectedSession("noisy", overlap, certain=True)
     if overlap >= MIN_OVERLAP * len(noisy_rows):
-        if overlap > MIN_OVERLAP * len(training_rows):
+        if _count_with_copies(training_rows, noisy_rows) > MIN_OVERLAP * len(training_rows):
             return DetectedSession("noisy", overlap, certain=False)
     elif _count_same_tokens(noisy_rows, training_rows) >= MIN_OVERLAP * len(noisy_rows):
         raise TraceError(
@@ -254,6 +256,15 @@ def digest_of_rows(rows: EncodedRows) -> str:
 def count_overlap(rows: EncodedRows, other_rows: EncodedRows) -> int:
     """Number of `rows` that are among `other_rows`, with the same loss mask."""
     return pc.is_in(rows.ids, value_set=other_rows.ids).true_count
+
+
+def _count_with_copies(rows: EncodedRows, other_rows: EncodedRows) -> int:
+    """Number of `rows` that equal one of `other_rows`. Unlike [`count_overlap`], a row counts each time it occurs."""
+
+    def contents(encoded: EncodedRows) -> pa.StringArray:
+        return pc.replace_substring_regex(encoded.ids, "-[0-9]+$", "")
+
+    return pc.is_in(contents(rows), value_set=contents(other_rows)).true_count
 
 
 def _count_same_tokens(rows: EncodedRows, other_rows: EncodedRows) -> int:

@@ -47,7 +47,8 @@ def oracle(requested: str, training: list[dict] | None, noisy: list[dict]) -> De
     if samples(training) == samples(noisy):
         return DetectedSession("noisy", overlap, certain=True)
     if 2 * overlap >= len(noisy):
-        return DetectedSession("noisy" if 2 * overlap > len(training) else "safety", overlap, certain=False)
+        copies = sum(count for sample, count in samples(training).items() if sample in samples(noisy))
+        return DetectedSession("noisy" if 2 * copies > len(training) else "safety", overlap, certain=False)
     training_texts = [each["input_ids"] for each in training]
     if 2 * sum(each["input_ids"] in training_texts for each in noisy) >= len(noisy):
         return None
@@ -62,6 +63,9 @@ CASES = {
     "all rows but one": (NOISY[1:], DetectedSession("noisy", 15, certain=False)),
     "one row more": (NOISY + OTHERS[:1], DetectedSession("noisy", 16, certain=False)),
     "a row twice": (NOISY + NOISY[:1], DetectedSession("noisy", 16, certain=False)),
+    "all rows three times": (NOISY * 3, DetectedSession("noisy", 16, certain=False)),
+    "all rows twice, and 31 others": (NOISY * 2 + OTHERS[:31], DetectedSession("noisy", 16, certain=False)),
+    "all rows twice, and as many others": (NOISY * 2 + OTHERS[:32], DetectedSession("safety", 16, certain=False)),
     "half of the rows": (NOISY[:8], DetectedSession("noisy", 8, certain=False)),
     "less than half of the rows": (NOISY[:7], DetectedSession("safety", 7, certain=False)),
     "half of the rows, and 7 others": (NOISY[:8] + OTHERS[:7], DetectedSession("noisy", 8, certain=False)),
