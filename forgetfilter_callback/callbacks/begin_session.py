@@ -14,6 +14,7 @@ from ..trace.records import Record, Session
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_all, run_on_main
 from .open_trace import model_and_tokenizer_names
+from .session_rows import truncates_on_the_left
 from .sessions import (
     DetectedSession,
     SessionArgument,
@@ -56,7 +57,8 @@ def begin_session(
         TraceError: if the session does not fit the trace; see [`check_session`].
     """
     # All processes use the result of the first one.
-    detected = run_on_all(partial(detect_session, requested, training_rows, trace.rows))[0]
+    keep_end = truncates_on_the_left(args)
+    detected = run_on_all(partial(detect_session, requested, training_rows, trace.rows, keep_end))[0]
     session, output_dir = detected.session, cast(str, args.output_dir)
     resumed = state.global_step > 0
     records = run_on_main(trace.records)

@@ -101,7 +101,7 @@ def encode_training_rows(
         )
     dataset, collate_fn = rows_and_collator(train_dataloader)
     known = dataset.rows if isinstance(dataset, EncodedDataset) else None
-    keep_end = is_sft_config(args) and args.truncation_mode == "keep_end"
+    keep_end = truncates_on_the_left(args)
     rows = encode_collated(dataset, collate_fn, model, max_length, hide_progress(args), keep_end, known)
     return rows if known is None else rows.sharing_memory(known)
 
@@ -189,9 +189,13 @@ def sft_encoding_options(
     }
 
 
-def scoring_max_length(model: PreTrainedModel, args: TrainingArguments, max_length: int | None) -> int | None:
-    """Number of tokens of a row that are scored: `max_length` or the model's context, and at most SFTTrainer's limit."""
-    lengths = [max_length if max_length is not None else context_length(model.config)]
+def scoring_max_length(
+    model: PreTrainedModel, args: TrainingArguments, max_length: int | None, trace_max_length: int | None = None
+) -> int | None:
+    """Number of tokens of a row that are scored: `max_length` or the model's context, and at most SFTTrainer's limit and the
+    trace's.
+    """
+    lengths = [max_length if max_length is not None else context_length(model.config), trace_max_length]
     if is_sft_config(args):
         lengths.append(args.max_length)
     return min((length for length in lengths if length is not None), default=None)
@@ -205,6 +209,11 @@ def hide_progress(args: TrainingArguments) -> bool:
 def is_sft_config(args: TrainingArguments) -> TypeGuard[SFTConfig]:
     """Whether the arguments belong to TRL's SFTTrainer, which encodes rows itself."""
     return "completion_only_loss" in vars(args)
+
+
+def truncates_on_the_left(args: TrainingArguments) -> bool:
+    """Whether this trainer keeps the end of long rows."""
+    return is_sft_config(args) and args.truncation_mode == "keep_end"
 
 
 def _training_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:

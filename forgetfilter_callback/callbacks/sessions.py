@@ -82,7 +82,7 @@ class DetectedSession:
 
 
 def detect_session(
-    requested: SessionArgument, training_rows: EncodedRows | None, noisy_rows: EncodedRows
+    requested: SessionArgument, training_rows: EncodedRows | None, noisy_rows: EncodedRows, keep_end: bool = False
 ) -> DetectedSession:
     """Tell noisy finetuning from safety finetuning by the rows a run trains on.
 
@@ -92,12 +92,17 @@ def detect_session(
         training_rows ([`EncodedRows`], *optional*):
             The training set. `None` if it cannot be encoded row by row, which means safety finetuning.
         noisy_rows ([`EncodedRows`]):
-            The noisy set.
+            The noisy set. It is compared as if it had been truncated as the training set was.
+        keep_end (`bool`, defaults to `False`):
+            Whether the training set was truncated on the left instead of the right.
 
     Raises:
         TraceError: if the run trains on the texts of the noisy set with another loss mask.
     """
-    overlap = 0 if training_rows is None else count_overlap(training_rows, noisy_rows)
+    overlap = 0
+    if training_rows is not None:
+        noisy_rows = truncate_rows(noisy_rows, training_rows.max_length, keep_end)
+        overlap = count_overlap(training_rows, noisy_rows)
     if requested != "auto":
         return DetectedSession(requested, overlap, certain=True)
     if training_rows is None:

@@ -337,9 +337,8 @@ class ForgetTracker(TrainerCallback):
                 self._unsafe = self._unsafe[order.to_numpy()]
             self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
         if training_rows is None:
-            training_rows = encode_training_rows_if_possible(
-                self.session, args, model, train_dataloader, scoring_max_length(model, args, self.max_length)
-            )
+            length = scoring_max_length(model, args, self.max_length, self._trace.manifest["max_length"])
+            training_rows = encode_training_rows_if_possible(self.session, args, model, train_dataloader, length)
         if any(gather_from_all(training_rows is None)):
             training_rows = None
         if training_rows is not None:

@@ -162,6 +162,13 @@ def encode_rows(
     return replace(encoded, encoding=encoding)
 
 
+def truncate_rows(rows: EncodedRows, max_length: int | None, keep_end: bool = False) -> EncodedRows:
+    """Truncate rows that are encoded already. The ids of truncated rows change. Without longer rows, all are unchanged."""
+    if max_length is None or np.diff(rows.offsets).max(initial=0) <= max_length:
+        return rows
+    return encode_rows(rows, max_length=max_length, disable_tqdm=True, keep_end=keep_end)
+
+
 def _text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
     """Return the text or the messages in a column of `row`, after checking them."""
     value = row[column]

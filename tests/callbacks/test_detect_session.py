@@ -114,3 +114,25 @@ def test_random_rows_agree_with_the_oracle():
         assert detect("auto", training, noisy) == expected
         seen[expected if expected is None else (expected.session, expected.certain)] += 1
     assert len(seen) == 4 and min(seen.values()) > 10, seen
+
+
+def long_row(number: int) -> dict[str, list[int]]:
+    """A row of 12 tokens. All rows begin and end with the same tokens."""
+    tokens = [5, 10 + number, *range(40, 48), 60 + number, 6]
+    return {"input_ids": tokens, "labels": [-100, *tokens[1:]]}
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+@pytest.mark.parametrize(("noisy_length", "training_length"), [(12, 6), (6, 12), (8, 4), (None, 6)])
+def test_rows_of_sessions_with_another_max_length_are_found(noisy_length, training_length, keep_end):
+    noisy = encode_rows(list(map(long_row, range(16))), max_length=noisy_length, keep_end=keep_end, disable_tqdm=True)
+    length = min(each for each in (noisy_length, training_length) if each is not None)
+    for numbers, session, overlap in (
+        (range(16), "noisy", 16),
+        (range(12, 30), "safety", 4),
+        (range(16, 30), "safety", 0),
+    ):
+        trained = [long_row(number) for number in numbers]
+        training = encode_rows(trained, max_length=length, keep_end=keep_end, disable_tqdm=True)
+        detected = detect_session("auto", training, noisy, keep_end)
+        assert (detected.session, detected.overlap) == (session, overlap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext as does_not_raise
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -10,7 +12,7 @@ from sft_helpers import one_row_losses, rows_of
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, ForgetTracker, encode_rows
-from forgetfilter_callback.errors import UnsupportedDatasetError
+from forgetfilter_callback.errors import TraceError, UnsupportedDatasetError
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.trace.source_files import match_rows
@@ -118,6 +120,25 @@ def test_a_shuffled_dataset_is_followed_by_id(sft_config, chat_tokenizer):
     by_id = dict(zip(ids, adopted.trace.losses()[0], strict=True))
     np.testing.assert_allclose([by_id[i] for i in other], named.trace.losses()[0], rtol=1e-5)
     np.testing.assert_allclose(named.trace.losses()[0], one_row_losses(rows, sft_config(), chat_tokenizer), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize(("first", "second"), [(4, 6), (6, 4)])
+def test_the_rows_of_a_run_with_another_max_length_are_found(first, second, mode, sft_config, chat_tokenizer):
+    """Otherwise noisy finetuning that starts again would be recorded as safety finetuning."""
+    tracker = ForgetTracker()
+    for max_length, refused in (
+        (first, does_not_raise()),
+        (second, pytest.raises(TraceError, match="a noisy session")),
+    ):
+        args = sft_config(max_length=max_length, truncation_mode=mode)
+        rows, callbacks = rows_of("text"), [tracker]
+        trainer = SFTTrainer(
+            tiny_llama(), args, train_dataset=rows, processing_class=chat_tokenizer, callbacks=callbacks
+        )
+        with refused:
+            trainer.train()
+    assert max(np.diff(tracker.trace.rows.offsets)) == first
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["adopted", "named"])
