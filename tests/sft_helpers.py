@@ -27,6 +27,9 @@ def rows_of(form: str, count: int = 9) -> Dataset:
         "text": lambda: {"text": sentence(rng)},
         "body": lambda: {"body": sentence(rng)},
         "prompt and completion": lambda: {"prompt": sentence(rng), "completion": " " + sentence(rng)},
+        "prompt, completion and text": lambda: {
+            "prompt": sentence(rng), "completion": " " + sentence(rng), "text": "the" + "<eos>" * int(rng.integers(2))
+        },
         "messages": lambda: {"messages": [message("user", sentence(rng)), message("assistant", sentence(rng))]},
         "prompt and completion messages": lambda: {
             "prompt": [message("user", sentence(rng))], "completion": [message("assistant", sentence(rng))]

@@ -52,8 +52,9 @@ def encode_rows(
       `content`.
     - `text`, a string. All tokens contribute to the loss.
 
-    The EOS token is appended to `completion` and `text` strings. Messages are formatted with the chat template, which
-    receives the `tools` and `chat_template_kwargs` of the row. The content of a message is a string, a list of parts
+    The EOS token is appended to `completion` and `text` strings. In rows with both, it is appended to `text` only, as in
+    SFTTrainer: their completions are trained without EOS. Messages are formatted with the chat template, which receives the
+    `tools` and `chat_template_kwargs` of the row. The content of a message is a string, a list of parts
     (`{"type": "text", "text": "hi"}`), or null beside `tool_calls`. Parts are joined if the template reads strings only.
 
     Args:
@@ -119,7 +120,7 @@ def encode_rows(
             if isinstance(prompt, list) and isinstance(completion, list):
                 form = form_to_pass(forms_of(prompt + completion))
                 prompt, completion = fit_content(prompt, form), fit_content(completion, form)
-            elif isinstance(completion, str):
+            elif isinstance(completion, str) and not _is_without_eos(row.get(text_column), processing_class):
                 completion = _with_eos(completion, processing_class)
             prompt_tokens, _ = tokenize(prompt, add_generation_prompt=True)
             tokens, loss_mask = tokenize(prompt + completion)  # type: ignore[operator] # both have the same type
@@ -236,6 +237,10 @@ def _tokenizer(
         return tokens, loss_mask
 
     return tokenize
+
+
+def _is_without_eos(text: Any, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None) -> bool:
+    return isinstance(text, str) and _with_eos(text, processing_class) != text
 
 
 def _with_eos(text: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None) -> str:

@@ -21,7 +21,7 @@ from forgetfilter_callback.trace.source_files import match_rows
 CASES = {
     **{form: (form, {}) for form in (
         "text", "prompt and completion", "messages", "prompt and completion messages", "chat template arguments",
-        "tokens", "masked tokens", "conversations",
+        "tokens", "masked tokens", "conversations", "prompt, completion and text",
     )},
     "another column": ("body", {"dataset_text_field": "body"}),
     "a completion mask in use": ("masked tokens", {"completion_only_loss": True}),
