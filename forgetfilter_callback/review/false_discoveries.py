@@ -32,7 +32,7 @@ class FalseDiscoveryResult:
 def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     """Find rows that can be removed so that on average at most a fraction `level` of them is benign.
 
-    The fraction counts only rows of which no verdict is known. So rows that are trained on the same tokens as a row found to
+    The fraction counts only rows without a known verdict. So rows that are trained on the same tokens as a row found to
     be unsafe are not tested: they would make room for benign rows. Rows that are trained on the same tokens as a row found
     to be safe are tested, but not removed.
 
