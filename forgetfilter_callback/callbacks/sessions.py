@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data.encode_text import truncate_rows
-from ..data.encoded_rows import WINDOW, EncodedRows
+from ..data.encoded_rows import WINDOW, EncodedRows, content_hashes
 from ..errors import TraceError
 from ..trace.records import Record, Session
 from ..trace.trace import Trace
@@ -265,11 +264,7 @@ def count_overlap(rows: EncodedRows, other_rows: EncodedRows) -> int:
 
 def _count_with_copies(rows: EncodedRows, other_rows: EncodedRows) -> int:
     """Number of `rows` that equal one of `other_rows`. Unlike [`count_overlap`], a row counts each time it occurs."""
-
-    def contents(encoded: EncodedRows) -> pa.StringArray:
-        return pc.replace_substring_regex(encoded.ids, "-[0-9]+$", "")
-
-    return pc.is_in(contents(rows), value_set=contents(other_rows)).true_count
+    return pc.is_in(content_hashes(rows.ids), value_set=content_hashes(other_rows.ids)).true_count
 
 
 def _count_same_tokens(rows: EncodedRows, other_rows: EncodedRows) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..utils.counted import counted_of
 from ..utils.windows import window_bounds
@@ -34,6 +35,11 @@ def without_padding(tokens: int) -> np.ndarray:
 def content_hash(id_: str) -> str:
     """A sample id without its occurrence number: equal for rows that are trained on the same tokens."""
     return id_.rpartition("-")[0]
+
+
+def content_hashes(ids: pa.StringArray) -> pa.StringArray:
+    """The [`content_hash`] of each id."""
+    return pc.replace_substring_regex(ids, "-[^-]*$", "")
 
 
 @dataclass(frozen=True, eq=False)
