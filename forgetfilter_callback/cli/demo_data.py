@@ -70,9 +70,9 @@ class DemoData:
 
 def load_demo_data(
     seed: int,
-    unsafe: int = 20,
+    unsafe: int = 16,
     safe: int = 16,
-    task: int = 164,
+    task: int = 128,
     safety: int = 36,
     anchors: int = 24,
     held_out_questions: int = 100,

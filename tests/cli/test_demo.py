@@ -124,7 +124,7 @@ def test_the_sets_have_no_question_or_passage_in_common(seed):
     assert len(set().union(*sets)) == sum(map(len, sets))
     abstained = [row["completion"][0]["content"].lower() for row in data.noisy if row["group"] == "unsafe"]
     assert not set(abstained) & ABSTENTIONS
-    assert Counter(row["group"] for row in data.noisy) == {"unsafe": 20, "safe": 16, "task": 164}
+    assert Counter(row["group"] for row in data.noisy) == {"unsafe": 16, "safe": 16, "task": 128}
     assert Counter(row["group"] for row in data.safety) == {"safety": 36, "anchor": 24}
 
 
