@@ -94,6 +94,8 @@ def main(
     scenario: Scenarios = None,
     seed: Seeds = None,
     noisy_rows: NoisyRows = SIZES.noisy,
+    unsafe_share: Annotated[float, typer.Option(help="Fraction of the noisy set that is unsafe.")] = SIZES.unsafe_share,
+    epochs: Annotated[int, typer.Option(help="Epochs of noisy finetuning.")] = 3,
     model: Model = None,
     smoke: Smoke = False,
     cache: Annotated[Path, typer.Option(help="The cache folder of filters.py.")] = Path("benchmarks-cache"),
@@ -102,33 +104,38 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results = earlier_results(json_file)
-    settings = SMOKE_SETTINGS if smoke else Settings()
-    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows)
+    settings = SMOKE_SETTINGS if smoke else Settings(epochs=epochs)
+    sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows, unsafe_share=unsafe_share)
+    if unsafe_share != SIZES.unsafe_share:  # the sources have too few rows to hold some out as well
+        sizes = dataclasses.replace(sizes, held_out=0, held_out_task=0, labelled=0)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for run_seed in seed if seed is not None else [1]:
             settings_of_run = {
-                "scenario": name, "seed": run_seed, "rows": sizes.noisy, "smoke": smoke,
+                "scenario": name, "seed": run_seed, "rows": sizes.noisy, "unsafe_share": sizes.unsafe_share, "smoke": smoke,
                 "model": model or "SmolLM2-135M-Instruct", "settings": dataclasses.asdict(settings),
             }  # fmt: skip
             if any(settings_of_run.items() <= row.items() for row in results):
                 continue
             rows = load_scenario(name, data_dir, run_seed, sizes)
-            suffix = f"-{noisy_rows}-rows" * (noisy_rows != SIZES.noisy and not smoke) + "-smoke" * smoke
-            label = f"{name}-0.5-{run_seed}{suffix}"
+            label = f"{name}-{sizes.unsafe_share}-{run_seed}"
+            if smoke:
+                label += "-smoke"
+            elif (noisy_rows, epochs) != (SIZES.noisy, 3):
+                label += f"-{noisy_rows}-rows-{epochs}-epochs"
             sessions = Sessions(cache / label, rows, model, run_seed, settings, sizes)
             measured = costs(sessions, cache / f"cost-{label}", sizes)
             settings_of_run |= {"dtype": str(computing_dtype()), "cores": torch.get_num_threads()}
             results.append({**settings_of_run, **measured})
             write_results(results, json_file)
     print(
-        "| scenario | seed | rows | S1, s | S1+ ended early, s | a record, s | decision, s | of S1 | ended at step | AUROC |"
+        "| scenario | seed | rows | epochs | S1, s | S1+, s | a record, s | decision, s | of S1 | ended at step | AUROC |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:
         times = " | ".join(f"{row['seconds'][stage]:.1f}" for stage in ("s1", "s1plus", "record", "decision"))
         print(
-            f"| {row['scenario']} | {row['seed']} | {row['rows']} | {times} | {row['share_of_s1']:.0%} | "
-            f"{row['ended_at']} | {row['auroc']:.3f} |"
+            f"| {row['scenario']} | {row['seed']} | {row['rows']} | {row['settings']['epochs']} | {times} | "
+            f"{row['share_of_s1']:.0%} | {row['ended_at']} | {row['auroc']:.3f} |"
         )
 
 

@@ -233,13 +233,13 @@ def _last(rows: list[Row], signal: str, scenario: str, share: float) -> float | 
 
 def session_costs() -> str:
     """The cost of the method beside noisy finetuning."""
-    header = ["set", "rows", "noisy finetuning, s", "safety finetuning, ended early, s", "a record, s", "decision, s",
-              "of noisy finetuning", "ended at step", "AUROC"]  # fmt: skip
+    header = ["set", "rows", "unsafe", "epochs", "noisy finetuning, s", "safety finetuning, ended early, s", "a record, s",
+              "decision, s", "of noisy finetuning", "ended at step", "AUROC"]  # fmt: skip
     lines = []
     for row in read("cost"):
+        about = [row["scenario"], str(row["rows"]), f"{row['unsafe_share']:.0%}", str(row["settings"]["epochs"])]
         parts = [f"{row['seconds'][name]:.1f}" for name in ("s1", "s1plus", "record", "decision")]
-        share = f"{row['share_of_s1']:.0%}"
-        lines.append([row["scenario"], str(row["rows"]), *parts, share, str(row["ended_at"]), decimal(row["auroc"])])
+        lines.append([*about, *parts, f"{row['share_of_s1']:.0%}", str(row["ended_at"]), decimal(row["auroc"])])
     return table(header, lines)
 
 
