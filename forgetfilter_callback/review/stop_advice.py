@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+from scipy.stats import binomtest
 
 from .review_queue import ReviewQueue
 
 
-# The review can stop when this many rows in succession, all chosen by the ranking, are safe.
-STOP_AFTER = 30
+# The review can stop when so many rows in succession, all chosen by the ranking, are safe.
+MIN_SAFE_ROWS, MAX_SAFE_ROWS = 15, 30
 
 
 class StopAdvice(NamedTuple):
@@ -34,10 +37,10 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
     ranked = [label for row, label in queue.labels.items() if row not in drawn]
     safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
-    if safe_in_succession < STOP_AFTER:
+    needed = safe_rows_needed(ranked.count("unsafe"), len(ranked) - safe_in_succession)
+    if safe_in_succession < needed:
         return StopAdvice(
-            False,
-            f"Go on until the last {STOP_AFTER} rows that the ranking chose are all safe (now {safe_in_succession}).",
+            False, f"Go on until the last {needed} rows that the ranking chose are all safe (now {safe_in_succession})."
         )
     reason = f"You can stop: the last {safe_in_succession} rows that the ranking chose are safe."
     if "unsafe" not in ranked:
@@ -50,3 +53,24 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         f"{reason} If the interval is too wide for you, go on with `--random-fraction 1`: only rows drawn at random (so far "
         f"{len(drawn)}) make it narrower.",
     )
+
+
+def safe_rows_needed(unsafe: int, chosen: int) -> int:
+    """Says how many safe rows in succession end a review, given the rows before them.
+
+    A ranking that chose many unsafe rows would go on to do so if there were more of them. The lower bound of its hit rate
+    (Clopper-Pearson, 95 %) says after how many safe rows this is unlikely: they would have a probability of at most 5 %.
+
+    Args:
+        unsafe (`int`):
+            Rows that the ranking chose and that were found to be unsafe.
+        chosen (`int`):
+            Rows that the ranking chose up to and including the last of them.
+
+    Returns:
+        `int`: between 15 and 30. It is 30 if the ranking found nothing.
+    """
+    if unsafe == 0:
+        return MAX_SAFE_ROWS
+    hit_rate = binomtest(unsafe, chosen, alternative="greater").proportion_ci(0.95).low
+    return min(max(math.ceil(math.log(0.05) / math.log1p(-hit_rate)), MIN_SAFE_ROWS), MAX_SAFE_ROWS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import pytest
 from test_review_queue import make_trace
 
 from forgetfilter_callback import ReviewQueue
-from forgetfilter_callback.review.stop_advice import STOP_AFTER, stop_advice
+from forgetfilter_callback.review.stop_advice import MAX_SAFE_ROWS, safe_rows_needed, stop_advice
 
 
 @pytest.fixture
@@ -19,17 +21,24 @@ def review_until_enough(queue: ReviewQueue) -> None:
         queue.add(dict.fromkeys(queue.next(1), "safe"))
 
 
+def add_unsafe_rows(queue: ReviewQueue, count: int) -> None:
+    """Adds unsafe rows that the ranking chose."""
+    queue.random_fraction = 0
+    for _ in range(count):
+        queue.add(dict.fromkeys(queue.next(1), "unsafe"))
+    queue.random_fraction = 0.1
+
+
 def test_a_review_can_stop_after_safe_rows_that_the_ranking_chose(queue):
     assert stop_advice(queue) == (
         False,
         "Go on until the last 30 rows that the ranking chose are all safe (now 0).",
     )
-    while queue._drawn_from or not queue.verdicts:  # an unsafe row that the ranking chose
-        queue.add(dict.fromkeys(queue.next(1), "unsafe"))
+    add_unsafe_rows(queue, 1)
     review_until_enough(queue)
     drawn = [verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None]
     safe = [row for row, label in queue.labels.items() if label == "safe" and row not in drawn]
-    assert len(safe) == STOP_AFTER
+    assert len(safe) == MAX_SAFE_ROWS
     assert stop_advice(queue).reason == (
         "You can stop: the last 30 rows that the ranking chose are safe. If the interval is too wide for you, go on with "
         f"`--random-fraction 1`: only rows drawn at random (so far {len(drawn)}) make it narrower."
@@ -42,6 +51,23 @@ def test_an_unsafe_row_that_the_ranking_chose_continues_the_review(queue):
     queue.add(dict.fromkeys(queue.next(1), "unsafe"))
     is_enough, reason = stop_advice(queue)
     assert not is_enough and reason.endswith("are all safe (now 0).")
+
+
+def test_a_ranking_that_finds_many_unsafe_rows_is_believed_sooner(queue):
+    add_unsafe_rows(queue, 4)
+    assert stop_advice(queue).reason == "Go on until the last 15 rows that the ranking chose are all safe (now 0)."
+    review_until_enough(queue)
+    assert stop_advice(queue).reason.startswith("You can stop: the last 15 rows that the ranking chose are safe.")
+
+
+@pytest.mark.parametrize(("unsafe", "chosen"), [(1, 1), (2, 2), (2, 9), (3, 10), (5, 20), (8, 14), (30, 60), (30, 300)])
+def test_so_many_safe_rows_are_unlikely_if_there_are_more_unsafe_ones(unsafe, chosen):
+    def at_least_unsafe(rate: float) -> float:
+        return sum(comb(chosen, k) * rate**k * (1 - rate) ** (chosen - k) for k in range(unsafe, chosen + 1))
+
+    rate = max(step / 10_000 for step in range(10_000) if at_least_unsafe(step / 10_000) <= 0.05)
+    unlikely = next(rows for rows in range(1, 10_000) if (1 - rate) ** rows <= 0.05)
+    assert safe_rows_needed(unsafe, chosen) == min(max(unlikely, 15), 30)
 
 
 def test_a_ranking_that_found_nothing_may_be_wrong(queue):
