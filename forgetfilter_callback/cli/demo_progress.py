@@ -18,7 +18,7 @@ REFIT = "Refit"
 REFIT_ANSWERS = "Refit: answers"
 
 # Seconds that each stage takes on two CPU cores with bfloat16. They are the weights of the bar of the whole demo.
-SECONDS = {BASE_ANSWERS: 30, NOISY: 124, NOISY_ANSWERS: 25, SAFETY: 31, REFIT: 100, REFIT_ANSWERS: 24}
+SECONDS = {BASE_ANSWERS: 18, NOISY: 104, NOISY_ANSWERS: 14, SAFETY: 33, REFIT: 84, REFIT_ANSWERS: 14}
 
 
 class DemoProgress(Progress):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ MODELS = {
 def print_introduction(console: Console, model: str, data: DemoData) -> None:
     """Prints what the demo is going to do, and how long that takes."""
     unsafe = sum(row["group"] == "unsafe" for row in data.noisy)
-    minutes = round(sum(SECONDS.values()) / 60)
+    minutes = math.ceil(sum(SECONDS.values()) / 60)
     console.print(Text("ForgetFilter demo", style="bold"))
     _print_list(
         console,
