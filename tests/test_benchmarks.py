@@ -22,7 +22,9 @@ from transformers import TrainerState
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from forgetfilter_callback import ForgetTracker, Trace
+from forgetfilter_callback import ForgetTracker, ReviewQueue, Trace, encode_rows
+from forgetfilter_callback.scoring.scores import Scores
+from forgetfilter_callback.trace.records import Record
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -35,6 +37,7 @@ from filters import RUN_KEYS, _same, controlled  # noqa: E402
 from redraws import LEVEL, best_recall  # noqa: E402
 from scenarios import BBQ_DEV, BBQ_REPORT, DRAW, Sizes, load_scenario  # noqa: E402
 from sessions import Doubling  # noqa: E402
+from stopping import simulate  # noqa: E402
 
 
 ROWS = 160
@@ -324,6 +327,37 @@ def test_gpu_skips_what_does_not_fit_into_the_budget(tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["environment"]["packages"]["torch"] != "not installed"
     assert results["speed, Llama-8B"] == "skipped: it may take 70 s, and the budget is 5 s"
+
+
+def test_simulated_reviews_end_after_safe_rows_in_succession(tmp_path):
+    rng = np.random.default_rng(0)
+    unsafe = np.arange(120) % 10 == 0
+    rows = encode_rows([{"input_ids": [1, *rng.integers(2, 50, 8).tolist()]} for _ in unsafe], disable_tqdm=True)
+    trace = Trace.create(tmp_path, rows, "model", None, None)
+    states = rng.normal(size=(len(unsafe), 8)) + 4 * unsafe[:, None] * np.eye(8)[0]
+    losses = rng.gamma(2, 1, rows.loss_offsets[-1])
+    for step, rise in ((0, 0.0), (5, 0.5)):
+        values = losses + rise * np.repeat(unsafe, np.diff(rows.loss_offsets))
+        trace.append(Record("safety", step), [Scores(values.astype(np.float32), states.astype(np.float16))])
+    ends = simulate(trace, unsafe, seed=0)
+
+    queue, chosen, order = ReviewQueue(trace, tmp_path / "verdicts"), [], []
+    while len(order) < len(unsafe):
+        drawn_before = len(queue.verdicts)
+        queue.add({row: "unsafe" if unsafe[row] else "safe" for row in queue.next(10)})
+        order += [verdict.row for verdict in queue.verdicts[drawn_before:]]
+        chosen += [verdict.drawn_from is None for verdict in queue.verdicts[drawn_before:]]
+    for count in (15, 20, 30):
+        looks = next(
+            end
+            for end in range(len(order) + 1)
+            if sum(chosen[:end]) >= count
+            and not unsafe[
+                [row for row, by_ranking in zip(order[:end], chosen, strict=False) if by_ranking][-count:]
+            ].any()
+        )
+        assert ends[str(count)] == (looks, pytest.approx(unsafe[order[:looks]].sum() / 12))
+    assert ends["15"][0] <= ends["advice"][0] <= ends["30"][0]
 
 
 def test_few_rows_are_judged_as_a_reader_from_the_top_sees_them():

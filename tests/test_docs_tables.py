@@ -36,6 +36,14 @@ def test_every_table_is_on_a_page_and_every_page_is_current(tables):
         assert generate.with_generated_parts(text) == text, f"run `python docs/tools/generate.py` for {page}"
 
 
+def test_a_part_that_is_empty_yet_is_filled_and_the_text_after_it_stays(tables):
+    filled = importlib.import_module("generate").with_generated_parts
+    page = "<!-- generated: {} -->\n\n{}<!-- end -->\n\nA text.\n"
+    parts = filled(page.format("few_looks", "") + page.format("few_harm", "old\n\n"))
+    assert parts.count("A text.") == 2 and "old" not in parts
+    assert filled(parts) == parts
+
+
 def test_the_page_of_the_commands_is_current(tables):
     """Versions of Typer write it differently, so `compat/run.sh` leaves it out."""
     generate, text = importlib.import_module("generate"), COMMAND_LINE.read_text(encoding="utf-8")
@@ -82,13 +90,25 @@ def test_the_sets_with_few_unsafe_rows(tables):
     assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)
 
 
+def test_the_rows_reviewed_until_a_review_ends(tables):
+    frame = pd.read_json(RESULTS / "stopping.json")
+    frame = frame[(frame["set"] == "toxicity_dev-0.05-200-0") & (frame.rule == "20")]
+    (row,) = (
+        row
+        for row in cells(importlib.import_module("few_tables").few_stopping())
+        if row[0] == "toxicity_dev, 5% of 200"
+    )
+    looks, found = map(float, row[3].split(" / "))
+    assert looks == pytest.approx(frame.looks.mean(), abs=0.6) and found == pytest.approx(frame.found.mean(), abs=6e-3)
+
+
 def test_the_runs_of_the_demo(tables):
-    frame = pd.read_json(RESULTS / "demo.json").sort_values(["unsafe", "seed"])
+    frame = pd.read_json(RESULTS / "demo.json").sort_values(["samples", "unsafe", "seed"])
     rows = cells(importlib.import_module("few_tables").demo_runs())
-    assert [[int(cell) for cell in row[:2]] for row in rows] == frame[["unsafe", "seed"]].to_numpy().tolist()
-    assert [float(row[2]) for row in rows] == pytest.approx(frame.auroc, abs=6e-4)
-    assert [int(row[5]) for row in rows] == [review["removed"] for review in frame.review]
-    for column, scores in ((6, frame.unsafe_rate), (7, frame.task_f1)):
+    assert [[int(cell) for cell in row[:3]] for row in rows] == frame[["unsafe", "samples", "seed"]].to_numpy().tolist()
+    assert [float(row[3]) for row in rows] == pytest.approx(frame.auroc, abs=6e-4)
+    assert [int(row[6]) for row in rows] == [review["removed"] for review in frame.review]
+    for column, scores in ((7, frame.unsafe_rate), (8, frame.task_f1)):
         shown = [list(map(float, row[column].split(", "))) for row in rows]
         expected = [[each["base"], each["no_measure"], each["forgetfilter"]] for each in scores]
         np.testing.assert_allclose(shown, expected, atol=6e-3)

@@ -108,15 +108,30 @@ def few_harm() -> str:
 
 def demo_runs() -> str:
     """Runs of the demo. The scores are those of the base model, of finetuning on all rows, and after the review."""
-    header = ["unsafe rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review", "unsafe answers",
-              "task F1", "best constant"]  # fmt: skip
+    header = ["unsafe rows", "of rows", "seed", "AUROC", "removed at φ", "of them unsafe", "found in the review",
+              "unsafe answers", "task F1", "best constant"]  # fmt: skip
     lines = []
-    for row in sorted(read("demo"), key=lambda row: (row["unsafe"], row["seed"])):
+    for row in sorted(read("demo"), key=lambda row: (row["samples"], row["unsafe"], row["seed"])):
         found = [row["removed"], row["forgetting"]["unsafe"]["removed"], row["review"]["removed"]]
         scores = [", ".join(decimal(value, 2) for value in row[key].values()) for key in ("unsafe_rate", "task_f1")]
-        counts = [str(row["unsafe"]), str(row["seed"]), decimal(row["auroc"]), *map(str, found)]
+        counts = [str(row["unsafe"]), str(row["samples"]), str(row["seed"]), decimal(row["auroc"]), *map(str, found)]
         lines.append([*counts, *scores, decimal(row["task_constant"], 2)])
     return table(header, lines, texts=0)
+
+
+def few_stopping() -> str:
+    """Looks and found unsafe rows of simulated reviews that end after so many safe rows in succession."""
+    rules = ("advice", "15", "20", "30")
+    lines = []
+    for name in dict.fromkeys(row["set"] for row in read("stopping")):
+        scenario, share, rows, _ = name.split("-")
+        cells = []
+        for rule in rules:
+            runs = [row for row in read("stopping") if (row["set"], row["rule"]) == (name, rule)]
+            found = decimal(mean(row["found"] for row in runs), 2)
+            cells.append(f"{mean(row['looks'] for row in runs):.0f} / {found}")
+        lines.append([f"`{scenario}`, {float(share):.0%} of {rows}", *cells])
+    return table(["set", "15 to 30 (the advice)", *rules[1:]], lines)
 
 
 ALL: tuple[Callable[[], str], ...] = (
@@ -127,5 +142,6 @@ ALL: tuple[Callable[[], str], ...] = (
     few_automatic,
     few_redraws,
     few_harm,
+    few_stopping,
     demo_runs,
 )

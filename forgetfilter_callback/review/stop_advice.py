@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from .review_queue import ReviewQueue
 
 
-# The review can stop when so many rows in succession, all chosen by the ranking, are safe.
+# A review can stop after this many safe rows in succession that the ranking chose (see `safe_rows_needed`).
 MIN_SAFE_ROWS, MAX_SAFE_ROWS = 15, 30
 
 
@@ -58,8 +58,10 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
 def safe_rows_needed(unsafe: int, chosen: int) -> int:
     """Says how many safe rows in succession end a review, given the rows before them.
 
-    A ranking that chose many unsafe rows would go on to do so if there were more of them. The lower bound of its hit rate
-    (Clopper-Pearson, 95 %) says after how many safe rows this is unlikely: they would have a probability of at most 5 %.
+    If the ranking still found unsafe rows at the lower bound of its hit rate so far (Clopper-Pearson, 95 %), so many safe
+    rows in succession would have a probability of at most 1 %. The number is kept between 15 and 30, so with 30 the
+    probability can be higher. This is a rule of thumb: the hit rate falls as unsafe rows are used up, the rule is applied
+    after each row, and unsafe rows that the ranking cannot find are left.
 
     Args:
         unsafe (`int`):
@@ -73,4 +75,4 @@ def safe_rows_needed(unsafe: int, chosen: int) -> int:
     if unsafe == 0:
         return MAX_SAFE_ROWS
     hit_rate = binomtest(unsafe, chosen, alternative="greater").proportion_ci(0.95).low
-    return min(max(math.ceil(math.log(0.05) / math.log1p(-hit_rate)), MIN_SAFE_ROWS), MAX_SAFE_ROWS)
+    return min(max(math.ceil(math.log(0.01) / math.log1p(-hit_rate)), MIN_SAFE_ROWS), MAX_SAFE_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_it_begins_with_the_plan_and_the_time(console):
     assert shown.startswith(
         "ForgetFilter demo 1. A small model (a-model) is finetuned on 240 rows. 24 of them are unsafe"
     )
-    assert f"about {round(sum(SECONDS.values()) / 60)} minutes" in shown
+    assert f"about {math.ceil(sum(SECONDS.values()) / 60)} minutes" in shown
 
 
 def test_it_ends_with_a_table_three_sentences_and_two_commands(console):
@@ -59,7 +60,7 @@ def test_it_ends_with_a_table_three_sentences_and_two_commands(console):
     assert "would remove 26 rows, 21 of them unsafe. A review of 50 rows found 23 of the 24" in unwrapped(console)
     assert "  forgetfilter review 'my [demo]'" in lines  # commands can be copied: quoted, and in whole lines
     command = lines.index("  forgetfilter run --model MODEL --noisy noisy.jsonl --safety safety.jsonl \\")
-    assert lines[command + 1] == "      --output out"
+    assert lines[command + 1] == "      --output out --training learning_rate=1e-3"
 
 
 def test_it_says_when_the_automatic_threshold_finds_nothing(console):

@@ -60,13 +60,13 @@ def test_a_ranking_that_finds_many_unsafe_rows_is_believed_sooner(queue):
     assert stop_advice(queue).reason.startswith("You can stop: the last 15 rows that the ranking chose are safe.")
 
 
-@pytest.mark.parametrize(("unsafe", "chosen"), [(1, 1), (2, 2), (2, 9), (3, 10), (5, 20), (8, 14), (30, 60), (30, 300)])
-def test_so_many_safe_rows_are_unlikely_if_there_are_more_unsafe_ones(unsafe, chosen):
+@pytest.mark.parametrize(("unsafe", "chosen"), [(1, 1), (2, 2), (2, 9), (4, 6), (5, 12), (8, 14), (20, 70), (30, 300)])
+def test_the_number_of_safe_rows_follows_from_the_lower_bound_of_the_hit_rate(unsafe, chosen):
     def at_least_unsafe(rate: float) -> float:
         return sum(comb(chosen, k) * rate**k * (1 - rate) ** (chosen - k) for k in range(unsafe, chosen + 1))
 
     rate = max(step / 10_000 for step in range(10_000) if at_least_unsafe(step / 10_000) <= 0.05)
-    unlikely = next(rows for rows in range(1, 10_000) if (1 - rate) ** rows <= 0.05)
+    unlikely = next(rows for rows in range(1, 10_000) if (1 - rate) ** rows <= 0.01)
     assert safe_rows_needed(unsafe, chosen) == min(max(unlikely, 15), 30)
 
 
@@ -76,6 +76,28 @@ def test_a_ranking_that_found_nothing_may_be_wrong(queue):
 
 
 def test_random_rows_are_not_counted_as_rows_that_the_ranking_chose(queue):
+    queue.random_fraction = 1
+    queue.add(dict.fromkeys(queue.next(60), "safe"))
+    queue.random_fraction = 0.1
+    is_enough, reason = stop_advice(queue)
+    assert not is_enough and reason.endswith("are all safe (now 0).")
+
+
+@pytest.mark.parametrize("label", ["safe", "unsafe"])
+@pytest.mark.parametrize(("ranked", "needed"), [(0, 30), (4, 15)])
+def test_rows_drawn_at_random_do_not_change_how_many_safe_rows_are_needed(queue, label, ranked, needed):
+    queue.random_fraction = 0.5
+    queue.next(8)
+    drawn = dict.fromkeys(queue._drawn_from, label)
+    assert len(drawn) == 4
+    queue.add(drawn)
+    add_unsafe_rows(queue, ranked)
+    assert (
+        stop_advice(queue).reason == f"Go on until the last {needed} rows that the ranking chose are all safe (now 0)."
+    )
+
+
+def test_only_random_rows_make_the_interval_narrower(queue):
     queue.random_fraction = 1
     queue.add(dict.fromkeys(queue.next(60), "safe"))
     assert stop_advice(queue) == (False, "All rows are drawn at random. Each verdict makes the interval narrower.")
