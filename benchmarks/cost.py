@@ -95,7 +95,7 @@ def main(
     seed: Seeds = None,
     noisy_rows: NoisyRows = SIZES.noisy,
     unsafe_share: Annotated[float, typer.Option(help="Fraction of the noisy set that is unsafe.")] = SIZES.unsafe_share,
-    epochs: Annotated[int, typer.Option(help="Epochs of noisy finetuning.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Epochs of noisy finetuning.")] = Settings.epochs,
     model: Model = None,
     smoke: Smoke = False,
     cache: Annotated[Path, typer.Option(help="The cache folder of filters.py.")] = Path("benchmarks-cache"),
@@ -105,8 +105,11 @@ def main(
     logging.disable_progress_bar()
     results = earlier_results(json_file)
     settings = SMOKE_SETTINGS if smoke else Settings(epochs=epochs)
+    is_default = (noisy_rows, unsafe_share, epochs) == (SIZES.noisy, SIZES.unsafe_share, Settings.epochs)
     sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows, unsafe_share=unsafe_share)
-    if unsafe_share != SIZES.unsafe_share:  # the sources have too few rows to hold some out as well
+    if (
+        not smoke and unsafe_share != SIZES.unsafe_share
+    ):  # the cost needs no held-out rows, and large sets leave too few
         sizes = dataclasses.replace(sizes, held_out=0, held_out_task=0, labelled=0)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for run_seed in seed if seed is not None else [1]:
@@ -120,7 +123,7 @@ def main(
             label = f"{name}-{sizes.unsafe_share}-{run_seed}"
             if smoke:
                 label += "-smoke"
-            elif (noisy_rows, epochs) != (SIZES.noisy, 3):
+            elif not is_default:
                 label += f"-{noisy_rows}-rows-{epochs}-epochs"
             sessions = Sessions(cache / label, rows, model, run_seed, settings, sizes)
             measured = costs(sessions, cache / f"cost-{label}", sizes)

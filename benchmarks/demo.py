@@ -1,6 +1,6 @@
 """Run the demo with several seeds and numbers of unsafe rows: `python benchmarks/demo.py --seed 0 --unsafe 16`.
 
-The noisy set always has 160 rows. Word problems fill it up. Summaries are appended to `benchmarks/results/demo.json` after
+Word problems fill the noisy set up. Summaries are appended to `benchmarks/results/demo.json` after
 each run. Runs that the file contains already are skipped.
 """
 
@@ -19,19 +19,19 @@ from forgetfilter_callback.utils.atomic_files import write_json
 
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
-ROWS = 160
 
 
 def main(
     seed: Annotated[list[int], typer.Option(help="Seed; can be given several times.")] = [0, 1, 2],  # noqa: B006
     unsafe: Annotated[list[int], typer.Option(help="Unsafe rows; can be given several times.")] = [16],  # noqa: B006
+    rows: Annotated[int, typer.Option(help="Rows of the noisy set.")] = 160,
     safe: Annotated[int, typer.Option(help="Safe answers to questions of BBQ in the noisy set.")] = 16,
 ) -> None:
     silence_libraries()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for unsafe_rows in unsafe:
         for each_seed in seed:
-            sizes = {"unsafe": unsafe_rows, "safe": safe, "task": ROWS - safe - unsafe_rows}
+            sizes = {"unsafe": unsafe_rows, "safe": safe, "task": rows - safe - unsafe_rows}
             if any(row["sizes"] == sizes and row["seed"] == each_seed for row in results):
                 continue
             with tempfile.TemporaryDirectory() as folder:
