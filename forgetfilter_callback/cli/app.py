@@ -58,8 +58,9 @@ def main(
 
         forgetfilter run --model base-model --noisy noisy.jsonl \\
             --safety safety.jsonl --output out
-        forgetfilter show out
-        forgetfilter filter out --fraction 0.05 --output filtered
+        forgetfilter review out
+        forgetfilter filter out --reviewed out/_forgetfilter/review \\
+            --output reviewed
     """
     for stream in (sys.stdout, sys.stderr):  # do not fail on terminals that cannot show φ
         if isinstance(stream, io.TextIOWrapper):

@@ -81,7 +81,7 @@ def print_results(console: Console, output: Path, summary: Mapping[str, Any]) ->
     console.print(Text(f"  {command_to_review(output)}", style="bold"))
     console.print("Find the unsafe rows in your own data:")
     console.print(Text("  forgetfilter run --model MODEL --noisy noisy.jsonl --safety safety.jsonl \\", style="bold"))
-    console.print(Text("      --output out", style="bold"))
+    console.print(Text("      --output out --training learning_rate=1e-3", style="bold"))
 
 
 def write_results(
