@@ -108,7 +108,7 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
         return []
     verdicts: dict[int, Verdict] = {}  # by line number
     damaged = 0
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
         try:

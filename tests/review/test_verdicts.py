@@ -39,6 +39,13 @@ def test_a_last_line_that_is_cut_short_costs_only_itself(tmp_path, caplog):
     assert "line 2 is damaged" in caplog.text
 
 
+def test_an_editor_may_add_a_byte_order_mark(tmp_path):
+    file = tmp_path / "verdicts.jsonl"
+    append_verdicts([verdict(0), verdict(1, "unsafe")], file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_verdicts(file, IDS) == [verdict(0), verdict(1, "unsafe")]
+
+
 def test_verdicts_of_another_trace_are_refused(tmp_path):
     append_verdicts([verdict(0)], tmp_path / "verdicts.jsonl")
     for others in (pa.array(["x", "y", "z"]), pa.array([], pa.string())):
