@@ -107,9 +107,8 @@ def main(
     settings = SMOKE_SETTINGS if smoke else Settings(epochs=epochs)
     is_default = (noisy_rows, unsafe_share, epochs) == (SIZES.noisy, SIZES.unsafe_share, Settings.epochs)
     sizes = SMOKE_SIZES if smoke else dataclasses.replace(SIZES, noisy=noisy_rows, unsafe_share=unsafe_share)
-    if (
-        not smoke and unsafe_share != SIZES.unsafe_share
-    ):  # the cost needs no held-out rows, and large sets leave too few
+    if not smoke and unsafe_share != SIZES.unsafe_share:
+        # The cost needs no held-out rows, and large sets leave too few.
         sizes = dataclasses.replace(sizes, held_out=0, held_out_task=0, labelled=0)
     for name in scenario if scenario is not None else ["bias", "toxicity", "harmfulness"]:
         for run_seed in seed if seed is not None else [1]:

@@ -1,7 +1,7 @@
 """Run the demo with several seeds and numbers of unsafe rows: `python benchmarks/demo.py --seed 0 --unsafe 16`.
 
-Word problems fill the noisy set up. Summaries are appended to `benchmarks/results/demo.json` after
-each run. Runs that the file contains already are skipped.
+Word problems fill the noisy set up. Summaries are appended to `benchmarks/results/demo.json` after each run. Runs that the
+file contains already are skipped.
 """
 
 from __future__ import annotations
