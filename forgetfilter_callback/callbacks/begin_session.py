@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from ..data.encoded_rows import EncodedRows
-from ..trace.records import Record, Session
+from ..trace.records import BASE_RECORD, Record, Session
 from ..trace.trace import Trace
 from ..utils.distributed import run_on_all, run_on_main
 from .open_trace import model_and_tokenizer_names
@@ -81,7 +81,7 @@ def begin_session(
         )
     if session == "safety" and "noisy" in begun:
         warn_if_noisy_session_is_unfinished(trace, records)
-    has_base = "noisy" in begun or Record("noisy", 0) in records
+    has_base = "noisy" in begun or BASE_RECORD in records
     if not resumed and (session == "noisy" or not has_base):
         run_on_main(partial(trace.set_model, *model_and_tokenizer_names(model, tokenizer)))
     return detected

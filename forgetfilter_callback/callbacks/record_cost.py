@@ -12,14 +12,22 @@ from ..utils.counted import counted
 from .early_stopping import is_check_step, monitored_samples
 
 
+def record_every(record_steps: int | float | None, state: TrainerState) -> int | None:
+    """Number of steps between two records, or `None` for records at the beginning and at the end only."""
+    if record_steps is None:
+        return None
+    return int(record_steps if record_steps >= 1 else math.ceil(record_steps * state.max_steps))
+
+
 def describe_cost(
     args: TrainingArguments,
     state: TrainerState,
     model: PreTrainedModel,
     rows: EncodedRows,
     training_rows: EncodedRows | None,
-    record_every: int | None,
+    every: int | None,
     stop_early: bool,
+    base_sampled: bool,
 ) -> str:
     """Sentences with the number of records of a session and their cost. It does not include generation (`rouge1=True`).
 
@@ -30,12 +38,15 @@ def describe_cost(
             The tracked rows.
         training_rows ([`EncodedRows`], *optional*):
             The rows the session trains on. If they are unknown, the cost is not compared with training steps.
-        record_every (`int`, *optional*):
+        every (`int`, *optional*):
             Steps between two records; `None` for a record at the beginning and at the end only.
         stop_early (`bool`):
             Whether the session checks for early stopping.
+        base_sampled (`bool`):
+            Whether the first record holds only a few rows. It is not counted.
     """
-    records = 2 if record_every is None else 1 + math.ceil(state.max_steps / record_every)
+    records = 2 if every is None else 1 + math.ceil(state.max_steps / every)
+    records -= base_sampled
     tokens_per_record = sum(int(needed_lengths(window).sum()) for window in rows.windows())
     text = (
         f"Up to {counted(records, 'record')}: each measures the losses of {counted(len(rows), 'row')} "

@@ -9,13 +9,15 @@ from functools import partial
 import numpy as np
 from accelerate.logging import get_logger
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..errors import DataError, TraceError
 from ..measures.common import all_finite, mean_losses
 from ..scoring.scores import Scores
-from ..scoring.token_losses import window_scores
-from ..trace.records import Record, Session
+from ..scoring.token_losses import token_losses, window_scores
+from ..trace.base_sample import base_sample
+from ..trace.records import BASE_RECORD, Record, Session
 from ..trace.schema import WITHOUT_STATES
 from ..trace.trace import Trace
 from ..utils.counted import counted
@@ -42,12 +44,20 @@ class Recorder:
     Args:
         trace ([`Trace`]):
             The trace to write to.
-        batch_tokens, with_rouge1, max_new_tokens:
+        batch_tokens, with_rouge1, max_new_tokens, record_base:
             As in [`ForgetTracker`].
     """
 
-    def __init__(self, trace: Trace, batch_tokens: int | None, with_rouge1: bool, max_new_tokens: int | None):
+    def __init__(
+        self,
+        trace: Trace,
+        batch_tokens: int | None,
+        with_rouge1: bool,
+        max_new_tokens: int | None,
+        record_base: bool = True,
+    ):
         self._trace = trace
+        self._record_base = record_base
         self._batch_tokens = batch_tokens
         self._with_rouge1 = with_rouge1
         self._max_new_tokens = max_new_tokens
@@ -113,11 +123,34 @@ class Recorder:
             return
         if any(adapter.get("init_lora_weights", True) not in (True, "gaussian") for adapter in settings):
             return
+        sample = self._base_sample(BASE_RECORD)
         with model.disable_adapter():
-            scores = window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))
+            if sample is None:
+                scores = window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))
+            else:
+                scores = self._sample_scores(model, sample)
             checked_scores = self._check_base(scores)
+            append = partial(self._trace.append, BASE_RECORD, checked_scores, sample=sample)
             with suppress(_NotLearnedError):
-                run_on_main(partial(self._trace.append, Record("noisy", 0), checked_scores), drain=checked_scores)
+                run_on_main(append, drain=checked_scores)
+
+    def _base_sample(self, record: Record) -> np.ndarray | None:
+        """The rows that `record` is limited to: 32 for the base model with `record_base=False`. `None` for all rows."""
+        is_limited = record == BASE_RECORD and not self._record_base
+        return base_sample(self._trace.rows) if is_limited else None
+
+    def _sample_scores(self, model: nn.Module, sample: np.ndarray) -> Iterator[Scores]:
+        """The scores of the rows of `sample`, one item per window of all rows. The losses of the other rows are NaN."""
+        chosen = self._trace.rows.select(sample)
+        losses = token_losses(model, chosen, self._batch_tokens, disable_tqdm=True)
+        losses_of = dict(zip(sample.tolist(), np.split(losses, chosen.loss_offsets[1:-1]), strict=True))
+        start = 0
+        for window in self._trace.rows.windows():
+            window_losses = np.full(window.loss_offsets[-1], np.nan, np.float32)
+            for index in sample[(start <= sample) & (sample < start + len(window))].tolist():
+                window_losses[slice(*window.loss_offsets[index - start :][:2])] = losses_of[index]
+            yield Scores(window_losses)
+            start += len(window)
 
     def _check_base(self, scores: Iterator[Scores]) -> Iterator[Scores]:
         """Yield each item of `scores`. Then raise an error if the adapter has not learned anything.
@@ -148,22 +181,27 @@ class Recorder:
         tokenizer: PreTrainedTokenizerBase | None,
         with_states: bool,
     ) -> np.ndarray:
-        rows = self._trace.rows
+        sample = self._base_sample(record)
         completions, rouge1_scores = None, None
-        if self._with_rouge1:
+        if self._with_rouge1 and sample is None:
             completions, rouge1_scores = self._generate(record, args, model, tokenizer)
-        scores = window_scores(
-            model,
-            rows,
-            self._batch_tokens,
-            disable_tqdm=hide_progress(args),
-            description=f"Recording {record}",
-            with_states=with_states,
-        )
+        if sample is None:
+            scores = window_scores(
+                model,
+                self._trace.rows,
+                self._batch_tokens,
+                disable_tqdm=hide_progress(args),
+                description=f"Recording {record}",
+                with_states=with_states,
+            )
+        else:
+            scores = self._sample_scores(model, sample)
         losses: list[np.ndarray] = []
-        checked_scores = self._check_scores(record, scores, losses, with_states)
+        checked_scores = self._check_scores(record, scores, losses, with_states, sample)
         restart = record.step == 0
-        append = partial(self._trace.append, record, checked_scores, completions, rouge1_scores, restart=restart)
+        append = partial(
+            self._trace.append, record, checked_scores, completions, rouge1_scores, restart=restart, sample=sample
+        )
         self._log_superseded(record, run_on_main(append, drain=checked_scores))
         return np.concatenate(losses)
 
@@ -195,7 +233,12 @@ class Recorder:
         return completions, rouge1(completions, references)
 
     def _check_scores(
-        self, record: Record, scores: Iterator[Scores], losses: list[np.ndarray], with_states: bool
+        self,
+        record: Record,
+        scores: Iterator[Scores],
+        losses: list[np.ndarray],
+        with_states: bool,
+        sample: np.ndarray | None,
     ) -> Iterator[Scores]:
         """Yield each item of `scores` and append its mean losses to `losses`. Then warn about losses that are not finite,
         and once about missing states.
@@ -211,6 +254,8 @@ class Recorder:
                 logger.warning(WITHOUT_STATES)
                 self._lacks_states = True
         not_finite = np.flatnonzero(~np.concatenate(finite))
+        if sample is not None:
+            not_finite = np.intersect1d(not_finite, sample)
         if len(not_finite):
             logger.warning(
                 f"The loss of {len(not_finite):,} of {counted(len(self._trace.rows), 'sample')} is not finite under the "

@@ -7,7 +7,8 @@ from accelerate.logging import get_logger
 
 from ..errors import TraceError
 from ..measures.relative import MIN_LEARNED
-from ..trace.records import Record
+from ..trace.base_sample import base_sample
+from ..trace.records import BASE_RECORD, Record
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.row_numbers import describe_rows
@@ -34,11 +35,16 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
         TraceError: if it starts from another model, or if no sample can be compared.
     """
     noisy_records = [record for record in trace.records() if record.session == "noisy"]
-    if len(noisy_records) < 2 or noisy_records[0].step != 0:
+    if len(noisy_records) < 2 or noisy_records[0] != BASE_RECORD:
         return
     before, learned = trace.mean_losses(noisy_records[0]), trace.mean_losses(noisy_records[-1])
     compared = np.isfinite([before, learned, now]).all(axis=0)
     scorable = np.diff(trace.rows.loss_offsets) > 0
+    which_rows = ""
+    if trace.base_record is None:
+        sample = base_sample(trace.rows)
+        scorable &= np.isin(np.arange(len(scorable)), sample)
+        which_rows = f"{counted(len(sample), 'row')} of "
     if not compared.any():
         finite = [int(np.isfinite(losses).sum()) for losses in (before, learned, now)]
         raise TraceError(
@@ -48,13 +54,14 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
         )
     mean_before, mean_learned, mean_now = (float(losses[compared].mean()) for losses in (before, learned, now))
     left_out = np.flatnonzero(scorable & ~compared)
-    compared_set = "noisy set"
+    compared_set = f"{which_rows}the noisy set"
     if len(left_out):
         compared_set = (
-            f"prepared noisy set without {describe_rows(left_out)} (no finite loss under at least one of these models)"
+            f"{which_rows}the prepared noisy set without {describe_rows(left_out)} (no finite loss under at least one of "
+            "these models)"
         )
     figures = (
-        f"mean loss of the {compared_set}: {mean_before:.3f} nats per token before noisy finetuning, {mean_learned:.3f} "
+        f"mean loss of {compared_set}: {mean_before:.3f} nats per token before noisy finetuning, {mean_learned:.3f} "
         f"after it, {mean_now:.3f} now"
     )
     if mean_before - mean_learned < MIN_LEARNED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError
 from ..scoring.token_losses import token_losses
-from ..trace.records import Record, Session
+from ..trace.records import BASE_RECORD, Record, Session
 from ..trace.trace import TRACE_FOLDER, Trace
 from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps, check_true_or_false
 from ..utils.distributed import gather_from_all, run_on_main
@@ -41,7 +40,7 @@ from .begin_session import begin_session
 from .early_stopping import RankingMonitor, is_check_step, steps_since_warmup
 from .integrations import LoggingIntegrations
 from .open_trace import open_trace, read_audit_labels
-from .record_cost import describe_cost
+from .record_cost import describe_cost, record_every
 from .recorder import Recorder
 from .session_rows import encode_training_rows_if_possible, scoring_max_length
 from .sessions import RunningSession, SessionArgument, describe_session
@@ -87,6 +86,10 @@ class ForgetTracker(TrainerCallback):
             Whether to stop the safety session (`control.should_training_stop`) once the ranking of a fixed tenth of the
             samples (between 20 and 128) is stable. It is checked 4, 6, 8, 12, 16, 24, … steps after the warm-up, so the
             session stops after step 12 at the earliest. A full record is taken then. It needs 20 samples.
+        record_base (`bool`, defaults to `True`):
+            Whether to record all rows under the base model. With `False`, only 32 rows are recorded, for the checks that
+            training starts from the right models. That saves a pass over the noisy set. The measure `relative`, two of the
+            features of a review, and the losses of the base model in exports need all rows.
         rouge1 (`bool`, defaults to `False`):
             Whether to generate greedy completions at each record, for the measure of the paper. Slow. Needs
             `pip install "forgetfilter-callback[rouge]"`.
@@ -133,6 +136,7 @@ class ForgetTracker(TrainerCallback):
         trace_dir: str | os.PathLike[str] | None = None,
         record_steps: int | float | None = None,
         stop_early: bool = False,
+        record_base: bool = True,
         rouge1: bool = False,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
@@ -149,6 +153,7 @@ class ForgetTracker(TrainerCallback):
         check_minimum("max_new_tokens", max_new_tokens, 1)
         check_minimum("log_rows", log_rows, 0)
         check_true_or_false("stop_early", stop_early)
+        check_true_or_false("record_base", record_base)
         check_true_or_false("rouge1", rouge1)
         check_true_or_false("raise_on_disk_error", raise_on_disk_error)
         if max_new_tokens is not None and not rouge1:
@@ -158,6 +163,7 @@ class ForgetTracker(TrainerCallback):
         self.trace_dir = trace_dir
         self.record_steps = record_steps
         self.stop_early = stop_early
+        self.record_base = record_base
         self.rouge1 = rouge1
         self.max_new_tokens = max_new_tokens
         self.max_length = max_length
@@ -258,8 +264,8 @@ class ForgetTracker(TrainerCallback):
                     f"{state.max_steps}."
                 )
                 control.should_training_stop = True
-        record_every = self._record_every(state)
-        is_due = record_every is not None and state.global_step % record_every == 0
+        every = record_every(self.record_steps, state)
+        is_due = every is not None and state.global_step % every == 0
         if state.global_step >= state.max_steps or control.should_training_stop or is_due:
             self._record(args, state, control, **kwargs)
 
@@ -335,7 +341,9 @@ class ForgetTracker(TrainerCallback):
                 # The trace may have been created from the same rows in another order.
                 order = pc.index_in(self._trace.rows.ids, value_set=tracked_rows.ids)
                 self._unsafe = self._unsafe[order.to_numpy()]
-            self._recorder = Recorder(self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens)
+            self._recorder = Recorder(
+                self._trace, self.batch_tokens, self.rouge1, self.max_new_tokens, self.record_base
+            )
         if training_rows is None:
             length = scoring_max_length(model, args, self.max_length, self._trace.manifest["max_length"])
             training_rows = encode_training_rows_if_possible(self.session, args, model, train_dataloader, length)
@@ -355,7 +363,9 @@ class ForgetTracker(TrainerCallback):
         )
         session = detected.session
         stop_early = self.stop_early and session == "safety"
-        cost = describe_cost(args, state, model, self._trace.rows, training_rows, self._record_every(state), stop_early)
+        every = record_every(self.record_steps, state)
+        base_sampled = session == "noisy" and not self.record_base
+        cost = describe_cost(args, state, model, self._trace.rows, training_rows, every, stop_early, base_sampled)
         logger.info(f"ForgetTracker: {describe_session(detected, training_rows, self._trace.rows)} {cost}")
         return session
 
@@ -370,12 +380,6 @@ class ForgetTracker(TrainerCallback):
 
     # ---- records ----
 
-    def _record_every(self, state: TrainerState) -> int | None:
-        """Number of steps between two records, or `None` for records at the beginning and at the end only."""
-        if self.record_steps is None:
-            return None
-        return int(self.record_steps if self.record_steps >= 1 else math.ceil(self.record_steps * state.max_steps))
-
     def _record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take a record of the running session at this step and log its statistics."""
         if self._running is None:
@@ -386,7 +390,7 @@ class ForgetTracker(TrainerCallback):
         with preserve_state(model):
             tokenizer = unwrap_tokenizer(kwargs["processing_class"])
             losses = self._recorder.record(record, args, model, tokenizer, is_session_end)
-            has_base = Record("noisy", 0) in self._recorder.records()
+            has_base = BASE_RECORD in self._recorder.records()
             if record == Record("safety", 0) and isinstance(unwrapped(model), PeftModel) and not has_base:
                 self._recorder.record_base(args, model)
         self._recorded_step = state.global_step

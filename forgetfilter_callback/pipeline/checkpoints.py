@@ -21,7 +21,7 @@ from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_
 from ..errors import TraceError
 from ..scoring.model_capabilities import describe_left_padding
 from ..scoring.token_losses import window_scores
-from ..trace.records import Record
+from ..trace.records import BASE_RECORD, Record
 from ..trace.schema import WITHOUT_STATES, has_column
 from ..trace.trace import Trace
 from ..utils.argument_checks import check_max_length, check_minimum
@@ -34,7 +34,7 @@ from .locked_output import locked_output
 logger = get_logger(__name__)
 
 # The record that each checkpoint gets, as in a tracked run.
-RECORD_OF = {"base": Record("noisy", 0), "before": Record("safety", 0), "after": Record("safety", 1)}
+RECORD_OF = {"base": BASE_RECORD, "before": Record("safety", 0), "after": Record("safety", 1)}
 
 
 def score_checkpoints(

@@ -132,7 +132,8 @@ def plan(config: RunConfig) -> Plan:
     inputs = load_inputs(config)
     noisy, safety = inputs.noisy, inputs.safety
     steps, safety_steps = _steps(inputs.args, len(noisy)), _steps(inputs.safety_args, len(safety))
-    records = 3  # the base model, the model after noisy finetuning, the model after safety finetuning
+    # The model after noisy finetuning, the model after safety finetuning, and the base model.
+    records = 2 + config.record_base
     if config.record_steps is not None:
         for session_steps in (steps, safety_steps):
             every = config.record_steps if config.record_steps >= 1 else config.record_steps * session_steps

@@ -241,6 +241,7 @@ def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterR
         trace_dir=output / TRACE_FOLDER,
         record_steps=config.record_steps,
         stop_early=config.stop_early,
+        record_base=config.record_base,
         max_length=config.max_length,
     )
     pipeline = ForgetFilter(

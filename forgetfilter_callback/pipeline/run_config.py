@@ -58,6 +58,8 @@ class RunConfig:
             Data type of the model.
         stop_early (`bool`, defaults to `False`):
             Whether to stop the safety session once the ranking of forgetting is stable; see [`ForgetTracker`].
+        record_base (`bool`, defaults to `True`):
+            Whether to record all rows under the base model, or only 32; see [`ForgetTracker`].
         record_steps (`float`, *optional*):
             Also take a record every `record_steps` steps. Below 1, it is a fraction of a session.
         source_column (`str`, *optional*):
@@ -128,6 +130,9 @@ class RunConfig:
     stop_early: bool = field(
         default=False, metadata={"help": "End safety finetuning once the ranking is stable.", "group": "Recording"}
     )
+    record_base: bool = field(
+        default=True, metadata={"help": "Record all rows under the base model.", "group": "Recording"}
+    )
     record_steps: float | None = field(
         default=None,
         metadata={
@@ -148,7 +153,7 @@ class RunConfig:
             raise ValueError(f"Missing settings: {', '.join(missing)}.")
         for names, kind, described in (
             (("model", "noisy", "safety", "output"), str, "text"),
-            (("refit", "use_lora", "resume", "overwrite", "stop_early"), bool, "true or false"),
+            (("refit", "use_lora", "resume", "overwrite", "stop_early", "record_base"), bool, "true or false"),
             (("training", "safety_training", "lora"), dict, "a mapping of names to values"),
         ):
             for name in names:
@@ -163,6 +168,8 @@ class RunConfig:
         self.filter = filter_config_or_default(self.filter, "filter")
         if self.filter.measure == "rouge1":
             raise ValueError("measure='rouge1' needs generation. Use `ForgetTracker(rouge1=True)` in Python.")
+        if self.filter.measure == "relative" and not self.record_base:
+            raise ValueError("measure='relative' needs all rows under the base model. Leave out `record_base=False`.")
         if any(setting is not None for setting in (self.filter.decision, self.filter.reviewed, self.filter.step)):
             raise ValueError(
                 "`decision`, `reviewed` and `step` need a finished run. Use `forgetfilter filter` afterwards."

@@ -62,8 +62,8 @@ def compute_forgetting_by_record(
         return np.array([loss_forgetting(means_before, means_after) for means_after in means]), None
     if trace.base_record is None:
         raise TraceError(
-            "measure='relative' needs the losses of the base model, but this trace has no record at step 0 of the noisy "
-            "session. Record the base model too, with the same tracker in both sessions, or choose another measure."
+            "measure='relative' needs the losses of all rows under the base model, which this trace does not hold. Record "
+            "them too, with the same tracker in both sessions and `record_base=True`, or choose another measure."
         )
     means_base = trace.mean_losses(trace.base_record)
     return np.array([relative_forgetting(means_base, means_before, means_after) for means_after in means]), None

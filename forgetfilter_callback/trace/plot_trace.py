@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import TraceError
 from ..measures.names import UNITS, Measure
 from ..utils.optional_packages import requires_extra
+from .records import BASE_RECORD
 
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def plot_trace(trace: Trace, measure: Measure) -> Figure:
 
 
 def _draw_losses(axes: Axes, trace: Trace) -> None:
-    losses = trace.losses()
+    # A record of the base model that holds only a sample of the rows is left out.
+    records = [record for record in trace.records() if record != BASE_RECORD or trace.base_record is not None]
+    losses = np.array([trace.mean_losses(record) for record in records]).reshape(-1, len(trace.rows))
     places = np.arange(len(losses))
     known = losses[:, np.isfinite(losses).all(axis=0)]
     if known.size:
@@ -72,7 +75,7 @@ def _draw_losses(axes: Axes, trace: Trace) -> None:
             )
         axes.plot(places, np.median(known, axis=1), color="tab:blue", marker="o", label="median")
         axes.legend()
-    names = [f"{record.session}\n{record.step}" for record in trace.records()]
+    names = [f"{record.session}\n{record.step}" for record in records]
     axes.set_xticks(places, names)
     axes.set_xlabel("session and step of the record")
     axes.set_ylabel("mean loss of a sample [nats per token]")

@@ -41,3 +41,7 @@ class Record:
         Older versions stored them in all records of the noisy session but the first.
         """
         return (self.session == "noisy") == (self.step > 0)
+
+
+# The base model. With `ForgetTracker(record_base=False)`, the record holds only a sample of the rows.
+BASE_RECORD = Record("noisy", 0)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..scoring.scores import Scores
 
 SCHEMA_VERSION = 2
+# The column of a record that holds only a sample of the rows: whether a row is in it. The losses of all others are NaN.
+IN_SAMPLE = "in_sample"
 _MANIFEST_TYPES: dict[str, type | UnionType] = {
     "schema_version": int,
     "fingerprint": str,
@@ -103,7 +105,21 @@ def rows_table(rows: EncodedRows) -> pa.Table:
     return pa.table({"id": rows.ids, **lists})
 
 
-def is_new_or_has_rows(file: Path, rows: EncodedRows) -> bool:
+def check_new_folder(folder: Path, rows: EncodedRows) -> None:
+    """Check that a new trace of `rows` in `folder` would overwrite nothing.
+
+    Raises:
+        TraceError: if `folder` contains a trace or files of another.
+    """
+    if (folder / "manifest.json").is_file():
+        raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
+    if any((folder / "records").glob("*.parquet")):
+        raise TraceError(f"{folder} has records, but no manifest.json. Restore it, or choose another folder.")
+    if not _is_new_or_has_rows(folder / "rows.parquet", rows):
+        raise TraceError(f"{folder} has a rows.parquet of other rows, which would be lost. Choose another folder.")
+
+
+def _is_new_or_has_rows(file: Path, rows: EncodedRows) -> bool:
     """Whether `rows.parquet` does not exist, or holds `rows`: a crash has prevented the manifest from being written."""
     if not file.exists():
         return True
@@ -115,7 +131,11 @@ def is_new_or_has_rows(file: Path, rows: EncodedRows) -> bool:
 
 
 def record_tables(
-    rows: EncodedRows, scores: Iterable[Scores], completions: Sequence[str] | None, rouge1: np.ndarray | None
+    rows: EncodedRows,
+    scores: Iterable[Scores],
+    completions: Sequence[str] | None,
+    rouge1: np.ndarray | None,
+    sample: np.ndarray | None,
 ) -> Iterator[pa.Table]:
     """Yield the table of a record, one window of rows at a time. See [`Trace.append`] for the arguments."""
     start = 0
@@ -128,6 +148,8 @@ def record_tables(
         if completions is not None and rouge1 is not None:
             columns["completion"] = pa.array(completions[start:stop], pa.large_string())
             columns["rouge1"] = pa.array(rouge1[start:stop])
+        if sample is not None:
+            columns[IN_SAMPLE] = pa.array(np.isin(np.arange(start, stop), sample))
         start = stop
         yield pa.table(columns)
 
@@ -191,8 +213,24 @@ def read_rows(folder: Path, manifest: dict[str, Any]) -> EncodedRows:
 
 
 def has_column(file: Path, column: str) -> bool:
-    """Whether a record has a column. Only the schema is read."""
-    return column in pq.read_schema(file).names
+    """Whether a record has a column. Only the schema is read.
+
+    Raises:
+        TraceError: if the record cannot be read.
+    """
+    try:
+        return column in pq.read_schema(file).names
+    except (OSError, pa.ArrowException) as error:
+        raise TraceError(f"The record {file} cannot be read: {error}") from error
+
+
+def holds_all_rows(file: Path) -> bool:
+    """Whether a record holds the losses of all rows, not of a sample.
+
+    Raises:
+        TraceError: if the record cannot be read.
+    """
+    return not has_column(file, IN_SAMPLE)
 
 
 def _is_session(entry: Any) -> bool:

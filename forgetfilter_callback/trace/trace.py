@@ -38,8 +38,16 @@ from ..utils.versions import library_versions
 from .forgetting import compute_forgetting
 from .lock_folder import lock_folder
 from .plot_trace import plot_trace
-from .records import SESSIONS, Record, Session
-from .schema import SCHEMA_VERSION, is_new_or_has_rows, read_manifest, read_rows, record_tables, rows_table
+from .records import BASE_RECORD, SESSIONS, Record, Session
+from .schema import (
+    SCHEMA_VERSION,
+    check_new_folder,
+    holds_all_rows,
+    read_manifest,
+    read_rows,
+    record_tables,
+    rows_table,
+)
 from .stored_column import StoredColumn
 from .superseded import supersede
 
@@ -102,12 +110,7 @@ class Trace:
         Raises:
             TraceError: if `folder` contains a trace or files of another, or if no token contributes to the loss.
         """
-        if cls.exists(folder):
-            raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
-        if any((Path(folder) / "records").glob("*.parquet")):
-            raise TraceError(f"{folder} has records, but no manifest.json. Restore it, or choose another folder.")
-        if not is_new_or_has_rows(Path(folder) / "rows.parquet", rows):
-            raise TraceError(f"{folder} has a rows.parquet of other rows, which would be lost. Choose another folder.")
+        check_new_folder(Path(folder), rows)
         if not rows.loss_mask.any():
             raise TraceError("No sample has a token that contributes to the loss. Check the labels and `max_length`.")
         (Path(folder) / "records").mkdir(parents=True, exist_ok=True)
@@ -202,6 +205,7 @@ class Trace:
         completions: Sequence[str] | None = None,
         rouge1: np.ndarray | None = None,
         restart: bool = False,
+        sample: np.ndarray | None = None,
     ) -> list[Record]:
         """Write one record, one window of rows at a time. A record that it replaces is kept in `superseded`.
 
@@ -217,12 +221,14 @@ class Trace:
             restart (`bool`, defaults to `False`):
                 Whether the session starts again with this record. Once the record is on disk, the older records of this
                 session and of later sessions are moved to `superseded`.
+            sample (`np.ndarray`, *optional*):
+                Numbers of the rows that the record holds, if it does not hold all.
 
         Returns:
             `list[Record]`: the records that were moved.
         """
         stale = self._stale(record) if restart else []
-        tables = record_tables(self.rows, scores, completions, rouge1)
+        tables = record_tables(self.rows, scores, completions, rouge1, sample)
         write_parquet(tables, self._file(record), before_commit=partial(self._supersede, stale, record))
         return stale
 
@@ -346,8 +352,9 @@ class Trace:
 
     @property
     def base_record(self) -> Record | None:
-        """The record of the base model: step 0 of the noisy session, or `None` if the trace does not hold it."""
-        return Record("noisy", 0) if Record("noisy", 0) in self.records() else None
+        """The record of the base model, step 0 of the noisy session. `None` if the trace does not hold it for all rows."""
+        is_whole = BASE_RECORD in self.records() and holds_all_rows(self._file(BASE_RECORD))
+        return BASE_RECORD if is_whole else None
 
     def first_and_last(self, step: int | None = None) -> tuple[Record, Record]:
         """The two records that forgetting compares: step 0 of the safety session, and `step` (by default its last).

@@ -19,6 +19,7 @@ from ..utils.counted import counted, counted_of
 from ..utils.row_numbers import describe_rows
 from .lock_folder import is_locked
 from .records import Record
+from .schema import IN_SAMPLE
 from .trace import Trace
 
 
@@ -100,7 +101,9 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             [f"{file}: {error} Move it to another folder. The next run of the session records it again."], []
         )
     notes = []
-    if not_finite:
+    if IN_SAMPLE in columns:
+        notes.append(f"{file} holds only some of the rows. For all of them, record with `record_base=True`.")
+    elif not_finite:
         notes.append(
             f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."
         )

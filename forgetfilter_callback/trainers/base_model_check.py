@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..errors import ForgetFilterError
 from ..measures.common import mean_losses
 from ..scoring.token_losses import token_losses
+from ..trace.base_sample import base_sample
+from ..trace.records import BASE_RECORD
 from ..trace.trace import Trace
 from ..utils.counted import counted
 from ..utils.distributed import run_on_main
@@ -23,7 +25,6 @@ from ..utils.row_numbers import describe_rows
 
 logger = get_logger(__name__)
 
-CHECKED_SAMPLES = 32
 # Nats per token. Loading the base model in another precision changes the mean loss by about 0.01; an epoch of finetuning
 # changes it by 0.1 or more.
 MAX_LOSS_DIFFERENCE = 0.1
@@ -58,9 +59,7 @@ class BaseModelCheck(TrainerCallback):
             logger.warning(f"Could not check that this model is the base model: {reason}.")
             return
         assert self.trace is not None
-        scorable = np.flatnonzero(np.diff(self.trace.rows.loss_offsets))
-        count = min(CHECKED_SAMPLES, len(scorable))
-        checked = scorable[np.linspace(0, len(scorable) - 1, count, dtype=int)]
+        checked = base_sample(self.trace.rows)
         rows = self.trace.rows.select(checked)
         with preserve_state(model):
             losses = mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
@@ -73,14 +72,13 @@ class BaseModelCheck(TrainerCallback):
         whole = unwrapped(model)
         if isinstance(whole, PeftModel) and whole.active_peft_config.is_prompt_learning:
             return "its prompt embeddings are initialized at random each time"
-        if self.trace is None or self.trace.base_record is None:
+        if self.trace is None or BASE_RECORD not in self.trace.records():
             return "there is no record of it (step 0 of the noisy session)"
         return None
 
 
 def _base_losses(trace: Trace) -> np.ndarray:
-    assert trace.base_record is not None
-    return trace.mean_losses(trace.base_record)
+    return trace.mean_losses(BASE_RECORD)
 
 
 def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None:

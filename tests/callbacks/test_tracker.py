@@ -136,7 +136,7 @@ def test_a_diverging_model_is_reported(noisy, make_args, collator, caplog):
 def test_relative_forgetting_needs_the_base_model(noisy, safety, make_args, collator):
     tracker = ForgetTracker(noisy)
     train_tracked(safety, make_args, collator, tracker)
-    with pytest.raises(TraceError, match="measure='relative' needs the losses of the base model"):
+    with pytest.raises(TraceError, match="measure='relative' needs the losses of all rows under the base model"):
         tracker.trace.forgetting("relative")
 
 
