@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import few_tables
+from forgetfilter_callback.trace.base_sample import BASE_SAMPLES
 from markdown_tables import Row, decimal, find, read, table
 
 
@@ -234,12 +235,16 @@ def _last(rows: list[Row], signal: str, scenario: str, share: float) -> float | 
 def session_costs() -> str:
     """The cost of the method beside noisy finetuning."""
     header = ["set", "rows", "unsafe", "epochs", "noisy finetuning, s", "safety finetuning, ended early, s", "a record, s",
-              "decision, s", "of noisy finetuning", "ended at step", "AUROC"]  # fmt: skip
+              "decision, s", "of noisy finetuning", "with `record_base=False`", "ended at step", "AUROC"]  # fmt: skip
     lines = []
     for row in read("cost"):
+        seconds = row["seconds"]
+        sampled = seconds["record"] * BASE_SAMPLES / row["rows"]  # the record of the base model holds only a sample
+        share = (seconds["s1plus"] + sampled + seconds["decision"]) / seconds["s1"]
         about = [row["scenario"], str(row["rows"]), f"{row['unsafe_share']:.0%}", str(row["settings"]["epochs"])]
-        parts = [f"{row['seconds'][name]:.1f}" for name in ("s1", "s1plus", "record", "decision")]
-        lines.append([*about, *parts, f"{row['share_of_s1']:.0%}", str(row["ended_at"]), decimal(row["auroc"])])
+        parts = [f"{seconds[name]:.1f}" for name in ("s1", "s1plus", "record", "decision")]
+        shares = [f"{row['share_of_s1']:.0%}", f"{share:.0%}"]
+        lines.append([*about, *parts, *shares, str(row["ended_at"]), decimal(row["auroc"])])
     return table(header, lines)
 
 
