@@ -100,7 +100,7 @@ def report(
 
     Example:
 
-        forgetfilter report out --output review.html
+        forgetfilter report out --output report.html
     """
     with exit_codes(), after_interrupt(what_is_written([output])):
         filter_config = FilterConfig(**filter_settings)
