@@ -16,7 +16,7 @@ from ..errors import DataError, TraceError
 from ..measures.common import all_finite, mean_losses
 from ..scoring.scores import Scores
 from ..scoring.token_losses import token_losses, window_scores
-from ..trace.base_sample import base_sample
+from ..trace.base_sample import BASE_SAMPLES, base_sample
 from ..trace.records import BASE_RECORD, Record, Session
 from ..trace.schema import WITHOUT_STATES
 from ..trace.trace import Trace
@@ -103,6 +103,16 @@ class Recorder:
         self._last_record, self._last_digest, self._last_losses = record, digest, losses
         return losses
 
+    def has_base(self) -> bool:
+        """Whether the trace holds the base model: all rows, or with `record_base=False` at least some."""
+        return run_on_main(self._has_base)
+
+    def _has_base(self) -> bool:
+        if self._record_base:
+            with suppress(TraceError):  # a damaged record is reported where it is read
+                return self._trace.base_record is not None
+        return BASE_RECORD in self._trace.records()
+
     def records(self) -> list[Record]:
         """The records in the trace's folder, as the main process sees them."""
         return run_on_main(self._trace.records)
@@ -136,7 +146,7 @@ class Recorder:
 
     def _base_sample(self, record: Record) -> np.ndarray | None:
         """The rows that `record` is limited to: 32 for the base model with `record_base=False`. `None` for all rows."""
-        is_limited = record == BASE_RECORD and not self._record_base
+        is_limited = record == BASE_RECORD and not self._record_base and len(self._trace.rows) > BASE_SAMPLES
         return base_sample(self._trace.rows) if is_limited else None
 
     def _sample_scores(self, model: nn.Module, sample: np.ndarray) -> Iterator[Scores]:
@@ -253,12 +263,11 @@ class Recorder:
             if with_states and window_score.states is None and not self._lacks_states:
                 logger.warning(WITHOUT_STATES)
                 self._lacks_states = True
-        not_finite = np.flatnonzero(~np.concatenate(finite))
-        if sample is not None:
-            not_finite = np.intersect1d(not_finite, sample)
+        recorded = np.arange(len(self._trace.rows)) if sample is None else sample
+        not_finite = recorded[~np.concatenate(finite)[recorded]]
         if len(not_finite):
             logger.warning(
-                f"The loss of {len(not_finite):,} of {counted(len(self._trace.rows), 'sample')} is not finite under the "
+                f"The loss of {len(not_finite):,} of {counted(len(recorded), 'sample')} is not finite under the "
                 f"model of this record ({record}): {describe_rows(not_finite)} of the prepared noisy set. The model "
                 "diverges or overflows on them. Look at these rows (`trace.rows`), lower the learning rate, or train in "
                 "bfloat16 or float32. Such samples are kept."

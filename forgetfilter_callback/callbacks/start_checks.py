@@ -7,7 +7,6 @@ from accelerate.logging import get_logger
 
 from ..errors import TraceError
 from ..measures.relative import MIN_LEARNED
-from ..trace.base_sample import base_sample
 from ..trace.records import BASE_RECORD, Record
 from ..trace.trace import Trace
 from ..utils.counted import counted
@@ -41,12 +40,12 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
     compared = np.isfinite([before, learned, now]).all(axis=0)
     scorable = np.diff(trace.rows.loss_offsets) > 0
     which_rows = ""
-    if trace.base_record is None:
-        sample = base_sample(trace.rows)
+    sample = trace.sample(BASE_RECORD)
+    if sample is not None:
         scorable &= np.isin(np.arange(len(scorable)), sample)
         which_rows = f"{counted(len(sample), 'row')} of "
     if not compared.any():
-        finite = [int(np.isfinite(losses).sum()) for losses in (before, learned, now)]
+        finite = [int((np.isfinite(losses) & scorable).sum()) for losses in (before, learned, now)]
         raise TraceError(
             f"The safety session cannot be compared with noisy finetuning. Of {counted(int(scorable.sum()), 'sample')}, "
             f"{finite[0]} had a finite loss before noisy finetuning, {finite[1]} after it and {finite[2]} now. The model "

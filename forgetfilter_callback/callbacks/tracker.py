@@ -234,7 +234,8 @@ class ForgetTracker(TrainerCallback):
         if not is_new_session:
             self._recorder.drop_after(session, current.step)
         exists = not is_new_session and current in self._recorder.records()
-        if exists and current.step == 0:  # the retry has cleared the log history
+        is_logged = current.step == 0 and (current != BASE_RECORD or self.record_base)
+        if exists and is_logged:  # the retry has cleared the log history
             self._integrations.log_record(self.trace, current, self.trace.mean_losses(current), state, control)
         elif not exists and (current.step == 0 or current.step >= state.max_steps):
             self._record(args, state, control, **kwargs)
@@ -390,8 +391,9 @@ class ForgetTracker(TrainerCallback):
         with preserve_state(model):
             tokenizer = unwrap_tokenizer(kwargs["processing_class"])
             losses = self._recorder.record(record, args, model, tokenizer, is_session_end)
-            has_base = BASE_RECORD in self._recorder.records()
-            if record == Record("safety", 0) and isinstance(unwrapped(model), PeftModel) and not has_base:
+            is_adapted = isinstance(unwrapped(model), PeftModel)
+            if record == Record("safety", 0) and is_adapted and not self._recorder.has_base():
                 self._recorder.record_base(args, model)
         self._recorded_step = state.global_step
-        self._integrations.log_record(self.trace, record, losses, state, control)
+        if record != BASE_RECORD or self.record_base:  # the mean of a few rows cannot be compared with later ones
+            self._integrations.log_record(self.trace, record, losses, state, control)

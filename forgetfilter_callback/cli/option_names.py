@@ -30,5 +30,8 @@ def with_option_names(message: str) -> str:
 
 def _as_option(found: re.Match[str]) -> str:
     name, name_of_value, value = found.groups()
-    option = f"--{(name or name_of_value).replace('_', '-')}"
+    option = (name or name_of_value).replace("_", "-")
+    if value == "False":
+        return f"--no-{option}"
+    option = f"--{option}"
     return option if value in (None, "True") else f"{option} {shlex.quote(value.strip(_QUOTE))}"

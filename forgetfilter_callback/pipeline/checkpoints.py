@@ -109,7 +109,7 @@ def score_checkpoints(
                 f"The trace in {folder} was recorded during training, not from checkpoints, so it cannot be "
                 "continued here. Choose another folder."
             )
-        has_no_base = all(gather_from_all(trace.base_record is None))
+        has_no_base = all(gather_from_all(BASE_RECORD not in trace.records()))
         start_model = checkpoints.get("base", checkpoints.get("before") if has_no_base else None)
         if start_model is not None:
             run_on_main(partial(trace.set_model, absolute_path_or_hub_id(start_model), tokenizer_name))

@@ -75,6 +75,8 @@ class ForgetFilter:
         self.safety_args = safety_args if safety_args is not None else args
         self.tracker = tracker if tracker is not None else ForgetTracker()
         self.filter_config = filter_config_or_default(filter_config)
+        if self.filter_config.measure == "relative" and not self.tracker.record_base:
+            raise ValueError("measure='relative' needs all rows under the base model. Leave out `record_base=False`.")
         self.callbacks = callbacks or []
         self.trainer_kwargs = trainer_kwargs
         self.model: PreTrainedModel | None = None

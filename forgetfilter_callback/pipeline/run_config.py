@@ -211,7 +211,14 @@ class RunConfig:
             saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise DataError(f"{file} is damaged, so the run cannot be resumed: {error}") from error
-        changed = [name for name, value in self.to_dict().items() if name != "output" and saved.get(name) != value]
+        defaults = {
+            each.name: each.default for each in dataclasses.fields(self)
+        }  # of settings that are newer than the run
+        changed = [
+            name
+            for name, value in self.to_dict().items()
+            if name != "output" and saved.get(name, defaults[name]) != value
+        ]
         if changed:
             raise ValueError(
                 f"A resumed run must have the settings in {file}, but these differ: {', '.join(changed)}. Pass the same "

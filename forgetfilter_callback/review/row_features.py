@@ -28,7 +28,8 @@ def row_features(trace: Trace) -> np.ndarray:
 
     The ranks are mapped to the quantiles of a normal distribution. There is one each for `smoothed`, `loss`, `pooled` and
     `relative`, for the largest tenth of the rises, for `smoothed` before its smoothing, for the mean losses of the base
-    model and of the model after noisy finetuning, and for the number of loss tokens. The losses and the length say which
+    model and of the model after noisy finetuning, and for the number of loss tokens. `relative` and the losses of the base
+    model are left out if the trace does not hold them for all rows. The losses and the length say which
     kind of text a row is. Verdicts show whether that kind is unsafe, so these features have no place in a measure of
     forgetting.
 

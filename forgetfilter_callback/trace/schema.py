@@ -224,13 +224,17 @@ def has_column(file: Path, column: str) -> bool:
         raise TraceError(f"The record {file} cannot be read: {error}") from error
 
 
-def holds_all_rows(file: Path) -> bool:
-    """Whether a record holds the losses of all rows, not of a sample.
+def sampled_rows(file: Path) -> np.ndarray | None:
+    """The numbers of the rows that a record holds. `None` if it holds all.
 
     Raises:
         TraceError: if the record cannot be read.
     """
-    return not has_column(file, IN_SAMPLE)
+    if not has_column(file, IN_SAMPLE):
+        return None
+    with pq.ParquetFile(file) as parquet:
+        in_sample: np.ndarray = to_numpy(parquet.read([IN_SAMPLE])[IN_SAMPLE].combine_chunks())
+    return np.flatnonzero(in_sample)
 
 
 def _is_session(entry: Any) -> bool:

@@ -4,7 +4,7 @@
 _forgetfilter/
   manifest.json                     schema version, fingerprint, model, tokenizer, versions, sessions
   rows.parquet                      id, input_ids, loss_mask, attention_mask: the noisy set in its order
-  records/noisy-00000000.parquet    loss (one list of floats per sample) [, state] [, completion, rouge1]
+  records/noisy-00000000.parquet    loss (one list of floats per sample) [, state] [, completion, rouge1] [, in_sample]
   records/safety-00000026.parquet
   superseded/1/...                  records that a restarted session has replaced
 ```
@@ -42,11 +42,11 @@ from .records import BASE_RECORD, SESSIONS, Record, Session
 from .schema import (
     SCHEMA_VERSION,
     check_new_folder,
-    holds_all_rows,
     read_manifest,
     read_rows,
     record_tables,
     rows_table,
+    sampled_rows,
 )
 from .stored_column import StoredColumn
 from .superseded import supersede
@@ -302,16 +302,11 @@ class Trace:
         return self._column(record, "rouge1")[:]
 
     def mean_losses(self, record: Record) -> np.ndarray:
-        """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN without loss tokens."""
+        """Mean loss per sample in a record: shape `(samples,)`, float64, nats per token; NaN if not recorded."""
         return mean_losses(self.stored_losses(record), self.rows.loss_offsets)
 
     def losses(self) -> np.ndarray:
-        """Mean loss of each sample in each record.
-
-        Returns:
-            `np.ndarray` of shape `(records, samples)`, float64, nats per token, in the order of [`records`] and of the
-            noisy set. NaN for samples without loss tokens.
-        """
+        """[`mean_losses`] of all records: shape `(records, samples)`, in the order of [`records`] and of the noisy set."""
         return np.array([self.mean_losses(record) for record in self.records()]).reshape(-1, len(self.rows))
 
     def forgetting(self, measure: Measure = DEFAULT_MEASURE, step: int | None = None) -> np.ndarray:
@@ -319,7 +314,7 @@ class Trace:
 
         Args:
             measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`, defaults to `"combined"`):
-                The measure. `"relative"` needs the record of the base model. `"rouge1"` needs
+                The measure. `"relative"` needs all rows under the base model. `"rouge1"` needs
                 `ForgetTracker(rouge1=True)`.
             step (`int`, *optional*):
                 The record of the safety session that is compared with its first record. Defaults to the last one.
@@ -353,8 +348,11 @@ class Trace:
     @property
     def base_record(self) -> Record | None:
         """The record of the base model, step 0 of the noisy session. `None` if the trace does not hold it for all rows."""
-        is_whole = BASE_RECORD in self.records() and holds_all_rows(self._file(BASE_RECORD))
-        return BASE_RECORD if is_whole else None
+        return BASE_RECORD if BASE_RECORD in self.records() and self.sample(BASE_RECORD) is None else None
+
+    def sample(self, record: Record) -> np.ndarray | None:
+        """The numbers of the rows that a record holds. `None` for all rows: only that of the base model may be limited."""
+        return sampled_rows(self._file(record))
 
     def first_and_last(self, step: int | None = None) -> tuple[Record, Record]:
         """The two records that forgetting compares: step 0 of the safety session, and `step` (by default its last).

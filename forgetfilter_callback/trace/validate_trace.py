@@ -13,13 +13,12 @@ import pyarrow.parquet as pq
 from ..data.encode_each import encode_each
 from ..data.token_sample import Sample
 from ..errors import TraceError
-from ..measures.common import windows
+from ..measures.common import by_window
 from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted, counted_of
 from ..utils.row_numbers import describe_rows
 from .lock_folder import is_locked
 from .records import Record
-from .schema import IN_SAMPLE
 from .trace import Trace
 
 
@@ -90,9 +89,9 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             columns = parquet.schema_arrow.names
             for index in range(parquet.num_row_groups):  # one at a time, to bound memory
                 parquet.read_row_group(index)
-        losses = trace.stored_losses(record)
-        spans = [span for _, span in windows(trace.rows.loss_offsets)]
-        not_finite = sum(int(np.count_nonzero(~np.isfinite(losses[span]))) for span in spans)
+        sample = trace.sample(record)
+        not_finite_of = by_window(_count_not_finite, trace.rows.loss_offsets, trace.stored_losses(record))
+        not_finite = int((not_finite_of if sample is None else not_finite_of[sample]).sum())
         for column, read in (("state", trace.states), ("rouge1", trace.rouge1)):
             if column in columns:
                 read(record)
@@ -101,9 +100,10 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             [f"{file}: {error} Move it to another folder. The next run of the session records it again."], []
         )
     notes = []
-    if IN_SAMPLE in columns:
-        notes.append(f"{file} holds only some of the rows. For all of them, record with `record_base=True`.")
-    elif not_finite:
+    if sample is not None:
+        total = counted(len(trace.rows), "row")
+        notes.append(f"{file} holds {len(sample)} of {total}. For all of them, record with `record_base=True`.")
+    if not_finite:
         notes.append(
             f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."
         )
@@ -112,6 +112,11 @@ def _check_record(trace: Trace, record: Record) -> Findings:
             f"{file} has no hidden states, which the measures combined and smoothed need. Use another measure."
         )
     return Findings([], notes)
+
+
+def _count_not_finite(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """How many losses of each sample are not finite: shape `(samples,)`, integer."""
+    return np.diff(np.concatenate([[0], np.cumsum(~np.isfinite(losses))])[offsets])
 
 
 def _check_safety_session(trace: Trace) -> list[str]:

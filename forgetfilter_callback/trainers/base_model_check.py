@@ -59,11 +59,12 @@ class BaseModelCheck(TrainerCallback):
             logger.warning(f"Could not check that this model is the base model: {reason}.")
             return
         assert self.trace is not None
-        checked = base_sample(self.trace.rows)
+        expected, sample = run_on_main(partial(_base_losses, self.trace))
+        checked = sample if sample is not None else base_sample(self.trace.rows)
         rows = self.trace.rows.select(checked)
         with preserve_state(model):
             losses = mean_losses(token_losses(model, rows, disable_tqdm=True), rows.loss_offsets)
-        _compare(losses, run_on_main(partial(_base_losses, self.trace))[checked], checked)
+        _compare(losses, expected[checked], checked)
 
     def _why_unchecked(self, model: PreTrainedModel) -> str | None:
         reason = why_unsupported(model)
@@ -77,8 +78,9 @@ class BaseModelCheck(TrainerCallback):
         return None
 
 
-def _base_losses(trace: Trace) -> np.ndarray:
-    return trace.mean_losses(BASE_RECORD)
+def _base_losses(trace: Trace) -> tuple[np.ndarray, np.ndarray | None]:
+    """The mean losses of the base model, and the rows that its record is limited to."""
+    return trace.mean_losses(BASE_RECORD), trace.sample(BASE_RECORD)
 
 
 def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None:

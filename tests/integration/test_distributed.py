@@ -100,6 +100,9 @@ tracker, report = ForgetTracker(record_steps=2, stop_early=stopping), {{}}
 if "plain" in sys.argv:
     report["plain"] = train_both("plain-", [])
 report["tracked"] = train_both("", [tracker])
+if "limited" in sys.argv:
+    Trainer(tiny_llama(), args("limited"), train_dataset=random_rows(50, seed=1), data_collator=collate,
+            callbacks=[ForgetTracker(record_base=False)]).train()
 if not is_main:  # only the main process reads records
     Trace.records = Trace.token_losses = None
 filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
@@ -167,7 +170,7 @@ def kind(request) -> str:
 def tracked(tmp_path_factory, kind) -> Path:
     """Everything that the tests below look at, from one launch."""
     folder = tmp_path_factory.mktemp("tracked")
-    process = launch(folder, 17, kind, "plain", "weighted", "failing")  # an odd number: shards of 9 and 8
+    process = launch(folder, 17, kind, "plain", "limited", "weighted", "failing")  # an odd number: shards of 9 and 8
     assert process.returncode == 0, process.stderr[-4000:]
     return folder
 
@@ -190,6 +193,13 @@ def test_values_equal_those_of_one_process(tracked):
     assert len(records) == 10
     for record in expected.keys() & set(records):
         np.testing.assert_allclose(trace.losses()[records.index(record)], expected[record], rtol=1e-5)
+
+
+def test_32_rows_of_the_base_model_equal_those_of_one_process(tracked):
+    trace = Trace.open(tracked / "limited" / "_forgetfilter")
+    losses, expected = trace.losses()[0], reference_means(tiny_llama(), random_rows(50, seed=1))
+    assert np.isfinite(losses).sum() == 32
+    np.testing.assert_allclose(losses, np.where(np.isfinite(losses), expected, np.nan), rtol=1e-5)
 
 
 def test_all_processes_remove_the_same_samples(tracked):

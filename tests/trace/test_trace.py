@@ -298,7 +298,7 @@ def test_records_are_moved_last_first(trace, monkeypatch):
         (STEPS[3:], "loss", None, "a record at step 0 only"),
         ([], "loss", 5, r"no record at step 5\. Its records are at steps \[0, 3, 8\]"),
         ([], "loss", 0, "measured from step 0 of the safety session"),
-        (STEPS[:1], "relative", None, "measure='relative' needs the losses of the base model"),
+        (STEPS[:1], "relative", None, "measure='relative' needs the losses of all rows under the base model"),
     ],
 )
 def test_missing_records_are_explained(trace, gone, measure, step, message):
