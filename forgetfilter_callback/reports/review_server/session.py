@@ -53,10 +53,11 @@ class ReviewSession:
         self._rows_of_source = Counter(self._sources)
         before, after = queue.trace.first_and_last()
         self._before, self._after = queue.trace.stored_losses(before), queue.trace.stored_losses(after)
-        states = queue.trace.states(before).astype(np.float32)
+        states = queue.trace.states(before).astype(np.float32)  # changed in place below: a copy takes 4 bytes per state
         states[~np.isfinite(states)] = 0
         # All states share a large component. Without centering, all rows would be similar.
-        self._directions = normalize(states - states.mean(axis=0), copy=False)
+        states -= states.mean(axis=0)
+        self._directions = normalize(states, copy=False)
         self._shown = list(queue.labels)  # rows before the current one, for undo
         self._skipped: set[int] = set()
         self._round = self._next_round()  # the current row and those after it
