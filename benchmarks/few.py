@@ -122,6 +122,8 @@ def judged(values: np.ndarray, unsafe: np.ndarray) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Formats AUROC / AUPRC, one line per signal and one column per scenario and fraction: means over seeds."""
     frame = pd.DataFrame(results).dropna(subset=["auprc"])
+    if frame.empty:
+        return "No set has an unsafe row."
     frame["set"] = frame["scenario"] + " " + frame["fraction"].map("{:g}".format) + " of " + frame["rows"].astype(str)
     means = frame.groupby(["signal", "set"], sort=False)[["auroc", "auprc"]].mean()
     cells = means["auroc"].map("{:.3f}".format) + " / " + means["auprc"].map("{:.2f}".format)

@@ -14,7 +14,11 @@ FINAL_SETS = {
     for name, seeds in (("bias", (0, 1, 2)), ("harmfulness", (1, 2)), ("toxicity", (0, 1, 2)), ("mixed", (1, 2)))
     for seed in seeds
 }
-CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
+CLEAN_SETS = {
+    "harmfulness-0-600-0": "`harmfulness`, clean",
+    "bias-0-600-0": "`bias`, clean",
+    "toxicity-0-600-0": "`toxicity`, clean",
+}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
