@@ -71,7 +71,7 @@ def combined_and_smoothed() -> str:
     """The default measure and the one before it, on the same traces."""
     rows = [row for row in read("combined") if row["experiment"] != "sweep"]
     lines = []
-    for row in sorted(rows, key=lambda row: (-row["unsafe_share"], row["scenario"], row["signal"])):
+    for row in sorted(rows, key=lambda row: (-row["unsafe_share"], row["scenario"], row["seed"], row["signal"])):
         if row["signal"] in ("combined", "smoothed"):
             name = row["scenario"] + ", anchors" * (row["control"] is not None)
             texts = [f"{name}, seed {row['seed']}", f"{row['unsafe_share']:.0%}", f"`{row['signal']}`"]
