@@ -95,7 +95,7 @@ class RankingMonitor:
     """
 
     def __init__(self, trace: Trace, step: int):
-        losses_before = trace.mean_losses(Record("safety", 0))
+        losses_before = run_on_main(partial(trace.mean_losses, Record("safety", 0)))
         scorable = np.flatnonzero(np.isfinite(losses_before))
         ids = trace.rows.ids.take(scorable).to_numpy(zero_copy_only=False)
         samples = np.sort(scorable[np.argsort(ids)[: monitored_samples(len(scorable))]])

@@ -91,7 +91,7 @@ class Recorder:
             assert self._last_record is not None
             losses = self._last_losses
             if record == Record("safety", 0):
-                check_learned(self._trace, losses)
+                run_on_main(partial(check_learned, self._trace, losses))
             copy_record = partial(self._trace.copy_record, self._last_record, record, restart=record.step == 0)
             self._log_superseded(record, run_on_main(copy_record))
         else:
@@ -273,7 +273,7 @@ class Recorder:
                 "bfloat16 or float32. Such samples are kept."
             )
         if record == Record("safety", 0):
-            check_learned(self._trace, np.concatenate(losses))
+            run_on_main(partial(check_learned, self._trace, np.concatenate(losses)))
 
     def _log_superseded(self, start: Record, superseded: list[Record]) -> None:
         if superseded:

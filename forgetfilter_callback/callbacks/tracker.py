@@ -236,7 +236,8 @@ class ForgetTracker(TrainerCallback):
         exists = not is_new_session and current in self._recorder.records()
         is_logged = current.step == 0 and (current != BASE_RECORD or self.record_base)
         if exists and is_logged:  # the retry has cleared the log history
-            self._integrations.log_record(self.trace, current, self.trace.mean_losses(current), state, control)
+            losses = run_on_main(partial(self.trace.mean_losses, current))
+            self._integrations.log_record(self.trace, current, losses, state, control)
         elif not exists and (current.step == 0 or current.step >= state.max_steps):
             self._record(args, state, control, **kwargs)
         if self.stop_early and session == "safety":

@@ -99,12 +99,12 @@ is_main = args("").process_index == 0
 tracker, report = ForgetTracker(record_steps=2, stop_early=stopping), {{}}
 if "plain" in sys.argv:
     report["plain"] = train_both("plain-", [])
+if not is_main:  # only the main process reads records
+    Trace.records = Trace.stored_losses = None
 report["tracked"] = train_both("", [tracker])
 if "limited" in sys.argv:
     Trainer(tiny_llama(), args("limited"), train_dataset=random_rows(50, seed=1), data_collator=collate,
             callbacks=[ForgetTracker(record_base=False)]).train()
-if not is_main:  # only the main process reads records
-    Trace.records = Trace.token_losses = None
 filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
                            forgetting=tracker, filter_config=FilterConfig(fraction=0.3))
 filtered.train()
