@@ -135,11 +135,7 @@ class Recorder:
             return
         sample = self._base_sample(BASE_RECORD)
         with model.disable_adapter():
-            if sample is None:
-                scores = window_scores(model, self._trace.rows, self._batch_tokens, disable_tqdm=hide_progress(args))
-            else:
-                scores = self._sample_scores(model, sample)
-            checked_scores = self._check_base(scores)
+            checked_scores = self._check_base(self._scores(BASE_RECORD, args, model, sample))
             append = partial(self._trace.append, BASE_RECORD, checked_scores, sample=sample)
             with suppress(_NotLearnedError):
                 run_on_main(append, drain=checked_scores)
@@ -148,6 +144,26 @@ class Recorder:
         """The rows that `record` is limited to: 32 for the base model with `record_base=False`. `None` for all rows."""
         is_limited = record == BASE_RECORD and not self._record_base and len(self._trace.rows) > BASE_SAMPLES
         return base_sample(self._trace.rows) if is_limited else None
+
+    def _scores(
+        self,
+        record: Record,
+        args: TrainingArguments,
+        model: nn.Module,
+        sample: np.ndarray | None,
+        with_states: bool = False,
+    ) -> Iterator[Scores]:
+        """The scores of all rows or of `sample`, one item per window of all rows."""
+        if sample is not None:
+            return self._sample_scores(model, sample)
+        return window_scores(
+            model,
+            self._trace.rows,
+            self._batch_tokens,
+            disable_tqdm=hide_progress(args),
+            description=f"Recording {record}",
+            with_states=with_states,
+        )
 
     def _sample_scores(self, model: nn.Module, sample: np.ndarray) -> Iterator[Scores]:
         """The scores of the rows of `sample`, one item per window of all rows. The losses of the other rows are NaN."""
@@ -158,7 +174,8 @@ class Recorder:
         for window in self._trace.rows.windows():
             window_losses = np.full(window.loss_offsets[-1], np.nan, np.float32)
             for index in sample[(start <= sample) & (sample < start + len(window))].tolist():
-                window_losses[slice(*window.loss_offsets[index - start :][:2])] = losses_of[index]
+                first, stop = window.loss_offsets[index - start : index - start + 2]
+                window_losses[first:stop] = losses_of[index]
             yield Scores(window_losses)
             start += len(window)
 
@@ -195,17 +212,7 @@ class Recorder:
         completions, rouge1_scores = None, None
         if self._with_rouge1 and sample is None:
             completions, rouge1_scores = self._generate(record, args, model, tokenizer)
-        if sample is None:
-            scores = window_scores(
-                model,
-                self._trace.rows,
-                self._batch_tokens,
-                disable_tqdm=hide_progress(args),
-                description=f"Recording {record}",
-                with_states=with_states,
-            )
-        else:
-            scores = self._sample_scores(model, sample)
+        scores = self._scores(record, args, model, sample, with_states)
         losses: list[np.ndarray] = []
         checked_scores = self._check_scores(record, scores, losses, with_states, sample)
         restart = record.step == 0
