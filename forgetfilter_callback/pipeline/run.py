@@ -126,9 +126,10 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
     Raises:
         ValueError: if `config.training` or `config.safety_training` is not valid.
     """
+    noisy_rate, safety_rate = (2e-4, 2e-4) if config.use_lora else (5e-5, 2e-5)
     defaults: dict[str, Any] = {
         "num_train_epochs": 3,
-        "learning_rate": 2e-4,
+        "learning_rate": noisy_rate,
         "train_sampling_strategy": "group_by_length",
         "save_strategy": "no",
         "report_to": "none",
@@ -141,7 +142,8 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
     # The length of a session is its own.
     shared = {name: value for name, value in config.training.items() if name not in ("num_train_epochs", "max_steps")}
     noisy = _build_arguments(config, "training", {**defaults, **config.training})
-    safety = {**defaults, **shared, "num_train_epochs": 2, **config.safety_training}
+    safety_defaults = {**defaults, "num_train_epochs": 2, "learning_rate": safety_rate}
+    safety = {**safety_defaults, **shared, **config.safety_training}
     return noisy, _build_arguments(config, "safety_training", safety)
 
 

@@ -35,12 +35,13 @@ class RunConfig:
             Whether to finetune the base model on the kept rows and save it to `output/model`.
         training (`dict`, *optional*):
             Any field of [`~transformers.TrainingArguments`], for both sessions and the refit, except `output_dir`,
-            `resume_from_checkpoint` and `push_to_hub`. By default `num_train_epochs=3`, `learning_rate=2e-4` and 4 rows per
-            step and process: `per_device_train_batch_size=4`, or on a CPU `per_device_train_batch_size=1` and
-            `gradient_accumulation_steps=4` unless one of the two is set. `num_train_epochs` and `max_steps` do not apply to
-            the safety session.
+            `resume_from_checkpoint` and `push_to_hub`. By default `num_train_epochs=3`, `learning_rate=2e-4` (5e-5 without
+            LoRA) and 4 rows per step and process: `per_device_train_batch_size=4`, or on a CPU
+            `per_device_train_batch_size=1` and `gradient_accumulation_steps=4` unless one of the two is set.
+            `num_train_epochs` and `max_steps` do not apply to the safety session.
         safety_training (`dict`, *optional*):
-            Fields of `TrainingArguments` that differ in the safety session. By default `num_train_epochs=2`.
+            Fields of `TrainingArguments` that differ in the safety session. By default `num_train_epochs=2`, and without
+            LoRA `learning_rate=2e-5` unless `training` has a learning rate.
         use_lora (`bool`, defaults to `True`):
             Whether to train a LoRA adapter. Otherwise all weights are finetuned.
         lora (`dict`, *optional*):

@@ -84,6 +84,19 @@ def test_any_training_field_reaches_the_arguments_of_both_sessions(parsed):
     assert (noisy.max_steps, safety.max_steps) == (9, -1)
 
 
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        ((), (5e-5, 2e-5)),
+        (("--training", "learning_rate=1e-5"), (1e-5, 1e-5)),
+        (("--safety-training", "learning_rate=1e-5"), (5e-5, 1e-5)),
+    ],
+)
+def test_all_weights_are_trained_with_lower_learning_rates(parsed, given, rates):
+    noisy, safety = training_arguments(parsed(*REQUIRED, "--no-use-lora", *given))
+    assert (noisy.learning_rate, safety.learning_rate) == rates
+
+
 def test_numbers_in_exponent_notation_are_numbers_in_a_file_too(parsed, tmp_path):
     (tmp_path / "config.yaml").write_text("training:\n  learning_rate: 1e-3\nsafety_training: {learning_rate: 2e-5}\n")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["learning_rate"] == "1e-3"
