@@ -85,7 +85,7 @@ def report(
     *,
     trace: TraceArgument,
     output: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path(
-        "forgetfilter-review.html"
+        "forgetfilter-report.html"
     ),
     filter_settings: dict[str, Any],
     audit_column: Annotated[
