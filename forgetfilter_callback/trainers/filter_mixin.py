@@ -121,13 +121,11 @@ def explain_filter_settings(arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        for name in arguments:
-            setting = "fraction" if name == "share" else name
-            is_setting = setting in (each.name for each in fields(FilterConfig))
-            if is_setting and f"unexpected keyword argument '{name}'" in str(error):
+        for name in arguments.keys() & {field.name for field in fields(FilterConfig)}:
+            if f"unexpected keyword argument '{name}'" in str(error):
                 raise TypeError(
                     f"{error}. It is a setting of the filter: pass "
-                    f"`filter_config=FilterConfig({setting}={arguments[name]!r})`."
+                    f"`filter_config=FilterConfig({name}={arguments[name]!r})`."
                 ) from error
         raise
 

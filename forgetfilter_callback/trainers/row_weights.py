@@ -99,22 +99,17 @@ class RowWeightsMixin(Trainer):
         finally:
             self.data_collator = given
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         weights = inputs.pop(_WEIGHTS, None)
-        if weights is None and self._weighing is not None and model.training:
+        if weights is None and self._weighing is not None:
             raise ForgetFilterError(
                 "A training batch has no weights of its rows. `get_train_dataloader` must use `self.data_collator`."
             )
         if weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().training_step(model, inputs, *args, **kwargs)
+        # Around the whole step, so that it does not matter which class computes the loss.
         with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def check_weights_are_possible(self) -> None:
         """Refuse setups whose gradients cannot be weighted.
@@ -136,11 +131,11 @@ class RowWeightsMixin(Trainer):
 
 @contextmanager
 def weighted_gradients(model: PreTrainedModel, weights: torch.Tensor) -> Iterator[None]:
-    """Multiply the gradients of a forward pass by the weights of its rows, where they enter the model.
+    """Multiply the gradients of a training step by the weights of its rows, where they enter the model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model. Its loss is computed within the block, and its gradients may be computed later.
+            The model. Its loss is computed within the block.
         weights (`torch.Tensor` of shape `(rows,)`):
             The weights.
 

@@ -133,14 +133,22 @@ def test_label_smoothing_and_accumulation(smoothing, accumulation, weighted, noi
 class OwnLoss(Trainer):
     """Half of the usual loss."""
 
-    def compute_loss(self, *args, **kwargs):
-        return super().compute_loss(*args, **kwargs) / 2
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs, **kwargs) / 2
 
 
-def test_own_losses_are_weighted_too(weighted, noisy, given_weights):
+class OwnFilteredLoss(FilteredTrainer):
+    """The same, without a call of the method that it replaces."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, *, num_items_in_batch=None):
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss / 2
+
+
+@pytest.mark.parametrize("trainer_class", [filtered(OwnLoss), OwnFilteredLoss])
+def test_own_losses_are_weighted_too(trainer_class, weighted, noisy, given_weights):
     weights, start = given_weights(some_weights()), dict(tiny_llama().named_parameters())
     expected = plain_loop(tiny_llama(), noisy, weights, 2, learning_rate=0.05)
-    assert_close(parameters_after(weighted(trainer_class=filtered(OwnLoss), **GRADIENT_DESCENT)), expected, start)
+    assert_close(parameters_after(weighted(trainer_class=trainer_class, **GRADIENT_DESCENT)), expected, start)
 
 
 @pytest.mark.parametrize(
