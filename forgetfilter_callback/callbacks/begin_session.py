@@ -63,14 +63,18 @@ def begin_session(
     resumed = state.global_step > 0
     records = run_on_main(trace.records)
     already_recorded = session in finished_sessions and not resumed
-    check_session(
-        detected,
-        training_rows,
-        trace,
-        records,
-        output_dir=output_dir,
-        already_recorded=already_recorded,
-        resumed=resumed,
+    # Only the main process has the current manifest.
+    run_on_main(
+        partial(
+            check_session,
+            detected,
+            training_rows,
+            trace,
+            records,
+            output_dir=output_dir,
+            already_recorded=already_recorded,
+            resumed=resumed,
+        )
     )
     digest = digest_of_rows(training_rows) if training_rows is not None else None
     begun = run_on_main(partial(trace.begin_session, session, output_dir, state.max_steps, digest))

@@ -34,7 +34,7 @@ from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker, 
 from forgetfilter_callback.filtering import find_reviewed
 from forgetfilter_callback.scoring import forward_pass
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 output, rows = Path(sys.argv[1]), int(sys.argv[2])
 gc.freeze()  # each training run collects garbage, and looks at all imported modules otherwise
@@ -105,6 +105,23 @@ report["tracked"] = train_both("", [tracker])
 if "limited" in sys.argv:
     Trainer(tiny_llama(), args("limited"), train_dataset=random_rows(50, seed=1), data_collator=collate,
             callbacks=[ForgetTracker(record_base=False)]).train()
+if "again" in sys.argv:
+    class FailOnce(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError
+
+    retried, model = ForgetTracker(), tiny_llama()
+    Trainer(model, args("again"), train_dataset=noisy, data_collator=collate, callbacks=[retried]).train()
+    trainer = Trainer(model, args("again-safety"), train_dataset=safety, data_collator=collate,
+                      callbacks=[retried, FailOnce()])
+    try:
+        trainer.train()
+    except RuntimeError:
+        trainer.train()
 filtered = FilteredTrainer(tiny_llama(), args("filtered"), train_dataset=noisy, data_collator=collate,
                            forgetting=tracker, filter_config=FilterConfig(fraction=0.3))
 filtered.train()
@@ -170,7 +187,9 @@ def kind(request) -> str:
 def tracked(tmp_path_factory, kind) -> Path:
     """Everything that the tests below look at, from one launch."""
     folder = tmp_path_factory.mktemp("tracked")
-    process = launch(folder, 17, kind, "plain", "limited", "weighted", "failing")  # an odd number: shards of 9 and 8
+    process = launch(
+        folder, 17, kind, "plain", "limited", "again", "weighted", "failing"
+    )  # an odd number: shards of 9 and 8
     assert process.returncode == 0, process.stderr[-4000:]
     return folder
 
@@ -200,6 +219,12 @@ def test_32_rows_of_the_base_model_equal_those_of_one_process(tracked):
     losses, expected = trace.losses()[0], reference_means(tiny_llama(), random_rows(50, seed=1))
     assert np.isfinite(losses).sum() == 32
     np.testing.assert_allclose(losses, np.where(np.isfinite(losses), expected, np.nan), rtol=1e-5)
+
+
+def test_a_failed_session_can_be_trained_again(tracked):
+    trace = Trace.open(tracked / "again" / "_forgetfilter")
+    assert trace.records() == [Record("noisy", 0), Record("noisy", 10), Record("safety", 0), Record("safety", 6)]
+    assert (trace.folder / "superseded" / "1" / "safety-00000000.parquet").exists()
 
 
 def test_all_processes_remove_the_same_samples(tracked):
