@@ -84,7 +84,7 @@ def greedy_completions(
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt)), key=lambda i: len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     bar = tqdm(total=len(order), desc=description, disable=disable_tqdm, leave=False)
-    with _contiguous_predictions(model), bar:
+    with _contiguous_predictions(model), _default_generation_config(model), bar:
         while batches:
             batch = batches.pop()
             width = len(prompts[batch[-1]])
@@ -133,6 +133,24 @@ def _contiguous_predictions(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Reset the generation config of a model, and restore it at the end.
+
+    `generate` takes each setting that it is not given from there. A repetition penalty or beam search, which many models on
+    the Hub have, would change the completions. The object stays the same, because an adapter shares it with its base model.
+    """
+    settings = vars(model.generation_config)
+    given = settings.copy()
+    settings.clear()
+    settings.update(vars(GenerationConfig()))
+    try:
+        yield
+    finally:
+        settings.clear()
+        settings.update(given)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

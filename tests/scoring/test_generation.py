@@ -5,13 +5,45 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import tiny_llama, tiny_lora
 from shipped_tokenizers import SHIPPED, shipped_tokenizer
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker
 from forgetfilter_callback.scoring.generation import greedy_completions
 from forgetfilter_callback.trace.records import Record
+
+
+@torch.no_grad()
+def most_likely_tokens(model, prompt: np.ndarray, count: int) -> list[int]:
+    """Takes the most likely token `count` times, without `generate`."""
+    tokens = torch.from_numpy(prompt)[None].long()
+    for _ in range(count):
+        tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_lora])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 4},
+        {"suppress_tokens": list(range(6, 60))},
+        {"return_dict_in_generate": True},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
+    ids=str,
+)
+def test_settings_of_the_model_do_not_change_completions(settings, make_model, tokenizer):
+    model = make_model()
+    prompts = [np.array([5, 6, 7, 8]), np.array([9, 10, 11])]
+    expected = [tokenizer.decode(most_likely_tokens(model, prompt, 8), skip_special_tokens=True) for prompt in prompts]
+    model.generation_config.update(**settings)
+    given = model.generation_config.to_dict()
+    assert greedy_completions(model, tokenizer, prompts, 8, disable_tqdm=True) == expected
+    assert model.generation_config.to_dict() == given and given.items() >= settings.items()
 
 
 def test_rouge_is_recorded_from_greedy_completions(noisy, safety, make_args, collator, tokenizer):
