@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -93,7 +94,8 @@ def trace_verdicts(trace: Trace, folder: str | os.PathLike[str] | None = None) -
 
 
 def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
-    """Read all verdicts in the order in which they were given. A line that is cut short is skipped with a warning.
+    """Read all verdicts in the order in which they were given. A line that is cut short is skipped with a warning, and lines
+    that are not in the order of their times cause one.
 
     Args:
         file (`Path`):
@@ -119,7 +121,9 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             continue
         try:
             verdict = Verdict(**content)
-            is_valid = verdict.verdict in get_args(VerdictLabel) and _is_whole(verdict.row)
+            is_valid = (
+                verdict.verdict in get_args(VerdictLabel) and _is_whole(verdict.row) and isinstance(verdict.time, str)
+            )
         except TypeError:
             is_valid = False
         if not is_valid:
@@ -130,7 +134,8 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
                 "the trace that was reviewed, or another review folder."
             )
         verdicts[number] = verdict
-    # A row was drawn from at least the rows that have no verdict now. A damaged line may have held one more verdict.
+    # Rows without a verdict become fewer, so each draw was from at least as many as there are now. A damaged line may have
+    # held one more verdict.
     least = len(ids) - len({verdict.row for verdict in verdicts.values()}) - damaged
     for number, verdict in verdicts.items():
         drawn_from = verdict.drawn_from
@@ -140,6 +145,14 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
                 f"row {verdict.row} was drawn at random: it must be from {max(least, 1)} to {len(ids)}. Restore the file "
                 "from a backup, or set the value to null. The estimates then treat the row as not drawn at random."
             )
+    for (_, earlier), (number, verdict) in pairwise(verdicts.items()):
+        if verdict.time < earlier.time:
+            logger.warning(
+                f"{file}, line {number}: this verdict is older than the one in the line before. The estimates, and which of "
+                "two verdicts on a row is valid, depend on the order of the lines. If they were sorted or merged, restore "
+                "the order in which the verdicts were given."
+            )
+            break
     return [*verdicts.values()]
 
 

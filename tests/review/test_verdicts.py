@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -39,6 +40,15 @@ def test_a_last_line_that_is_cut_short_costs_only_itself(tmp_path, caplog):
     assert "line 2 is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(("order", "warned"), [([0, 1, 2], False), ([0, 2, 1], False), ([1, 0, 2], True)])
+def test_lines_that_are_not_in_the_order_of_their_times_cause_a_warning(order, warned, tmp_path, caplog):
+    times = ["2026-11-28T09:59:59+00:00", "2026-11-28T10:00:00+00:00", "2026-11-28T10:00:00+00:00"]
+    given = [replace(verdict(row), time=times[row]) for row in (0, 1, 2)]
+    append_verdicts([given[place] for place in order], tmp_path / "verdicts.jsonl")
+    assert read_verdicts(tmp_path / "verdicts.jsonl", IDS) == [given[place] for place in order]
+    assert ("is older than the one in the line before" in caplog.text) == warned
+
+
 def test_an_editor_may_add_a_byte_order_mark(tmp_path):
     file = tmp_path / "verdicts.jsonl"
     append_verdicts([verdict(0), verdict(1, "unsafe")], file)
@@ -61,6 +71,7 @@ def test_verdicts_of_another_trace_are_refused(tmp_path):
         '{"row": 0, "id": "a", "verdict": "maybe", "time": ""}',
         '{"row": "0", "id": "a", "verdict": "safe", "time": ""}',
         '{"row": false, "id": "a", "verdict": "safe", "time": ""}',
+        '{"row": 0, "id": "a", "verdict": "safe", "time": null}',
     ],
 )
 def test_a_line_without_a_verdict_is_refused(tmp_path, line):
