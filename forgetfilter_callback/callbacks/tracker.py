@@ -13,7 +13,6 @@ from typing import Any, cast, get_args
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from filelock import FileLock
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -44,6 +43,7 @@ from .record_cost import describe_cost, record_every
 from .recorder import Recorder
 from .session_rows import encode_training_rows_if_possible, scoring_max_length
 from .sessions import RunningSession, SessionArgument, describe_session
+from .tracker_lock import TrackerLock
 
 
 logger = get_logger(__name__)
@@ -64,7 +64,8 @@ class ForgetTracker(TrainerCallback):
     ```
 
     A record is taken at the beginning and at the end of each session, and in between as set by `record_steps`. Training is
-    not affected: weights, optimizer, random generators and logs are the same as without the tracker.
+    not affected: weights, optimizer, random generators and the logs of the trainer are the same as without the tracker. Log
+    entries that begin with `forgetfilter/` are added.
 
     Args:
         noisy (`Dataset`, `DataFrame` or a sequence of dicts, *optional*):
@@ -115,7 +116,7 @@ class ForgetTracker(TrainerCallback):
 
     Raises:
         ValueError: if an argument has a wrong value.
-        EncodingError: if `noisy` is no table of rows, such as the name of a file.
+        EncodingError: if `noisy` is not a table of rows, such as the name of a file.
 
     When a training run begins, it raises:
         EncodingError: if the rows to track are not samples of causal language modeling, or if there are none.
@@ -177,7 +178,7 @@ class ForgetTracker(TrainerCallback):
         self._finished_sessions: list[Session] = []
         self._ranking_monitor: RankingMonitor | None = None
         self._recorded_step = -1
-        self._lock: FileLock | None = None  # held by the main process during a session
+        self._lock = TrackerLock()  # the main process acquires it
         self._disk_failed = False
         self._recorder: Recorder  # created with the trace
         self._integrations: LoggingIntegrations  # created for each trainer
@@ -290,9 +291,7 @@ class ForgetTracker(TrainerCallback):
             self._finished_sessions.append(self._running.session)
             self._integrations.end(state, control)
         self._running = self._ranking_monitor = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._lock.release()
 
     @contextmanager
     def _survive_disk_errors(self) -> Iterator[None]:
@@ -322,7 +321,7 @@ class ForgetTracker(TrainerCallback):
         train_dataloader: torch.utils.data.DataLoader,
     ) -> Session:
         """Open or create the trace, detect which session this run is, and write it to the manifest."""
-        run_on_main(partial(self._acquire_lock, self._folder(args)))
+        run_on_main(partial(self._lock.acquire, self._folder(args)))
         training_rows: EncodedRows | None = None
         if self._trace is None:
             self._trace, tracked_rows = open_trace(
@@ -375,10 +374,6 @@ class ForgetTracker(TrainerCallback):
         if self._trace is not None:
             return self._trace.folder
         return Path(self.trace_dir if self.trace_dir is not None else Path(cast(str, args.output_dir)) / TRACE_FOLDER)
-
-    def _acquire_lock(self, folder: Path) -> None:
-        if self._lock is None:  # an interrupted session still holds it
-            self._lock = Trace.lock(folder)
 
     # ---- records ----
 

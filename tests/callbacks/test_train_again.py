@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from forgetfilter_callback import ForgetTracker
 from forgetfilter_callback.errors import TraceError
+from forgetfilter_callback.trace.lock_folder import is_locked
 from forgetfilter_callback.trace.records import Record
 
 
@@ -116,3 +117,19 @@ def test_a_second_call_with_the_same_training_set_names_what_to_do(noisy, traine
     trainer.remove_callback(tracker)
     trainer.train()
     assert record_files(tracker.trace.folder) == old
+
+
+def test_a_new_tracker_frees_the_folder_of_an_interrupted_one(noisy, safety, trainer_of):
+    """The cell of a notebook, interrupted and run again. The notebook keeps the first tracker alive."""
+
+    def cell(*callbacks) -> ForgetTracker:
+        model, tracker = tiny_llama(), ForgetTracker()
+        for rows in (noisy, safety):
+            trainer_of(model, rows, tracker, *callbacks).train()
+        return tracker
+
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        cell(FailOnce(KeyboardInterrupt()))
+    folder = cell().trace.folder
+    assert interrupted.tb is not None
+    assert not is_locked(folder)
