@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.columns import column_values
-from ..data.source_paths import check_source
+from ..data.source_paths import check_source, is_path
 from .app import silence_libraries
 from .messages import say
 
@@ -61,11 +61,13 @@ def find_source_column(trace: Trace, noisy: str | None, given: str | None) -> st
     source = noisy if noisy is not None else trace.manifest["source"]
     if is_unchanged(trace, source):
         return column
-    message = (
-        f"forgetfilter: there is no table by source, because {source} is not the JSON or CSV file that was recorded. To "
-        f"read the rows again, pass --source-column {shlex.quote(column)}."
+    reason = (
+        f"{source} is not the JSON or CSV file that was recorded. To read the rows again, pass --source-column "
+        f"{shlex.quote(column)}."
     )
-    say(message, err=True)
+    if is_path(source) and not Path(source).exists():
+        reason = f"{source} does not exist. Pass the rows from where they are now (--noisy)."
+    say(f"forgetfilter: there is no table by source, because {reason}", err=True)
     return None
 
 

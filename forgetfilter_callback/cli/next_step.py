@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ..trace.trace import Trace
 
 
-def command_to_review(path: Path) -> str:
-    """The command that reviews the rows of the trace in `path`."""
-    return shlex.join(["forgetfilter", "review", str(path)])
+def command_to_review(path: Path, noisy: str | None = None, tokenizer: str | None = None) -> str:
+    """The command that reviews the rows of the trace in `path`, with the rows and the tokenizer that the user gave."""
+    return _command("review", path, {"noisy": noisy, "tokenizer": tokenizer})
 
 
 def command_to_filter(
@@ -27,9 +27,12 @@ def command_to_filter(
     """
     if noisy is None and "source" not in trace.manifest:
         noisy = "NOISY"
-    given = {**settings, "noisy": noisy, "tokenizer": tokenizer}
-    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    return shlex.join(["forgetfilter", "filter", str(path), *options, "--output", "reviewed"])
+    return _command("filter", path, {**settings, "noisy": noisy, "tokenizer": tokenizer, "output": "reviewed"})
+
+
+def _command(name: str, path: Path, options: Mapping[str, Any]) -> str:
+    given = [word for option, value in options.items() if value is not None for word in (f"--{option}", str(value))]
+    return shlex.join(["forgetfilter", name, str(path), *given])
 
 
 def after_looking(
@@ -54,13 +57,13 @@ def after_looking(
     labels = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace)}
     if "unsafe" in labels.values():
         return command_to_filter(trace, path, {"reviewed": review_folder(trace)}, noisy, tokenizer)
-    return command_to_review(path)
+    return command_to_review(path, noisy, tokenizer)
 
 
-def after_filter(result: FilterResult, path: Path, output: Path) -> str:
-    """After `filter`: finetune on the kept rows, or review rows if none was removed."""
+def after_filter(result: FilterResult, path: Path, output: Path, noisy: str | None, tokenizer: str | None) -> str:
+    """After `filter`: finetune on the kept rows, or review rows if none was removed. Arguments as in [`after_looking`]."""
     if not result.counts["removed"]:
-        return command_to_review(path)
+        return command_to_review(path, noisy, tokenizer)
     kept = str(output / "kept.jsonl")
     return (
         f"finetune the base model on {kept}, as you would on all rows. TRL's SFTTrainer takes "

@@ -76,7 +76,7 @@ def filter_command(
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        print_result(result, output, as_json, after_filter(result, trace, output))
+        print_result(result, output, as_json, after_filter(result, trace, output, noisy, tokenizer))
         exit_if_not_separable(result)
 
 

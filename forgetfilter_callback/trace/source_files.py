@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from ..data.json_rows import JsonRows
 from ..data.output_lines import file_digest
+from ..data.source_paths import is_path
 from ..errors import DataError
 from ..utils.counted import counted
 from .trace import Trace
@@ -34,7 +35,8 @@ def find_source(trace: Trace) -> str:
     # Files and folders are stored as absolute paths, Hub ids are not.
     if Path(source).is_absolute() and not Path(source).exists():
         raise DataError(
-            f"The rows of the trace were in {source}, which does not exist. Pass the noisy set from where it is now."
+            f"The rows of the trace were in {source}, which does not exist. Pass the noisy set from where it is now "
+            "(--noisy)."
         )
     return source
 
@@ -75,11 +77,15 @@ def find_tokenizer(trace: Trace) -> str:
     """The folder or Hub id of the tokenizer that the rows of a trace were encoded with.
 
     Raises:
-        DataError: if the trace does not name it.
+        DataError: if the trace does not name it, or if the folder is no longer there.
     """
     name: str | None = trace.manifest["tokenizer"]
-    if not name:  # a tokenizer that was built in memory has an empty name
-        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass the tokenizer.")
+    if name is None:
+        raise DataError(f"The trace in {trace.folder} does not name its tokenizer. Pass the tokenizer (--tokenizer).")
+    if is_path(name) and not Path(name).exists():
+        raise DataError(
+            f"The tokenizer of the trace was in {name}, which does not exist. Pass it from where it is now (--tokenizer)."
+        )
     return name
 
 

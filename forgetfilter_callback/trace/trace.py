@@ -122,7 +122,7 @@ class Trace:
             "loss_tokens": int(rows.loss_mask.sum()),
             "truncated": rows.truncated,
             "model": model,
-            "tokenizer": tokenizer,
+            "tokenizer": tokenizer or None,  # the name is empty if it was built in memory
             "max_length": max_length,
             "encoding": encoding or {},
             "versions": library_versions(),

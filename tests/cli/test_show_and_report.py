@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 
 from datasets import Dataset
-from helpers import call, hostile_trace, refused, texts
+from helpers import call, hostile_trace, refused, texts, tiny_llama
+from trl import SFTConfig, SFTTrainer
 
-from forgetfilter_callback import ReviewQueue, Trace
+from forgetfilter_callback import ForgetTracker, ReviewQueue, Trace
 from forgetfilter_callback.measures.names import MEANINGS
 
 
@@ -74,3 +77,35 @@ def test_report_writes_a_page(finished, files, tmp_path):
     assert text.exit_code == 2 and "must hold true/false or numbers" in text.output
     wrong = call("report", finished[0], "--output", page, "--audit-column", "colour")
     assert wrong.exit_code == 2 and "no column 'colour'" in wrong.output
+
+
+def test_a_copied_run_names_the_options_that_the_next_command_needs(tmp_path, finished, files):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    manifest = json.loads((output / "_forgetfilter" / "manifest.json").read_text())
+    manifest |= {"source": str(tmp_path / "noisy.jsonl"), "tokenizer": str(tmp_path / "model")}
+    (output / "_forgetfilter" / "manifest.json").write_text(json.dumps(manifest))
+    refused(
+        call("show", output), f"tokenizer of the trace was in {tmp_path / 'model'}", "where it is now (--tokenizer)"
+    )
+    given = ["--noisy", files["noisy"], "--tokenizer", files["model"]]
+    next_command = f"Next: {shlex.join(['forgetfilter', 'review', str(output), *map(str, given)])}\n"
+    for command in (
+        ["show", output],
+        ["report", output, "--output", tmp_path / "page.html"],
+        ["filter", output, "--threshold", 1000, "--output", tmp_path / "filtered"],
+    ):
+        result = call(*command, *given)
+        assert result.exit_code == 0 and result.stdout.endswith(next_command), result.output
+
+
+def test_show_leaves_out_texts_if_the_tokenizer_was_built_in_memory(tmp_path, byte_tokenizer):
+    assert byte_tokenizer.name_or_path == ""
+    noisy, safety = (Dataset.from_list(texts(12, seed=seed)) for seed in (1, 2))
+    model, tracker = tiny_llama(vocab_size=len(byte_tokenizer)), ForgetTracker(trace_dir=tmp_path / "trace")
+    for name, rows in (("noisy", noisy), ("safety", safety)):
+        args = SFTConfig(str(tmp_path / name), max_steps=2, report_to="none", use_cpu=True, bf16=False)
+        SFTTrainer(model, args, train_dataset=rows, processing_class=byte_tokenizer, callbacks=[tracker]).train()
+    result = call("show", tmp_path / "trace", "--measure", "loss", "--fraction", 0.25)
+    assert result.exit_code == 0 and "3 of 12" in result.output, result.output
+    refused(call("review", tmp_path / "trace"), "does not name its tokenizer. Pass the tokenizer (--tokenizer).")
