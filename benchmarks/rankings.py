@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from forgetfilter_callback import Trace
+from forgetfilter_callback.measures.common import mean_of_largest
 from forgetfilter_callback.measures.smoothed import agreed_forgetting
 
 
@@ -17,11 +18,10 @@ def rankings(trace: Trace) -> dict[str, np.ndarray]:
     tokens, offsets = trace.rows.loss_tokens, trace.rows.loss_offsets
     losses = trace.token_losses(before), trace.token_losses(after)
     rises = losses[1].astype(np.float64) - losses[0]
-    sorted_rises = [np.sort(sample)[::-1] for sample in np.split(rises, offsets[1:-1])]
     found = {
         "loss": trace.forgetting("loss"),
         "relative": trace.forgetting("relative"),
-        "largest tenth": np.array([sample[: math.ceil(len(sample) / 10)].mean() for sample in sorted_rises]),
+        "largest tenth": mean_of_largest(rises, offsets, lambda count: math.ceil(count / 10)),
         "agreed": agreed_forgetting(tokens, offsets, *losses),
         "smoothed": trace.forgetting("smoothed"),
         "pooled": trace.forgetting("pooled"),

@@ -14,7 +14,7 @@ from sklearn.preprocessing import normalize
 
 from forgetfilter_callback import Trace, encode_rows
 from forgetfilter_callback.data.encoded_rows import EncodedRows
-from forgetfilter_callback.measures.common import mean_losses
+from forgetfilter_callback.measures.common import mean_losses, mean_of_largest
 from forgetfilter_callback.measures.names import DEFAULT_MEASURE, Measure
 from forgetfilter_callback.measures.rouge import rouge_forgetting
 from forgetfilter_callback.measures.smoothed import agreed_forgetting, smoothed_over_states
@@ -35,8 +35,8 @@ class Signal:
         values (`np.ndarray` of shape `(samples,)`): The signal. NaN means unknown.
         measure (`str` or `None`): The library's measure, if the signal is one. Only these have an automatic φ.
         tokens (`int`): Tokens read by forward passes, including those of training.
-        seconds (`float` or `None`): Duration of safety finetuning with its records, or of generation. `None` if not
-        timed. nats_per_unit (`float` or `None`): See [`FilterResult`].
+        seconds (`float` or `None`): Duration of safety finetuning with its records, or of generation. `None` if not timed.
+        nats_per_unit (`float` or `None`): See [`FilterResult`].
     """
 
     values: np.ndarray
@@ -61,10 +61,7 @@ def forgetting_signals(sessions: Sessions, step: int | None = None) -> dict[str,
         values, nats_per_unit = compute_forgetting(trace, measure, after.step)
         signals[measure] = Signal(values, measure, tokens + extra_tokens, seconds, nats_per_unit)
     signals = {"default": signals[DEFAULT_MEASURE], **signals}
-    sorted_rises = [np.sort(sample)[::-1] for sample in np.split(rises, offsets[1:-1])]
-    largest = np.array(
-        [sample[: math.ceil(len(sample) / 10)].mean() if len(sample) else np.nan for sample in sorted_rises]
-    )
+    largest = mean_of_largest(rises, offsets, lambda count: math.ceil(count / 10))
     signals["sum of rises"] = Signal(means * np.diff(offsets), None, tokens, seconds)
     signals["largest tenth of rises"] = Signal(largest, None, tokens, seconds)
     return signals

@@ -149,15 +149,6 @@ def test_every_step_is_unchanged(gradient_accumulation_steps, rouge1, noisy, saf
         assert all(torch.equal(a, b) for a, b in zip(moments, moments_2, strict=True))
         assert generators == generators_2
         assert modes == modes_2
-    timings = ("runtime", "per_second")
-
-    def without_timings(logs):
-        return [
-            {k: v for k, v in log.items() if not k.endswith(timings)}
-            for log in logs
-            if not any(name.startswith("forgetfilter/") for name in log)
-        ]
-
     assert without_timings(tracked_logs) == without_timings(plain_logs)
 
 
@@ -247,12 +238,9 @@ def test_packed_sft_training_with_evaluation_is_unchanged(sft_config, chat_token
             callbacks=[ForgetTracker(rows_of("tokens"), record_steps=1)] if tracked else [],
         )  # fmt: skip
         trainer.train()
-        logs = [
-            {k: v for k, v in log.items() if not k.endswith(("runtime", "per_second"))}
-            for log in trainer.state.log_history
-            if not any(name.startswith("forgetfilter/") for name in log)
+        return without_timings(trainer.state.log_history), [
+            parameter.detach().numpy() for parameter in model.parameters()
         ]
-        return logs, [parameter.detach().numpy() for parameter in model.parameters()]
 
     (logs, weights), (tracked_logs, tracked_weights) = train(False), train(True)
     assert logs == tracked_logs
