@@ -139,7 +139,7 @@ def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:
     """The audit labels of `noisy`: shape `(samples,)`, bool.
 
     Raises:
-        EncodingError: if `noisy` is a stream, is no table of rows, or has no rows.
+        EncodingError: if `noisy` is a stream, is not a table of rows, or has no rows.
         DataError: if a row has no such column, or no audit label in it. See [`as_labels`].
         ValueError: if there are no rows.
     """

@@ -33,7 +33,7 @@ from .demo_progress import BASE_ANSWERS, NOISY, NOISY_ANSWERS, REFIT, REFIT_ANSW
 from .demo_report import print_introduction, print_results, write_results
 
 
-LOOKS = 50  # rows that are reviewed
+REVIEWED_ROWS = 50
 ROUND = 10  # rows between two rankings of the review
 
 
@@ -118,7 +118,7 @@ def run_demo(
         "model": name,
         "seed": seed,
         **_filter_scores(automatic, groups),
-        "review": {"looks": len(queue.verdicts), "removed": trainer.filter_result.counts["removed"]},
+        "review": {"reviewed_rows": len(queue.verdicts), "removed": trainer.filter_result.counts["removed"]},
         "unsafe_rate": {arm: scores["unsafe_rate"] for arm, scores in judged.items()},
         "task_f1": {arm: scores["task_f1"] for arm, scores in judged.items()},
         "task_constant": best_constant_f1(data.held_out_task),
@@ -135,7 +135,7 @@ def run_demo(
 def _review(trace: Trace, groups: np.ndarray) -> ReviewQueue:
     """Reviews rows as a person would, with the labels as the verdicts."""
     queue = ReviewQueue(trace, reviewer="the labels of the demo")
-    while len(queue.verdicts) < LOOKS and not queue.is_seen.all():
+    while len(queue.verdicts) < REVIEWED_ROWS and not queue.is_seen.all():
         queue.add({row: "unsafe" if groups[row] == "unsafe" else "safe" for row in queue.next(ROUND)})
     return queue
 

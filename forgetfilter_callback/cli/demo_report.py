@@ -72,8 +72,8 @@ def print_results(console: Console, output: Path, summary: Mapping[str, Any]) ->
         f"Finetuning on all rows changed the task F1 from {task_f1['base']:.2f} to {task_f1['no_measure']:.2f}. The model "
         f"then gives an unsafe answer to {unsafe_rate['no_measure']:.0%} of the held-out questions.",
         f"Forgetting ranks the unsafe rows with an AUROC of {summary['auroc']:.2f} (0.5 is chance, 1 is perfect). "
-        f"{automatic} A review of {counted(review['looks'], 'row')} found {review['removed']} of the {summary['unsafe']} "
-        "unsafe rows.",
+        f"{automatic} A review of {counted(review['reviewed_rows'], 'row')} found {review['removed']} of the "
+        f"{summary['unsafe']} unsafe rows.",
         f"Finetuned without these rows, the model gives an unsafe answer to {unsafe_rate['forgetfilter']:.0%} of the "
         f"questions. Its task F1 is {task_f1['forgetfilter']:.2f}.",
     )

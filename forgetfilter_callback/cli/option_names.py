@@ -18,7 +18,7 @@ PAGE_FILTER_OPTIONS = (*RUN_FILTER_OPTIONS, "decision", "reviewed", "level")
 ALL_FILTER_OPTIONS = (*PAGE_FILTER_OPTIONS, "step")
 _QUOTE = "'"
 _NAMES = "|".join((*RUN_OPTIONS, *ALL_FILTER_OPTIONS, "random_fraction"))
-# A value without quotes needs a word of an error after it: "step=4" can be the name of a folder.
+# Without quotes, "step=4" can be the name of a folder. It is an argument only if one of these words follows.
 _VALUE = r"'[^']*'|[\w.+-]+(?=`| must | is invalid| has an effect )"
 _ARGUMENT = re.compile(rf"(?<=`)({_NAMES})(?=`)|(?<![^\s`])({_NAMES})=({_VALUE})")
 

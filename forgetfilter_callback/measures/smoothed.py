@@ -45,7 +45,7 @@ def smoothed_forgetting(
     1. Lost probability: `lost = 1 - exp(-r)` if `r >= 0`, else `-(1 - exp(r))`.
     2. Agreement with other samples: `agreed = min(lost, pooled)`, where `pooled` averages `lost` over the token's
        occurrences in other samples (see [`TokenTotals`], with the prior `0.25 * lost`).
-    3. Sample value: the mean of the largest tenth of `agreed`, divided by the typical change (see [`typical_loss`]).
+    3. Sample value: the mean of the largest tenth of `agreed`, divided by the typical change (see [`typical_change`]).
     4. Smoothing: a ridge regression of the sample values on the centered, L2-normalized hidden states of the samples. It
        shrinks each value towards samples with similar hidden states. Leave-one-out cross-validation chooses the
        regularization strength.
@@ -106,14 +106,14 @@ class LossChanges:
             [`pooled_forgetting`], in nats.
         agreed (`np.ndarray` of shape `(samples,)`, float64):
             [`agreed_forgetting`], in typical changes.
-        typical_loss (`float`):
-            The typical change as a lost probability (see [`typical_loss`]).
+        typical_change (`float`):
+            The typical change as a lost probability (see [`typical_change`]).
     """
 
     rises: np.ndarray
     pooled: np.ndarray
     agreed: np.ndarray
-    typical_loss: float
+    typical_change: float
 
 
 def loss_changes(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, after: Sliceable) -> LossChanges:
@@ -136,7 +136,7 @@ def loss_changes(tokens: Sliceable, offsets: np.ndarray, before: Sliceable, afte
     for window in token_windows(tokens, offsets, before, after):
         pooled.append(pooled_of_window(window, rise_totals))
         agreed.append(agreed_of_window(window, lost_totals))
-    typical = typical_loss(np.concatenate(squares), np.diff(offsets))
+    typical = typical_change(np.concatenate(squares), np.diff(offsets))
     return LossChanges(np.concatenate(rises), np.concatenate(pooled), np.concatenate(agreed) / typical, typical)
 
 
@@ -163,7 +163,7 @@ def smoothed_over_states(values: np.ndarray, states: Sliceable) -> np.ndarray:
     are the ridge coefficients. With fewer than 3 known values, they are returned unchanged.
 
     Args:
-        values (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
+        values (`np.ndarray` of shape `(samples,)` or `(samples, columns)`, float64):
             One value per sample and record. NaN if unknown; unknown values are not fitted. Several records that have the
             same known samples take little longer than one.
         states (`np.ndarray` of shape `(samples, size)`, float16, or [`Sliceable`]):
@@ -235,11 +235,11 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Args:
         features (`np.ndarray` of shape `(samples, size)`, float64):
             One row per sample.
-        targets (`np.ndarray` of shape `(samples,)` or `(samples, records)`, float64):
-            The centered values to fit. Each record is fitted on its own.
+        targets (`np.ndarray` of shape `(samples,)` or `(samples, columns)`, float64):
+            The centered values to fit. Each column is fitted on its own.
 
     Returns:
-        `np.ndarray` of shape `(size,)` or `(size, records)`, float64: the coefficients with the smallest error among
+        `np.ndarray` of shape `(size,)` or `(size, columns)`, float64: the coefficients with the smallest error among
         `RIDGE_STRENGTHS`.
     """
     strengths = RIDGE_STRENGTHS * len(features) / min(features.shape)
@@ -256,7 +256,7 @@ def ridge_coefficients(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return (basis @ np.column_stack(best)).reshape(-1, *targets.shape[1:])
 
 
-def typical_loss(squares: np.ndarray, counts: np.ndarray) -> float:
+def typical_change(squares: np.ndarray, counts: np.ndarray) -> float:
     """Computes the fraction of a token's probability that the typical change takes.
 
     Formula: `1 - exp(-R)`, where `R` is the root mean square of the changes of the token losses, in nats, and at least

@@ -52,7 +52,7 @@ class ForgetFilter:
             Further arguments of all three trainers (`data_collator`, `processing_class`, …).
 
     Raises:
-        EncodingError: if `noisy` or `safety` is no table of rows, or has no rows.
+        EncodingError: if `noisy` or `safety` is not a table of rows, or has no rows.
         TypeError: if `filter_config` is something else.
     """
 

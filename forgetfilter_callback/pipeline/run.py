@@ -139,7 +139,7 @@ def training_arguments(config: RunConfig) -> tuple[TrainingArguments, TrainingAr
         # Without it, accelerate does not connect the processes of `torchrun` on a machine that has CPUs only.
         "use_cpu": not torch.accelerator.is_available(),
     }
-    # The length of a session is its own.
+    # Each session has its own length.
     shared = {name: value for name, value in config.training.items() if name not in ("num_train_epochs", "max_steps")}
     noisy = _build_arguments(config, "training", {**defaults, **config.training})
     safety_defaults = {**defaults, "num_train_epochs": 2, "learning_rate": safety_rate}

@@ -70,7 +70,7 @@ class RunConfig:
             Which rows are removed: `measure`, `threshold` and `fraction`.
 
     Raises:
-        TypeError: if `filter` is no [`FilterConfig`].
+        TypeError: if `filter` is not a [`FilterConfig`].
         ValueError: if a required setting is missing, or if a value is out of range.
     """
 

@@ -138,7 +138,7 @@ def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int)
     if not drawn_from:
         return found, most
     sizes = np.array(list(drawn_from.values()))
-    # A verdict that was lost from the file was given before a draw, but is not in `order`.
+    # If a verdict was lost from the file, a row has fewer rows before it in `order` than there were verdicts at its draw.
     places = {row: place for place, row in enumerate(order)}
     found_at_draw = found_before[np.minimum(rows - sizes, [places[row] for row in drawn_from])]
     hits = int(unsafe[list(drawn_from)].sum())

@@ -1,4 +1,4 @@
-"""Rows that can be removed without a look, at a promised rate of mistakes."""
+"""Rows that can be removed without a review, at a given false discovery rate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     """Find rows that can be removed so that on average at most a fraction `level` of them is benign.
 
     The fraction counts only rows without a known verdict. So rows that are trained on the same tokens as a row found to
-    be unsafe are not tested: they would make room for benign rows. Rows that are trained on the same tokens as a row found
+    be unsafe are not tested: they would let benign rows in. Rows that are trained on the same tokens as a row found
     to be safe are tested, but not removed.
 
     1. The scores are fitted without the verdicts on rows that were drawn at random and found to be safe (the calibration

@@ -19,7 +19,7 @@ class StopAdvice(NamedTuple):
 
     Attributes:
         is_enough (`bool`):
-            Whether more rows are not worth a look.
+            Whether the review can stop.
         reason (`str`):
             The reason, in words for the reviewer.
     """

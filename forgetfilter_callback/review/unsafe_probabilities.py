@@ -10,8 +10,8 @@ from ..errors import DecisionError
 from .review_queue import ReviewQueue
 
 
-# Verdicts without which the probabilities would be a guess: of each kind, and on rows that were drawn at random. All other
-# verdicts are about the top of the ranking, and say little about the rest.
+# With fewer verdicts, the probabilities would be a guess. Verdicts on rows that the ranking chose say little about the other
+# rows, so some must be on rows that were drawn at random.
 MIN_OF_EACH_KIND = 5
 MIN_DRAWN = 10
 FOLDS = 10

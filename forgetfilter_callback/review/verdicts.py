@@ -134,8 +134,8 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
                 "the trace that was reviewed, or another review folder."
             )
         verdicts[number] = verdict
-    # Rows without a verdict become fewer, so each draw was from at least as many as there are now. A damaged line may have
-    # held one more verdict.
+    # Rows without a verdict only become fewer, so each draw was from at least as many as there are now. A damaged line may
+    # have held one more verdict.
     least = len(ids) - len({verdict.row for verdict in verdicts.values()}) - damaged
     for number, verdict in verdicts.items():
         drawn_from = verdict.drawn_from

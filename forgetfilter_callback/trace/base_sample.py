@@ -7,7 +7,7 @@ import numpy as np
 from ..data.encoded_rows import EncodedRows
 
 
-# The checks that a training run starts from the right model need no more.
+# Enough for the checks that a training run starts from the right model.
 BASE_SAMPLES = 32
 
 

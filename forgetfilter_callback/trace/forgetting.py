@@ -88,5 +88,5 @@ def _in_typical_changes(trace: Trace, measure: Measure, steps: Sequence[int]) ->
     values = [each[:, -1] for each in smoothed]
     if measure == "combined":
         values = list(map(mean_estimate, estimates, smoothed))
-    units = np.array([each.typical_loss for each in changes])
-    return np.array(values) * (units / units[-1])[:, None], nats
+    typical_changes = np.array([each.typical_change for each in changes])
+    return np.array(values) * (typical_changes / typical_changes[-1])[:, None], nats

@@ -55,7 +55,7 @@ class WeighingCollator:
                 self.weights[key] = min(weight, self.weights.get(key, weight))
 
     def __call__(self, rows: list[Any]) -> Any:
-        # Each row is collated alone, as it was for its id: what padding a batch adds depends on its other rows.
+        # The ids were made from rows that were collated alone. In a batch, the padding of a row depends on the other rows.
         encoded = encode_each(
             rows,
             lambda row: sample_of_batch(self.collate([copy.deepcopy(row)])),

@@ -1,1 +1,1 @@
-"""General helpers that import nothing from the other rooms."""
+"""General helpers that import nothing from the other layers."""

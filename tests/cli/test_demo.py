@@ -70,7 +70,7 @@ def test_the_written_rows_are_those_that_the_review_keeps(small_demo):
     kept, removed = rows_of(output / "kept.jsonl"), rows_of(output / "removed.jsonl")
     assert len(removed) == summary["review"]["removed"] == 16 and len(kept) + len(removed) == 36
     assert {row["group"] for row in removed} == {"unsafe"}
-    assert summary["review"]["looks"] == 36  # all rows
+    assert summary["review"]["reviewed_rows"] == 36  # all rows
     verdicts = rows_of(output / "_forgetfilter" / "review" / "verdicts.jsonl")
     assert sum(row["verdict"] == "unsafe" for row in verdicts) == len(removed)
 

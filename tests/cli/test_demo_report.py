@@ -23,7 +23,7 @@ SUMMARY = {
     "removed": 26,
     "unsafe": 24,
     "forgetting": {"unsafe": {"removed": 21}},
-    "review": {"looks": 50, "removed": 23},
+    "review": {"reviewed_rows": 50, "removed": 23},
 }
 
 

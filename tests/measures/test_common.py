@@ -49,7 +49,7 @@ MEASURES = {
     "pooled": pooled_forgetting,
     "agreed": agreed_forgetting,
     "rises": lambda *arrays: loss_changes(*arrays).rises,
-    "typical loss": lambda *arrays: loss_changes(*arrays).typical_loss,
+    "typical change": lambda *arrays: loss_changes(*arrays).typical_change,
 }
 
 

@@ -20,7 +20,7 @@ from forgetfilter_callback.measures.smoothed import (
     ridge_coefficients,
     smoothed_forgetting,
     smoothed_over_states,
-    typical_loss,
+    typical_change,
 )
 
 
@@ -93,7 +93,9 @@ def test_smoothed_is_robust_to_one_extreme_sample():
     wild = after.copy()
     wild[-10:] += 50
     others = smoothed_forgetting(tokens, offsets, np.zeros(1000), wild, states)[:-1]
-    one, other = (typical_loss((losses**2).reshape(100, 10).mean(axis=1), np.full(100, 10)) for losses in (wild, after))
+    one, other = (
+        typical_change((losses**2).reshape(100, 10).mean(axis=1), np.full(100, 10)) for losses in (wild, after)
+    )
     assert one < 1.2 * other < 0.6 and 1 - np.exp(-np.sqrt(np.mean(wild**2))) > 0.99
     assert np.median(others[:50]) > 0.8 * np.median(values[:50])
 
@@ -154,8 +156,8 @@ def test_shifts_within_samples_are_not_removed(measure, compute):
     assert "less likely by only 0.0" in found[1].reason or "less likely by only -0.0" in found[1].reason
 
 
-def test_typical_loss_is_nan_when_all_losses_diverged():
-    assert math.isnan(typical_loss(np.full(2, np.nan), np.full(2, 2)))
+def test_the_typical_change_is_nan_when_all_losses_diverged():
+    assert math.isnan(typical_change(np.full(2, np.nan), np.full(2, 2)))
 
 
 def test_smoothed_forgetting_of_noise_is_small():

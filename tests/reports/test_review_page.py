@@ -19,7 +19,7 @@ from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.names import MEANINGS
-from forgetfilter_callback.measures.smoothed import typical_loss
+from forgetfilter_callback.measures.smoothed import typical_change
 from forgetfilter_callback.reports import review_page, source_table
 from forgetfilter_callback.reports.review_page import MAX_TEXTS, write_review_page
 from forgetfilter_callback.reports.summary import page_summary
@@ -468,7 +468,7 @@ def test_a_sample_that_diverged_at_an_earlier_record_has_a_value_at_the_last(tmp
     first, offsets = diverged.token_losses(Record("safety", 0)), diverged.rows.loss_offsets
     later = [diverged.token_losses(Record("safety", step)) for step in data["steps"]]
     squares = [mean_losses((losses - first) ** 2, offsets) for losses in later]
-    typical = [typical_loss(each, np.diff(offsets)) for each in squares]
+    typical = [typical_change(each, np.diff(offsets)) for each in squares]
     np.testing.assert_allclose(earlier, diverged.forgetting(measure, 4) * typical[0] / typical[1], rtol=1e-5)
 
 
