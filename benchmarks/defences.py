@@ -30,7 +30,7 @@ from forgetfilter_callback.filtering.config import FilterConfig
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.measures.names import TYPICAL_CHANGES, UNITS, Measure
 from forgetfilter_callback.measures.rouge import rouge_forgetting
-from judging import judge, second_scorer
+from judging import judge, train_second_scorer
 from scenarios import Row, Scenario, load_scenario
 from sessions import (
     SIZES,
@@ -96,7 +96,7 @@ def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, An
     """Runs and scores one arm."""
     unsafe = np.array([row["group"] == "unsafe" for row in sessions.scenario.noisy])
     adapter, filter_result = adapter_of(arm, sessions, unsafe)
-    scorer = second_scorer(sessions.scenario.name, data_dir)
+    scorer = train_second_scorer(sessions.scenario.name, data_dir)
     judged = sessions.judged(adapter, partial(judge, scorer), cue=arm.endswith("self_correction"))
     result: dict[str, Any] = {"arm": arm, "adapter": adapter}
     result |= {"seconds": sessions.seconds(adapter)} if adapter != "base" else {}
@@ -126,7 +126,7 @@ def interleave(
     scenario: Scenario, sessions: Sessions, data_dir: Path | None, rounds: int = 3
 ) -> Iterable[dict[str, Any]]:
     """Alternates noisy and safety finetuning, with new noisy rows in each round, with and without filtering."""
-    judge_with = partial(judge, second_scorer(scenario.name, data_dir))
+    judge_with = partial(judge, train_second_scorer(scenario.name, data_dir))
     sequential = filtered = "base"
     for number, indices in enumerate(np.array_split(np.arange(len(scenario.noisy)), rounds), start=1):
         rows = [scenario.noisy[index] for index in indices]

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from defences import mean_and_sd, without_texts
 from few import Set, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace, find_forgotten
-from judging import judge, second_scorer
+from judging import judge, train_second_scorer
 from redraws import LOOKS, ROUND
 from scenarios import load_scenario
 from sessions import Cache, DataDir, Json, Scenarios, Seeds, Sessions, earlier_results, write_results
@@ -58,7 +58,7 @@ def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, An
         "oracle": unsafe,
     }[arm]
     adapter = "base" if arm == "base" else sessions.kept(removed)
-    judged = sessions.judged(adapter, partial(judge, second_scorer(sessions.scenario.name, data_dir)))
+    judged = sessions.judged(adapter, partial(judge, train_second_scorer(sessions.scenario.name, data_dir)))
     return {
         "arm": arm,
         "removed": int(removed.sum()),

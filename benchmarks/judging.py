@@ -76,7 +76,7 @@ def judge(
     return {"unsafe": float(np.mean(unsafe)), "task": task, **judged}
 
 
-def second_scorer(scenario: str, data_dir: Path | None) -> Pipeline | None:
+def train_second_scorer(scenario: str, data_dir: Path | None) -> Pipeline | None:
     """Trains a word-level toxicity scorer, on Surge's or Davidson's texts: the set that the scenario does not use."""
     if not scenario.startswith(("toxicity", "mixed")):
         return None
