@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.counted import counted
+
 
 if TYPE_CHECKING:
     from ..filtering.result import FilterResult
@@ -60,12 +62,48 @@ def after_looking(
     return command_to_review(path, noisy, tokenizer)
 
 
-def after_filter(result: FilterResult, path: Path, output: Path, noisy: str | None, tokenizer: str | None) -> str:
-    """After `filter`: finetune on the kept rows, or review rows if none was removed. Arguments as in [`after_looking`]."""
-    if not result.counts["removed"]:
-        return command_to_review(path, noisy, tokenizer)
+def after_filter(
+    result: FilterResult,
+    trace: Trace,
+    path: Path,
+    output: Path,
+    settings: Mapping[str, Any],
+    noisy: str | None,
+    tokenizer: str | None,
+) -> str:
+    """After `filter`: finetune on the kept rows. If none was removed or nobody has checked φ, first what [`after_looking`]
+    says.
+
+    Args:
+        result ([`FilterResult`]):
+            The filter result.
+        output (`Path`):
+            Its folder.
+        trace, path, settings, noisy, tokenizer:
+            As in [`after_looking`].
+    """
+    if not result.counts["removed"] or result.method == "auto":
+        return after_looking(trace, path, settings, noisy, tokenizer)
     kept = str(output / "kept.jsonl")
     return (
         f"finetune the base model on {kept}, as you would on all rows. TRL's SFTTrainer takes "
         f'load_dataset("json", data_files={json.dumps(kept, ensure_ascii=False)}, split="train") as `train_dataset`.'
+    )
+
+
+def verdicts_not_used(result: FilterResult, trace: Trace, settings: Mapping[str, Any]) -> str | None:
+    """A sentence about the verdicts on the trace that a filter without `decision` or `reviewed` contradicts, if any."""
+    from ..review.verdicts import review_folder, trace_verdicts
+
+    if "decision" in settings or "reviewed" in settings:
+        return None
+    is_removed = dict(zip(result.ids.to_pylist(), result.removed.tolist(), strict=True))
+    labels = {verdict.id: verdict.verdict for verdict in trace_verdicts(trace)}
+    differing = sum(is_removed.get(id_) == (label == "safe") for id_, label in labels.items())
+    if not differing:
+        return None
+    folder = review_folder(trace)
+    return (
+        f"This differs from {differing} of {counted(len(labels), 'verdict')} in {folder}. To decide by the verdicts, pass "
+        f"--reviewed {shlex.quote(str(folder))}."
     )

@@ -26,7 +26,7 @@ from .app import (
 )
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .messages import say
-from .next_step import after_filter, after_looking
+from .next_step import after_filter, after_looking, verdicts_not_used
 from .option_names import ALL_FILTER_OPTIONS, PAGE_FILTER_OPTIONS
 from .options import options_from
 
@@ -76,7 +76,11 @@ def filter_command(
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        print_result(result, output, as_json, after_filter(result, trace, output, noisy, tokenizer))
+        differing = verdicts_not_used(result, opened, filter_settings)
+        if differing is not None:
+            say(f"forgetfilter: {differing}", err=True)
+        next_step = after_filter(result, opened, trace, output, filter_settings, noisy, tokenizer)
+        print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
 
 

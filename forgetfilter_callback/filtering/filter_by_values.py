@@ -90,8 +90,6 @@ def filter_by_values(
         phi = separability.threshold if separability.separable else None
         removed = known & (values > phi) if phi is not None else np.zeros(len(values), dtype=bool)
         reason = separability.reason
-        if phi is not None:
-            reason += "; nobody has checked φ: it was chosen without verdicts"
     else:
         method = "fixed"
         phi = threshold if math.isfinite(threshold) else None

@@ -111,7 +111,16 @@ class FilterResult:
         unknown = (
             f"; kept {counted(counts['unknown'], 'sample')} without a forgetting value" if counts["unknown"] else ""
         )
-        return f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.reason}{unknown}"
+        return (
+            f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.explanation}{unknown}"
+        )
+
+    @property
+    def explanation(self) -> str:
+        """The reason, and whether φ was chosen without verdicts."""
+        if self.method == "auto" and self.threshold is not None:
+            return f"{self.reason}; nobody has checked φ: it was chosen without verdicts"
+        return self.reason
 
     def plot(self, groups: Sequence[str] | None = None) -> Figure:
         """Plot a histogram of the forgetting values, with φ as a dashed line. Needs matplotlib (the extra `[report]`).
@@ -134,7 +143,7 @@ class FilterResult:
             "removed": f"{counts['removed']:,} of {counted(counts['samples'], 'sample')}",
             "φ": "none" if self.threshold is None else f"{self.threshold:.3g} ({self.method})",
             "measure": f"{self.measure} forgetting [{UNITS[self.measure]}]",
-            "reason": self.reason,
+            "reason": self.explanation,
         }
         if counts["unknown"]:
             content["kept because forgetting is unknown"] = f"{counts['unknown']:,}"

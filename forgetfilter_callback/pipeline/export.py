@@ -162,7 +162,7 @@ def export_rows(
                 _joined(rows, columns).to_parquet(unfinished)
             except pa.ArrowException as error:  # such as an object without keys
                 raise _no_columns(error) from error
-    removed = f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.reason})."
+    removed = f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.explanation})."
     return removed + _verdicts_that_did_not_count(columns, verdicts_folder)
 
 

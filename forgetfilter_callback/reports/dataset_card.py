@@ -54,7 +54,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         f"| measure | {result.measure} forgetting |",
         f"| removed rows | {rule} |",
         f"| safety session | step {result.step} |",
-        f"| reason | {result.reason} |",
+        f"| reason | {result.explanation} |",
         f"| decided by a person | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
         f"| kept because forgetting is unknown | {counts['unknown']:,} |",
         f"| model | {_code_cell(short_model_name(trace.manifest['model']))} |",

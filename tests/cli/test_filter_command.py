@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from helpers import call, refused, run_options, texts, tiny_llama
 
-from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, Trace, encode_rows
+from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ReviewQueue, Trace, encode_rows
 from forgetfilter_callback.cli.demo_data import trainable
 from forgetfilter_callback.data.load_rows import load_rows
 from forgetfilter_callback.data.tokenizers import padding_collator
@@ -230,3 +231,21 @@ def test_rows_go_out_as_they_came(extension, files, tmp_path):
     assert call("score", "--noisy", noisy, *model).exit_code == 0
     assert call("filter", tmp_path / "trace", "--output", tmp_path / "out", "--threshold", 0.5).exit_code == 0
     assert [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()] == rows
+
+
+def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    trace = Trace.open(output / "_forgetfilter")
+    by_forgetting = np.argsort(-trace.forgetting())
+    queue = ReviewQueue(trace)
+    queue.add({int(by_forgetting[0]): "unsafe", int(by_forgetting[1]): "safe", int(by_forgetting[-1]): "unsafe"})
+    folder = trace.folder / "review"
+    to_filter = f"Next: forgetfilter filter {output} --reviewed {folder} --output reviewed"
+    for threshold, differing in (("auto", None), (1000, 2), (float(np.sort(trace.forgetting())[-2]), 1)):
+        result = call("filter", output, "--output", tmp_path / "filtered", "--threshold", threshold)
+        assert threshold == "auto" or f"This differs from {differing} of 3 verdicts in {folder}." in result.stderr
+        assert threshold == "auto" or f"pass --reviewed {folder}." in result.stderr
+        assert (to_filter in result.stdout) == (threshold in ("auto", 1000)), result.output
+    reviewed = call("filter", output, "--output", tmp_path / "filtered", "--reviewed", folder)
+    assert reviewed.stderr == "" and "Next: finetune the base model" in reviewed.stdout, reviewed.output

@@ -82,7 +82,7 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
             {},
             "auto",
             math.log(2),
-            "the samples above φ are apart from the rest; nobody has checked φ: it was chosen without verdicts",
+            "the samples above φ are apart from the rest",
         ),
     ],
 )
