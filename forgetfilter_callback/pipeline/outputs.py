@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.columns import column_values
 from ..data.json_rows import JsonRows, read_text_file
@@ -24,6 +25,7 @@ from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..utils.atomic_files import atomic_writes
+from ..utils.counted import counted_of
 from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
 
 
@@ -98,6 +100,12 @@ def load_source_rows(
     rows = load_rows(source)
     tokenizer = tokenizer if tokenizer is not None else load_trace_tokenizer(trace)
     encoded = encode_source(source, rows, tokenizer, trace.manifest["max_length"], **trace.manifest["encoding"])
+    found = pc.is_in(trace.rows.ids, value_set=encoded.ids).true_count
+    if found < len(trace.rows):
+        logger.warning(
+            f"{counted_of(len(trace.rows) - found, len(trace.rows), 'recorded row', 'are')} not in {source}. If you have "
+            "changed rows, what was recorded of the old rows does not count for the new ones."
+        )
     return encoded.ids, rows
 
 

@@ -249,3 +249,15 @@ def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
         assert (to_filter in result.stdout) == (threshold in ("auto", 1000)), result.output
     reviewed = call("filter", output, "--output", tmp_path / "filtered", "--reviewed", folder)
     assert reviewed.stderr == "" and "Next: finetune the base model" in reviewed.stdout, reviewed.output
+
+
+def test_recorded_rows_that_are_gone_from_the_file_are_named(finished, files, tmp_path, caplog):
+    lines = files["noisy"].read_text().splitlines(keepends=True)
+    fewer, shuffled = tmp_path / "fewer.jsonl", tmp_path / "shuffled.jsonl"
+    fewer.write_text("".join(lines[3:]))
+    shuffled.write_text("".join(reversed(lines)))
+    for rows, message in ((fewer, f"3 of 12 recorded rows are not in {fewer}."), (shuffled, "")):
+        caplog.clear()
+        result = call("filter", finished[0], "--noisy", rows, "--fraction", 0.25, "--output", tmp_path / rows.stem)
+        assert result.exit_code == 0 and message in caplog.text, result.output
+        assert ("recorded row" in caplog.text) == bool(message)
