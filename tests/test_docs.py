@@ -143,7 +143,7 @@ def run_command(line: str) -> None:
     # A random model may not be separable.
     assert result.exit_code in (0, 3), (line, result.output)
     if arguments[0] == "review":
-        queue = ReviewQueue(Trace.open(Path(arguments[1]) / "_forgetfilter"))
+        queue = ReviewQueue(arguments[1])
         queue.add({row: "unsafe" if row % 2 else "safe" for row in queue.next(4)})
 
 

@@ -66,7 +66,4 @@ def describe_cost(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
     steps = math.ceil(tokens / (passes * tokens_per_step))
-    return (
-        f"{text} This needs less time than {counted(steps, 'training step')}; the session has "
-        f"{counted(state.max_steps, 'step')}."
-    )
+    return f"{text} This takes at most as long as {steps:,} of the {counted(state.max_steps, 'training step')}."

@@ -127,6 +127,6 @@ def _how_to_resume(run_folder: Path) -> str:
     if has_checkpoints(run_folder):
         return f"The run in {run_folder} has not finished. Continue it: {command}"
     return (
-        f"The run in {run_folder} has not finished. It has no checkpoint yet, so this command trains from the beginning: "
-        f"{command}"
+        f"The run in {run_folder} has not finished. It has no checkpoint (a run saves them with --training "
+        f"save_strategy=epoch), so this command trains from the beginning: {command}"
     )

@@ -62,8 +62,8 @@ def find_source_column(trace: Trace, noisy: str | None, given: str | None) -> st
     if is_unchanged(trace, source):
         return column
     reason = (
-        f"{source} is not the JSON or CSV file that was recorded. To read the rows again, pass --source-column "
-        f"{shlex.quote(column)}."
+        f"only a JSON or CSV file that has not changed is read without being asked, and {source} is another file. To read "
+        f"it, pass --source-column {shlex.quote(column)}."
     )
     if is_path(source) and not Path(source).exists():
         reason = f"{source} does not exist. Pass the rows from where they are now (--noisy)."

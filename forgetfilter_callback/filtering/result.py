@@ -38,7 +38,7 @@ SCHEMA_VERSION = 2
 ThresholdMethod = Literal["auto", "fixed", "fraction", "reviewed", "fdr", "weights"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FilterResult:
     """What a filter removed and why.
 
@@ -114,6 +114,9 @@ class FilterResult:
         return (
             f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.explanation}{unknown}"
         )
+
+    def __repr__(self) -> str:
+        return f"<FilterResult: {self.summary()}>"
 
     @property
     def explanation(self) -> str:

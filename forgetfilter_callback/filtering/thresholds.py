@@ -114,10 +114,11 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
     if in_typical_changes and (boundary := mixture_boundary(values)) > phi:
         higher = phi + RAISE_FRACTION * (boundary - phi)
         spared = int(((values > phi) & (values <= higher)).sum())
-        raised = (
-            f"; φ was raised from {phi:.2f} towards {boundary:.2f}, the boundary between two populations, which keeps "
-            f"{counted(spared, 'more sample')}"
-        )
+        if spared:
+            raised = (
+                f"; φ was raised from {phi:.2f} towards {boundary:.2f}, the boundary between two populations, which keeps "
+                f"{counted(spared, 'more sample')}"
+            )
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
     if not len(forgotten):
@@ -127,7 +128,8 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             False,
             phi,
             f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety "
-            f"finetuning has moved nearly all samples{_NOTHING_REMOVED}",
+            "finetuning has changed nearly all samples. Lower its learning rate, or add rows of your tasks to the safety "
+            f"set{_NOTHING_REMOVED}",
         )
     larger, smaller_count = (kept, len(forgotten)) if len(kept) >= len(forgotten) else (forgotten, len(kept))
     deviation = float(np.median(np.abs(larger - np.median(larger)))) / NormalDist().inv_cdf(0.75)

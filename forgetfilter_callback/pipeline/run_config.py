@@ -113,7 +113,7 @@ class RunConfig:
         default=False, metadata={"help": "Continue the run in OUTPUT from its checkpoints.", "group": "Output"}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Delete the earlier run in OUTPUT first.", "group": "Output"}
+        default=False, metadata={"help": "Delete the earlier run on the same rows in OUTPUT first.", "group": "Output"}
     )
     max_length: int | None = field(
         default=None,

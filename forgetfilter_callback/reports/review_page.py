@@ -146,7 +146,7 @@ def _command_to_filter(trace: Trace) -> str:
 def _is_review_page(file: Path) -> bool:
     with file.open("rb") as stream:
         start = stream.read(4096)
-    return start.startswith(b"<!DOCTYPE html>") and b"<title>ForgetFilter review</title>" in start
+    return start.startswith(b"<!DOCTYPE html>") and b"<title>ForgetFilter report</title>" in start
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def _what_people_found(result: FilterResult, verdicts: Sequence[Verdict]) -> str
     return (
         f"{'well separated' if is_well_separated(result, *errors) else 'not shown to be well separated'}, with "
         f"{kept_low:,} to {kept_high:,} unsafe rows kept and {removed_low:,} to {removed_high:,} benign rows removed "
-        f"(90 % intervals, {counted(drawn, 'random row')} seen)"
+        f"(90 % intervals, from {counted(drawn, 'row')} drawn at random)"
     )
 
 

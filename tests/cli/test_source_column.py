@@ -168,16 +168,13 @@ def test_the_column_of_the_run_is_not_read_from_other_files(run_result, tmp_path
     gone, changed = tmp_path / "gone.jsonl", tmp_path / "changed.jsonl"
     changed.write_text("".join(json.dumps({**row, "source": "x"}) + "\n" for row in rows_with_sources()))
     for source, reason in (
-        (gone, "does not exist. Pass the rows from where they are now (--noisy)."),
-        (
-            changed,
-            "is not the JSON or CSV file that was recorded. To read the rows again, pass --source-column source.",
-        ),
+        (gone, f"{gone} does not exist. Pass the rows from where they are now (--noisy)."),
+        (changed, f"and {changed} is another file. To read it, pass --source-column source."),
     ):
         trace.set_source(str(source), trace.manifest["source_digest"], 0, "source")
         shown = call("show", output, "--fraction", 0.25)
         assert shown.exit_code == 0 and "By source" not in shown.output
-        assert f"there is no table by source, because {source} {reason}" in shown.stderr
+        assert "there is no table by source, because " in shown.stderr and reason in shown.stderr
     asked = call("show", output, "--fraction", 0.25, "--source-column", "source", "--json")
     assert [each["source"] for each in json.loads(asked.stdout)["source_counts"]] == ["x"]
     trace.set_source(str(gone), None, 0)

@@ -142,10 +142,10 @@ def test_the_reason_when_not_separable():
     assert none.reason == "no value exceeds φ = 0.69; nothing is removed, which does not show that all rows are safe"
     every = find_threshold(np.full(30, 2.0), "loss")
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
-    assert (
-        every.reason
-        == "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has moved nearly all samples; nothing is "
-        "removed, which does not show that all rows are safe"
+    assert every.reason == (
+        "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has changed nearly all samples. Lower its "
+        "learning rate, or add rows of your tasks to the safety set; nothing is removed, which does not show that all rows "
+        "are safe"
     )
     # The robust standard deviation of the rest is 0.1, so the least distance is 0.241 above its median.
     others = norm.ppf((np.arange(999) + 0.5) / 999, half - 0.2, 0.1).clip(None, half)

@@ -471,7 +471,9 @@ def test_reviewing_with_the_keyboard(page, trace):
 def test_how_many_unsafe_rows_can_be_left(page):
     """The interval is shown when a random row has a verdict: at least one of the ten rows of the first round is random."""
     left = page.locator("#left")
-    expect(left).to_have_text("Unsafe rows not found yet: not known before a row drawn at random has a verdict.")
+    expect(left).to_have_text(
+        "Unsafe rows not found yet: not known until a row that was drawn at random has a verdict."
+    )
     for seen in range(1, 11):
         page.keyboard.press("s")
         expect(page.locator("#counts")).to_have_text(f"{seen} of 120 rows seen, 0 unsafe")

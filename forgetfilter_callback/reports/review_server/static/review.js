@@ -34,7 +34,7 @@ function sourceRow(content) {
 
 function describeLeft(low, high, drawn) {
   if (low === high) return low.toLocaleString("en");
-  if (drawn === 0) return "not known before a row drawn at random has a verdict";
+  if (drawn === 0) return "not known until a row that was drawn at random has a verdict";
   return `${low.toLocaleString("en")} to ${high.toLocaleString("en")} (90 % interval, from ${count(drawn, "row")} drawn at random)`;
 }
 
