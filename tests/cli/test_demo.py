@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import call
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -73,6 +74,14 @@ def test_the_written_rows_are_those_that_the_review_keeps(small_demo):
     assert summary["review"]["reviewed_rows"] == 36  # all rows
     verdicts = rows_of(output / "_forgetfilter" / "review" / "verdicts.jsonl")
     assert sum(row["verdict"] == "unsafe" for row in verdicts) == len(removed)
+
+
+def test_the_rows_can_be_filtered_without_naming_their_file(small_demo, tmp_path):
+    output, _, _ = small_demo
+    review = output / "_forgetfilter" / "review"
+    result = call("filter", output, "--reviewed", review, "--output", tmp_path / "reviewed")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "reviewed" / "kept.jsonl").read_text() == (output / "kept.jsonl").read_text()
 
 
 def test_the_models_are_scored_by_their_answers(small_demo):
