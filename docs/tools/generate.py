@@ -21,12 +21,12 @@ from forgetfilter_callback.cli.commands import app
 
 
 DOCS = Path(__file__).parents[1]
-GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_generated_parts(page: str) -> str:
     """A page with its generated parts written again."""
-    return GENERATED.sub(lambda part: f"{part[1]}\n{generated(part[2])}\n{part[3]}", page)
+    return GENERATED.sub(lambda part: f"{part[1]}\n{generated(part[2])}\n\n{part[3]}", page)
 
 
 def generated(name: str) -> str:
