@@ -19,6 +19,10 @@ CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
     "toxicity-0-600-0": "`toxicity`, clean",
 }
+LARGE_SETS = {
+    "bias-0.01-2000-0": "`bias`, 20 of 2,000",
+    "harmfulness-0.01-2000-1": "`harmfulness`, 20 of 2,000",
+}
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
@@ -52,6 +56,16 @@ def few_final_looks() -> str:
     return _looks(FINAL_SETS)
 
 
+def few_large_rankings() -> str:
+    """The same on final sets with 20 of 2,000 unsafe rows."""
+    return _rankings(LARGE_SETS)
+
+
+def few_large_looks() -> str:
+    """The same on final sets with 20 of 2,000 unsafe rows."""
+    return _looks(LARGE_SETS)
+
+
 def _rankings(sets: dict[str, str]) -> str:
     lines = []
     for signal, title in FEW_SIGNALS.items():
@@ -78,7 +92,7 @@ def _looks(sets: dict[str, str]) -> str:
 def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
-    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS).items():
+    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS | LARGE_SETS).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
         )
@@ -88,7 +102,7 @@ def few_automatic() -> str:
 
 def few_redraws() -> str:
     """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
-    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS
+    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | LARGE_SETS
     lines = []
     for row in read("redraws"):
         if row["kind"] == "fdr":
@@ -143,6 +157,8 @@ ALL: tuple[Callable[[], str], ...] = (
     few_final_rankings,
     few_looks,
     few_final_looks,
+    few_large_rankings,
+    few_large_looks,
     few_automatic,
     few_redraws,
     few_harm,
