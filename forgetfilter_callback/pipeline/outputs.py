@@ -71,7 +71,7 @@ def filter_rows(
     """
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     source = source if source is not None else find_source(trace)
-    check_output_is_not_source(source, Path(output))
+    check_output_folder(source, Path(output))
     check_files_are_ours(Path(output), FILTER_OUTPUTS)
     ids, rows = load_source_rows(trace, source, tokenizer)
     result = find_forgotten(trace, config, ids)
@@ -149,11 +149,13 @@ def has_outputs(output: Path) -> bool:
     return (output / "filter_result" / RESULT_FILE).exists()
 
 
-def check_output_is_not_source(source: str, output: Path) -> None:
-    """Refuse to overwrite `source` with its own kept or removed rows.
+def check_output_folder(source: str, output: Path) -> None:
+    """Refuse an output folder that is a file, and to overwrite `source` with its own kept or removed rows.
 
     Raises:
-        DataError: if `source` is `kept.jsonl` or `removed.jsonl` in `output`.
+        DataError: if `output` is a file, or if `source` is `kept.jsonl` or `removed.jsonl` in it.
     """
+    if output.is_file():
+        raise DataError(f"{output} is a file. Choose a folder for the output.")
     if Path(source).resolve() in [(output / f"{name}.jsonl").resolve() for name in ("kept", "removed")]:
         raise DataError(f"{source} would be overwritten by its own kept or removed rows. Choose another output folder.")

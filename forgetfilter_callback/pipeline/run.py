@@ -50,7 +50,7 @@ from .output_record import (
     record_saved_model,
     recorded,
 )
-from .outputs import check_output_is_not_source, has_outputs, write_filter_outputs
+from .outputs import check_output_folder, has_outputs, write_filter_outputs
 from .run_config import RunConfig
 
 
@@ -205,7 +205,7 @@ def run(config: RunConfig) -> FilterResult:
         record_folder(output, SESSIONS_FOLDER)
 
     for source in (config.noisy, config.safety):
-        check_output_is_not_source(source, output)
+        check_output_folder(source, output)
     with locked_output(
         output, output / TRACE_FOLDER, (CONFIG_FILE, RECORD_FILE), (f"{SESSIONS_FOLDER}/noisy", SESSIONS_FOLDER)
     ):

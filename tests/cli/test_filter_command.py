@@ -261,3 +261,11 @@ def test_recorded_rows_that_are_gone_from_the_file_are_named(finished, files, tm
         result = call("filter", finished[0], "--noisy", rows, "--fraction", 0.25, "--output", tmp_path / rows.stem)
         assert result.exit_code == 0 and message in caplog.text, result.output
         assert ("recorded row" in caplog.text) == bool(message)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(finished, files):
+    rows = files["noisy"].read_text()
+    options = run_options(files, files["noisy"])
+    for command in (("filter", finished[0], "--output", files["noisy"]), ("run", *options)):
+        refused(call(*command), f"{files['noisy']} is a file. Choose a folder for the output.")
+    assert files["noisy"].read_text() == rows
