@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -135,10 +136,14 @@ def test_run_warns_about_each_set_once(files, tmp_path, caplog):
     assert warnings == [f"{given['safety']}: 1 of 6 samples has", "2 of 12 samples have"]
 
 
-def test_other_failures_exit_with_1(files, tmp_path):
-    (tmp_path / "out").write_text("a file where the folder should be")
+def test_other_failures_exit_with_1(files, tmp_path, monkeypatch):
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_module, "load_inputs", full_disk)
     result = call("run", *run_options(files, tmp_path / "out"))
     assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "OSError: [Errno 28] No space left on device" in result.stderr
 
 
 def test_output_lines_are_the_input_lines(files, tmp_path):
