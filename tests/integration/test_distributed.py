@@ -187,9 +187,8 @@ def kind(request) -> str:
 def tracked(tmp_path_factory, kind) -> Path:
     """Everything that the tests below look at, from one launch."""
     folder = tmp_path_factory.mktemp("tracked")
-    process = launch(
-        folder, 17, kind, "plain", "limited", "again", "weighted", "failing"
-    )  # an odd number: shards of 9 and 8
+    # An odd number of rows: shards of 9 and 8.
+    process = launch(folder, 17, kind, "plain", "limited", "again", "weighted", "failing")
     assert process.returncode == 0, process.stderr[-4000:]
     return folder
 
