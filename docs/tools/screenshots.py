@@ -19,8 +19,8 @@ from forgetfilter_callback import Trace
 from forgetfilter_callback.data.decode import load_decoder
 from forgetfilter_callback.reports.review_page import write_review_page
 from forgetfilter_callback.reports.review_server.serve import review_server
-from forgetfilter_callback.trace.as_trace import find_trace_folder
 from forgetfilter_callback.trace.source_files import find_tokenizer
+from forgetfilter_callback.trace.trace_folder import find_trace_folder
 
 
 IMAGES = Path(__file__).parent.parent / "images"
@@ -31,7 +31,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="Output folder of a run.")],
     images: Annotated[Path, typer.Option(help="Folder of the pictures.")] = IMAGES,
 ) -> None:
-    decoder = load_decoder(find_tokenizer(Trace.open(find_trace_folder(run))))
+    decoder = load_decoder(find_tokenizer(Trace.open(run)))
     images = images.absolute()
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as driver:
         # A review writes into the trace. Verdicts of an earlier one are left out.

@@ -30,7 +30,8 @@ from ..data.tokenizers import unwrap_tokenizer
 from ..errors import TraceError
 from ..scoring.token_losses import token_losses
 from ..trace.records import BASE_RECORD, Record, Session
-from ..trace.trace import TRACE_FOLDER, Trace
+from ..trace.trace import Trace
+from ..trace.trace_folder import TRACE_FOLDER
 from ..utils.argument_checks import check_max_length, check_minimum, check_record_steps, check_true_or_false
 from ..utils.distributed import gather_from_all, run_on_main
 from ..utils.model_state import preserve_state

@@ -98,7 +98,7 @@ def what_is_kept(trace_folder: Path) -> Callable[[], str]:
 
 def _run_folder(trace: Trace) -> Path | None:
     """The output folder of the `forgetfilter run` that has recorded `trace`."""
-    from ..trace.trace import TRACE_FOLDER
+    from ..trace.trace_folder import TRACE_FOLDER
 
     folder = trace.folder.parent
     is_run = trace.folder.name == TRACE_FOLDER and is_recorded(folder, CONFIG_FILE) and (folder / CONFIG_FILE).is_file()

@@ -26,7 +26,8 @@ from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
 from ..review.review_queue import ReviewQueue
 from ..review.verdicts import review_folder
-from ..trace.trace import TRACE_FOLDER, Trace
+from ..trace.trace import Trace
+from ..trace.trace_folder import TRACE_FOLDER
 from ..trainers.filtered_trainer import FilteredTrainer
 from .demo_data import load_demo_data, trainable
 from .demo_judge import best_constant_f1, judge

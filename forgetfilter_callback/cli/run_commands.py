@@ -87,7 +87,7 @@ def run(
             check_models([run_config.model])
         from ..pipeline.cost_estimate import plan
         from ..pipeline.run import run as run_pipeline
-        from ..trace.trace import TRACE_FOLDER
+        from ..trace.trace_folder import TRACE_FOLDER
         from ..utils.distributed import rank_and_world_size
 
         silence_libraries()

@@ -212,9 +212,9 @@ def open_trace(path: Path) -> Trace:
 
 def trace_folder(path: Path) -> Path:
     """The folder of the trace in `path`. Raises a [`TraceError`] if a process has just started to write it."""
-    from ..trace.as_trace import find_trace_folder
     from ..trace.lock_folder import is_locked
     from ..trace.trace import Trace
+    from ..trace.trace_folder import find_trace_folder
 
     folder = find_trace_folder(path)
     if not Trace.exists(folder) and is_locked(folder):

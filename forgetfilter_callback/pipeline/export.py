@@ -23,7 +23,8 @@ from ..review.verdicts import review_folder, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.output_file import check_output_file
 from ..trace.source_files import find_source, load_trace_tokenizer
-from ..trace.trace import TRACE_FOLDER, Trace
+from ..trace.trace import Trace
+from ..trace.trace_folder import TRACE_FOLDER
 from ..utils.atomic_files import atomic_write, write_lines
 from ..utils.counted import counted
 from .outputs import load_source_rows

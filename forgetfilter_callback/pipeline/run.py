@@ -27,7 +27,8 @@ from ..errors import DataError, TraceError
 from ..filtering.by_source import with_source_counts
 from ..filtering.find_forgotten import find_forgotten
 from ..filtering.result import FilterResult
-from ..trace.trace import TRACE_FOLDER, Trace
+from ..trace.trace import Trace
+from ..trace.trace_folder import TRACE_FOLDER
 from ..utils.argument_checks import check_fields, check_positive
 from ..utils.counted import counted_of
 from ..utils.distributed import run_on_main

@@ -65,7 +65,7 @@ class ReviewQueue:
     Example:
 
     ```python
-    queue = ReviewQueue(Trace.open("out/_forgetfilter"))
+    queue = ReviewQueue(Trace.open("out"))
     for row in queue.next(10):
         queue.add({row: "unsafe" if looks_unsafe(dataset[row]) else "safe"})
     print(queue.estimate())

@@ -16,6 +16,7 @@ import pyarrow as pa
 from ..errors import DecisionError
 from ..trace.trace import Trace
 
+from ..trace.trace_folder import find_trace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,11 @@ def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) ->
         return trace.folder / REVIEW_FOLDER
     if Path(folder).is_file():
         raise DecisionError(f"{folder} is a file. Pass the folder of the verdicts, {Path(folder).parent}.")
-    if Trace.exists(folder):
-        raise DecisionError(f"{folder} is a trace. Pass the folder of its verdicts, {Path(folder) / REVIEW_FOLDER}.")
+    trace_folder = find_trace_folder(folder)
+    if Trace.exists(trace_folder):
+        raise DecisionError(
+            f"{folder} contains a trace. Pass the folder of its verdicts, {trace_folder / REVIEW_FOLDER}."
+        )
     return Path(folder)
 
 

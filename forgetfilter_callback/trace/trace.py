@@ -50,15 +50,13 @@ from .schema import (
 )
 from .stored_column import StoredColumn
 from .superseded import supersede
+from .trace_folder import find_trace_folder, has_trace
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..scoring.scores import Scores
-
-# `Trainer.push_to_hub` skips names that begin with "_". The trace contains the user's rows, which must not be published.
-TRACE_FOLDER = "_forgetfilter"
 
 
 class Trace:
@@ -146,17 +144,17 @@ class Trace:
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
-        """Whether `folder` contains a trace."""
-        return (Path(folder) / "manifest.json").is_file()
+        """Whether `folder` itself is the folder of a trace."""
+        return has_trace(folder)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trace:
-        """Open the trace in `folder`.
+        """Open the trace in `folder`, which can also be the output folder of the run that wrote it.
 
         Raises:
             TraceError: if there is no trace, if another version of the library wrote it, or if its files do not match.
         """
-        folder = Path(folder)
+        folder = find_trace_folder(folder)
         if folder.is_file():
             raise TraceError(f"{folder} is a file. Pass the folder of a trace.")
         if not cls.exists(folder) and (folder / "rows.parquet").exists():

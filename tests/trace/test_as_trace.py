@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, find_forgotten, to_dataset
+from forgetfilter_callback import FilterConfig, ForgetTracker, ReviewQueue, Trace, find_forgotten, to_dataset
 from forgetfilter_callback.errors import TraceError
 from forgetfilter_callback.pipeline.outputs import filter_rows
 from forgetfilter_callback.reports.review_page import write_review_page
@@ -40,6 +40,8 @@ def test_the_folder_of_a_trace_is_as_good_as_the_trace(trace, functions):
 def test_the_output_folder_of_a_run_is_as_good_as_its_trace(trace, tmp_path):
     shutil.copytree(trace.folder, tmp_path / "out" / "_forgetfilter")
     (tmp_path / "out" / "config.yaml").write_text("")
+    assert Trace.open(tmp_path / "out").folder == tmp_path / "out" / "_forgetfilter"
+    assert not Trace.exists(tmp_path / "out")
     found = find_forgotten(tmp_path / "out", FilterConfig("loss"))
     np.testing.assert_array_equal(found.values, trace.forgetting("loss"))
     with pytest.raises(TraceError, match=re.escape(f"{tmp_path} contains no trace")):
