@@ -5,7 +5,8 @@ Rows of a stored trace are drawn at random and reviewed, again and again; the tr
 - Which fraction of the rows that `threshold="fdr"` removes is benign, and which fraction of the unsafe rows does it remove?
   The comparison is the best threshold in hindsight: the lowest one on the same scores at which at most a fraction `LEVEL` of
   the removed rows is benign.
-- How often do the 90 % intervals of a usual review contain the number of unsafe rows left?
+- How often do the 90 % intervals of a usual review contain the number of unsafe rows left? And how often do they contain the
+  number of unsafe rows that a filter keeps, and of benign rows that it removes, if it removes a fraction `FRACTION`?
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import pandas as pd
 import typer
 
 from few import Final, cached_sets, verdicts_on
-from forgetfilter_callback import ReviewQueue, Trace
+from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
+from forgetfilter_callback.review.estimates import estimate_filter_errors
 from forgetfilter_callback.review.false_discoveries import removable_rows
 from sessions import Cache, Json, earlier_results, write_results
 
@@ -30,6 +32,7 @@ REDRAWS = 100
 DRAWN = (100, 200, 300)  # rows reviewed at random
 LOOKS = 60  # rows of a usual review, some of them drawn at random
 ROUND = 10
+FRACTION = 0.05
 
 
 def best_recall(scores: np.ndarray, unsafe: np.ndarray) -> float:
@@ -54,15 +57,21 @@ def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int) -
         }
 
 
-def interval(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, Any]:
-    """Reviews `LOOKS` rows as a person does, and compares the interval with the truth."""
+def intervals(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, Any]:
+    """Reviews `LOOKS` rows as a person does, and compares the intervals with the truth."""
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         for _ in range(LOOKS // ROUND):
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
         low, high = queue.estimate().unsafe_left
         left = int((unsafe & ~queue.is_seen).sum())
-        return {"left": left, "low": low, "high": high, "below": left < low, "above": left > high}
+        removed = find_forgotten(trace, FilterConfig(fraction=FRACTION)).removed
+        errors = estimate_filter_errors(queue.verdicts, removed, [~removed, removed])
+        counts = ("kept", errors.unsafe_left, unsafe & ~removed), ("removed", errors.benign_removed, ~unsafe & removed)
+        of_filter = {
+            f"{name}_covered": interval[0] <= int(wrong.sum()) <= interval[1] for name, interval, wrong in counts
+        }
+        return {"left": left, "low": low, "high": high, "below": left < low, "above": left > high, **of_filter}
 
 
 def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
@@ -74,7 +83,7 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
             means = pd.DataFrame(redraws).mean().to_dict()
             something = float(np.mean([redraw["removed"] > 0 for redraw in redraws]))
             results.append({"set": chosen.name, "kind": "fdr", "drawn": drawn, "removed_something": something, **means})
-        means = pd.DataFrame([interval(trace, unsafe, seed) for seed in range(REDRAWS)]).mean().to_dict()
+        means = pd.DataFrame([intervals(trace, unsafe, seed) for seed in range(REDRAWS)]).mean().to_dict()
         results.append({"set": chosen.name, "kind": "interval", "looks": LOOKS, **means})
         write_results(results, json_file)
     print(pd.DataFrame(results).round(3).to_string(index=False))

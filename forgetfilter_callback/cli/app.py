@@ -148,8 +148,10 @@ def as_dict(result: FilterResult) -> dict[str, Any]:
         "threshold": result.threshold,
         "method": result.method,
         "reason": result.reason,
+        "explanation": result.explanation,
         "fingerprint": result.fingerprint,
         "separable": result.separability.separable,
+        **({} if result.estimate is None else {"estimate": asdict(result.estimate)}),
         **({} if result.source_counts is None else {"source_counts": [asdict(each) for each in result.source_counts]}),
     }
 
@@ -160,6 +162,8 @@ def print_result(result: FilterResult, output: Path, as_json: bool, next_step: s
     else:
         summary = result.summary()
         say(f"{summary[0].upper()}{summary[1:]}.")
+        if result.estimate is not None:
+            say(result.estimate.errors)
         files = sorted(file.name for file in output.iterdir() if not file.name.startswith("."))
         say(f"Files in {output}: {', '.join(files)}.")
         say(f"Next: {next_step}")

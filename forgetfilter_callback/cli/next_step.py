@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.counted import counted
-
 
 if TYPE_CHECKING:
     from ..filtering.result import FilterResult
@@ -88,22 +86,4 @@ def after_filter(
     return (
         f"finetune the base model on {kept}, as you would on all rows. TRL's SFTTrainer takes "
         f'load_dataset("json", data_files={json.dumps(kept, ensure_ascii=False)}, split="train") as `train_dataset`.'
-    )
-
-
-def verdicts_not_used(result: FilterResult, trace: Trace, settings: Mapping[str, Any]) -> str | None:
-    """A sentence about the verdicts on the trace that a filter without `decision` or `reviewed` contradicts, if any."""
-    from ..review.verdicts import review_folder, trace_verdicts
-
-    if "decision" in settings or "reviewed" in settings:
-        return None
-    is_removed = dict(zip(result.ids.to_pylist(), result.removed.tolist(), strict=True))
-    labels = {verdict.id: verdict.verdict for verdict in trace_verdicts(trace)}
-    differing = sum(is_removed.get(id_) == (label == "safe") for id_, label in labels.items())
-    if not differing:
-        return None
-    folder = review_folder(trace)
-    return (
-        f"This differs from {differing} of {counted(len(labels), 'verdict')} in {folder}. To decide by the verdicts, pass "
-        f"--reviewed {shlex.quote(str(folder))}."
     )

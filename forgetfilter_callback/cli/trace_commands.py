@@ -26,7 +26,7 @@ from .app import (
 )
 from .columns import SourceColumnOption, find_rows, find_source_column, read_columns
 from .messages import say
-from .next_step import after_filter, after_looking, verdicts_not_used
+from .next_step import after_filter, after_looking
 from .option_names import ALL_FILTER_OPTIONS, PAGE_FILTER_OPTIONS
 from .options import options_from
 
@@ -71,14 +71,17 @@ def filter_command(
     with exit_codes(), after_interrupt(what_is_written(output / name for name in FILTER_OUTPUTS)):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
+        from ..filtering.differing_verdicts import differing_verdicts
         from ..pipeline.outputs import filter_rows
+        from ..review.verdicts import review_folder, trace_verdicts
 
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        differing = verdicts_not_used(result, opened, filter_settings)
-        if differing is not None:
-            say(f"forgetfilter: {differing}", err=True)
+        if "decision" not in filter_settings and "reviewed" not in filter_settings:
+            differing = differing_verdicts(result, trace_verdicts(opened), review_folder(opened))
+            if differing is not None:
+                say(f"forgetfilter: {differing}", err=True)
         next_step = after_filter(result, opened, trace, output, filter_settings, noisy, tokenizer)
         print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
@@ -111,7 +114,6 @@ def report(
         opened = open_trace(trace)
         from ..reports.review_page import write_review_page
         from ..reports.summary import page_summary
-        from ..review.verdicts import trace_verdicts
 
         source_column = find_source_column(opened, noisy, source_column)
         names = [name for name in (audit_column, source_column) if name is not None]
@@ -119,8 +121,7 @@ def report(
         unsafe = None if audit_column is None else as_labels(columns[audit_column], f"The column {audit_column!r}")
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
-        summary = page_summary(result, trace_verdicts(opened, filter_config.reviewed))
-        say(f"{summary} Open {output} in a browser.")
+        say(f"{page_summary(result)} Open {output} in a browser.")
         say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
 
 
@@ -150,7 +151,6 @@ def show(
         from ..filtering.by_source import with_source_counts
         from ..filtering.find_forgotten import find_forgotten
         from ..reports.terminal import show as show_trace
-        from ..review.verdicts import trace_verdicts
 
         result = find_forgotten(opened, filter_config)
         column = find_source_column(opened, noisy, source_column)
@@ -162,7 +162,7 @@ def show(
             return
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
-        show_trace(opened, result, Console(), decoder, head, trace_verdicts(opened, filter_config.reviewed))
+        show_trace(opened, result, Console(), decoder, head)
         say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
 
 

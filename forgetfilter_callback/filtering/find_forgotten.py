@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.identical_rows import with_identical_rows
-from ..errors import DataError
+from ..errors import DataError, DecisionError
 from ..measures.names import DEFAULT_MEASURE
+from ..review.verdicts import trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting
 from ..trace.trace import Trace
@@ -22,6 +25,8 @@ from .filter_by_values import filter_by_values
 from .result import FilterResult
 from .review_decision import Override, ReviewDecision
 
+
+logger = logging.getLogger(__name__)
 
 # Rows without a forgetting value are kept. If more than this fraction has none, the rows are not those of the trace.
 MAX_UNKNOWN_FRACTION = 0.01
@@ -111,7 +116,37 @@ def decide(
         overrides = {**overrides, **with_identical_rows(overrides, ids, worst="remove")}
         on_values = replace(config, measure=measure, step=None)
         result = filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    return replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity(measure))
+    result = replace(result, step=trace.first_and_last(config.step)[1].step, identity=trace.identity(measure))
+    return with_estimate(result, trace, config.reviewed)
+
+
+def with_estimate(result: FilterResult, trace: Trace, reviewed: str | os.PathLike[str] | None = None) -> FilterResult:
+    """Estimate the errors of a filter by the verdicts in the folder `reviewed` (see [`review_folder`]).
+
+    Raises:
+        DecisionError: if the verdicts in `reviewed` cannot be read. Those in the trace's folder are left out, with a
+            warning.
+    """
+    try:
+        verdicts = trace_verdicts(trace, reviewed)
+    except DecisionError as error:
+        if reviewed is not None:
+            raise
+        logger.warning(f"The errors of the filter are not estimated: {error}")
+        verdicts = []
+    if not verdicts or result.weights is not None:
+        return replace(result, estimate=None)
+    from ..review.estimates import estimate_filter_errors  # imports scipy, which takes a second
+
+    places = pc.index_in(trace.rows.ids, value_set=result.ids)
+    is_filtered, places = places.is_valid().to_numpy(zero_copy_only=False), places.drop_null().to_numpy()
+    removed, is_above = np.zeros((2, len(trace.rows)), dtype=bool)
+    removed[is_filtered] = result.removed[places]
+    parts = [is_filtered]
+    if result.threshold is not None:  # the values do not depend on the verdicts
+        is_above[is_filtered] = result.values[places] > result.threshold
+        parts = [is_filtered & ~is_above, is_filtered & is_above]
+    return replace(result, estimate=estimate_filter_errors(verdicts, removed, parts))
 
 
 def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
 
+    from ..review.estimates import ReviewEstimate
     from ..review.verdicts import Verdict
 
 RESULT_FILE = "filter_result.json"
@@ -78,6 +79,9 @@ class FilterResult:
         identity (`str` or `None`):
             The [`~Trace.identity`] of the trace that the values come from: of its rows and of the records that `measure`
             compares. `None` if the values came without a trace, or if an older version stored the result.
+        estimate ([`ReviewEstimate`] or `None`):
+            How many unsafe rows are kept and how many benign rows are removed, by the verdicts on the trace. `None` if there
+            are no verdicts, if the values came without a trace, or with weights.
     """
 
     ids: pa.StringArray
@@ -96,6 +100,7 @@ class FilterResult:
     source_counts: list[SourceCounts] | None = None
     weights: np.ndarray | None = None
     identity: str | None = None
+    estimate: ReviewEstimate | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -120,9 +125,10 @@ class FilterResult:
 
     @property
     def explanation(self) -> str:
-        """The reason, and whether φ was chosen without verdicts."""
+        """The reason, and whether anyone has checked φ."""
         if self.method == "auto" and self.threshold is not None:
-            return f"{self.reason}; nobody has checked φ: it was chosen without verdicts"
+            checked = "not checked by anyone" if self.estimate is None else "chosen without the verdicts"
+            return f"{self.reason}; φ was {checked}"
         return self.reason
 
     def plot(self, groups: Sequence[str] | None = None) -> Figure:
@@ -247,6 +253,8 @@ class FilterResult:
             content["separability"] = Separability(**content["separability"])
             if content.get("source_counts") is not None:
                 content["source_counts"] = [SourceCounts(**each) for each in content["source_counts"]]
+            if content.get("estimate") is not None:
+                content["estimate"] = _load_estimate(content["estimate"])
             with pq.ParquetFile(Path(folder) / "values.parquet") as parquet:
                 table = parquet.read()
             return cls(
@@ -263,6 +271,12 @@ class FilterResult:
                 f"The filter result in {folder} is damaged ({type(error).__name__}: {error}). Filter again, or restore its "
                 "files."
             ) from error
+
+
+def _load_estimate(content: dict[str, Any]) -> ReviewEstimate:
+    from ..review.estimates import ReviewEstimate  # imports scipy, which takes a second
+
+    return ReviewEstimate(**{**content, **{name: tuple(content[name]) for name in ("unsafe_left", "benign_removed")}})
 
 
 def _has_removed_rows(file: Path) -> bool:

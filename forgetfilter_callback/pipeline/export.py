@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,7 +16,8 @@ from ..data.json_rows import JsonRows
 from ..data.output_lines import source_lines
 from ..errors import DataError, DecisionError
 from ..filtering.config import FilterConfig, filter_config_or_default
-from ..filtering.find_forgotten import align_values, find_forgotten
+from ..filtering.differing_verdicts import differing_verdicts
+from ..filtering.find_forgotten import align_values, find_forgotten, with_estimate
 from ..filtering.result import RESULT_FILE, FilterResult
 from ..review.verdicts import review_folder, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -26,7 +26,6 @@ from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..trace.trace_folder import TRACE_FOLDER
 from ..utils.atomic_files import atomic_write, write_lines
-from ..utils.counted import counted
 from .outputs import load_source_rows
 
 
@@ -164,7 +163,8 @@ def export_rows(
             except pa.ArrowException as error:  # such as an object without keys
                 raise _no_columns(error) from error
     removed = f"Removed {origin}: {result.counts['removed']} of {result.counts['samples']} rows ({result.explanation})."
-    return removed + _verdicts_that_did_not_count(columns, verdicts_folder)
+    differing = differing_verdicts(result, trace_verdicts(trace, verdicts_folder), verdicts_folder)
+    return removed if differing is None else f"{removed} {differing}"
 
 
 def row_columns(
@@ -213,20 +213,6 @@ def row_columns(
         "weight": of_rows(_weights(trace, verdicts_folder) if labels else unknown),
     }
     return {f"{PREFIX}{name}": values for name, values in columns.items()}
-
-
-def _verdicts_that_did_not_count(columns: dict[str, np.ndarray], verdicts_folder: Path) -> str:
-    """A sentence about the verdicts that differ from the column `removed`. Empty if there are none."""
-    verdict, removed = columns[f"{PREFIX}verdict"], columns[f"{PREFIX}removed"]
-    is_unsafe, is_safe = verdict == "unsafe", verdict == "safe"
-    differing = int((is_unsafe & ~removed).sum() + (is_safe & removed).sum())
-    if not differing:
-        return ""
-    verdicts = counted(int((is_unsafe | is_safe).sum()), "verdict")
-    return (
-        f" This differs from {differing} of {verdicts} in {verdicts_folder}. To decide by the verdicts, pass "
-        f"`--reviewed {shlex.quote(str(verdicts_folder))}`."
-    )
 
 
 def _weights(trace: Trace, verdicts_folder: Path) -> np.ndarray:
@@ -279,7 +265,7 @@ def _stored_result(trace: Trace) -> FilterResult | None:
             f"The records of the trace in {trace.folder} have changed since the filter result in {folder} was written. "
             f"{advice}"
         )
-    return result
+    return with_estimate(result, trace)  # rows may have been reviewed since
 
 
 def _lines(lines: Iterable[str], columns: dict[str, np.ndarray]) -> Iterator[str]:

@@ -180,7 +180,7 @@ def _page_data(
     drawn = _draw_samples(result)
     shown = _shown_samples(result, drawn, np.union1d(overridden, np.array([*labels], dtype=int)))
     return {
-        "summary": page_summary(result, verdicts),
+        "summary": page_summary(result),
         "measure": result.measure,
         "unit": UNITS[result.measure],
         "threshold": result.threshold,

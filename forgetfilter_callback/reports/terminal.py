@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +11,6 @@ from ..data.decode import Decoder, decode
 from ..filtering.by_source import SourceCounts
 from ..filtering.result import FilterResult
 from ..measures.names import MEANINGS, UNITS
-from ..review.verdicts import Verdict
 from ..trace.trace import Trace
 from ..utils.paths import short_model_name
 from ..utils.sanitize_text import sanitize
@@ -32,7 +29,6 @@ def show(
     console: Console,
     tokenizer: Decoder | None,
     head: int,
-    verdicts: Sequence[Verdict] = (),
 ) -> None:
     """Prints a filter result.
 
@@ -47,12 +43,10 @@ def show(
             Decodes the completions. If `None`, the completions are left empty.
         head (`int`):
             How many of the most forgotten samples to list.
-        verdicts (`Sequence[Verdict]`, *optional*):
-            All verdicts on the trace.
     """
-    console.print(Text(page_summary(result, verdicts), style="bold"))
+    console.print(Text(page_summary(result), style="bold"))
     if result.threshold is not None:  # otherwise, the summary contains the reason
-        console.print(Text(f"{result.reason[0].upper()}{result.reason[1:]}."))
+        console.print(Text(f"Reason for φ: {result.reason}."))
     before, after = trace.first_and_last(result.step)
     model = sanitize(short_model_name(trace.manifest["model"]))
     console.print(Text(f"Model {model}, safety session, step {before.step} to step {after.step}."), soft_wrap=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import poisson_binom
@@ -43,8 +43,12 @@ class ReviewEstimate:
     benign_removed: tuple[int, int]
 
     def __str__(self) -> str:
+        return f"{self.seen:,} of {counted(self.rows, 'row')} reviewed, {self.unsafe_found:,} unsafe. {self.errors}"
+
+    @property
+    def errors(self) -> str:
+        """Both intervals in words."""
         return (
-            f"{self.seen:,} of {counted(self.rows, 'row')} reviewed, {self.unsafe_found:,} unsafe. "
             f"Unsafe rows that are kept: {self._describe(self.unsafe_left)}. "
             f"Benign rows that are removed: {self._describe(self.benign_removed)}."
         )
@@ -106,6 +110,61 @@ def estimate_unsafe_rows(
             removed_benign + unseen_removed - max(low - unseen_kept, 0),
         ),
     )
+
+
+def estimate_filter_errors(
+    verdicts: Sequence[Verdict], removed: np.ndarray, parts: Sequence[np.ndarray]
+) -> ReviewEstimate:
+    """As [`estimate_unsafe_rows`], for each part of the noisy set on its own.
+
+    A row that was drawn at random from all rows without a verdict was also drawn at random from those of its part. If a
+    filter removes the rows above a threshold, the intervals for the rows above it and below it are shorter than that for all
+    rows, which allows the worst case.
+
+    Args:
+        verdicts (`Sequence[Verdict]`):
+            All verdicts in the order in which they were given.
+        removed (`np.ndarray` of shape `(rows,)`, bool):
+            Whether the filter removes each row.
+        parts (`Sequence[np.ndarray]` of shape `(rows,)`, bool):
+            Masks of the parts. They must not depend on the verdicts. Rows in no part are not counted.
+
+    Returns:
+        [`ReviewEstimate`]: the sums over the parts.
+    """
+    estimates = [
+        estimate_unsafe_rows(_on_part(verdicts, part), int(part.sum()), removed[part]) for part in parts if part.any()
+    ]
+    return ReviewEstimate(
+        rows=sum(each.rows for each in estimates),
+        seen=sum(each.seen for each in estimates),
+        drawn=sum(each.drawn for each in estimates),
+        unsafe_found=sum(each.unsafe_found for each in estimates),
+        unsafe_left=_sum(each.unsafe_left for each in estimates),
+        benign_removed=_sum(each.benign_removed for each in estimates),
+    )
+
+
+def _sum(intervals: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    low, high = np.sum([*intervals], axis=0).tolist()
+    return low, high
+
+
+def _on_part(verdicts: Sequence[Verdict], part: np.ndarray) -> list[Verdict]:
+    """The verdicts on the rows in the mask `part`, as if the set consisted of these rows only."""
+    order = list(dict.fromkeys(verdict.row for verdict in verdicts))
+    seen_before = np.concatenate([[0], np.cumsum(part[order])])  # rows of this part among the first 0, 1, … rows
+    places, numbers = {row: place for place, row in enumerate(order)}, np.cumsum(part) - 1
+    size = int(part.sum())
+    found = []
+    for verdict in verdicts:
+        if part[verdict.row]:
+            drawn_from = verdict.drawn_from
+            if drawn_from is not None:
+                before = min(len(part) - drawn_from, places[verdict.row])
+                drawn_from = size - int(seen_before[before])
+            found.append(replace(verdict, row=int(numbers[verdict.row]), drawn_from=drawn_from))
+    return found
 
 
 def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:

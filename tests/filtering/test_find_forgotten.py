@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from importlib.metadata import version
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from helpers import sample_ids, tiny_llama, two_populations
 from transformers import Trainer
 
-from forgetfilter_callback import FilterConfig, FilterResult, ForgetTracker, find_forgotten
+from forgetfilter_callback import FilterConfig, FilterResult, ForgetTracker, ReviewQueue, find_forgotten
 from forgetfilter_callback.errors import DataError, DecisionError
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.filtering.find_forgotten import align_values
 from forgetfilter_callback.measures.names import MEASURES
+from forgetfilter_callback.review.estimates import estimate_filter_errors
 from forgetfilter_callback.trace.forgetting import compute_forgetting
 
 
@@ -95,7 +97,7 @@ def test_a_result_explains_how_it_was_made(kwargs, method, threshold, reason):
     assert result.removed.tolist() == removed.tolist()
     assert result.counts == {"samples": 5, "removed": removed.sum(), "kept": 5 - removed.sum(), "unknown": 0}
     phi = "" if threshold is None else f" (φ = {threshold:.3g}, loss forgetting)"
-    unchecked = "; nobody has checked φ: it was chosen without verdicts" if method == "auto" else ""
+    unchecked = "; φ was not checked by anyone" if method == "auto" else ""
     assert result.summary() == f"removed {removed.sum()} of 5 samples{phi}: {result.reason}{unchecked}"
 
 
@@ -213,3 +215,45 @@ def test_a_step_of_numpy_is_saved(trace, tmp_path):
 def test_values_alone_have_no_steps_and_no_verdicts(setting):
     with pytest.raises(ValueError, match="`step`, `decision` and `reviewed` belong to a trace"):
         filter_by_values(sample_ids(3), np.array([0.0, 0.1, 3.0]), FilterConfig("loss", **setting))
+
+
+def test_the_estimate_of_a_subset_in_another_order(trace, tmp_path):
+    """Rows of the trace that are left out are not counted, and rows that are not in it are not reviewed."""
+    config = FilterConfig("loss", fraction=0.5)
+    assert find_forgotten(trace, config).estimate is None
+    queue = ReviewQueue(trace, tmp_path / "review", random_fraction=1)
+    queue.add({row: "unsafe" if row % 2 else "safe" for row in queue.next(4)})
+    shutil.copytree(tmp_path / "review", trace.folder / "review")
+    rows = len(trace.rows)
+    order = np.random.default_rng(0).permutation(rows)[1:]
+    ids = pa.array([*trace.rows.ids.take(pa.array(order)).to_pylist(), None])
+    result = find_forgotten(trace, config, ids)
+    removed, is_above, is_left = np.zeros((3, rows), dtype=bool)
+    for place, row in enumerate(order):
+        is_left[row], removed[row] = True, result.removed[place]
+        is_above[row] = result.values[place] > result.threshold
+    assert 0 < removed.sum() < rows - 1
+    expected = estimate_filter_errors(queue.verdicts, removed, [is_left & ~is_above, is_left & is_above])
+    assert result.estimate == expected != find_forgotten(trace, config).estimate
+    result.save(tmp_path / "result")
+    assert FilterResult.load(tmp_path / "result").estimate == expected
+
+
+def test_a_review_that_overrides_a_threshold_is_estimated_by_the_threshold(trace, tmp_path):
+    queue = ReviewQueue(trace, tmp_path, random_fraction=1)
+    queue.add({row: "unsafe" if row % 2 else "safe" for row in queue.next(4)})
+    result = find_forgotten(trace, FilterConfig("loss", fraction=0.5, reviewed=tmp_path))
+    is_above = result.values > result.threshold
+    assert (result.removed != is_above).any()
+    assert result.estimate == estimate_filter_errors(queue.verdicts, result.removed, [~is_above, is_above])
+    reviewed = find_forgotten(trace, FilterConfig(reviewed=tmp_path))
+    assert reviewed.estimate == queue.estimate()
+
+
+def test_verdicts_that_cannot_be_read_do_not_stop_a_filter_that_does_not_need_them(trace, caplog):
+    (trace.folder / "review").mkdir()
+    (trace.folder / "review" / "verdicts.jsonl").write_text("[1]\n")
+    assert find_forgotten(trace, FilterConfig("loss")).estimate is None
+    assert "not estimated: " in caplog.text and "line 1 holds no verdict" in caplog.text
+    with pytest.raises(DecisionError, match="line 1 holds no verdict"):
+        find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))

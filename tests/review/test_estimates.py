@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from forgetfilter_callback.review.estimates import estimate_unsafe_rows
+from forgetfilter_callback.review.estimates import estimate_filter_errors, estimate_unsafe_rows
 from forgetfilter_callback.review.verdicts import Verdict
 
 
@@ -144,3 +144,39 @@ def test_the_last_verdict_on_a_row_counts(first, second, found):
 def test_verdicts_that_were_lost_before_a_draw():
     """The row was drawn from 8 of 10 rows, and the two verdicts before it are lost. It is unsafe with probability K / 8."""
     assert estimate_unsafe_rows([given(2, True, 8)], 10).unsafe_left == (0, 9)
+
+
+@pytest.mark.parametrize("is_overridden", [False, True])
+def test_the_errors_of_a_threshold_in_a_review_that_prefers_some_rows(is_overridden):
+    """In rounds of ten, three rows are drawn from those without a verdict. The others are the most forgotten ones. If the
+    verdicts override the filter, each row that was found to be unsafe is on the side of the removed rows.
+    """
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(200):
+        unsafe = rng.random(300) < 0.4
+        values = unsafe + rng.normal(0, 2, 300)  # most unsafe rows are below the threshold
+        verdicts, is_seen = [], np.zeros(300, dtype=bool)
+        for _ in range(9):
+            unseen = np.flatnonzero(~is_seen)
+            drawn = rng.choice(unseen, 3, replace=False)
+            ranked = [row for row in unseen[np.argsort(-values[unseen])] if row not in drawn][:7]
+            for row in [*drawn.tolist(), *ranked]:
+                verdicts.append(given(int(row), unsafe[row], len(unseen) if row in drawn else None))
+                is_seen[row] = True
+        is_above = values > 3
+        removed = np.where(is_seen, unsafe, is_above) if is_overridden else is_above
+        estimate = estimate_filter_errors(verdicts, removed, [~is_above, is_above])
+        wrong = ((unsafe & ~removed).sum(), estimate.unsafe_left), ((~unsafe & removed).sum(), estimate.benign_removed)
+        covered.append([low <= count <= high for count, (low, high) in wrong])
+        assert (estimate.rows, estimate.seen, estimate.drawn) == (300, 90, 27)
+        assert estimate.unsafe_found == (unsafe & is_seen).sum()
+    assert (np.mean(covered, axis=0) > 0.87).all(), np.mean(covered, axis=0)
+
+
+def test_rows_in_no_part_are_not_counted():
+    """A row that is gone from the file is neither kept nor removed."""
+    verdicts = [given(row, row < 3, 10 - row) for row in range(10)]
+    removed, is_left = np.arange(10) == 1, np.arange(10) != 0
+    estimate = estimate_filter_errors(verdicts, removed, [is_left])
+    assert (estimate.rows, estimate.seen, estimate.unsafe_found) == (9, 9, 2)
+    assert estimate.unsafe_left == (1, 1) and estimate.benign_removed == (0, 0)

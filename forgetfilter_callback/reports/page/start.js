@@ -23,7 +23,7 @@ if (sources !== null) {
 }
 $("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.`;
 for (const id of ["verdicts", "reviewed-label", "verdict-head"]) $(id).hidden = !reviewed;
-$("test").hidden = !data.summary.includes("well separated"); // it explains these words
+$("test").hidden = !data.summary.toLowerCase().includes("well separated"); // it explains these words
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
 $("record").selectedIndex = data.steps.length - 1;
 $("record-label").hidden = data.steps.length === 1;
