@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,8 +16,8 @@ import pyarrow as pa
 
 from ..errors import DecisionError
 from ..trace.trace import Trace
-
 from ..trace.trace_folder import find_trace_folder
+
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) ->
     """The folder of the verdicts. Defaults to the folder `review` in the trace's folder.
 
     Raises:
-        DecisionError: if `folder` is a file or the folder of a trace.
+        DecisionError: if `folder` is a file, the folder of a trace, or the output folder of a run.
     """
     if folder is None:
         return trace.folder / REVIEW_FOLDER
@@ -120,7 +121,7 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
         try:
             content = json.loads(line)
         except json.JSONDecodeError:
-            logger.warning(f"{file}, line {number} is damaged and was skipped. Review that row again.")
+            _warn_once(f"{file}, line {number} is damaged and was skipped. Review that row again.")
             damaged += 1
             continue
         try:
@@ -151,13 +152,19 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             )
     for (_, earlier), (number, verdict) in pairwise(verdicts.items()):
         if verdict.time < earlier.time:
-            logger.warning(
+            _warn_once(
                 f"{file}, line {number}: this verdict is older than the one in the line before. The estimates, and which of "
                 "two verdicts on a row is valid, depend on the order of the lines. If they were sorted or merged, restore "
                 "the order in which the verdicts were given."
             )
             break
     return [*verdicts.values()]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """One command reads the verdicts several times."""
+    logger.warning(message)
 
 
 def _is_whole(value: Any) -> bool:

@@ -49,7 +49,19 @@ def test_show_names_the_verdicts_that_it_was_given(tmp_path, finished):
     for command, output in (("show", ()), ("report", ("--output", tmp_path / "page.html"))):
         settings = ("--fraction", 0.25, "--reviewed", tmp_path / "review")
         said = " ".join(call(command, finished[0], *settings, *output).stdout.split())
-        assert "6 of 12 rows have a verdict" in said and "not checked by anyone" not in said
+        assert "6 of 12 rows have a verdict" in said and "Not checked by anyone" not in said
+
+
+def test_a_damaged_line_of_verdicts_is_named_once(tmp_path, finished, caplog):
+    """The commands read the verdicts several times."""
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    queue = ReviewQueue(Trace.open(output))
+    queue.add({0: "unsafe", 1: "safe"})
+    with (output / "_forgetfilter" / "review" / "verdicts.jsonl").open("a") as file:
+        file.write('{"row": 2')
+    shown = call("show", output)
+    assert shown.exit_code == 0 and "2 of 12 rows have a verdict" in " ".join(shown.stdout.split())
+    assert caplog.text.count("line 3 is damaged and was skipped") == 1
 
 
 def test_fdr_is_offered_only_beside_a_review(finished, tmp_path):
