@@ -30,6 +30,7 @@ FILTER_OUTPUTS = (
     "filter_result/values.parquet",
 )
 MODEL_FOLDER, SESSIONS_FOLDER = "model", "sessions"
+COMPLETE = "(complete)"  # the name of no file: recorded when a run has ended
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ADVICE = "Choose another output folder, or move it."
 
@@ -113,6 +114,16 @@ def is_recorded(output: Path, name: str) -> bool:
 def has_saved_model(output: Path) -> bool:
     """Whether an earlier run has saved its model completely."""
     return MODEL_FOLDER not in _read(output) and is_recorded(output, MODEL_FOLDER)
+
+
+def record_completion(output: Path) -> None:
+    """Record that a run has written all its outputs. Deleted by [`delete_recorded`]."""
+    _write(output, {**_read(output), COMPLETE: None})
+
+
+def is_complete(output: Path) -> bool:
+    """Whether a run has written all its outputs."""
+    return COMPLETE in _read(output)
 
 
 def has_checkpoints(output: Path) -> bool:

@@ -25,7 +25,7 @@ from ..data.output_lines import file_digest, source_lines
 from ..data.tokenizers import check_decoder_only, load_tokenizer, model_context_length, padding_collator
 from ..errors import DataError, TraceError
 from ..filtering.by_source import with_source_counts
-from ..filtering.find_forgotten import find_forgotten
+from ..filtering.find_forgotten import find_forgotten, with_estimate
 from ..filtering.result import FilterResult
 from ..trace.trace import Trace
 from ..trace.trace_folder import TRACE_FOLDER
@@ -46,7 +46,9 @@ from .output_record import (
     check_files_are_ours,
     check_folders_are_ours,
     delete_recorded,
+    is_complete,
     is_recorded,
+    record_completion,
     record_folder,
     record_saved_model,
     recorded,
@@ -211,7 +213,11 @@ def run(config: RunConfig) -> FilterResult:
         output, output / TRACE_FOLDER, (CONFIG_FILE, RECORD_FILE), (f"{SESSIONS_FOLDER}/noisy", SESSIONS_FOLDER)
     ):
         run_on_main(prepare_output)
-        return _run_sessions(config, inputs, output)
+        result = run_on_main(partial(_result_of_complete_run, config, output))
+        if result is None:
+            result = _run_sessions(config, inputs, output)
+            run_on_main(partial(record_completion, output))
+        return result
 
 
 def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> None:
@@ -237,6 +243,14 @@ def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> No
         for source in (config.model, config.noisy, config.safety):
             if any(Path(source).resolve().is_relative_to(folder.resolve()) for folder in replaced):
                 raise DataError(f"{source} belongs to the run that `overwrite` replaces. Choose another output folder.")
+
+
+def _result_of_complete_run(config: RunConfig, output: Path) -> FilterResult | None:
+    """The stored result of a run that is resumed although it is complete."""
+    if not (config.resume and is_complete(output) and has_outputs(output)):
+        return None
+    logger.warning(f"The run in {output} is complete, so nothing was trained.")
+    return with_estimate(FilterResult.load(output / "filter_result"), Trace.open(output))
 
 
 def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:

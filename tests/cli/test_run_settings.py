@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,20 @@ def test_an_interrupted_run_is_resumed(last_step, error, whole, files, tmp_path,
     assert len((output / "removed.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("refit", [(), ("--refit",)])
+def test_a_complete_run_is_not_trained_again(refit, files, tmp_path, monkeypatch):
+    """A cluster job that is started again must not repeat a run that has no checkpoints."""
+    flags = [*run_options(files, tmp_path / "out"), "--fraction", 0.25, *refit]
+    first = call("run", *flags)
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    monkeypatch.setattr(Trainer, "train", None)
+    second = call("run", *flags, "--resume")
+    assert (
+        second.exit_code == 0 and second.stdout.startswith("Removed 3 of 12") and first.stdout.endswith(second.stdout)
+    )
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+
 def test_a_run_keeps_its_rows_once(files, tmp_path, monkeypatch):
     pipelines, safety_finetune = [], ForgetFilter.safety_finetune
 
@@ -234,6 +249,7 @@ def test_a_run_keeps_its_rows_once(files, tmp_path, monkeypatch):
     flags = [*saving_options(files, tmp_path / "out"), "--refit"]
     for more in ([], ["--resume"]):
         assert call("run", *flags, *more).exit_code == 0
+        shutil.rmtree(tmp_path / "out" / "filter_result")  # so that the run is not complete
         trained, recorded = pipelines[-1].noisy.rows, pipelines[-1].tracker.trace.rows
         assert recorded.tokens is trained.tokens and recorded.loss_mask is trained.loss_mask
         assert recorded.attention_mask is trained.attention_mask and trained.attention_mask.strides == (0,)
