@@ -20,7 +20,7 @@ def check_source(source: str) -> None:
     """
     path = Path(source)
     if not path.exists() and (path.suffix.lower() in FILE_EXTENSIONS or is_path(source)):
-        raise DataError(f"File {source} does not exist.")
+        raise DataError(f"The file {path.absolute()} does not exist.")
     if path.is_file() and path.suffix.lower() not in FILE_EXTENSIONS:
         raise DataError(
             f"{source} has the extension {path.suffix!r}, which is not supported. Convert the file to one of "
@@ -37,7 +37,7 @@ def check_model(name: str, kind: str = "model") -> None:
         DataError: if it names a folder that does not exist.
     """
     if is_path(name) and not Path(name).exists():
-        raise DataError(f"The {kind} {name!r} cannot be loaded: the folder does not exist.")
+        raise DataError(f"The {kind} {name!r} cannot be loaded: the folder {Path(name).absolute()} does not exist.")
 
 
 def check_hub_model(name: str, kind: str = "model") -> None:

@@ -96,6 +96,11 @@ def score_checkpoints(
             model_name = absolute_path_or_hub_id(first_checkpoint)
             Trace.create(folder, rows, model_name, tokenizer_name, rows.max_length, rows.encoding)
 
+    compared = [absolute_path_or_hub_id(checkpoints[role]) for role in ("before", "after") if role in checkpoints]
+    if len(compared) == 2 and len(set(compared)) == 1:
+        logger.warning(
+            f"The models before and after safety finetuning are both {compared[0]}, so no row will be forgotten."
+        )
     with locked_output(Path(folder), Path(folder)):
         run_on_main(open_or_create)
         trace = Trace.open(folder)

@@ -149,7 +149,7 @@ class RunConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
-        missing = [name for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
+        missing = [f"`{name}`" for name in ("model", "noisy", "safety", "output") if not getattr(self, name)]
         if missing:
             raise ValueError(f"Missing settings: {', '.join(missing)}.")
         for names, kind, described in (

@@ -25,6 +25,8 @@ _LOCK_SECONDS, _PROBE_SECONDS = 1.0, 0.2
 
 def lock_folder(folder: str | os.PathLike[str]) -> FileLock | None:
     """See [`Trace.lock`]."""
+    if Path(folder).is_file():
+        raise TraceError(f"{folder} is a file. Choose a folder for the trace.")
     lock = FileLock(Path(folder) / ".lock", timeout=_LOCK_SECONDS, thread_local=False, is_singleton=True)
     try:
         lock.acquire()

@@ -75,6 +75,13 @@ def test_score_loads_one_model_at_a_time_and_releases_its_lock(files, tmp_path, 
     assert len(loaded) == 3 and Trace.open(tmp_path / "trace").manifest["model"] == str(files["model"])
 
 
+def test_the_same_model_before_and_after_is_named(files, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(files["model"].parent)
+    models = ("--before", files["model"], "--after", f"./{files['model'].name}")
+    assert call("score", "--noisy", files["noisy"], *models, "--output", tmp_path / "trace").exit_code == 0
+    assert f"are both {files['model']}, so no row will be forgotten" in caplog.text
+
+
 def test_score_of_an_adapter(finished, files, tmp_path, byte_tokenizer):
     adapter = finished[0] / "model"
     result = call("score", "--noisy", files["noisy"], "--before", adapter, "--output", tmp_path / "trace")

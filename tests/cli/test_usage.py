@@ -20,7 +20,7 @@ RUN = ["run", "--model", "m", "--noisy", "n", "--safety", "s", "--output", "o"]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--model", "m", "--noisy", "n"], "Missing settings: safety, output."),
+        (["run", "--model", "m", "--noisy", "n"], "Missing settings: `--safety`, `--output`."),
         ([*RUN, "--training", "num_train_epochs=0"], "num_train_epochs=0 must be a finite number larger than 0"),
         ([*RUN, "--training", "num_train_epochs"], "'num_train_epochs' must be FIELD=VALUE"),
         ([*RUN, "--training", "bf16=no"], "bf16='no' must be true or false"),

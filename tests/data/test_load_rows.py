@@ -28,7 +28,7 @@ def test_rows_of_all_file_formats(files, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "File .*missing.jsonl does not exist"),
+        ("missing.jsonl", None, r"The file /.*missing\.jsonl does not exist"),
         ("empty.jsonl", "", "is empty"),
         ("broken.jsonl", '{"prompt": "a"\n', "cannot be read"),
         ("headed.csv", "prompt,completion\n", "has no rows"),

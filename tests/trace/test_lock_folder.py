@@ -28,6 +28,13 @@ sys.stdin.readline()
 """
 
 
+def test_a_file_is_no_folder_for_a_trace(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TraceError, match=r"file is a file\. Choose a folder for the trace"):
+        Trace.lock(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_is_locked_until_it_is_released(trace):
     lock = Trace.lock(trace.folder)
     assert lock.is_locked and Path(lock.lock_file) == trace.folder / ".lock"
