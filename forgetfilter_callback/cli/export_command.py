@@ -25,7 +25,9 @@ from .trace_commands import (
 def export(
     *,
     trace: TraceArgument,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write.", show_default="forgetfilter-rows.FORMAT")
+    ] = None,
     file_format: Annotated[
         Literal["jsonl", "parquet"], typer.Option("--format", metavar="FORMAT", help="jsonl or parquet.")
     ] = "jsonl",
@@ -41,6 +43,7 @@ def export(
 
     Without filter options, the rows that `forgetfilter run` removed count as removed.
     """
+    output = output if output is not None else Path(f"forgetfilter-rows.{file_format}")
     with exit_codes(), after_interrupt(what_is_written([output])):
         filter_config = FilterConfig(**filter_settings) if filter_settings else None
         opened = open_trace(trace)
