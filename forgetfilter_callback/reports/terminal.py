@@ -19,7 +19,8 @@ from .summary import page_summary
 
 
 BINS = 20
-BAR_WIDTH = 50  # characters
+# Characters of the longest bar, and of what is beside it: a value, a count and φ.
+BAR_WIDTH, BESIDE_BAR = 50, 34
 MAX_COMPLETION_LENGTH = 500  # characters
 
 
@@ -55,8 +56,9 @@ def show(
     counts, edges = np.histogram(known, BINS)
     console.print(Text(f"\n{result.measure} forgetting [{UNITS[result.measure]}]"))
     console.print(Text(MEANINGS[result.measure]))
+    width = max(1, min(BAR_WIDTH, console.width - BESIDE_BAR))
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
-        bar = "█" * int(np.ceil(BAR_WIDTH * count / counts.max()))
+        bar = "█" * int(np.ceil(width * count / counts.max()))
         line = Text(f"{left:8.3f}  ")
         line.append(bar, style="red" if phi is not None and left >= phi else "blue")
         line.append(f" {count}" if count else "")

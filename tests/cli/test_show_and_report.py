@@ -20,10 +20,23 @@ def test_show_prints_no_control_characters_of_a_text(tmp_path, byte_tokenizer):
     result = call("show", tmp_path / "trace", "--measure", "loss", "--tokenizer", tmp_path / "tokenizer", "--head", 60)
     assert result.exit_code == 0, result.output
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\u2066"} & set(result.output)
-    assert "not checked by anyone" in " ".join(result.output.split()) and "← φ = 0.693" in result.output
+    assert "Not checked by anyone" in " ".join(result.output.split()) and "← φ = 0.693" in result.output
     assert MEANINGS["loss"] in " ".join(result.output.split())
     account = json.loads(call("show", tmp_path / "trace", "--measure", "loss", "--json", "--threshold", 1.5).stdout)
     assert account["removed"] == (trace.forgetting("loss") > 1.5).sum()
+
+
+def test_bars_fit_into_a_narrow_terminal(tmp_path, byte_tokenizer, monkeypatch):
+    """A bar that wraps would separate its count, and the mark of φ, from its line."""
+    monkeypatch.setenv("COLUMNS", "44")
+    hostile_trace(tmp_path / "trace", byte_tokenizer, samples=60)
+    shown = call("show", tmp_path / "trace", "--measure", "loss", "--threshold", 0.7).stdout.splitlines()
+    bars = [line for line in shown if "█" in line]
+    counts = [int(line.rpartition("█")[2].split()[0]) for line in bars]
+    assert sum(counts) == 60 and any("← φ = 0.7" in line for line in shown)
+    assert all(len(line) <= 44 for line in [*bars, *(line for line in shown if "←" in line)])
+    longest = max(zip(counts, bars, strict=True))[1]
+    assert longest.count("█") == 10
 
 
 def test_show_and_report_by_the_verdicts_of_a_review(tmp_path, finished, files, byte_tokenizer):
@@ -40,7 +53,7 @@ def test_show_and_report_by_the_verdicts_of_a_review(tmp_path, finished, files, 
         assert json.loads(shown.stdout) == {key: value for key, value in expected.items() if key != "output"}
         assert expected["removed"] == 2
         reported = call("report", finished[0], *review, "--output", page)
-        assert reported.exit_code == 0 and "2 of 12 removed; 3 rows reviewed" in reported.output, reported.output
+        assert reported.exit_code == 0 and "2 of 12 rows removed: 3 rows reviewed" in reported.output, reported.output
 
 
 def test_show_names_the_verdicts_that_it_was_given(tmp_path, finished):
@@ -76,7 +89,7 @@ def test_fdr_is_offered_only_beside_a_review(finished, tmp_path):
 def test_report_writes_a_page(finished, files, tmp_path):
     page = tmp_path / "page.html"
     result = call("report", finished[0], "--output", page, "--fraction", 0.25, "--audit-column", "unsafe")
-    assert result.exit_code == 0 and "3 of 12 removed" in result.output, result.output
+    assert result.exit_code == 0 and "3 of 12 rows removed" in result.output, result.output
     data = json.loads(page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert [row["unsafe"] for row in data["rows"]] == [bool(i % 2) for i in range(12)]
     prompts = ["".join(text for text, _, _ in row["prompt"]) for row in data["rows"]]
