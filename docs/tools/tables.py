@@ -323,6 +323,24 @@ def page_sizes() -> str:
     return table(["samples", "seconds to write", "MB", "seconds to open"], lines)
 
 
+def review_rounds() -> str:
+    """Opening a review, and a round of ten verdicts, by the number of rows."""
+    lines = [
+        [
+            f"{row['rows']:,}",
+            *(
+                f"{row[name]:.2f}"
+                for name in ("seconds_to_open", "round_with_features", "seconds_of_a_round", "slowest_round")
+            ),
+        ]
+        for row in read("review_speed")
+    ]
+    return table(
+        ["rows", "seconds to open", "first round with an unsafe row", "a round (median of 20)", "slowest other round"],
+        lines,
+    )
+
+
 def gpu_speed() -> str:
     """Seconds and memory of one record on an H100."""
     lines = []
@@ -341,5 +359,5 @@ def gpu_speed() -> str:
 ALL: tuple[Callable[[], str], ...] = (
     measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls,
     arms_over_seeds, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs,
-    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, *few_tables.ALL,
+    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, review_rounds, *few_tables.ALL,
 )  # fmt: skip
