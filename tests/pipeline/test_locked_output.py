@@ -133,6 +133,19 @@ def test_a_run_that_fails_later_keeps_its_records(files, tmp_path, monkeypatch):
     assert contents(tmp_path / "out" / "_forgetfilter") == before
 
 
+def test_a_filter_does_not_complete_a_run(files, tmp_path, monkeypatch, caplog):
+    """It writes the same files, but its settings can be others than those of the run."""
+    options = [*run_options(files, tmp_path / "out"), "--fraction", 0.25]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "find_forgotten", fail)
+        assert call("run", *options).exit_code == 1
+    assert call("filter", tmp_path / "out", "--output", tmp_path / "out", "--fraction", 0.5).exit_code == 0
+    result = call("run", *options, "--resume")
+    assert result.exit_code == 0 and "Removed 3 of 12" in result.stdout and "nothing was trained" not in caplog.text
+    call("run", *options, "--resume")
+    assert "is complete, so nothing was trained" in caplog.text
+
+
 @pytest.mark.parametrize("stop", [fail, interrupt])
 def test_a_score_that_fails_before_its_first_record_leaves_nothing(stop, files, tmp_path, monkeypatch):
     options = ("--noisy", files["noisy"], "--before", files["model"], "--output", tmp_path / "trace")
