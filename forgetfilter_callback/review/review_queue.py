@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 from sklearn.linear_model import LogisticRegression
 
 from ..data.identical_rows import with_identical_rows
+from ..errors import DataError
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
+from ..utils.counted import counted
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
 from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, review_folder, trace_verdicts
@@ -59,6 +61,7 @@ class ReviewQueue:
         TypeError: if `trace` is something else.
         TraceError: if the trace does not hold the records that the measures need, or no hidden states (with a model whose
             output head cannot be read).
+        DataError: if no row has a finite forgetting value.
         DecisionError: if the verdicts in `folder` are about another trace.
         ValueError: if `random_fraction` is not between 0 and 1.
 
@@ -92,6 +95,11 @@ class ReviewQueue:
         self._read()
         self._drawn_from: dict[int, int] = {}
         forgetting = self.trace.forgetting()
+        if not np.isfinite(forgetting).any():
+            raise DataError(
+                f"There is no finite forgetting value among {counted(len(forgetting), 'sample')}, so the rows cannot be "
+                "ranked. The model may have diverged."
+            )
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)
 
     def next(self, count: int = 10, skipped: Collection[int] = ()) -> list[int]:

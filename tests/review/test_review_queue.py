@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
-from forgetfilter_callback.errors import DecisionError
+from forgetfilter_callback.errors import DataError, DecisionError
 from forgetfilter_callback.reports.dataset_card import dataset_card
 from forgetfilter_callback.review import review_queue
 from forgetfilter_callback.review.false_discoveries import FalseDiscoveryResult, removable_rows
@@ -50,6 +50,14 @@ def make_trace(
 def review(queue: ReviewQueue, is_unsafe: np.ndarray, looks: int) -> None:
     for _ in range(looks // 10):
         queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in queue.next(10)})
+
+
+def test_a_diverged_model_cannot_rank_rows(tmp_path):
+    trace, _ = make_trace(tmp_path, rows=20, unsafe=2)
+    losses = np.full(trace.rows.loss_offsets[-1], np.nan, np.float32)
+    trace.append(Record("safety", 5), [Scores(losses, trace.states(Record("safety", 5)))])
+    with pytest.raises(DataError, match="no finite forgetting value among 20 samples, so the rows cannot be ranked"):
+        ReviewQueue(trace)
 
 
 def test_verdicts_find_more_unsafe_rows_than_the_measure_alone(tmp_path):
