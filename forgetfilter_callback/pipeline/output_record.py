@@ -3,6 +3,8 @@
 The record is a JSON file in the folder. It maps the name of a file to its hash, so that a file that somebody has changed
 since is recognized. The hash is null from before a file is written until it is hashed, so that a crash does not leave files
 that nobody seems to have written. It stays null for the files in `model`, because hashing a large model takes minutes.
+
+The name `(complete)` is not a file. It says that a run has written all its outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ FILTER_OUTPUTS = (
     "filter_result/values.parquet",
 )
 MODEL_FOLDER, SESSIONS_FOLDER = "model", "sessions"
-COMPLETE = "(complete)"  # the name of no file: recorded when a run has ended
+COMPLETE = "(complete)"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ADVICE = "Choose another output folder, or move it."
 
@@ -116,14 +118,18 @@ def has_saved_model(output: Path) -> bool:
     return MODEL_FOLDER not in _read(output) and is_recorded(output, MODEL_FOLDER)
 
 
-def record_completion(output: Path) -> None:
-    """Record that a run has written all its outputs. Deleted by [`delete_recorded`]."""
-    _write(output, {**_read(output), COMPLETE: None})
+def record_completion(output: Path, is_complete: bool) -> None:
+    """Record whether a run has written all its outputs."""
+    record = _read(output)
+    record.pop(COMPLETE, None)
+    _write(output, {**record, COMPLETE: None} if is_complete else record)
 
 
 def is_complete(output: Path) -> bool:
-    """Whether a run has written all its outputs."""
-    return COMPLETE in _read(output)
+    """Whether a run has written all its outputs, and they are still there."""
+    record = _read(output)
+    model = [name for name in record if name.startswith(f"{MODEL_FOLDER}/")]
+    return COMPLETE in record and all((output / name).is_file() for name in (CONFIG_FILE, *FILTER_OUTPUTS, *model))
 
 
 def has_checkpoints(output: Path) -> bool:

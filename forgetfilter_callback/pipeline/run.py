@@ -206,17 +206,19 @@ def run(config: RunConfig) -> FilterResult:
             with recorded(output, [CONFIG_FILE]):
                 config.save(output / CONFIG_FILE)
         record_folder(output, SESSIONS_FOLDER)
+        record_completion(output, is_complete=False)
 
     for source in (config.noisy, config.safety):
         check_output_folder(source, output)
     with locked_output(
         output, output / TRACE_FOLDER, (CONFIG_FILE, RECORD_FILE), (f"{SESSIONS_FOLDER}/noisy", SESSIONS_FOLDER)
     ):
+        result = run_on_main(partial(_result_of_complete_run, config, inputs, output))
+        if result is not None:
+            return result
         run_on_main(prepare_output)
-        result = run_on_main(partial(_result_of_complete_run, config, output))
-        if result is None:
-            result = _run_sessions(config, inputs, output)
-            run_on_main(partial(record_completion, output))
+        result = _run_sessions(config, inputs, output)
+        run_on_main(partial(record_completion, output, is_complete=True))
         return result
 
 
@@ -225,11 +227,7 @@ def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> No
     is_resumed = config.resume and (output / CONFIG_FILE).exists()
     check_files_are_ours(output, FILTER_OUTPUTS if is_resumed else (*FILTER_OUTPUTS, CONFIG_FILE))
     check_folders_are_ours(output, config.refit or config.overwrite, replaces_sessions=config.overwrite)
-    earlier = Trace.open(output / TRACE_FOLDER) if Trace.exists(output / TRACE_FOLDER) else None
-    if earlier is not None and earlier.rows.fingerprint != inputs.noisy.fingerprint:
-        raise TraceError(
-            f"{output} contains a run on other rows, or with another tokenizer. Choose another output folder."
-        )
+    earlier = _earlier_trace(inputs, output)
     has_run = (earlier is not None and earlier.records()) or has_outputs(output)
     if has_run and not (config.resume or config.overwrite):
         raise TraceError(
@@ -245,12 +243,25 @@ def _check_earlier_run(config: RunConfig, inputs: RunInputs, output: Path) -> No
                 raise DataError(f"{source} belongs to the run that `overwrite` replaces. Choose another output folder.")
 
 
-def _result_of_complete_run(config: RunConfig, output: Path) -> FilterResult | None:
-    """The stored result of a run that is resumed although it is complete."""
-    if not (config.resume and is_complete(output) and has_outputs(output)):
+def _earlier_trace(inputs: RunInputs, output: Path) -> Trace | None:
+    """The trace of an earlier run in `output`."""
+    trace = Trace.open(output / TRACE_FOLDER) if Trace.exists(output / TRACE_FOLDER) else None
+    if trace is not None and trace.rows.fingerprint != inputs.noisy.fingerprint:
+        raise TraceError(
+            f"{output} contains a run on other rows, or with another tokenizer. Choose another output folder."
+        )
+    return trace
+
+
+def _result_of_complete_run(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult | None:
+    """The result that is stored in `output`, if a complete run is resumed. `forgetfilter filter` may have replaced it."""
+    trace = _earlier_trace(inputs, output) if config.resume and is_complete(output) else None
+    if trace is None:
         return None
-    logger.warning(f"The run in {output} is complete, so nothing was trained.")
-    return with_estimate(FilterResult.load(output / "filter_result"), Trace.open(output))
+    config.check_same_as(output / CONFIG_FILE)
+    logger.warning(f"The run in {output} is complete, so nothing was trained. This is its stored filter result.")
+    result = FilterResult.load(output / "filter_result")
+    return result if result.estimate is not None else with_estimate(result, trace)
 
 
 def _run_sessions(config: RunConfig, inputs: RunInputs, output: Path) -> FilterResult:

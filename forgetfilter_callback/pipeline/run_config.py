@@ -49,7 +49,8 @@ class RunConfig:
             layers.
         resume (`bool`, defaults to `False`):
             Whether to continue an interrupted run in `output` from its last checkpoints, with the same settings. The run
-            must save checkpoints, for example with `training={"save_strategy": "epoch"}`.
+            must save checkpoints, for example with `training={"save_strategy": "epoch"}`. A complete run is not trained
+            again: its stored result is returned.
         overwrite (`bool`, defaults to `False`):
             Whether to replace an earlier run on the same rows in `output`. Its outputs, model and checkpoints are deleted,
             and other files are kept. Its records are kept in the folder `superseded` of the trace.
@@ -110,7 +111,8 @@ class RunConfig:
         metadata={"help": "Any LoraConfig field. Repeatable.", "metavar": "FIELD=VALUE", "group": "Model"},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Continue the run in OUTPUT from its checkpoints.", "group": "Output"}
+        default=False,
+        metadata={"help": "Continue the run in OUTPUT, if it is not complete.", "group": "Output"},
     )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the earlier run on the same rows in OUTPUT first.", "group": "Output"}

@@ -18,6 +18,7 @@ from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.pipeline import cost_estimate as plan_module
 from forgetfilter_callback.pipeline.cost_estimate import Plan
 from forgetfilter_callback.pipeline.load_model import add_lora, load_model, lora_config
+from forgetfilter_callback.pipeline.output_record import is_complete
 from forgetfilter_callback.pipeline.run import training_arguments
 from forgetfilter_callback.trace.records import Record
 from forgetfilter_callback.utils.argument_checks import check_fields
@@ -230,12 +231,23 @@ def test_a_complete_run_is_not_trained_again(refit, files, tmp_path, monkeypatch
     flags = [*run_options(files, tmp_path / "out"), "--fraction", 0.25, *refit]
     first = call("run", *flags)
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    monkeypatch.setattr(Trainer, "train", None)
-    second = call("run", *flags, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", None)
+        second = call("run", *flags, "--resume")
     assert (
         second.exit_code == 0 and second.stdout.startswith("Removed 3 of 12") and first.stdout.endswith(second.stdout)
     )
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+    result = call("run", *flags, "--training", "learning_rate=0.5", "--resume")
+    assert result.exit_code == 2 and "these differ: training" in " ".join(result.output.split())
+    lost = tmp_path / "out" / ("model/adapter_model.safetensors" if refit else "removed.jsonl")
+    content = lost.read_bytes()
+    lost.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(ForgetFilter, "safety_finetune", None)
+        assert call("run", *flags, "--resume").exit_code == 1  # it trains again
+    lost.write_bytes(content)
+    assert not is_complete(tmp_path / "out")
 
 
 def test_a_run_keeps_its_rows_once(files, tmp_path, monkeypatch):
