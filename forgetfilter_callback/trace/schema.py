@@ -17,6 +17,7 @@ from ..data.encoded_rows import EncodedRows
 from ..data.token_buffers import TokenBuffers
 from ..errors import TraceError
 from ..utils.arrow_arrays import to_numpy
+from .trace_folder import find_trace_folder
 
 
 if TYPE_CHECKING:
@@ -109,8 +110,13 @@ def check_new_folder(folder: Path, rows: EncodedRows) -> None:
     """Check that a new trace of `rows` in `folder` would overwrite nothing.
 
     Raises:
-        TraceError: if `folder` contains a trace or files of another.
+        TraceError: if `folder` contains a trace or files of another, or if it is the output folder of a run with a trace.
     """
+    if find_trace_folder(folder) != folder:
+        raise TraceError(
+            f"{folder} is the output folder of a run, whose trace is in {find_trace_folder(folder)}. Pass that folder to "
+            "continue the trace, or choose another folder for a new one."
+        )
     if (folder / "manifest.json").is_file():
         raise TraceError(f"{folder} already contains a trace. Continue it, or choose another folder.")
     if any((folder / "records").glob("*.parquet")):

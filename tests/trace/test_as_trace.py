@@ -48,6 +48,16 @@ def test_the_output_folder_of_a_run_is_as_good_as_its_trace(trace, tmp_path):
         find_forgotten(tmp_path)
 
 
+def test_a_new_trace_does_not_hide_that_of_a_run(trace, rows, tmp_path):
+    """`Trace.open(folder)` would then read another trace than before."""
+    shutil.copytree(trace.folder, tmp_path / "out" / "_forgetfilter")
+    with pytest.raises(
+        TraceError, match=r"is the output folder of a run, whose trace is in .*_forgetfilter\. Pass that"
+    ):
+        Trace.create(tmp_path / "out", rows, "a model", None, None)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["_forgetfilter"]
+
+
 @pytest.mark.parametrize("wrong", [ForgetTracker(), None, np.zeros(7)], ids=lambda wrong: type(wrong).__name__)
 def test_anything_else_is_named(wrong, functions):
     message = f"`trace` must be a Trace or its folder, but it is {type(wrong).__name__}. The trace of a tracker is"
