@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.identical_rows import with_identical_rows
-from ..errors import DataError, DecisionError
+from ..errors import DataError
 from ..measures.names import DEFAULT_MEASURE
 from ..review.verdicts import trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -25,8 +24,6 @@ from .filter_by_values import filter_by_values
 from .result import FilterResult
 from .review_decision import Override, ReviewDecision
 
-
-logger = logging.getLogger(__name__)
 
 # Rows without a forgetting value are kept. If more than this fraction has none, the rows are not those of the trace.
 MAX_UNKNOWN_FRACTION = 0.01
@@ -124,16 +121,9 @@ def with_estimate(result: FilterResult, trace: Trace, reviewed: str | os.PathLik
     """Estimate the errors of a filter by the verdicts in the folder `reviewed` (see [`review_folder`]).
 
     Raises:
-        DecisionError: if the verdicts in `reviewed` cannot be read. Those in the trace's folder are left out, with a
-            warning.
+        DecisionError: if the verdicts in `reviewed` cannot be read.
     """
-    try:
-        verdicts = trace_verdicts(trace, reviewed)
-    except DecisionError as error:
-        if reviewed is not None:
-            raise
-        logger.warning(f"The errors of the filter are not estimated: {error}")
-        verdicts = []
+    verdicts = trace_verdicts(trace, reviewed)
     if not verdicts or result.weights is not None:
         return replace(result, estimate=None)
     from ..review.estimates import estimate_filter_errors  # imports scipy, which takes a second

@@ -94,8 +94,17 @@ def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) ->
 
 
 def trace_verdicts(trace: Trace, folder: str | os.PathLike[str] | None = None) -> list[Verdict]:
-    """Read the verdicts in the [`review_folder`]. See [`read_verdicts`]."""
-    return read_verdicts(review_folder(trace, folder) / VERDICTS_FILE, trace.rows.ids)
+    """Read the verdicts in the [`review_folder`]. See [`read_verdicts`].
+
+    Without `folder`, verdicts that cannot be read are left out with a warning: nobody has asked for them.
+    """
+    try:
+        return read_verdicts(review_folder(trace, folder) / VERDICTS_FILE, trace.rows.ids)
+    except DecisionError as error:
+        if folder is not None:
+            raise
+        _warn_once(f"The verdicts of the trace are left out. {error}")
+        return []
 
 
 def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:

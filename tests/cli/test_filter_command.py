@@ -251,6 +251,17 @@ def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
     assert reviewed.stderr == "" and "Next: finetune the base model" in reviewed.stdout, reviewed.output
 
 
+def test_verdicts_that_cannot_be_read_stop_only_a_filter_that_needs_them(finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    review = output / "_forgetfilter" / "review"
+    review.mkdir()
+    (review / "verdicts.jsonl").write_text("[1]\n")
+    filtered = ("filter", output, "--output", tmp_path / "filtered")
+    assert call(*filtered, "--fraction", 0.25).exit_code == call("show", output).exit_code == 0
+    refused(call(*filtered, "--reviewed", review), "line 1 holds no verdict")
+
+
 def test_recorded_rows_that_are_gone_from_the_file_are_named(finished, files, tmp_path, caplog):
     lines = files["noisy"].read_text().splitlines(keepends=True)
     fewer, shuffled = tmp_path / "fewer.jsonl", tmp_path / "shuffled.jsonl"

@@ -254,6 +254,6 @@ def test_verdicts_that_cannot_be_read_do_not_stop_a_filter_that_does_not_need_th
     (trace.folder / "review").mkdir()
     (trace.folder / "review" / "verdicts.jsonl").write_text("[1]\n")
     assert find_forgotten(trace, FilterConfig("loss")).estimate is None
-    assert "not estimated: " in caplog.text and "line 1 holds no verdict" in caplog.text
+    assert "verdicts of the trace are left out" in caplog.text and "line 1 holds no verdict" in caplog.text
     with pytest.raises(DecisionError, match="line 1 holds no verdict"):
         find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
