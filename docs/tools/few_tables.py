@@ -19,11 +19,21 @@ CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
     "toxicity-0-600-0": "`toxicity`, clean",
 }
+TENTH_SETS = {
+    "bias-0.1-600-0": "`bias`, 60 of 600",
+    "toxicity-0.1-600-0": "`toxicity`, 60 of 600",
+    "harmfulness-0.1-600-1": "`harmfulness`, 60 of 600",
+    "mixed-0.1-600-1": "`mixed`, 60 of 600",
+}
 LARGE_SETS = {
     "bias-0.01-2000-0": "`bias`, 20 of 2,000",
     "harmfulness-0.01-2000-1": "`harmfulness`, 20 of 2,000",
 }
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
+FINAL_HALF_SETS = {
+    "toxicity-0.5-200-0": "`toxicity`, seed 0, half unsafe",
+    "harmfulness-0.5-200-1": "`harmfulness`, seed 1, half unsafe",
+}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
     "smoothed": "`smoothed`",
@@ -66,6 +76,21 @@ def few_large_looks() -> str:
     return _looks(LARGE_SETS)
 
 
+def few_tenth_rankings() -> str:
+    """The same on final sets with 60 of 600 unsafe rows."""
+    return _rankings(TENTH_SETS)
+
+
+def few_tenth_looks() -> str:
+    """The same on final sets with 60 of 600 unsafe rows."""
+    return _looks(TENTH_SETS)
+
+
+def few_final_half_rankings() -> str:
+    """The same on final sets with 100 of 200 unsafe rows."""
+    return _rankings(FINAL_HALF_SETS)
+
+
 def _rankings(sets: dict[str, str]) -> str:
     lines = []
     for signal, title in FEW_SIGNALS.items():
@@ -92,7 +117,7 @@ def _looks(sets: dict[str, str]) -> str:
 def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
-    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS | LARGE_SETS).items():
+    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS | TENTH_SETS | LARGE_SETS).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
         )
@@ -102,7 +127,7 @@ def few_automatic() -> str:
 
 def few_redraws() -> str:
     """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
-    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | LARGE_SETS
+    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | FINAL_HALF_SETS | TENTH_SETS | LARGE_SETS
     lines = []
     for row in read("redraws"):
         if row["kind"] == "fdr":
@@ -159,6 +184,9 @@ ALL: tuple[Callable[[], str], ...] = (
     few_final_looks,
     few_large_rankings,
     few_large_looks,
+    few_tenth_rankings,
+    few_tenth_looks,
+    few_final_half_rankings,
     few_automatic,
     few_redraws,
     few_harm,
