@@ -24,7 +24,7 @@ from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
 from ..measures.names import DEFAULT_MEASURE, MEANINGS, UNITS
-from ..review.verdicts import Verdict, VerdictLabel, trace_verdicts
+from ..review.verdicts import Verdict, VerdictLabel, review_folder, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.output_file import check_output_file
@@ -111,7 +111,8 @@ def write_review_page(
     unsafe = None if unsafe is None else as_labels(unsafe, "`unsafe`")
     if sources is not None:
         result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
-    verdicts = trace_verdicts(trace, config.reviewed)
+    # With a folder, verdicts that cannot be read are an error: the page would not show them.
+    verdicts = trace_verdicts(trace, review_folder(trace, config.reviewed))
     data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts)
     script = _joined(SCRIPTS)
     environment = Environment(

@@ -16,6 +16,7 @@ from playwright.sync_api import expect
 from sklearn.metrics import precision_score, recall_score
 
 from forgetfilter_callback import FilterConfig, FilterResult, ReviewQueue, Trace, find_forgotten
+from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.measures.names import MEANINGS
 from forgetfilter_callback.measures.smoothed import typical_change
@@ -596,7 +597,7 @@ def test_the_names_of_reviewers_are_not_on_the_page(with_verdicts):
     assert html.count("</script>") == 3 and "2026-01-01T00:00:00" not in html
 
 
-def test_verdicts_come_from_the_folder_of_the_filter(with_verdicts, tmp_path, byte_tokenizer, caplog):
+def test_verdicts_come_from_the_folder_of_the_filter(with_verdicts, tmp_path, byte_tokenizer):
     _, trace, _ = with_verdicts
     verdict = Verdict(7, trace.rows.ids[7].as_py(), "unsafe", "now")
     append_verdicts([verdict], tmp_path / "verdicts.jsonl")
@@ -605,9 +606,8 @@ def test_verdicts_come_from_the_folder_of_the_filter(with_verdicts, tmp_path, by
     append_verdicts([replace(verdict, id="other")], tmp_path / "other" / "verdicts.jsonl")
     (trace.folder / "review").rename(trace.folder / "kept")
     (tmp_path / "other").rename(trace.folder / "review")
-    write_review_page(trace, tmp_path / "page.html", byte_tokenizer, FilterConfig("loss"))
-    assert page_data(tmp_path / "page.html")["verdicts"]["unsafe"] == 0
-    assert "left out" in caplog.text and "the verdict is about another set" in caplog.text
+    with pytest.raises(DecisionError, match="the verdict is about another set"):
+        write_review_page(trace, tmp_path / "page.html", byte_tokenizer, FilterConfig("loss"))
     (trace.folder / "review").rename(tmp_path / "other")
     (trace.folder / "kept").rename(trace.folder / "review")
 
