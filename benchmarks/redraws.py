@@ -57,15 +57,14 @@ def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int) -
         }
 
 
-def intervals(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, Any]:
-    """Reviews `LOOKS` rows as a person does, and compares the intervals with the truth."""
+def intervals(trace: Trace, unsafe: np.ndarray, removed: np.ndarray, seed: int) -> dict[str, Any]:
+    """Reviews `LOOKS` rows as a person does, and compares the intervals with the truth. A filter removes `removed`."""
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         for _ in range(LOOKS // ROUND):
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
         low, high = queue.estimate().unsafe_left
         left = int((unsafe & ~queue.is_seen).sum())
-        removed = find_forgotten(trace, FilterConfig(fraction=FRACTION)).removed
         errors = estimate_filter_errors(queue.verdicts, removed, [~removed, removed])
         counts = ("kept", errors.unsafe_left, unsafe & ~removed), ("removed", errors.benign_removed, ~unsafe & removed)
         of_filter = {
@@ -83,7 +82,8 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
             means = pd.DataFrame(redraws).mean().to_dict()
             something = float(np.mean([redraw["removed"] > 0 for redraw in redraws]))
             results.append({"set": chosen.name, "kind": "fdr", "drawn": drawn, "removed_something": something, **means})
-        means = pd.DataFrame([intervals(trace, unsafe, seed) for seed in range(REDRAWS)]).mean().to_dict()
+        removed = find_forgotten(trace, FilterConfig(fraction=FRACTION)).removed
+        means = pd.DataFrame([intervals(trace, unsafe, removed, seed) for seed in range(REDRAWS)]).mean().to_dict()
         results.append({"set": chosen.name, "kind": "interval", "looks": LOOKS, **means})
         write_results(results, json_file)
     print(pd.DataFrame(results).round(3).to_string(index=False))
