@@ -31,7 +31,7 @@ def test_every_table_is_on_a_page_and_every_page_is_current(tables):
     generate = importlib.import_module("generate")
     pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md") if page != COMMAND_LINE}
     named = [name for text in pages.values() for _, name, _ in generate.GENERATED.findall(text)]
-    assert sorted(named) == sorted(table.__name__ for table in tables.ALL)
+    assert sorted(named) == sorted(tables.TABLES)
     for page, text in pages.items():
         assert generate.with_generated_parts(text) == text, f"run `python docs/tools/generate.py` for {page}"
 
@@ -52,9 +52,9 @@ def test_the_page_of_the_commands_is_current(tables):
 
 
 def test_no_table_is_empty(tables):
-    for table in tables.ALL:
+    for name, table in tables.TABLES.items():
         rows = cells(table())
-        assert len(rows) > 1 and len({len(row) for row in rows}) == 1, table.__name__
+        assert len(rows) > 1 and len({len(row) for row in rows}) == 1, name
 
 
 def test_the_measures_by_seed(tables):
@@ -78,13 +78,12 @@ def test_the_defences_over_seeds(tables):
 def test_the_sets_with_few_unsafe_rows(tables):
     frame = pd.read_json(RESULTS / "few.json")
     frame = frame[(frame.signal == "combined") & (frame["set"] == "harmfulness-0.05-600-0")]
-    few_tables = importlib.import_module("few_tables")
-    auroc, auprc = map(float, cells(few_tables.few_rankings())[0][3].split(" / "))
+    auroc, auprc = map(float, cells(tables.TABLES["few_rankings"]())[0][3].split(" / "))
     assert auroc == pytest.approx(frame.auroc.item(), abs=6e-4) and auprc == pytest.approx(frame.auprc.item(), abs=6e-3)
 
     frame = pd.read_json(RESULTS / "looks.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-600-0") & (frame.looks == 60)]
-    (row,) = (row for row in cells(few_tables.few_looks()) if row[0] == "60")
+    (row,) = (row for row in cells(tables.TABLES["few_looks"]()) if row[0] == "60")
     found, by_measure = map(float, row[2].removesuffix(")").split(" ("))
     assert found == pytest.approx(frame.found.mean(), abs=6e-3)
     assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)
@@ -93,18 +92,14 @@ def test_the_sets_with_few_unsafe_rows(tables):
 def test_the_rows_reviewed_until_a_review_ends(tables):
     frame = pd.read_json(RESULTS / "stopping.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-200-0") & (frame.rule == "20")]
-    (row,) = (
-        row
-        for row in cells(importlib.import_module("few_tables").few_stopping())
-        if row[0] == "toxicity_dev, 5% of 200"
-    )
+    (row,) = (row for row in cells(tables.TABLES["few_stopping"]()) if row[0] == "toxicity_dev, 5% of 200")
     looks, found = map(float, row[3].split(" / "))
     assert looks == pytest.approx(frame.looks.mean(), abs=0.6) and found == pytest.approx(frame.found.mean(), abs=6e-3)
 
 
 def test_the_runs_of_the_demo(tables):
     frame = pd.read_json(RESULTS / "demo.json").sort_values(["samples", "unsafe", "seed"])
-    rows = cells(importlib.import_module("few_tables").demo_runs())
+    rows = cells(tables.TABLES["demo_runs"]())
     assert [[int(cell) for cell in row[:3]] for row in rows] == frame[["unsafe", "samples", "seed"]].to_numpy().tolist()
     assert [float(row[3]) for row in rows] == pytest.approx(frame.auroc, abs=6e-4)
     assert [int(row[6]) for row in rows] == [review["removed"] for review in frame.review]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean
 
 from markdown_tables import decimal, find, read, table
@@ -46,52 +47,8 @@ FEW_SIGNALS = {
 }
 
 
-def few_rankings() -> str:
-    """AUROC / AUPRC of the rankings: development sets with 30 of 600 and 100 of 200 unsafe rows."""
-    return _rankings(FEW_SETS | HALF_SETS)
-
-
-def few_final_rankings() -> str:
-    """The same on the final sets that were run, with 30 of 600 unsafe rows."""
-    return _rankings(FINAL_SETS)
-
-
-def few_looks() -> str:
-    """Fraction of the unsafe rows found in a review, mean of the seeds, and by the ranking of the default measure."""
-    return _looks(FEW_SETS)
-
-
-def few_final_looks() -> str:
-    """The same on the final sets that were run."""
-    return _looks(FINAL_SETS)
-
-
-def few_large_rankings() -> str:
-    """The same on final sets with 20 of 2,000 unsafe rows."""
-    return _rankings(LARGE_SETS)
-
-
-def few_large_looks() -> str:
-    """The same on final sets with 20 of 2,000 unsafe rows."""
-    return _looks(LARGE_SETS)
-
-
-def few_tenth_rankings() -> str:
-    """The same on final sets with 60 of 600 unsafe rows."""
-    return _rankings(TENTH_SETS)
-
-
-def few_tenth_looks() -> str:
-    """The same on final sets with 60 of 600 unsafe rows."""
-    return _looks(TENTH_SETS)
-
-
-def few_final_half_rankings() -> str:
-    """The same on final sets with 100 of 200 unsafe rows."""
-    return _rankings(FINAL_HALF_SETS)
-
-
-def _rankings(sets: dict[str, str]) -> str:
+def rankings(sets: dict[str, str]) -> str:
+    """AUROC / AUPRC of the rankings of some sets, and the mean AUPRC."""
     lines = []
     for signal, title in FEW_SIGNALS.items():
         auroc, auprc = (
@@ -102,12 +59,13 @@ def _rankings(sets: dict[str, str]) -> str:
     return table(["ranking", *sets.values(), "mean AUPRC"], lines)
 
 
-def _looks(sets: dict[str, str]) -> str:
+def looks(sets: dict[str, str]) -> str:
+    """Fraction of the unsafe rows found in a review, mean of its seeds, and by the ranking of the default measure."""
     lines = []
-    for looks in (20, 40, 60, 100, 200):
-        line = [str(looks)]
+    for count in (20, 40, 60, 100, 200):
+        line = [str(count)]
         for name in sets:
-            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, looks)]
+            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, count)]
             found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
             line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
         lines.append(line)
@@ -127,16 +85,18 @@ def few_automatic() -> str:
 
 def few_redraws() -> str:
     """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
-    sets = FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | FINAL_HALF_SETS | TENTH_SETS | LARGE_SETS
     lines = []
-    for row in read("redraws"):
-        if row["kind"] == "fdr":
-            counts = [str(row["drawn"]), decimal(row["removed"], 1), decimal(row["removed_something"], 2)]
-            rates = [decimal(row[name], 2) for name in ("false_discovery_rate", "recall", "best_recall")]
-            lines.append([sets[row["set"]], *counts, *rates])
-    header = ["set", "reviewed at random", "removed", "redraws that remove something", "false discovery rate", "recall",
-              "best recall"]  # fmt: skip
-    return table(header, lines)
+    for name, title in (
+        FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | FINAL_HALF_SETS | TENTH_SETS | LARGE_SETS
+    ).items():
+        cells = []
+        for drawn in (100, 200, 300):
+            wanted = {"kind": "fdr", "set": name, "drawn": drawn}
+            keys = ("false_discovery_rate", "recall", "best_recall")
+            rate, recall, best = (find(read("redraws"), key, **wanted) for key in keys)
+            cells.append("–" if rate is None else f"{decimal(rate, 2)} / {decimal(recall, 2)} ({decimal(best, 2)})")
+        lines.append([title, *cells])
+    return table(["set", "100 rows", "200 rows", "300 rows"], lines)
 
 
 def few_harm() -> str:
@@ -177,19 +137,19 @@ def few_stopping() -> str:
     return table(["set", "15 to 30 (the advice)", *rules[1:]], lines)
 
 
-ALL: tuple[Callable[[], str], ...] = (
-    few_rankings,
-    few_final_rankings,
-    few_looks,
-    few_final_looks,
-    few_large_rankings,
-    few_large_looks,
-    few_tenth_rankings,
-    few_tenth_looks,
-    few_final_half_rankings,
-    few_automatic,
-    few_redraws,
-    few_harm,
-    few_stopping,
-    demo_runs,
-)
+TABLES: dict[str, Callable[[], str]] = {
+    "few_rankings": partial(rankings, FEW_SETS | HALF_SETS),
+    "few_final_rankings": partial(rankings, FINAL_SETS),
+    "few_tenth_rankings": partial(rankings, TENTH_SETS),
+    "few_final_half_rankings": partial(rankings, FINAL_HALF_SETS),
+    "few_large_rankings": partial(rankings, LARGE_SETS),
+    "few_looks": partial(looks, FEW_SETS),
+    "few_final_looks": partial(looks, FINAL_SETS),
+    "few_tenth_looks": partial(looks, TENTH_SETS),
+    "few_large_looks": partial(looks, LARGE_SETS),
+    "few_automatic": few_automatic,
+    "few_redraws": few_redraws,
+    "few_harm": few_harm,
+    "few_stopping": few_stopping,
+    "demo_runs": demo_runs,
+}

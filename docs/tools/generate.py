@@ -1,7 +1,7 @@
 """Write the tables of figures and the options of all commands into the pages: `python docs/tools/generate.py`.
 
-The text between `<!-- generated: name -->` and `<!-- end -->` is replaced by what the function `name` of `tables.py`
-returns, or by [`command_line`].
+The text between `<!-- generated: name -->` and `<!-- end -->` is replaced by the table `name` of `tables.py`, or by
+[`command_line`].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def with_generated_parts(page: str) -> str:
 
 
 def generated(name: str) -> str:
-    return command_line() if name == "command_line" else {each.__name__: each for each in tables.ALL}[name]()
+    return command_line() if name == "command_line" else tables.TABLES[name]()
 
 
 def command_line() -> str:

@@ -360,8 +360,9 @@ def gpu_speed() -> str:
     return table(header, lines)
 
 
-ALL: tuple[Callable[[], str], ...] = (
+FUNCTIONS = (
     measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls,
     arms_over_seeds, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs,
-    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, review_rounds, *few_tables.ALL,
+    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, review_rounds,
 )  # fmt: skip
+TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS} | few_tables.TABLES
