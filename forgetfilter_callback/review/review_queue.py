@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..data.identical_rows import with_identical_rows
 from ..errors import DataError
+from ..measures.smoothed import random_subset
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
 from ..utils.counted import counted
@@ -28,6 +29,8 @@ from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, rev
 REGULARIZATION = 0.3
 # Weight of a row without a verdict, which counts as safe. A verdict has the weight 1.
 UNSEEN_WEIGHT = 0.1
+# The regression is fitted to the rows without a verdict among this many random rows. They get the weight of all of them.
+MAX_UNSEEN_ROWS = 10_000
 
 
 class ReviewQueue:
@@ -210,21 +213,26 @@ class ReviewQueue:
 
         Args:
             labels (`Mapping[int, str]`):
-                The verdicts to learn from. All other rows count as safe, with a small weight.
+                The verdicts to learn from. All other rows count as safe, with a small weight; at most 10,000 random ones
+                are used.
 
         Returns:
             `np.ndarray` of shape `(samples,)`, float64.
         """
-        unsafe = [row for row, label in labels.items() if label == "unsafe"]
-        if len(unsafe) in (0, len(self.trace.rows)):
+        rows = len(self.trace.rows)
+        has_label = np.zeros(rows, dtype=bool)
+        has_label[list(labels)] = True
+        sampled = random_subset(rows, MAX_UNSEEN_ROWS)
+        unseen = sampled[~has_label[sampled]]
+        is_unsafe = np.array([*(label == "unsafe" for label in labels.values()), *[False] * len(unseen)])
+        if is_unsafe.all() or not is_unsafe.any():
             return self._forgetting
-        is_unsafe = np.zeros(len(self.trace.rows), dtype=bool)
-        is_unsafe[unsafe] = True
-        weights = np.full(len(is_unsafe), UNSEEN_WEIGHT)
-        weights[list(labels)] = 1.0
+        unseen_weight = UNSEEN_WEIGHT * (rows - len(labels)) / max(len(unseen), 1)
+        weights = np.repeat([1.0, unseen_weight], [len(labels), len(unseen)])
         # Unsafe rows are few. Together they weigh at least as much as all others, so that a single one changes the ranking.
-        weights[is_unsafe] *= max(weights[~is_unsafe].sum() / len(unsafe), 1)
-        model = LogisticRegression(C=REGULARIZATION).fit(self._features, is_unsafe, weights)
+        weights[is_unsafe] = max(weights[~is_unsafe].sum() / is_unsafe.sum(), 1)
+        features = self._features[[*labels, *unseen]]
+        model = LogisticRegression(C=REGULARIZATION).fit(features, is_unsafe, weights)
         scores: np.ndarray = model.decision_function(self._features)
         return scores
 

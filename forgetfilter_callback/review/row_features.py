@@ -16,7 +16,9 @@ from ..trace.trace import Trace
 
 
 # Principal components of the hidden states that become features.
-COMPONENTS = 30
+COMPONENTS = 100
+# Variance of all components together, relative to that of all ranks together.
+COMPONENTS_VARIANCE = 4.0
 # The components are fitted to at most this many random rows. The states of this many rows are in memory at a time.
 COMPONENTS_MAX_ROWS = 10_000
 # Fraction of a row's tokens that the feature "largest rises" averages.
@@ -34,14 +36,15 @@ def row_features(trace: Trace) -> np.ndarray:
     forgetting.
 
     The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1. If there
-    are more than 10,000 rows, they are fitted to 10,000 random ones.
+    are more than 10,000 rows, they are fitted to 10,000 random ones. All components together have four times the variance
+    of all ranks together.
 
     Args:
         trace ([`Trace`]):
             A trace with records of the safety session.
 
     Returns:
-        `np.ndarray` of shape `(samples, features)`, float64. Each feature has mean 0; ranks come first. A row without a
+        `np.ndarray` of shape `(samples, features)`, float32. Each feature has mean 0; ranks come first. A row without a
         value gets the middle rank.
 
     Raises:
@@ -62,7 +65,9 @@ def row_features(trace: Trace) -> np.ndarray:
     ]
     if trace.base_record is not None:
         values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
-    return np.column_stack([*map(_normal_scores, values), _state_components(states, len(trace.rows))])
+    components = _state_components(states, len(trace.rows))
+    components *= math.sqrt(COMPONENTS_VARIANCE * len(values) / max(components.var(axis=0).sum(), 1e-9))
+    return np.column_stack([*map(_normal_scores, values), components])
 
 
 def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -70,15 +75,15 @@ def _largest_rises(offsets: np.ndarray, before: np.ndarray, after: np.ndarray) -
 
 
 def _normal_scores(values: np.ndarray) -> np.ndarray:
-    """Ranks as quantiles of a normal distribution; 0 for values that are not finite."""
-    scores = np.zeros(len(values))
+    """Ranks as quantiles of a normal distribution, float32; 0 for values that are not finite."""
+    scores = np.zeros(len(values), np.float32)
     known = np.isfinite(values)
     scores[known] = norm.ppf((rankdata(values[known]) - 0.5) / known.sum())
     return scores
 
 
 def _state_components(states: Sliceable, rows: int) -> np.ndarray:
-    """Principal components of the states, divided by the standard deviation of the first one."""
+    """Principal components of the centered states, scaled to length 1: shape `(rows, components)`, float32."""
     chunks = [slice(start, start + COMPONENTS_MAX_ROWS) for start in range(0, rows, COMPONENTS_MAX_ROWS)]
     sums = [_finite(states[chunk]).sum(axis=0, dtype=np.float64) for chunk in chunks]
     center = (np.sum(sums, axis=0) / rows).astype(np.float32)
@@ -91,8 +96,10 @@ def _state_components(states: Sliceable, rows: int) -> np.ndarray:
     fitted = directions(np.concatenate([states[chunk][is_fitted[chunk]] for chunk in chunks]))
     pca = PCA(min(COMPONENTS, *fitted.shape), random_state=0).fit(fitted)
     del fitted
-    components = np.concatenate([pca.transform(directions(states[chunk])) for chunk in chunks])
-    return components / max(components[:, 0].std(), 1e-9)
+    components = np.empty((rows, pca.n_components_), np.float32)
+    for chunk in chunks:
+        components[chunk] = pca.transform(directions(states[chunk]))
+    return components
 
 
 def _finite(states: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DataError, DecisionError
@@ -305,6 +307,32 @@ def test_the_scores_do_not_learn_from_the_rows_that_calibrate_them(tmp_path, mon
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
     expected = {row: label for row, label in queue.labels.items() if not (row in drawn and label == "safe")}
     assert learned == [expected] and calibrating == 60 - len(expected) > 0
+
+
+def test_a_sample_of_the_rows_without_a_verdict_weighs_as_much_as_all_of_them(tmp_path, monkeypatch):
+    """The ranking of 300 rows is hardly worse if the regression sees 60 of those without a verdict."""
+    trace, is_unsafe = make_trace(tmp_path)
+    queue = ReviewQueue(trace)
+    review(queue, is_unsafe, 60)
+    unseen = ~queue.is_seen
+    precision = average_precision_score(is_unsafe[unseen], queue.scores[unseen])
+
+    fits: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Recorded(LogisticRegression):
+        def fit(self, X, y, sample_weight=None):
+            fits.append((y, sample_weight))
+            return super().fit(X, y, sample_weight)
+
+    monkeypatch.setattr(review_queue, "LogisticRegression", Recorded)
+    monkeypatch.setattr(review_queue, "MAX_UNSEEN_ROWS", 75)
+    scores = queue.fit_scores(queue.labels)
+    ((learned, weights),) = fits
+    found = sum(label == "unsafe" for label in queue.labels.values())
+    assert 40 < len(learned) - 60 < 75 and learned.sum() == found
+    assert weights[60:].sum() == pytest.approx(0.1 * unseen.sum())
+    assert weights[learned].sum() == pytest.approx(weights[~learned].sum())
+    assert average_precision_score(is_unsafe[unseen], scores[unseen]) > precision - 0.1
 
 
 def test_the_removed_rows_equal_those_of_a_loop(tmp_path):

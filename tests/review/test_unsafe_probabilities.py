@@ -40,7 +40,7 @@ def log_loss(is_unsafe: np.ndarray, probabilities: np.ndarray) -> float:
 def test_likely_rows_are_more_likely_unsafe(tmp_path):
     """With a third of the rows unsafe there are enough of them to count how often a probability comes true."""
     probabilities, outcomes = [], []
-    for seed in range(10):
+    for seed in range(30):
         trace, is_unsafe = make_trace(tmp_path / str(seed), unsafe=100, seed=seed)
         queue = ReviewQueue(trace, seed=seed, random_fraction=0.2)
         review(queue, is_unsafe, 60)
