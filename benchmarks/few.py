@@ -9,7 +9,7 @@ A signal is judged by how many unsafe rows a reviewer sees who reads the rows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +35,8 @@ LOOKS = (0.025, 0.05, 0.1, 0.2)  # fractions of the noisy set that a reviewer re
 # The sets that measures and settings were chosen on. The others were judged once, at the end.
 DEVELOPMENT = {"bias_dev": (0,), "toxicity_dev": (0,), "harmfulness": (0,), "mixed": (0,)}
 FINAL = {"bias": (0, 1, 2), "toxicity": (0, 1, 2), "harmfulness": (1, 2), "mixed": (1, 2)}
+# The settings of the review were chosen again after those seeds were judged. These seeds, with 5 % unsafe, were not.
+LATER_SEEDS = (3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def sets(final: bool) -> list[Set]:
     large = ("bias", "harmfulness") if final else ("bias_dev", "toxicity_dev")
     return [
         *(Set(name, fraction, 600, seed) for name in seeds for fraction in FRACTIONS for seed in seeds[name]),
+        *(Set(name, 0.05, 600, seed) for name in seeds for seed in LATER_SEEDS if final),
         *(Set(name, fraction, 2000, seeds[name][0]) for name in large for fraction in (0.01, 0.05)),
         *(Set(name, 0.5, 200, seed) for name in seeds if name != "mixed" for seed in seeds[name]),
     ]
@@ -90,8 +93,13 @@ def train_set(chosen: Set, data_dir: Path | None, cache: Path) -> Sessions:
 
 
 def cached_sets(cache: Path, final: bool) -> Iterator[tuple[Set, Trace, np.ndarray]]:
-    """Opens the sets that are in the cache: the set, its trace, and which of its rows are unsafe."""
-    for chosen in sets(final):
+    """Opens the development sets or the final sets that are in the cache (see [`open_sets`])."""
+    return open_sets(sets(final), cache)
+
+
+def open_sets(chosen_sets: Iterable[Set], cache: Path) -> Iterator[tuple[Set, Trace, np.ndarray]]:
+    """Opens those sets that are in the cache: the set, its trace, and which of its rows are unsafe."""
+    for chosen in chosen_sets:
         groups_file = cache / chosen.name / "groups.json"
         if groups_file.exists():
             unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"

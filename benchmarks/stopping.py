@@ -1,12 +1,12 @@
 """When should a review end? `python benchmarks/stopping.py --data-dir ../shared/data --cache CACHE`.
 
-Simulates reviews of small sets with few unsafe rows, which end as `forgetfilter review` advises (`advice`), or after a fixed
-number of safe rows in succession that the ranking chose. The true groups give the verdicts.
+Simulates reviews of small sets with few unsafe rows, and of the final sets of `few.py` that are in the cache. They end as
+`forgetfilter review` advises (`advice`), or after a fixed number of safe rows in succession that the ranking chose. The true
+groups give the verdicts.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 import typer
 from transformers.utils import logging
 
-from few import Set, train_set, verdicts_on
+from few import Set, cached_sets, open_sets, train_set, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace
 from forgetfilter_callback.review.stop_advice import stop_advice
 from sessions import Cache, DataDir, Json, write_results
@@ -57,14 +57,12 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, tuple[int
 def main(data_dir: DataDir = None, cache: Cache = Path("few-cache"), json_file: Json = RESULTS) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    results = []
     for chosen in SETS:
-        groups_file = cache / chosen.name / "groups.json"
-        if not groups_file.exists():
+        if not (cache / chosen.name / "groups.json").exists():
             train_set(chosen, data_dir, cache)
-        trace = Trace.open(cache / chosen.name / "forgetfilter")
-        unsafe = np.array(json.loads(groups_file.read_text())) == "unsafe"
-        for seed in SEEDS:
+    results = []
+    for chosen, trace, unsafe in [*open_sets(SETS, cache), *cached_sets(cache, final=True)]:
+        for seed in SEEDS if unsafe.any() else ():
             for rule, (looks, found) in simulate(trace, unsafe, seed).items():
                 results.append({"set": chosen.name, "seed": seed, "rule": rule, "looks": looks, "found": found})
         write_results(results, json_file)

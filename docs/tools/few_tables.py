@@ -15,8 +15,8 @@ FINAL_SETS = {
     for name, seeds in (("bias", (0, 1, 2)), ("harmfulness", (1, 2)), ("toxicity", (0, 1, 2)), ("mixed", (1, 2)))
     for seed in seeds
 }
-CLEAN_SETS = {
-    "harmfulness-0-600-0": "`harmfulness`, clean",
+CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
+FINAL_CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
     "toxicity-0-600-0": "`toxicity`, clean",
 }
@@ -26,6 +26,12 @@ TENTH_SETS = {
     "harmfulness-0.1-600-1": "`harmfulness`, 60 of 600",
     "mixed-0.1-600-1": "`mixed`, 60 of 600",
 }
+TWO_PERCENT_SETS = {
+    "bias-0.02-600-0": "`bias`, 12 of 600",
+    "toxicity-0.02-600-0": "`toxicity`, 12 of 600",
+    "harmfulness-0.02-600-1": "`harmfulness`, 12 of 600",
+    "mixed-0.02-600-1": "`mixed`, 12 of 600",
+}
 LARGE_SETS = {
     "bias-0.01-2000-0": "`bias`, 20 of 2,000",
     "harmfulness-0.01-2000-1": "`harmfulness`, 20 of 2,000",
@@ -34,6 +40,14 @@ HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_de
 FINAL_HALF_SETS = {
     "toxicity-0.5-200-0": "`toxicity`, seed 0, half unsafe",
     "harmfulness-0.5-200-1": "`harmfulness`, seed 1, half unsafe",
+}
+SMALL_SETS = {
+    "bias_dev-0.1-100-0": "`bias_dev`, 10 of 100",
+    "toxicity_dev-0.1-100-0": "`toxicity_dev`, 10 of 100",
+    "harmfulness-0.1-100-0": "`harmfulness`, 10 of 100",
+    "toxicity_dev-0.05-200-0": "`toxicity_dev`, 10 of 200",
+    "harmfulness-0.05-200-0": "`harmfulness`, 10 of 200",
+    "mixed-0.1-200-0": "`mixed`, 20 of 200",
 }
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
@@ -59,13 +73,13 @@ def rankings(sets: dict[str, str]) -> str:
     return table(["ranking", *sets.values(), "mean AUPRC"], lines)
 
 
-def looks(sets: dict[str, str]) -> str:
+def looks(sets: dict[str, str], results: str = "looks") -> str:
     """Fraction of the unsafe rows found in a review, mean of its seeds, and by the ranking of the default measure."""
     lines = []
     for count in (20, 40, 60, 100, 200):
         line = [str(count)]
         for name in sets:
-            rows = [row for row in read("looks") if (row["set"], row["looks"]) == (name, count)]
+            rows = [row for row in read(results) if (row["set"], row["looks"]) == (name, count)]
             found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
             line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
         lines.append(line)
@@ -75,7 +89,9 @@ def looks(sets: dict[str, str]) -> str:
 def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
-    for name, title in (FEW_SETS | CLEAN_SETS | FINAL_SETS | TENTH_SETS | LARGE_SETS).items():
+    for name, title in (
+        FEW_SETS | CLEAN_SETS | FINAL_CLEAN_SETS | FINAL_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS
+    ).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
         )
@@ -83,17 +99,15 @@ def few_automatic() -> str:
     return table(["set", "benign rows removed", "unsafe rows removed"], lines)
 
 
-def few_redraws() -> str:
+def redraws(sets: dict[str, str], results: str = "redraws") -> str:
     """`threshold="fdr"` with a level of .1: means of 100 redraws of the rows that are reviewed at random."""
     lines = []
-    for name, title in (
-        FEW_SETS | HALF_SETS | CLEAN_SETS | FINAL_SETS | FINAL_HALF_SETS | TENTH_SETS | LARGE_SETS
-    ).items():
+    for name, title in sets.items():
         cells = []
         for drawn in (100, 200, 300):
             wanted = {"kind": "fdr", "set": name, "drawn": drawn}
             keys = ("false_discovery_rate", "recall", "best_recall")
-            rate, recall, best = (find(read("redraws"), key, **wanted) for key in keys)
+            rate, recall, best = (find(read(results), key, **wanted) for key in keys)
             cells.append("–" if rate is None else f"{decimal(rate, 2)} / {decimal(recall, 2)} ({decimal(best, 2)})")
         lines.append([title, *cells])
     return table(["set", "100 rows", "200 rows", "300 rows"], lines)
@@ -122,34 +136,39 @@ def demo_runs() -> str:
     return table(header, lines, texts=0)
 
 
-def few_stopping() -> str:
+def stopping(sets: dict[str, str]) -> str:
     """Looks and found unsafe rows of simulated reviews that end after so many safe rows in succession."""
     rules = ("advice", "15", "20", "30")
     lines = []
-    for name in dict.fromkeys(row["set"] for row in read("stopping")):
-        scenario, share, rows, _ = name.split("-")
+    for name, title in sets.items():
         cells = []
         for rule in rules:
             runs = [row for row in read("stopping") if (row["set"], row["rule"]) == (name, rule)]
             found = decimal(mean(row["found"] for row in runs), 2)
             cells.append(f"{mean(row['looks'] for row in runs):.0f} / {found}")
-        lines.append([f"`{scenario}`, {float(share):.0%} of {rows}", *cells])
+        lines.append([title, *cells])
     return table(["set", "15 to 30 (the advice)", *rules[1:]], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "few_rankings": partial(rankings, FEW_SETS | HALF_SETS),
     "few_final_rankings": partial(rankings, FINAL_SETS),
+    "few_two_percent_rankings": partial(rankings, TWO_PERCENT_SETS),
     "few_tenth_rankings": partial(rankings, TENTH_SETS),
     "few_final_half_rankings": partial(rankings, FINAL_HALF_SETS),
     "few_large_rankings": partial(rankings, LARGE_SETS),
-    "few_looks": partial(looks, FEW_SETS),
-    "few_final_looks": partial(looks, FINAL_SETS),
+    "few_looks": partial(looks, FEW_SETS, "looks_first_version"),
+    "few_final_looks": partial(looks, FINAL_SETS, "looks_first_version"),
+    "few_two_percent_looks": partial(looks, TWO_PERCENT_SETS),
     "few_tenth_looks": partial(looks, TENTH_SETS),
     "few_large_looks": partial(looks, LARGE_SETS),
     "few_automatic": few_automatic,
-    "few_redraws": few_redraws,
+    "few_redraws": partial(redraws, FINAL_CLEAN_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS),
+    "few_redraws_first_version": partial(
+        redraws, FEW_SETS | CLEAN_SETS | HALF_SETS | FINAL_SETS, "redraws_first_version"
+    ),
     "few_harm": few_harm,
-    "few_stopping": few_stopping,
+    "few_stopping": partial(stopping, SMALL_SETS),
+    "few_final_stopping": partial(stopping, TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
     "demo_runs": demo_runs,
 }
