@@ -213,8 +213,8 @@ class ReviewQueue:
 
         Args:
             labels (`Mapping[int, str]`):
-                The verdicts to learn from. All other rows count as safe, with a small weight; at most 10,000 random ones
-                are used.
+                The verdicts to learn from. Of the other rows, those among 10,000 random rows count as safe. Together they
+                weigh a tenth of a verdict for each row without a verdict.
 
         Returns:
             `np.ndarray` of shape `(samples,)`, float64.
@@ -231,9 +231,9 @@ class ReviewQueue:
         weights = np.repeat([1.0, unseen_weight], [len(labels), len(unseen)])
         # Unsafe rows are few. Together they weigh at least as much as all others, so that a single one changes the ranking.
         weights[is_unsafe] = max(weights[~is_unsafe].sum() / is_unsafe.sum(), 1)
-        features = self._features[[*labels, *unseen]]
+        features = self._features[np.concatenate([[*labels], unseen]).astype(int)]
         model = LogisticRegression(C=REGULARIZATION).fit(features, is_unsafe, weights)
-        scores: np.ndarray = model.decision_function(self._features)
+        scores: np.ndarray = model.decision_function(self._features).astype(np.float64)
         return scores
 
     def estimate(self, removed: Sequence[int] | np.ndarray | None = None) -> ReviewEstimate:

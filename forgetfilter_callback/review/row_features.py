@@ -17,7 +17,7 @@ from ..trace.trace import Trace
 
 # Principal components of the hidden states that become features.
 COMPONENTS = 100
-# Variance of all components together, relative to that of all ranks together.
+# Variance of all components together, relative to that of all ranks together (1 each, without ties).
 COMPONENTS_VARIANCE = 4.0
 # The components are fitted to at most this many random rows. The states of this many rows are in memory at a time.
 COMPONENTS_MAX_ROWS = 10_000
@@ -36,8 +36,8 @@ def row_features(trace: Trace) -> np.ndarray:
     forgetting.
 
     The components are those of the centered hidden states of the model after noisy finetuning, scaled to length 1. If there
-    are more than 10,000 rows, they are fitted to 10,000 random ones. All components together have four times the variance
-    of all ranks together.
+    are more than 10,000 rows, they are fitted to 10,000 random ones. Together they have four times the variance of all
+    ranks together, if there are no ties.
 
     Args:
         trace ([`Trace`]):
@@ -65,8 +65,7 @@ def row_features(trace: Trace) -> np.ndarray:
     ]
     if trace.base_record is not None:
         values += [trace.forgetting("relative"), trace.mean_losses(trace.base_record)]
-    components = _state_components(states, len(trace.rows))
-    components *= math.sqrt(COMPONENTS_VARIANCE * len(values) / max(components.var(axis=0).sum(), 1e-9))
+    components = _state_components(states, len(trace.rows), COMPONENTS_VARIANCE * len(values))
     return np.column_stack([*map(_normal_scores, values), components])
 
 
@@ -82,8 +81,11 @@ def _normal_scores(values: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _state_components(states: Sliceable, rows: int) -> np.ndarray:
-    """Principal components of the centered states, scaled to length 1: shape `(rows, components)`, float32."""
+def _state_components(states: Sliceable, rows: int, variance: float) -> np.ndarray:
+    """Principal components of the centered states, which are scaled to length 1: shape `(rows, components)`, float32.
+
+    Together, the components of the rows that they are fitted to have the given variance.
+    """
     chunks = [slice(start, start + COMPONENTS_MAX_ROWS) for start in range(0, rows, COMPONENTS_MAX_ROWS)]
     sums = [_finite(states[chunk]).sum(axis=0, dtype=np.float64) for chunk in chunks]
     center = (np.sum(sums, axis=0) / rows).astype(np.float32)
@@ -96,9 +98,10 @@ def _state_components(states: Sliceable, rows: int) -> np.ndarray:
     fitted = directions(np.concatenate([states[chunk][is_fitted[chunk]] for chunk in chunks]))
     pca = PCA(min(COMPONENTS, *fitted.shape), random_state=0).fit(fitted)
     del fitted
+    scale = math.sqrt(variance / max(pca.explained_variance_.sum(), 1e-9))
     components = np.empty((rows, pca.n_components_), np.float32)
     for chunk in chunks:
-        components[chunk] = pca.transform(directions(states[chunk]))
+        components[chunk] = scale * pca.transform(directions(states[chunk]))
     return components
 
 

@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DataError, DecisionError
+from forgetfilter_callback.measures.smoothed import random_subset
 from forgetfilter_callback.reports.dataset_card import dataset_card
 from forgetfilter_callback.review import review_queue
 from forgetfilter_callback.review.false_discoveries import FalseDiscoveryResult, removable_rows
@@ -68,7 +69,9 @@ def test_verdicts_find_more_unsafe_rows_than_the_measure_alone(tmp_path):
         trace, is_unsafe = make_trace(tmp_path / str(seed), seed=seed)
         queue = ReviewQueue(trace)
         by_measure = is_unsafe[queue.ranking[:60]].sum()
+        assert queue.scores.dtype == np.float64
         review(queue, is_unsafe, 60)
+        assert queue.scores.dtype == np.float64
         gains.append(is_unsafe[queue.is_seen].sum() - by_measure)
         assert sorted(queue.ranking) == list(range(ROWS))
     assert np.mean(gains) >= 5, gains
@@ -317,19 +320,21 @@ def test_a_sample_of_the_rows_without_a_verdict_weighs_as_much_as_all_of_them(tm
     unseen = ~queue.is_seen
     precision = average_precision_score(is_unsafe[unseen], queue.scores[unseen])
 
-    fits: list[tuple[np.ndarray, np.ndarray]] = []
+    fits: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     class Recorded(LogisticRegression):
         def fit(self, X, y, sample_weight=None):
-            fits.append((y, sample_weight))
+            fits.append((X, y, sample_weight))
             return super().fit(X, y, sample_weight)
 
     monkeypatch.setattr(review_queue, "LogisticRegression", Recorded)
     monkeypatch.setattr(review_queue, "MAX_UNSEEN_ROWS", 75)
     scores = queue.fit_scores(queue.labels)
-    ((learned, weights),) = fits
-    found = sum(label == "unsafe" for label in queue.labels.values())
-    assert 40 < len(learned) - 60 < 75 and learned.sum() == found
+    ((features, learned, weights),) = fits
+    found = [label == "unsafe" for label in queue.labels.values()]
+    sampled = [row for row in random_subset(ROWS, 75) if unseen[row]]
+    np.testing.assert_array_equal(features, queue._features[[*queue.labels, *sampled]])
+    np.testing.assert_array_equal(learned, [*found, *[False] * len(sampled)])
     assert weights[60:].sum() == pytest.approx(0.1 * unseen.sum())
     assert weights[learned].sum() == pytest.approx(weights[~learned].sum())
     assert average_precision_score(is_unsafe[unseen], scores[unseen]) > precision - 0.1
