@@ -1,6 +1,6 @@
 """When should a review end? `python benchmarks/stopping.py --data-dir ../shared/data --cache CACHE`.
 
-Simulates reviews of small sets with few unsafe rows, and of the final sets of `few.py` that are in the cache. They end as
+Simulates reviews of small sets, and of the final sets of `few.py` in the cache, all with few unsafe rows. They end as
 `forgetfilter review` advises (`advice`), or after a fixed number of safe rows in succession that the ranking chose. The true
 groups give the verdicts.
 """
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from few import Set, cached_sets, open_sets, train_set, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace
 from forgetfilter_callback.review.stop_advice import stop_advice
-from sessions import Cache, DataDir, Json, write_results
+from sessions import Cache, DataDir, Json, earlier_results, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "stopping.json"
@@ -60,9 +60,12 @@ def main(data_dir: DataDir = None, cache: Cache = Path("few-cache"), json_file: 
     for chosen in SETS:
         if not (cache / chosen.name / "groups.json").exists():
             train_set(chosen, data_dir, cache)
-    results = []
+    results = earlier_results(json_file)
     for chosen, trace, unsafe in [*open_sets(SETS, cache), *cached_sets(cache, final=True)]:
-        for seed in SEEDS if unsafe.any() else ():
+        if chosen.is_half_unsafe or not unsafe.any():
+            continue
+        results = [row for row in results if row["set"] != chosen.name]
+        for seed in SEEDS:
             for rule, (looks, found) in simulate(trace, unsafe, seed).items():
                 results.append({"set": chosen.name, "seed": seed, "rule": rule, "looks": looks, "found": found})
         write_results(results, json_file)

@@ -26,6 +26,11 @@ TENTH_SETS = {
     "harmfulness-0.1-600-1": "`harmfulness`, 60 of 600",
     "mixed-0.1-600-1": "`mixed`, 60 of 600",
 }
+LATER_SETS = {
+    f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
+    for name, seeds in (("harmfulness", (3, 4)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
+    for seed in seeds
+}
 TWO_PERCENT_SETS = {
     "bias-0.02-600-0": "`bias`, 12 of 600",
     "toxicity-0.02-600-0": "`toxicity`, 12 of 600",
@@ -90,7 +95,7 @@ def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
     for name, title in (
-        FEW_SETS | CLEAN_SETS | FINAL_CLEAN_SETS | FINAL_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS
+        FEW_SETS | CLEAN_SETS | FINAL_CLEAN_SETS | FINAL_SETS | LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS
     ).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
@@ -107,8 +112,11 @@ def redraws(sets: dict[str, str], results: str = "redraws") -> str:
         for drawn in (100, 200, 300):
             wanted = {"kind": "fdr", "set": name, "drawn": drawn}
             keys = ("false_discovery_rate", "recall", "best_recall")
-            rate, recall, best = (find(read(results), key, **wanted) for key in keys)
-            cells.append("–" if rate is None else f"{decimal(rate, 2)} / {decimal(recall, 2)} ({decimal(best, 2)})")
+            if drawn >= int(name.split("-")[-2]):  # the set has no other rows
+                cells.append("–")
+                continue
+            rate, recall, best = (decimal(find(read(results), key, **wanted), 2) for key in keys)
+            cells.append(f"{rate} / {recall} ({best})")
         lines.append([title, *cells])
     return table(["set", "100 rows", "200 rows", "300 rows"], lines)
 
@@ -153,22 +161,28 @@ def stopping(sets: dict[str, str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "few_rankings": partial(rankings, FEW_SETS | HALF_SETS),
     "few_final_rankings": partial(rankings, FINAL_SETS),
+    "few_later_rankings": partial(rankings, LATER_SETS),
     "few_two_percent_rankings": partial(rankings, TWO_PERCENT_SETS),
     "few_tenth_rankings": partial(rankings, TENTH_SETS),
     "few_final_half_rankings": partial(rankings, FINAL_HALF_SETS),
     "few_large_rankings": partial(rankings, LARGE_SETS),
     "few_looks": partial(looks, FEW_SETS, "looks_first_version"),
     "few_final_looks": partial(looks, FINAL_SETS, "looks_first_version"),
+    "few_later_looks": partial(looks, LATER_SETS),
+    "few_later_looks_first_version": partial(looks, LATER_SETS, "looks_first_version"),
     "few_two_percent_looks": partial(looks, TWO_PERCENT_SETS),
+    "few_two_percent_looks_first_version": partial(looks, TWO_PERCENT_SETS, "looks_first_version"),
     "few_tenth_looks": partial(looks, TENTH_SETS),
     "few_large_looks": partial(looks, LARGE_SETS),
     "few_automatic": few_automatic,
-    "few_redraws": partial(redraws, FINAL_CLEAN_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS),
+    "few_redraws": partial(
+        redraws, FINAL_CLEAN_SETS | LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS
+    ),
     "few_redraws_first_version": partial(
         redraws, FEW_SETS | CLEAN_SETS | HALF_SETS | FINAL_SETS, "redraws_first_version"
     ),
     "few_harm": few_harm,
     "few_stopping": partial(stopping, SMALL_SETS),
-    "few_final_stopping": partial(stopping, TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
+    "few_final_stopping": partial(stopping, LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
     "demo_runs": demo_runs,
 }
