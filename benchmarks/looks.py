@@ -61,6 +61,8 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
     if results:
         frame = pd.DataFrame(results)
         print(frame.pivot_table(index="set", columns="looks", values="found").round(2).to_string())
+        frame["mean of the seeds"] = frame["set"].str.rsplit("-", n=1).str[0]
+        print(frame.pivot_table(index="mean of the seeds", columns="looks", values="found").round(2).to_string())
         print(f"90 % intervals that contain the number of unsafe rows left: {frame['covered'].mean():.0%}")
 
 

@@ -231,7 +231,7 @@ class ReviewQueue:
         weights = np.repeat([1.0, unseen_weight], [len(labels), len(unseen)])
         # Unsafe rows are few. Together they weigh at least as much as all others, so that a single one changes the ranking.
         weights[is_unsafe] = max(weights[~is_unsafe].sum() / is_unsafe.sum(), 1)
-        features = self._features[np.concatenate([[*labels], unseen]).astype(int)]
+        features = self._features[np.concatenate([list(labels), unseen])]
         model = LogisticRegression(C=REGULARIZATION).fit(features, is_unsafe, weights)
         scores: np.ndarray = model.decision_function(self._features).astype(np.float64)
         return scores
