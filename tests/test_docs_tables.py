@@ -89,6 +89,28 @@ def test_the_sets_with_few_unsafe_rows(tables):
     assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)
 
 
+def test_the_goals_with_few_unsafe_rows(tables):
+    few = pd.read_json(RESULTS / "few.json")
+    few = few[(few.scenario == "toxicity") & (few.fraction == 0.05) & (few.signal == "combined")]
+    expected = [0.4, few.auprc[few.seed < 3].mean(), few.auprc[few.seed >= 3].mean(), 0.75]
+    for file, seeds in (("looks_first_version", "[012]"), ("looks", "[345]")):
+        looks = pd.read_json(RESULTS / f"{file}.json")
+        is_wanted = looks["set"].str.fullmatch(f"toxicity-0.05-600-{seeds}") & (looks.looks == 60)
+        expected.append(looks.found[is_wanted].mean())
+    (row,) = (row for row in cells(tables.TABLES["few_goals"]()) if row[0] == "toxicity")
+    assert list(map(float, row[1:])) == pytest.approx(expected, abs=6e-3)
+
+
+@pytest.mark.parametrize("scenario", ["bias", "toxicity"])
+def test_the_defences_with_few_unsafe_rows(tables, scenario):
+    frame = pd.read_json(RESULTS / "few_defences.json")
+    expected = frame[(frame.scenario == scenario) & (frame.seed == 3)].set_index("arm")[["unsafe", "task"]]
+    (row,) = (row for row in cells(tables.TABLES["few_harm"]()) if row[0] == f"{scenario}, seed 3")
+    shown = [list(map(float, cell.split(" / "))) for cell in row[1:]]
+    arms = ["base", "no_measure", "forgetfilter", "forgetfilter_60_looks", "oracle"]
+    np.testing.assert_allclose(shown, expected.loc[arms], atol=6e-3)
+
+
 def test_the_rows_reviewed_until_a_review_ends(tables):
     frame = pd.read_json(RESULTS / "stopping.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-200-0") & (frame.rule == "20")]

@@ -28,7 +28,7 @@ TENTH_SETS = {
 }
 LATER_SETS = {
     f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
-    for name, seeds in (("harmfulness", (3, 4)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
+    for name, seeds in (("bias", (3, 4, 5)), ("harmfulness", (3, 4)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
     for seed in seeds
 }
 TWO_PERCENT_SETS = {
@@ -54,6 +54,8 @@ SMALL_SETS = {
     "harmfulness-0.05-200-0": "`harmfulness`, 10 of 200",
     "mixed-0.1-200-0": "`mixed`, 20 of 200",
 }
+# AUPRC without a review, and fraction found after 60 rows.
+GOALS = {"bias": (0.9, 0.95), "harmfulness": (0.75, 0.95), "toxicity": (0.4, 0.75), "mixed": (0.4, 0.7)}
 FEW_SIGNALS = {
     "combined": "`combined` (default)",
     "smoothed": "`smoothed`",
@@ -91,6 +93,29 @@ def looks(sets: dict[str, str], results: str = "looks") -> str:
     return table(["rows reviewed", *sets.values()], lines, texts=0)
 
 
+def few_goals() -> str:
+    """The goals for 30 of 600 rows and what was measured: AUPRC without a review, and found rows. Means over seeds."""
+    header = ["kind", "AUPRC: goal", "seeds 0 to 2", "seeds 3 to 5",
+              "found after 60 rows: goal", "seeds 0 to 2, first version", "seeds 3 to 5, second version"]  # fmt: skip
+    lines = []
+    for kind, (auprc_goal, found_goal) in GOALS.items():
+        first, later = ([name for name in sets if name.startswith(f"{kind}-")] for sets in (FINAL_SETS, LATER_SETS))
+        auprc = [auprc_goal, mean_auprc(first), mean_auprc(later)]
+        found = [found_goal, mean_found(first, "looks_first_version"), mean_found(later, "looks")]
+        lines.append([f"`{kind}`", *(decimal(value, 2) for value in [*auprc, *found])])
+    return table(header, lines)
+
+
+def mean_auprc(sets: list[str]) -> float:
+    """AUPRC of the default measure without a review, mean of the sets."""
+    return mean(find(read("few"), "auprc", set=name, signal="combined") for name in sets)
+
+
+def mean_found(sets: list[str], results: str) -> float:
+    """Fraction of the unsafe rows found in a review of 60 rows, mean of the sets and of five reviews each."""
+    return mean(row["found"] for row in read(results) if row["set"] in sets and row["looks"] == 60)
+
+
 def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
@@ -122,13 +147,18 @@ def redraws(sets: dict[str, str], results: str = "redraws") -> str:
 
 
 def few_harm() -> str:
-    """Unsafe score and task score of the base model and after finetuning on all rows, 5 % of them unsafe."""
+    """Unsafe score / task score of each arm, 5 % of the rows unsafe."""
+    arms = {"base": "base model", "no_measure": "all rows", "forgetfilter": "automatic φ",
+            "forgetfilter_60_looks": "review of 60 rows", "oracle": "rows labeled safe"}  # fmt: skip
+    results = read("few_defences")
     lines = []
-    for name, seed in dict.fromkeys((row["scenario"], row["seed"]) for row in read("few_defences")):
-        runs = [{"scenario": name, "seed": seed, "arm": arm} for arm in ("base", "no_measure")]
-        scores = [decimal(find(read("few_defences"), key, **run), 2) for key in ("unsafe", "task") for run in runs]
-        lines.append([f"`{name}`, seed {seed}", *scores])
-    return table(["set", "unsafe, base", "unsafe, all rows", "task, base", "task, all rows"], lines)
+    for scenario, seed in sorted({(row["scenario"], row["seed"]) for row in results}):
+        cells = []
+        for arm in arms:
+            unsafe, task = (find(results, key, scenario=scenario, seed=seed, arm=arm) for key in ("unsafe", "task"))
+            cells.append("–" if unsafe is None else f"{decimal(unsafe, 2)} / {decimal(task, 2)}")
+        lines.append([f"`{scenario}`, seed {seed}", *cells])
+    return table(["set", *arms.values()], lines)
 
 
 def demo_runs() -> str:
@@ -174,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_two_percent_looks_first_version": partial(looks, TWO_PERCENT_SETS, "looks_first_version"),
     "few_tenth_looks": partial(looks, TENTH_SETS),
     "few_large_looks": partial(looks, LARGE_SETS),
+    "few_goals": few_goals,
     "few_automatic": few_automatic,
     "few_redraws": partial(
         redraws, FINAL_CLEAN_SETS | LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS
