@@ -35,7 +35,7 @@ LOOKS = (0.025, 0.05, 0.1, 0.2)  # fractions of the noisy set that a reviewer re
 # The sets that measures and settings were chosen on. The others were judged once, at the end.
 DEVELOPMENT = {"bias_dev": (0,), "toxicity_dev": (0,), "harmfulness": (0,), "mixed": (0,)}
 FINAL = {"bias": (0, 1, 2), "toxicity": (0, 1, 2), "harmfulness": (1, 2), "mixed": (1, 2)}
-# Seeds of sets with 5 % unsafe rows, for a test of the second version of the review. Nothing was chosen on them.
+# Seeds of sets with 5 % unsafe rows, for a test of the second version of the review. No setting was chosen on them.
 LATER_SEEDS = (3, 4, 5)
 
 
