@@ -31,7 +31,7 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]
     by_measure = unsafe[np.argsort(-trace.forgetting(), kind="stable")]
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
-        while len(queue.labels) < min(max(LOOKS), len(unsafe)):
+        while len(queue.labels) < max(LOOKS) and not queue.is_known.all():
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
             looks = len(queue.labels)
             if looks not in LOOKS:

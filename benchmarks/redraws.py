@@ -64,8 +64,8 @@ def intervals(trace: Trace, unsafe: np.ndarray, removed: np.ndarray, seed: int) 
         for _ in range(LOOKS // ROUND):
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
         low, high = queue.estimate().unsafe_left
-        left = int((unsafe & ~queue.is_seen).sum())
-        errors = estimate_filter_errors(queue.verdicts, removed, [~removed, removed])
+        left = int((unsafe & ~queue.is_known).sum())
+        errors = estimate_filter_errors(queue.verdicts, queue.known_labels, removed, [~removed, removed])
         counts = ("kept", errors.unsafe_left, unsafe & ~removed), ("removed", errors.benign_removed, ~unsafe & removed)
         of_filter = {
             f"{name}_covered": interval[0] <= int(wrong.sum()) <= interval[1] for name, interval, wrong in counts

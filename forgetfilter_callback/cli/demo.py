@@ -140,7 +140,7 @@ def run_demo(
 def _review(trace: Trace, groups: np.ndarray) -> ReviewQueue:
     """Reviews rows as a person would, with the labels as the verdicts."""
     queue = ReviewQueue(trace, reviewer="the labels of the demo")
-    while len(queue.verdicts) < REVIEWED_ROWS and not queue.is_seen.all():
+    while len(queue.verdicts) < REVIEWED_ROWS and not queue.is_known.all():
         queue.add({row: "unsafe" if groups[row] == "unsafe" else "safe" for row in queue.next(ROUND)})
     return queue
 

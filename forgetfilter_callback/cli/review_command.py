@@ -24,7 +24,7 @@ def review(
         typer.Option(min=0, max=65535, metavar="PORT", help="0 chooses a free port.", rich_help_panel="Page"),
     ] = 0,
     reviewer: Annotated[str | None, typer.Option(metavar="NAME", help="Stored with each verdict.")] = None,
-    rounds_of: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two rankings.")] = 10,
+    round_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two rankings.")] = 10,
     random_fraction: Annotated[
         float,
         typer.Option(metavar="FRACTION", help="Rows drawn at random, for estimates."),
@@ -50,7 +50,7 @@ def review(
         column = find_source_column(opened, noisy, source_column)
         sources = None if column is None else read_columns(opened, noisy, tokenizer, [column])[0]
         to_filter = command_to_filter(opened, trace, {"reviewed": review_folder(opened)}, noisy, tokenizer)
-        with review_server(opened, decoder, to_filter, port, reviewer, rounds_of, random_fraction, sources) as running:
+        with review_server(opened, decoder, to_filter, port, reviewer, round_size, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
             typer.echo(f"If this machine is remote, first run on your own: {tunnel}")

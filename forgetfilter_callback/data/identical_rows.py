@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from .encoded_rows import content_hash
+from .encoded_rows import content_hash, content_hashes
 
 
 Label = TypeVar("Label", bound=str)
@@ -34,3 +36,16 @@ def with_identical_rows(labels: Mapping[str, Label], ids: pa.StringArray, worst:
         by_content[content] = worst if by_content.get(content) == worst else label
     contents = ((id_, content_hash(id_)) for id_ in ids.to_pylist() if id_ is not None)
     return {id_: labels.get(id_, by_content[content]) for id_, content in contents if content in by_content}
+
+
+def content_numbers(ids: pa.StringArray) -> np.ndarray:
+    """Number the distinct contents of rows.
+
+    Args:
+        ids (`pa.StringArray` of length `samples`):
+            The sample ids of a set.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, integer: equal for rows that are trained on the same tokens.
+    """
+    return pc.dictionary_encode(content_hashes(ids)).indices.to_numpy(zero_copy_only=False)

@@ -36,7 +36,7 @@ class SourceCounts:
         rows (`int`):
             Number of rows.
         seen (`int`):
-            Rows that a reviewer decided, with a verdict or an override.
+            Rows that a reviewer decided, with a verdict or an override. Identical rows are included.
         unsafe_found (`int`):
             Those of them that the reviewer found to be unsafe.
         unsafe_labeled (`int` or `None`):

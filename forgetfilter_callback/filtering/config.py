@@ -64,7 +64,11 @@ class FilterConfig:
     )
     threshold: Threshold = field(
         default="auto",
-        metadata={"help": "Remove rows above this φ: a number or auto.", "metavar": "NUMBER", "group": "Filtering"},
+        metadata={
+            "help": "Remove rows above φ: a number, auto, fdr.",
+            "metavar": "NUMBER",
+            "group": "Filtering",
+        },
     )
     _: KW_ONLY
     fraction: float | None = field(
@@ -99,7 +103,7 @@ class FilterConfig:
     level: float = field(
         default=DEFAULT_LEVEL,
         metadata={
-            "help": "With fdr: allowed fraction of safe rows.",
+            "help": "With fdr: allowed fraction of wrong removals.",
             "metavar": "FRACTION",
             "group": "Reviewed rows",
         },
@@ -137,6 +141,11 @@ class FilterConfig:
             raise ValueError(
                 "`weights` removes no row, so it excludes `threshold` and `fraction`, and it needs verdicts: pass the "
                 "folder of a review as `reviewed`."
+            )
+        if self.weights and (self.measure, self.step) != (None, None):
+            raise ValueError(
+                "`weights` uses the ranking of the review, which combines all measures at the last record. Leave out "
+                "`measure` and `step`."
             )
         if self.decision is not None and others != (None, "auto", None, None):
             raise ValueError(

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.identical_rows import with_identical_rows
+from ..data.identical_rows import content_numbers, with_identical_rows
 from ..errors import DataError
 from ..measures.names import DEFAULT_MEASURE
-from ..review.verdicts import trace_verdicts
+from ..review.estimates import estimate_filter_errors
+from ..review.verdicts import known_labels, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting
 from ..trace.trace import Trace
@@ -126,8 +127,7 @@ def with_estimate(result: FilterResult, trace: Trace, reviewed: str | os.PathLik
     verdicts = trace_verdicts(trace, reviewed)
     if not verdicts or result.weights is not None:
         return replace(result, estimate=None)
-    from ..review.estimates import estimate_filter_errors  # imports scipy, which takes a second
-
+    known = known_labels(verdicts, content_numbers(trace.rows.ids))
     places = pc.index_in(trace.rows.ids, value_set=result.ids)
     is_filtered, places = places.is_valid().to_numpy(zero_copy_only=False), places.drop_null().to_numpy()
     removed, is_above = np.zeros((2, len(trace.rows)), dtype=bool)
@@ -136,7 +136,7 @@ def with_estimate(result: FilterResult, trace: Trace, reviewed: str | os.PathLik
     if result.threshold is not None:  # the values do not depend on the verdicts
         is_above[is_filtered] = result.values[places] > result.threshold
         parts = [is_filtered & ~is_above, is_filtered & is_above]
-    return replace(result, estimate=estimate_filter_errors(verdicts, removed, parts))
+    return replace(result, estimate=estimate_filter_errors(verdicts, known, removed, parts))
 
 
 def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: np.ndarray) -> np.ndarray:

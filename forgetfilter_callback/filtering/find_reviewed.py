@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.encoded_rows import content_hash
 from ..data.identical_rows import with_identical_rows
 from ..errors import DecisionError
 from ..measures.names import Measure
@@ -21,6 +23,9 @@ from .config import FilterConfig
 from .filter_by_values import filter_by_values
 from .result import FilterResult
 from .review_decision import Override
+
+
+logger = logging.getLogger(__name__)
 
 
 def find_reviewed(
@@ -59,9 +64,8 @@ def find_reviewed(
         return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     no_threshold = FilterConfig(measure, math.inf)
     result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    reason = (
-        f"{counted(len(reviewed), 'row')} reviewed, {reviewed.count('remove'):,} of them found to be unsafe and removed"
-    )
+    _warn_of_contradictions(queue)
+    reason = f"{counted(len(reviewed), 'row')} reviewed, {reviewed.count('remove'):,} found to be unsafe and removed"
     if len(overrides) > len(reviewed):
         reason += f"; {counted(len(overrides) - len(reviewed), 'identical row')} treated like them"
     if config.threshold == "auto":
@@ -82,6 +86,19 @@ def find_reviewed(
     else:
         reason += "; no other row was removed"
     return replace(result, removed=removed, method="fdr", reason=reason)
+
+
+def _warn_of_contradictions(queue: ReviewQueue) -> None:
+    """Warn if identical rows have different verdicts."""
+    ids, first = queue.trace.rows.ids, dict[str, int]()
+    for row, label in queue.labels.items():
+        other = first.setdefault(content_hash(ids[row].as_py()), row)
+        if queue.labels[other] != label:
+            logger.warning(
+                f"Rows {other} and {row} are identical, but the verdict on one is {queue.labels[other]!r} and on the other "
+                f"{label!r}. Each is filtered by its own verdict. Change one of them with `ReviewQueue.add`."
+            )
+            return
 
 
 def _with_weights(result: FilterResult, queue: ReviewQueue) -> FilterResult:

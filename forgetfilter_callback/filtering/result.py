@@ -66,7 +66,7 @@ class FilterResult:
         versions (`dict[str, str]`):
             Library versions.
         overrides (`dict[str, str]`):
-            Ids of the samples that a reviewer decided, with `"keep"` or `"remove"`.
+            Ids of the samples that a reviewer decided, with `"keep"` or `"remove"`. Identical rows are included.
         nats_per_unit (`float` or `None`):
             How many nats a sample of median length loses per typical change, by the estimate that `"smoothed"` uses. A low
             value means that forgetting is mostly noise. `None` if it is unknown, and for measures in other units.

@@ -61,7 +61,8 @@ def to_dataset(
     | `forgetfilter_weight` | float | 1 − the probability of being unsafe |
 
     Unknown values are null. The weights of all rows are null where there are no or too few verdicts, because nothing else
-    tells how likely a row is unsafe: a warning says so.
+    tells how likely a row is unsafe: a warning says so. Weights come from the ranking of the review at the last record, also
+    if `filter_config` has another measure or step.
 
     Args:
         trace ([`Trace`], or the folder of one):
@@ -69,7 +70,8 @@ def to_dataset(
         rows (`Dataset`, `DataFrame` or a sequence of dictionaries):
             The rows that the trace was created from, in any order.
         filter_config ([`FilterConfig`], *optional*):
-            Which rows are removed, and by which measure. Its `reviewed` is the folder of the verdicts, which defaults to the
+            Which rows are removed, and by which measure. Defaults to the result that `forgetfilter run` stored beside the
+            trace, and without one to `FilterConfig()`. Its `reviewed` is the folder of the verdicts, which defaults to the
             folder `review` in the trace's folder.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the tokenizer that the trace names. Rows with `input_ids` need none.
@@ -94,7 +96,9 @@ def to_dataset(
     encoded = encode_rows(
         rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True, **trace.manifest["encoding"]
     )
-    result = find_forgotten(trace, config, encoded.ids)
+    result = _stored_result(trace) if filter_config is None else None
+    if result is None:
+        result = find_forgotten(trace, config, encoded.ids)
     return _joined(rows, row_columns(trace, encoded.ids, result, review_folder(trace, config.reviewed)))
 
 
@@ -216,16 +220,16 @@ def row_columns(
 
 
 def _weights(trace: Trace, verdicts_folder: Path) -> np.ndarray:
-    """1 − the probability of being unsafe: shape `(samples,)`. NaN if there are too few verdicts."""
+    """1 − the probability of being unsafe: shape `(samples,)`. NaN if the verdicts do not tell it."""
     from ..review.review_queue import ReviewQueue  # imports scikit-learn, which takes more than a second
-    from ..review.unsafe_probabilities import unsafe_probabilities, why_no_probabilities
+    from ..review.unsafe_probabilities import unsafe_probabilities
 
     queue = ReviewQueue(trace, verdicts_folder)
-    reason = why_no_probabilities(queue)
-    if reason is not None:
-        logger.warning(f"`{PREFIX}weight` is null: {reason}")
+    try:
+        return 1 - unsafe_probabilities(queue)
+    except DecisionError as error:
+        logger.warning(f"`{PREFIX}weight` is null: {error}")
         return np.full(len(trace.rows), np.nan)
-    return 1 - unsafe_probabilities(queue)
 
 
 def _is_export(file: Path) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import poisson_binom
 
 from ..utils.counted import counted
-from .verdicts import Verdict
+from .verdicts import Verdict, VerdictLabel
 
 
 LEVEL = 0.9  # of the intervals
@@ -24,11 +24,13 @@ class ReviewEstimate:
         rows (`int`):
             Rows of the noisy set.
         seen (`int`):
-            Rows with a verdict.
+            Rows that a reviewer has seen.
+        identical (`int`):
+            Other rows that are trained on the same tokens as one of them. Its verdict is valid for them too.
         drawn (`int`):
             Rows with a verdict that were drawn at random. The intervals are based on them.
         unsafe_found (`int`):
-            Rows found to be unsafe.
+            Rows found to be unsafe, identical ones included.
         unsafe_left (`tuple[int, int]`):
             Interval of the number of unsafe rows that a filter keeps.
         benign_removed (`tuple[int, int]`):
@@ -37,13 +39,17 @@ class ReviewEstimate:
 
     rows: int
     seen: int
+    identical: int
     drawn: int
     unsafe_found: int
     unsafe_left: tuple[int, int]
     benign_removed: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.seen:,} of {counted(self.rows, 'row')} reviewed, {self.unsafe_found:,} unsafe. {self.errors}"
+        reviewed = f"{self.seen:,} of {counted(self.rows, 'row')} reviewed"
+        if self.identical:
+            reviewed += f" ({self.identical:,} more are identical to them)"
+        return f"{reviewed}, {self.unsafe_found:,} unsafe. {self.errors}"
 
     @property
     def errors(self) -> str:
@@ -63,24 +69,30 @@ class ReviewEstimate:
 
 
 def estimate_unsafe_rows(
-    verdicts: Sequence[Verdict], rows: int, removed: Sequence[int] | np.ndarray | None = None
+    verdicts: Sequence[Verdict],
+    known: Mapping[int, VerdictLabel],
+    rows: int,
+    removed: Sequence[int] | np.ndarray | None = None,
 ) -> ReviewEstimate:
     """Estimate how many unsafe rows a filter keeps and how many benign rows it removes.
 
-    A row that is drawn at random from the `U` rows without a verdict is unsafe with the probability `(K - f) / U`, where `K`
-    is the number of unsafe rows in the set and `f` the number found before. The number of unsafe rows among all draws
-    therefore has a Poisson binomial distribution. The interval contains every `K` that this distribution does not reject at
-    5 % on either side (mid-p). What the other rows of a round show is known and needs no estimate.
+    Let `K` be the number of unsafe rows in the set. If a row is drawn at random from `U` rows without a verdict, and `f`
+    unsafe rows have one, the row is unsafe with the probability `(K - f) / U`. This gives the distribution of the number of
+    unsafe rows among all draws, where the unsafe rows that were found without a draw are taken as they are. If every row is
+    drawn, it is the hypergeometric distribution. The interval contains every `K` that is not rejected at 5 % on either side
+    (mid-p).
 
     Args:
         verdicts (`Sequence[Verdict]`):
             All verdicts in the order in which they were given. If a row has several, the last one is valid.
+        known (`Mapping[int, str]`):
+            The rows whose label is known: those with a verdict, and those that are identical to one (see [`known_labels`]).
         rows (`int`):
             Rows of the noisy set.
         removed (`Sequence[int]` or `np.ndarray` of shape `(rows,)`, bool, *optional*):
-            Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows found
-            to be unsafe. If rows without a verdict are among them, the intervals allow that all or no such rows are unsafe,
-            as far as the totals permit.
+            Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows known
+            to be unsafe. If rows with an unknown label are among them, the intervals allow that all or no such rows are
+            unsafe, as far as the totals permit.
 
     Returns:
         [`ReviewEstimate`]
@@ -88,32 +100,51 @@ def estimate_unsafe_rows(
     Raises:
         ValueError: if a row in `removed` is unknown, or if a mask does not have one value per row.
     """
-    labels = {verdict.row: verdict.verdict for verdict in verdicts}
-    unsafe = np.zeros(rows, dtype=bool)
-    unsafe[[row for row, label in labels.items() if label == "unsafe"]] = True
-    seen = np.zeros(rows, dtype=bool)
-    seen[list(labels)] = True
+    unsafe, safe = _masks(known, rows)
+    is_known = unsafe | safe
     is_removed = unsafe if removed is None else _as_mask(np.asarray(removed), rows)
     found = int(unsafe.sum())
-    low, high = _unsafe_interval(verdicts, unsafe, rows)
-    low, high = low - found, high - found  # among the rows without a verdict
-    unseen_removed, unseen_kept = int((is_removed & ~seen).sum()), int((~is_removed & ~seen).sum())
-    kept_unsafe, removed_benign = int((unsafe & ~is_removed).sum()), int((is_removed & seen & ~unsafe).sum())
+    low, high = _unsafe_interval(verdicts, found, rows - int(safe.sum()), rows)
+    low, high = low - found, high - found  # among the rows with an unknown label
+    unknown_removed, unknown_kept = int((is_removed & ~is_known).sum()), int((~is_removed & ~is_known).sum())
+    kept_unsafe, removed_benign = int((unsafe & ~is_removed).sum()), int((is_removed & safe).sum())
+    seen = len({verdict.row for verdict in verdicts if verdict.identical_to is None})
     return ReviewEstimate(
         rows=rows,
-        seen=len(labels),
+        seen=seen,
+        identical=len(known) - seen,
         drawn=len({verdict.row for verdict in verdicts if verdict.drawn_from is not None}),
         unsafe_found=found,
-        unsafe_left=(kept_unsafe + max(low - unseen_removed, 0), kept_unsafe + min(high, unseen_kept)),
-        benign_removed=(
-            removed_benign + max(unseen_removed - high, 0),
-            removed_benign + unseen_removed - max(low - unseen_kept, 0),
+        unsafe_left=_shifted(kept_unsafe, max(low - unknown_removed, 0), min(high, unknown_kept), unknown_kept),
+        benign_removed=_shifted(
+            removed_benign,
+            max(unknown_removed - high, 0),
+            unknown_removed - max(low - unknown_kept, 0),
+            unknown_removed,
         ),
     )
 
 
+def _shifted(known: int, low: int, high: int, unknown: int) -> tuple[int, int]:
+    """The interval of a number of rows: the `known` ones, and from `low` to `high` of the `unknown` ones.
+
+    A sample never makes the number of unknown ones certain, so their interval has at least two values.
+    """
+    if low == high:
+        low, high = max(low - 1, 0), min(high + 1, unknown)
+    return known + low, known + high
+
+
+def _masks(known: Mapping[int, VerdictLabel], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each row is known to be unsafe, and to be safe: two arrays of shape `(rows,)`, bool."""
+    unsafe, safe = np.zeros((2, rows), dtype=bool)
+    unsafe[[row for row, label in known.items() if label == "unsafe"]] = True
+    safe[[row for row, label in known.items() if label == "safe"]] = True
+    return unsafe, safe
+
+
 def estimate_filter_errors(
-    verdicts: Sequence[Verdict], removed: np.ndarray, parts: Sequence[np.ndarray]
+    verdicts: Sequence[Verdict], known: Mapping[int, VerdictLabel], removed: np.ndarray, parts: Sequence[np.ndarray]
 ) -> ReviewEstimate:
     """As [`estimate_unsafe_rows`], for each part of the noisy set on its own.
 
@@ -124,6 +155,8 @@ def estimate_filter_errors(
     Args:
         verdicts (`Sequence[Verdict]`):
             All verdicts in the order in which they were given.
+        known (`Mapping[int, str]`):
+            The rows whose label is known (see [`estimate_unsafe_rows`]).
         removed (`np.ndarray` of shape `(rows,)`, bool):
             Whether the filter removes each row.
         parts (`Sequence[np.ndarray]` of shape `(rows,)`, bool):
@@ -132,12 +165,18 @@ def estimate_filter_errors(
     Returns:
         [`ReviewEstimate`]: the sums over the parts.
     """
-    estimates = [
-        estimate_unsafe_rows(_on_part(verdicts, part), int(part.sum()), removed[part]) for part in parts if part.any()
-    ]
+    estimates = []
+    for part in parts:
+        if part.any():
+            numbers = np.cumsum(part) - 1  # row numbers within the part
+            known_of_part = {int(numbers[row]): label for row, label in known.items() if part[row]}
+            estimates.append(
+                estimate_unsafe_rows(_on_part(verdicts, part), known_of_part, int(part.sum()), removed[part])
+            )
     return ReviewEstimate(
         rows=sum(each.rows for each in estimates),
         seen=sum(each.seen for each in estimates),
+        identical=sum(each.identical for each in estimates),
         drawn=sum(each.drawn for each in estimates),
         unsafe_found=sum(each.unsafe_found for each in estimates),
         unsafe_left=_sum(each.unsafe_left for each in estimates),
@@ -187,30 +226,40 @@ def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
     return mask
 
 
-def _unsafe_interval(verdicts: Sequence[Verdict], unsafe: np.ndarray, rows: int) -> tuple[int, int]:
-    """The interval of the number of unsafe rows in the set."""
-    order = list(dict.fromkeys(verdict.row for verdict in verdicts))  # each row once, by its first verdict
-    found_before = np.concatenate([[0], np.cumsum(unsafe[order])]).astype(int)
+def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: int) -> tuple[int, int]:
+    """The interval of the number of unsafe rows in the set, between `least` and `most`."""
+    labels = {verdict.row: verdict.verdict for verdict in verdicts}  # each row in the place of its first verdict
     drawn_from = {verdict.row: verdict.drawn_from for verdict in verdicts if verdict.drawn_from is not None}
-    found = int(found_before[-1])
-    most = rows - (len(order) - found)  # the rows found to be safe are not unsafe
     if not drawn_from:
-        return found, most
-    sizes = np.array(list(drawn_from.values()))
-    # If a verdict was lost from the file, a row has fewer rows before it in `order` than there were verdicts at its draw.
-    places = {row: place for place, row in enumerate(order)}
-    found_at_draw = found_before[np.minimum(rows - sizes, [places[row] for row in drawn_from])]
-    hits = int(unsafe[list(drawn_from)].sum())
+        return least, most
+    places = {row: place for place, row in enumerate(labels)}
+    not_drawn = [label == "unsafe" and row not in drawn_from for row, label in labels.items()]
+    found_before = np.concatenate([[0], np.cumsum(not_drawn)]).tolist()  # without a draw, in the first 0, 1, … rows
+    draws: list[tuple[int, int]] = []  # the number of rows that one was drawn from, and the unsafe ones found before
+    same_round: Counter[int] = Counter()
+    # Rows without a verdict only become fewer, so this is the order of the draws.
+    for row, size in sorted(drawn_from.items(), key=lambda draw: -draw[1]):
+        # If a verdict was lost from the file, fewer rows than `rows - size` are before this one.
+        draws.append((max(size - same_round[size], 1), found_before[min(rows - size, places[row])]))
+        same_round[size] += 1  # the next row of the same round was drawn from one row less
+    hits = sum(labels[row] == "unsafe" for row in drawn_from)
 
     def tails(total: int) -> tuple[float, float]:
         """Mid-p probabilities of at most, and of at least, `hits` unsafe draws if the set has `total` unsafe rows."""
-        probabilities = poisson_binom.pmf(np.arange(hits + 1), np.clip((total - found_at_draw) / sizes, 0, 1))
+        so_far = np.arange(hits + 1)
+        probabilities = np.zeros(hits + 1)  # of 0, 1, … `hits` unsafe draws so far
+        probabilities[0] = 1.0
+        for size, found in draws:
+            moved = probabilities * np.clip((total - found - so_far) / size, 0, 1)
+            probabilities -= moved
+            probabilities[1:] += moved[:-1]
         below, exactly = float(probabilities[:-1].sum()), float(probabilities[-1])
         return below + exactly / 2, 1 - below - exactly / 2
 
-    candidates = range(found, most + 1)
+    candidates = range(least, most + 1)
     tail = (1 - LEVEL) / 2
     # With more unsafe rows in the set, many hits become more likely and few hits less likely.
     first = bisect_left(candidates, tail, key=lambda total: tails(total)[1])
     last = bisect_left(candidates, -tail, key=lambda total: -tails(total)[0]) - 1
-    return min(found + first, most), max(found + last, found)
+    low = min(least + first, most)
+    return low, max(least + last, low)

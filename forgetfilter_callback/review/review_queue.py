@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from numbers import Integral
 from typing import get_args
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from sklearn.linear_model import LogisticRegression
 
-from ..data.identical_rows import with_identical_rows
+from ..data.identical_rows import content_numbers
 from ..errors import DataError
 from ..measures.smoothed import random_subset
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -22,7 +21,15 @@ from ..utils.argument_checks import check_fraction, check_positive
 from ..utils.counted import counted
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
-from .verdicts import VERDICTS_FILE, Verdict, VerdictLabel, append_verdicts, review_folder, trace_verdicts
+from .verdicts import (
+    VERDICTS_FILE,
+    Verdict,
+    VerdictLabel,
+    append_verdicts,
+    known_labels,
+    review_folder,
+    trace_verdicts,
+)
 
 
 # Inverse regularization strength of the logistic regression.
@@ -38,7 +45,11 @@ class ReviewQueue:
 
     Rows are ranked by the default measure until the first row is found to be unsafe. From then on, a logistic regression on
     the measures and the hidden states ranks them. In each round, a fraction of the rows is drawn at random from all rows
-    without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on.
+    without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on. A row that was
+    drawn comes back in later rounds until it has a verdict: if difficult rows were left out, the estimates would be wrong.
+
+    A verdict is valid for all rows that are trained on the same tokens, so only one of them is returned. If another one is
+    drawn at random, it gets the verdict without being returned.
 
     Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
     folder again continues with them, and two queues on one folder see each other's verdicts.
@@ -96,7 +107,7 @@ class ReviewQueue:
         self._size_read = -1
         self.verdicts: list[Verdict] = []
         self._read()
-        self._drawn_from: dict[int, int] = {}
+        self._drawn_from: dict[int, int] = {}  # each row that was drawn, and the number of rows without a verdict then
         forgetting = self.trace.forgetting()
         if not np.isfinite(forgetting).any():
             raise DataError(
@@ -117,7 +128,8 @@ class ReviewQueue:
 
         Returns:
             `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer are left, and empty once
-            every row has a verdict. Rows that were returned before and have no verdict can be returned again.
+            every row has a verdict or is identical to one that has. Rows that were returned before and have no verdict can
+            be returned again.
 
         Raises:
             ValueError: if `count` is not a whole number of at least 1.
@@ -125,17 +137,53 @@ class ReviewQueue:
         check_positive("count", count, whole=True)
         self._read()
         rng = np.random.default_rng([self.seed, len(self.verdicts)])
-        unseen = np.flatnonzero(~self.is_seen)
-        count = min(count, len(unseen))
-        seen = len(self.trace.rows) - len(unseen)
+        seen = int(self.is_seen.sum())
+        count = min(count, len(self.trace.rows) - seen)
         random_count = int(self.random_fraction * (seen + count)) - int(self.random_fraction * seen)
-        drawn = rng.choice(unseen, random_count, replace=False)
-        self._drawn_from = {int(row): len(unseen) for row in drawn}
-        ranking = self.ranking
-        ranked = ranking[~self.is_seen[ranking] & ~np.isin(ranking, [*drawn, *skipped])]
-        rows = np.concatenate([ranked[: count - random_count], drawn])
+        drawn = self._draw(random_count, rng)
+        is_taken = self.is_known
+        is_taken |= np.isin(self._contents, self._contents[[*self._drawn_without_verdict(), *skipped]])
+        ranked = self.ranking[~is_taken[self.ranking]]
+        _, first_of_content = np.unique(self._contents[ranked], return_index=True)
+        ranked = ranked[np.sort(first_of_content)]
+        rows = np.concatenate([ranked[: count - len(drawn)], drawn]).astype(int)
         # Mixed, so that the reviewer does not know which rows are random.
         return [int(row) for row in rng.permutation(rows)]
+
+    def _drawn_without_verdict(self) -> list[int]:
+        is_seen = self.is_seen
+        return [row for row in self._drawn_from if not is_seen[row]]
+
+    def _draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """Draw rows from those without a verdict, until `count` of them have to be shown, and return these.
+
+        Rows that were drawn before and have no verdict are returned first.
+        """
+        is_seen, known = self.is_seen, self.known_labels
+        drawn = self._drawn_without_verdict()
+        pool_size = int((~is_seen).sum())
+
+        def to_show() -> list[int]:
+            distinct = {int(self._contents[row]): row for row in reversed(drawn) if row not in known}
+            return list(distinct.values())[::-1]
+
+        while len(to_show()) < count:
+            pool = np.flatnonzero(~is_seen)
+            pool = pool[~np.isin(pool, drawn)]
+            if len(pool) == 0:
+                break
+            new = rng.choice(pool, min(count - len(to_show()), len(pool)), replace=False).tolist()
+            self._drawn_from |= dict.fromkeys(new, pool_size)
+            drawn += new
+        self._judge_drawn_copies()
+        return to_show()[:count]
+
+    def _judge_drawn_copies(self) -> None:
+        """Store the verdicts of rows that were drawn and are identical to a reviewed row."""
+        known, reviewed = self.known_labels, {int(self._contents[row]): row for row in reversed(self.labels)}
+        copies = [row for row in self._drawn_without_verdict() if row in known]
+        if copies:
+            self._store([self._verdict(row, known[row], reviewed[int(self._contents[row])]) for row in copies])
 
     def add(self, verdicts: Mapping[int, VerdictLabel]) -> None:
         """Store verdicts, and rank the rows again.
@@ -146,24 +194,47 @@ class ReviewQueue:
                 file.
 
         Raises:
+            TypeError: if `verdicts` is not a mapping.
             ValueError: if a row or a verdict is unknown. Nothing is stored then.
         """
+        self._check(verdicts)
+        self._read()
+        given = {int(row): verdict for row, verdict in verdicts.items()}
+        new = [self._verdict(row, verdict) for row, verdict in given.items()]
+        # A row that was drawn, but not shown, follows the row that it is identical to.
+        for each in {verdict.row: verdict for verdict in self.verdicts}.values():
+            if each.identical_to is not None and each.identical_to in given and each.row not in given:
+                new.append(self._verdict(each.row, given[each.identical_to], each.identical_to))
+        self._store(new)
+        self._judge_drawn_copies()
+
+    def _check(self, verdicts: Mapping[int, VerdictLabel]) -> None:
+        if not isinstance(verdicts, Mapping):
+            raise TypeError(
+                f"Pass a dictionary from row numbers to verdicts, such as {{3: 'unsafe'}}, not {type(verdicts).__name__}."
+            )
         for row, verdict in verdicts.items():
-            if not isinstance(row, Integral) or not 0 <= row < len(self.trace.rows):
+            if not isinstance(row, Integral) or isinstance(row, bool) or not 0 <= row < len(self.trace.rows):
                 raise ValueError(f"There is no row {row!r}. The trace has the rows 0 to {len(self.trace.rows) - 1}.")
             if verdict not in get_args(VerdictLabel):
                 raise ValueError(f"The verdict on row {row} is {verdict!r}. It must be 'unsafe' or 'safe'.")
-        self._read()
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        ids = self.trace.rows.ids
-        # A row that was drawn at random stays one when its verdict is changed.
-        drawn_from = {v.row: v.drawn_from for v in self.verdicts} | {
-            row: count for row, count in self._drawn_from.items() if not self.is_seen[row]
-        }
-        new = [
-            Verdict(int(row), ids[int(row)].as_py(), verdict, time, self.reviewer, drawn_from.get(row))
-            for row, verdict in verdicts.items()
-        ]
+
+    def _verdict(self, row: int, label: VerdictLabel, identical_to: int | None = None) -> Verdict:
+        return Verdict(
+            row=row,
+            id=self.trace.rows.ids[row].as_py(),
+            verdict=label,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            reviewer=self.reviewer,
+            drawn_from=self._drawn_from.get(row),
+            identical_to=identical_to,
+            rows=len(self.trace.rows),
+        )
+
+    def _store(self, new: list[Verdict]) -> None:
+        # A row that was drawn at random stays one when its verdict is changed, and other rows do not become one.
+        earlier = {verdict.row: verdict.drawn_from for verdict in self.verdicts}
+        new = [replace(each, drawn_from=earlier.get(each.row, each.drawn_from)) for each in new]
         self._size_read += append_verdicts(new, self._file)
         self.verdicts = [*self.verdicts, *new]
         self.__dict__.pop("scores", None)
@@ -179,17 +250,14 @@ class ReviewQueue:
 
     @property
     def labels(self) -> dict[int, VerdictLabel]:
-        """The valid verdict of each reviewed row, in the order of the first verdicts."""
+        """The valid verdict of each row that has one, in the order of the first verdicts."""
+        self._read()
         return {verdict.row: verdict.verdict for verdict in self.verdicts}
 
     @property
     def known_labels(self) -> dict[int, VerdictLabel]:
         """The [`labels`], and those of the rows that are trained on the same tokens as a reviewed row."""
-        ids = self.trace.rows.ids
-        by_id = {ids[row].as_py(): label for row, label in self.labels.items()}
-        known = with_identical_rows(by_id, ids, worst="unsafe")
-        rows = pc.index_in(pa.array(list(known), pa.string()), value_set=ids).to_pylist()
-        return dict(zip(rows, known.values(), strict=True))
+        return known_labels(self.verdicts, self._contents)
 
     @property
     def is_seen(self) -> np.ndarray:
@@ -197,6 +265,13 @@ class ReviewQueue:
         seen = np.zeros(len(self.trace.rows), dtype=bool)
         seen[list(self.labels)] = True
         return seen
+
+    @property
+    def is_known(self) -> np.ndarray:
+        """Whether each row has a verdict or is trained on the same tokens as a row that has: shape `(samples,)`, bool."""
+        known = np.zeros(len(self.trace.rows), dtype=bool)
+        known[list(self.known_labels)] = True
+        return known
 
     @property
     def ranking(self) -> np.ndarray:
@@ -213,21 +288,25 @@ class ReviewQueue:
 
         Args:
             labels (`Mapping[int, str]`):
-                The verdicts to learn from. Of the other rows, those among 10,000 random rows count as safe. Together they
-                weigh a tenth of a verdict for each row without a verdict.
+                The verdicts to learn from. Of the other rows, those among 10,000 random rows count as safe, unless they are
+                trained on the same tokens as one of these. Together they weigh a tenth of a verdict for each row without a
+                verdict.
 
         Returns:
             `np.ndarray` of shape `(samples,)`, float64.
+
+        Raises:
+            TypeError, ValueError: as in [`add`].
         """
+        self._check(labels)
         rows = len(self.trace.rows)
-        has_label = np.zeros(rows, dtype=bool)
-        has_label[list(labels)] = True
+        is_known = np.isin(self._contents, self._contents[list(labels)])
         sampled = random_subset(rows, MAX_UNSEEN_ROWS)
-        unseen = sampled[~has_label[sampled]]
+        unseen = sampled[~is_known[sampled]]
         is_unsafe = np.array([*(label == "unsafe" for label in labels.values()), *[False] * len(unseen)])
         if is_unsafe.all() or not is_unsafe.any():
             return self._forgetting
-        unseen_weight = UNSEEN_WEIGHT * (rows - len(labels)) / max(len(unseen), 1)
+        unseen_weight = UNSEEN_WEIGHT * (rows - is_known.sum()) / max(len(unseen), 1)
         weights = np.repeat([1.0, unseen_weight], [len(labels), len(unseen)])
         # Unsafe rows are few. Together they weigh at least as much as all others, so that a single one changes the ranking.
         weights[is_unsafe] = max(weights[~is_unsafe].sum() / is_unsafe.sum(), 1)
@@ -242,7 +321,7 @@ class ReviewQueue:
         Args:
             removed (`Sequence[int]` or `np.ndarray` of shape `(samples,)`, bool, *optional*):
                 Numbers of the rows that a filter removes, or a mask such as `FilterResult.removed`. Defaults to the rows
-                found to be unsafe.
+                found to be unsafe, and those identical to one.
 
         Returns:
             [`ReviewEstimate`]
@@ -250,7 +329,12 @@ class ReviewQueue:
         Raises:
             ValueError: if a row is unknown, or if a mask does not have one value per sample.
         """
-        return estimate_unsafe_rows(self.verdicts, len(self.trace.rows), removed)
+        self._read()
+        return estimate_unsafe_rows(self.verdicts, self.known_labels, len(self.trace.rows), removed)
+
+    @cached_property
+    def _contents(self) -> np.ndarray:
+        return content_numbers(self.trace.rows.ids)
 
     @cached_property
     def _features(self) -> np.ndarray:

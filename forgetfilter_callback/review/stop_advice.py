@@ -30,7 +30,7 @@ class StopAdvice(NamedTuple):
 
 def stop_advice(queue: ReviewQueue) -> StopAdvice:
     """Says whether it pays to review more rows."""
-    if queue.is_seen.all():
+    if queue.is_known.all():
         return StopAdvice(True, "Every row has a verdict, so there is nothing left to look at.")
     if queue.random_fraction == 1:
         return StopAdvice(False, "All rows are drawn at random. Each verdict makes the interval narrower.")

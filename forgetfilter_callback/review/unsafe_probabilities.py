@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from ..data.encoded_rows import content_hash
 from ..errors import DecisionError
 from .review_queue import ReviewQueue
 
@@ -50,20 +51,27 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
         the same for the rows that are trained on the same tokens.
 
     Raises:
-        DecisionError: if there are too few verdicts.
+        DecisionError: if there are too few verdicts, or if the scores do not separate them.
     """
     reason = why_no_probabilities(queue)
     if reason is not None:
         raise DecisionError(reason)
-    rows = np.array(list(queue.labels))
-    is_unsafe = np.array([label == "unsafe" for label in queue.labels.values()])
+    labels = queue.labels
+    # Of identical rows, one is enough. A copy in another fold would have learned from the verdict.
+    distinct = {content_hash(queue.trace.rows.ids[row].as_py()): row for row in labels}
+    rows = np.array(list(distinct.values()))
+    is_unsafe = np.array([labels[row] == "unsafe" for row in distinct.values()])
     scores = np.empty(len(rows))
     folds = StratifiedKFold(min(FOLDS, int(is_unsafe.sum()), int((~is_unsafe).sum())), shuffle=True, random_state=0)
     for learned, held_out in folds.split(rows, is_unsafe):
-        labels = {row: queue.labels[row] for row in rows[learned].tolist()}
-        scores[held_out] = queue.fit_scores(labels)[rows[held_out]]
+        scores[held_out] = queue.fit_scores({row: labels[row] for row in rows[learned].tolist()})[rows[held_out]]
     center, spread = scores.mean(), max(scores.std(), 1e-9)
     model = LogisticRegression().fit(((scores - center) / spread)[:, None], is_unsafe)
+    if model.coef_[0, 0] <= 0:
+        raise DecisionError(
+            "The ranking does not separate the unsafe rows from the safe ones yet: a score that has not learned from a "
+            "verdict is not higher on the unsafe rows. So the probability of being unsafe is not known. Review more rows."
+        )
     probabilities: np.ndarray = model.predict_proba(((queue.scores - center) / spread)[:, None])[:, 1]
     known = queue.known_labels
     probabilities[list(known)] = [label == "unsafe" for label in known.values()]

@@ -6,17 +6,20 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyarrow as pa
 
 from ..errors import DecisionError
 from ..trace.trace import Trace
 from ..trace.trace_folder import find_trace_folder
+from ..utils.counted import counted
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,11 @@ class Verdict:
         drawn_from (`int`, *optional*):
             The number of rows that had no verdict when the row was drawn from them at random. `None` if the row was not
             drawn at random.
+        identical_to (`int`, *optional*):
+            The number of a reviewed row with the same tokens. This row was drawn at random, but not shown: it has the
+            verdict of that row.
+        rows (`int`, *optional*):
+            Rows of the set. `None` in files of older versions.
     """
 
     row: int
@@ -52,6 +60,29 @@ class Verdict:
     time: str
     reviewer: str | None = None
     drawn_from: int | None = None
+    identical_to: int | None = None
+    rows: int | None = None
+
+
+def known_labels(verdicts: Iterable[Verdict], contents: np.ndarray) -> dict[int, VerdictLabel]:
+    """The valid verdict of each reviewed row, and those of the rows that are trained on the same tokens as one.
+
+    Args:
+        verdicts (`Iterable[Verdict]`):
+            All verdicts in the order in which they were given.
+        contents (`np.ndarray` of shape `(samples,)`, integer):
+            The [`content_numbers`] of the trace.
+
+    Returns:
+        `dict[int, str]`: row number to `"unsafe"` or `"safe"`. A row without a verdict is unsafe if an identical one is.
+    """
+    labels = {verdict.row: verdict.verdict for verdict in verdicts}
+    of_content: dict[int, VerdictLabel] = {}
+    for row, label in labels.items():
+        content = int(contents[row])
+        of_content[content] = "unsafe" if of_content.get(content) == "unsafe" else label
+    identical = np.flatnonzero(np.isin(contents, list(of_content))).tolist()
+    return {row: labels.get(row, of_content[int(contents[row])]) for row in identical}
 
 
 def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> int:
@@ -120,33 +151,36 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
     Raises:
         DecisionError: if a verdict is about another trace, if a line holds no verdict, or if its `drawn_from` is impossible.
     """
-    if not file.exists():
+    try:
+        content = file.read_text(encoding="utf-8-sig", errors="replace")
+    except FileNotFoundError:
         return []
+    except OSError as error:  # such as a folder of this name
+        raise DecisionError(f"The verdicts in {file} cannot be read: {error}.") from error
     verdicts: dict[int, Verdict] = {}  # by line number
     damaged = 0
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
             _warn_once(f"{file}, line {number} is damaged and was skipped. Review that row again.")
             damaged += 1
             continue
-        try:
-            verdict = Verdict(**content)
-            is_valid = (
-                verdict.verdict in get_args(VerdictLabel) and _is_whole(verdict.row) and isinstance(verdict.time, str)
-            )
-        except TypeError:
-            is_valid = False
-        if not is_valid:
-            raise DecisionError(f"{file}, line {number} holds no verdict. Pass the folder of a review.")
+        verdict = _as_verdict(fields, f"{file}, line {number}")
         if not 0 <= verdict.row < len(ids) or ids[verdict.row].as_py() != verdict.id:
             raise DecisionError(
                 f"{file}, line {number}: the verdict is about another set (row {verdict.row} has another id here). Pass "
                 "the trace that was reviewed, or another review folder."
             )
+        if verdict.rows is not None and verdict.rows != len(ids):
+            _warn_once(
+                f"The verdicts in {file} were given on a set of {counted(verdict.rows, 'row')}, but this one has "
+                f"{len(ids):,}. The verdicts are valid. But the rows were not drawn at random from this set, so the "
+                "estimates treat them as not drawn."
+            )
+            verdict = replace(verdict, drawn_from=None)
         verdicts[number] = verdict
     # Rows without a verdict only become fewer, so each draw was from at least as many as there are now. A damaged line may
     # have held one more verdict.
@@ -174,6 +208,27 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
 def _warn_once(message: str) -> None:
     """One command reads the verdicts several times."""
     logger.warning(message)
+
+
+def _as_verdict(fields: Any, place: str) -> Verdict:
+    """The verdict in a line of the file. `place` is the name of the line.
+
+    Raises:
+        DecisionError: if it is none.
+    """
+    if not isinstance(fields, dict) or not {"row", "id", "verdict", "time"} <= fields.keys():
+        raise DecisionError(f"{place} holds no verdict. Pass the folder of a review.")
+    unknown = sorted(fields.keys() - {each.name for each in dataclass_fields(Verdict)})
+    if unknown:
+        raise DecisionError(f"{place}: a verdict has no {', '.join(unknown)}. Remove it, or update this library.")
+    verdict = Verdict(**fields)
+    if verdict.verdict not in get_args(VerdictLabel):
+        raise DecisionError(f"{place}: the verdict is {verdict.verdict!r}. It must be 'unsafe' or 'safe'.")
+    if not _is_whole(verdict.row) or not isinstance(verdict.time, str):
+        raise DecisionError(f"{place}: `row` must be a whole number and `time` a string.")
+    if verdict.rows is not None and not _is_whole(verdict.rows):
+        raise DecisionError(f"{place}: `rows` must be a whole number or null.")
+    return verdict
 
 
 def _is_whole(value: Any) -> bool:

@@ -27,7 +27,7 @@ def send(url: str, content: dict | None = None) -> dict:
 
 
 def options(output: Path) -> list[str]:
-    drawing = ["--rounds-of", "4", "--random-fraction", "1"]
+    drawing = ["--round-size", "4", "--random-fraction", "1"]
     return ["review", str(output), "--reviewer", "Ada", *drawing, "--source-column", "note", "--no-browser"]
 
 
@@ -90,7 +90,7 @@ def test_a_finished_review_says_that_it_is_over(label, tmp_path, finished, monke
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nowhere"], ["OUT", "--port", "70000"], ["OUT", "--rounds-of", "0"], ["OUT", "--random-fraction", "2"]],
+    [["nowhere"], ["OUT", "--port", "70000"], ["OUT", "--round-size", "0"], ["OUT", "--random-fraction", "2"]],
 )
 def test_bad_arguments_are_refused(finished, arguments):
     result = call("review", *(str(finished[0]) if each == "OUT" else each for each in arguments), "--no-browser")

@@ -233,7 +233,9 @@ def test_the_estimate_of_a_subset_in_another_order(trace, tmp_path):
         is_left[row], removed[row] = True, result.removed[place]
         is_above[row] = result.values[place] > result.threshold
     assert 0 < removed.sum() < rows - 1
-    expected = estimate_filter_errors(queue.verdicts, removed, [is_left & ~is_above, is_left & is_above])
+    expected = estimate_filter_errors(
+        queue.verdicts, queue.known_labels, removed, [is_left & ~is_above, is_left & is_above]
+    )
     assert result.estimate == expected != find_forgotten(trace, config).estimate
     result.save(tmp_path / "result")
     assert FilterResult.load(tmp_path / "result").estimate == expected
@@ -245,7 +247,9 @@ def test_a_review_that_overrides_a_threshold_is_estimated_by_the_threshold(trace
     result = find_forgotten(trace, FilterConfig("loss", fraction=0.5, reviewed=tmp_path))
     is_above = result.values > result.threshold
     assert (result.removed != is_above).any()
-    assert result.estimate == estimate_filter_errors(queue.verdicts, result.removed, [~is_above, is_above])
+    assert result.estimate == estimate_filter_errors(
+        queue.verdicts, queue.known_labels, result.removed, [~is_above, is_above]
+    )
     reviewed = find_forgotten(trace, FilterConfig(reviewed=tmp_path))
     assert reviewed.estimate == queue.estimate()
 

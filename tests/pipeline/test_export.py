@@ -235,11 +235,12 @@ def test_the_noisy_set_is_not_overwritten(finished_run, files):
 
 @pytest.fixture
 def reviewed(files, tmp_path):
-    """A run with verdicts on all rows but two."""
+    """A run with verdicts on all rows but two. The rows that are ranked first are unsafe."""
     assert call("run", *run_options(files, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     queue = ReviewQueue(Trace.open(tmp_path / "out" / "_forgetfilter"))
     queue._drawn_from = dict.fromkeys(range(10), 12)
-    queue.add({row: "unsafe" if row % 2 else "safe" for row in range(10)})
+    first = [row for row in queue.ranking if row < 10][:5]
+    queue.add({row: "unsafe" if row in first else "safe" for row in range(10)})
     return queue
 
 
@@ -248,13 +249,15 @@ def test_verdicts_and_weights(reviewed, tmp_path, caplog):
     result = call("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl", "--reviewed", folder / "review")
     assert (
         result.exit_code == 0
-        and "by the given filter: 5 of 12 rows (10 rows reviewed, 5 of them found to be unsafe" in result.stdout
+        and "by the given filter: 5 of 12 rows (10 rows reviewed, 5 found to be unsafe" in result.stdout
     )
     rows = exported(tmp_path / "rows.jsonl")
-    assert [row["forgetfilter_verdict"] for row in rows] == [*["safe", "unsafe"] * 5, None, None]
-    assert [row["forgetfilter_removed"] for row in rows] == [*[False, True] * 5, False, False]
+    verdicts = [reviewed.labels[row] for row in range(10)]
+    assert [row["forgetfilter_verdict"] for row in rows] == [*verdicts, None, None]
+    assert [row["forgetfilter_removed"] for row in rows] == [*(label == "unsafe" for label in verdicts), False, False]
     weights = [row["forgetfilter_weight"] for row in rows]
-    assert weights[:10] == [1.0, 0.0] * 5 and all(0 < weight < 1 for weight in weights[10:])
+    assert weights[:10] == [{"unsafe": 0.0, "safe": 1.0}[label] for label in verdicts]
+    assert all(0 < weight < 1 for weight in weights[10:])
     assert weights == (1 - unsafe_probabilities(reviewed)).tolist()
     (folder / "review").rename(tmp_path / "elsewhere")
     assert "is null" not in caplog.text
@@ -276,7 +279,7 @@ def test_an_export_says_that_verdicts_did_not_count(finished_run, tmp_path):
     assert [row["forgetfilter_removed"] for row in exported(file)] == removed  # as before
     assert f"`--reviewed {review}`" in result.stdout
     result = call("export", output, "--output", file, "--reviewed", review)
-    assert "3 rows reviewed, 1 of them found to be unsafe" in result.stdout and "differs" not in result.stdout
+    assert "3 rows reviewed, 1 found to be unsafe" in result.stdout and "differs" not in result.stdout
     assert [row["forgetfilter_removed"] for row in exported(file)] == [row == kept_row for row in range(12)]
 
 
@@ -304,6 +307,15 @@ def test_to_dataset_finds_rows_in_any_order(container, finished_run, tmp_path):
     assert dataset.to_list() == [expected[index] for index in order]
     with pytest.raises(ValueError, match="not the rows that were tracked"):
         to_dataset(Trace.open(finished_run / "_forgetfilter"), texts(12, seed=5))
+
+
+def test_to_dataset_removes_what_the_run_removed(finished_run, tmp_path):
+    """As `forgetfilter export` does. A filter config replaces the result of the run."""
+    call("export", finished_run, "--output", tmp_path / "rows.jsonl")
+    dataset = to_dataset(finished_run, texts(12, seed=1))
+    assert dataset.to_list() == exported(tmp_path / "rows.jsonl")
+    assert sum(dataset["forgetfilter_removed"]) > 0
+    assert sum(to_dataset(finished_run, texts(12, seed=1), FilterConfig(threshold=1e9))["forgetfilter_removed"]) == 0
 
 
 def test_to_dataset_of_encoded_rows(noisy, safety, make_args, collator):

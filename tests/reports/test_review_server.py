@@ -248,6 +248,23 @@ def test_skipped_rows_come_back_after_the_others(trace, byte_tokenizer):
     assert session.state()["advice"] == "Every row has a verdict, so there is nothing left to look at."
 
 
+def test_a_skipped_row_that_was_drawn_at_random_comes_back(session):
+    """Hard rows are skipped. If they were left out of the draws, the interval would be too low."""
+    (drawn,) = session.queue._drawn_from
+    for _ in range(3):
+        assert drawn in session._round and [*session.queue._drawn_from] == [drawn]
+        for _ in range(len(session._round)):
+            if session.row == drawn:
+                session.skip(drawn)
+            else:
+                session.judge(session.row, "safe")
+    while session.row != drawn:
+        session.judge(session.row, "safe")
+    session.judge(drawn, "unsafe")
+    assert session.queue.estimate().drawn == 1
+    assert [verdict.drawn_from for verdict in session.queue.verdicts if verdict.row == drawn] == [ROWS]
+
+
 def test_the_ranking_does_not_choose_skipped_rows(session):
     first = list(session._round)
     for row in first:

@@ -12,7 +12,7 @@ from forgetfilter_callback import FilterConfig, FilterResult
 from forgetfilter_callback.filtering.filter_by_values import filter_by_values
 from forgetfilter_callback.reports.summary import page_summary
 from forgetfilter_callback.review.estimates import estimate_filter_errors
-from forgetfilter_callback.review.verdicts import Verdict
+from forgetfilter_callback.review.verdicts import Verdict, known_labels
 
 
 ROWS = 300
@@ -40,7 +40,8 @@ def verdicts_on(count: int, drawn: bool = True) -> list[Verdict]:
 
 def summary_of(unsafe_above: int, verdicts: list[Verdict]) -> str:
     result = result_of(unsafe_above)
-    estimate = estimate_filter_errors(verdicts, result.removed, [~result.removed, result.removed])
+    known = known_labels(verdicts, np.arange(ROWS))
+    estimate = estimate_filter_errors(verdicts, known, result.removed, [~result.removed, result.removed])
     return page_summary(replace(result, estimate=estimate))
 
 

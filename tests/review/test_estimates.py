@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import hypergeom
 
-from forgetfilter_callback.review.estimates import estimate_filter_errors, estimate_unsafe_rows
-from forgetfilter_callback.review.verdicts import Verdict
+from forgetfilter_callback.review import estimates
+from forgetfilter_callback.review.estimates import ReviewEstimate
+from forgetfilter_callback.review.verdicts import Verdict, known_labels
 
 
 def given(row: int, unsafe: bool, drawn_from: int | None = None) -> Verdict:
     return Verdict(row, str(row), "unsafe" if unsafe else "safe", "", None, drawn_from)
+
+
+def estimate_unsafe_rows(verdicts: list[Verdict], rows: int, removed=None) -> ReviewEstimate:
+    """Without identical rows."""
+    return estimates.estimate_unsafe_rows(verdicts, known_labels(verdicts, np.arange(rows)), rows, removed)
+
+
+def estimate_filter_errors(verdicts: list[Verdict], removed: np.ndarray, parts: list[np.ndarray]) -> ReviewEstimate:
+    known = known_labels(verdicts, np.arange(len(removed)))
+    return estimates.estimate_filter_errors(verdicts, known, removed, parts)
 
 
 def simulate(rng: np.random.Generator, rows: int, unsafe_rows: int, rounds: int) -> tuple[list[Verdict], np.ndarray]:
@@ -43,17 +56,50 @@ def test_intervals_contain_the_unsafe_rows_that_are_left_in_about_nine_of_ten_re
     assert 0.87 < np.mean(covered) < 0.93
 
 
-def test_one_round_of_random_rows_gives_the_binomial_interval():
-    """Ten random rows of 1000, two of them unsafe. The interval inverts the mid-p test at 5 % on each side."""
-    verdicts = [given(row, row < 2, 1000) for row in range(10)]
-    estimate = estimate_unsafe_rows(verdicts, 1000)
-    accepted = [
-        total
-        for total in range(2, 993)
-        if binom.cdf(1, 10, total / 1000) + binom.pmf(2, 10, total / 1000) / 2 >= 0.05
-        and binom.sf(2, 10, total / 1000) + binom.pmf(2, 10, total / 1000) / 2 >= 0.05
-    ]
-    assert estimate.unsafe_left == (accepted[0] - 2, accepted[-1] - 2)
+def accepted_by(drawn: int, hits: int, rows: int) -> tuple[int, int]:
+    """The interval that the mid-p test gives at 5 % on each side, if `drawn` rows are drawn and `hits` are unsafe."""
+
+    def is_accepted(total: int) -> bool:
+        of_draws = hypergeom(rows, total, drawn)
+        half = of_draws.pmf(hits) / 2
+        return min(of_draws.cdf(hits - 1), of_draws.sf(hits)) + half >= 0.05
+
+    accepted = [total for total in range(hits, rows - drawn + hits + 1) if is_accepted(total)]
+    return accepted[0], accepted[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "hits", "rounds"), [(1000, 2, [10]), (600, 20, [10] * 40), (100, 5, [1] * 30)], ids=str
+)
+@pytest.mark.parametrize("order", ["first", "last", "spread"])
+def test_random_rows_give_the_hypergeometric_interval_in_any_order(rows, hits, rounds, order):
+    drawn = sum(rounds)
+    places = {"first": range(hits), "last": range(drawn - hits, drawn), "spread": range(0, drawn, drawn // hits)}[order]
+    sizes = [rows - number + number % rounds[0] for number in range(drawn)]  # without a verdict when its round began
+    verdicts = [given(row, row in [*places][:hits], sizes[row]) for row in range(drawn)]
+    low, high = accepted_by(drawn, hits, rows)
+    assert estimate_unsafe_rows(verdicts, rows).unsafe_left == (low - hits, high - hits)
+
+
+@pytest.mark.parametrize("hit", [None, 0, 2, 5, 50])
+def test_a_sample_never_makes_the_number_certain(hit):
+    """All rows but four are drawn, one at a time, and at most one is unsafe."""
+    verdicts = [given(row, row == hit, 100 - row) for row in range(96)]
+    estimate = estimate_unsafe_rows(verdicts, 100)
+    assert estimate.unsafe_left == (0, 1)
+    assert "Unsafe rows that are kept: 0 to 1 (90 % interval" in str(estimate)
+
+
+def test_identical_rows_are_known():
+    """Rows 0 to 19 are equal and unsafe. One of them was reviewed, another one was drawn."""
+    contents = np.r_[np.zeros(20, int), np.arange(1, 81)]
+    verdicts = [given(0, True), given(50, False, 99), replace(given(7, True, 99), identical_to=0)]
+    known = known_labels(verdicts, contents)
+    assert known == dict.fromkeys(range(20), "unsafe") | {50: "safe"}
+    estimate = estimates.estimate_unsafe_rows(verdicts, known, 100)
+    assert (estimate.seen, estimate.identical, estimate.drawn, estimate.unsafe_found) == (2, 19, 2, 20)
+    assert estimate.benign_removed == (0, 0) and estimate.unsafe_left[1] <= 79
+    assert str(estimate).startswith("2 of 100 rows reviewed (19 more are identical to them), 20 unsafe. ")
 
 
 def test_removed_rows_are_numbers_or_a_mask():

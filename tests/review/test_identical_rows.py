@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_review_queue import review
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
@@ -59,10 +60,103 @@ def test_copies_of_a_reviewed_row_have_its_weight(tmp_path):
     queue = ReviewQueue(trace, random_fraction=0.5)
     review(queue, copies < 20, 60)
     known = np.isin(copies, copies[queue.is_seen])
-    assert known.sum() > queue.is_seen.sum() == 60
+    np.testing.assert_array_equal(queue.is_known, known)
+    assert known.sum() > queue.is_seen.sum() > queue.estimate().seen == 60  # some copies were drawn, but not shown
     np.testing.assert_array_equal(unsafe_probabilities(queue)[known], (copies < 20)[known])
     assert ((unsafe_probabilities(queue)[~known] > 0) & (unsafe_probabilities(queue)[~known] < 1)).all()
     # In a subset, the only copy of a row has the id of the first one, whichever was reviewed.
     config = FilterConfig(reviewed=trace.folder / "review", weights=True)
     weights = find_forgotten(trace, config, trace.rows.ids.take(np.arange(0, 300, 2))).weights
     np.testing.assert_array_equal(weights[known[::2]], (copies >= 20)[::2][known[::2]])
+
+
+@pytest.mark.parametrize("random_fraction", [0.1, 0.5])
+def test_no_row_is_shown_twice(random_fraction, tmp_path):
+    """60 copies of an unsafe row, and 30 other unsafe rows. Without the copies the review would end like this, too."""
+    copies = np.random.default_rng(0).permutation(np.r_[np.arange(300), np.zeros(59, int)])
+    queue = ReviewQueue(make_trace(tmp_path, copies, np.arange(31)), random_fraction=random_fraction)
+    shown = []
+    for _ in range(10):
+        rows = queue.next(10)
+        assert len(rows) == 10
+        shown += copies[rows].tolist()
+        queue.add({row: "unsafe" if copies[row] < 31 else "safe" for row in rows})
+    assert len(set(shown)) == 100
+    assert queue.estimate().seen == 100 and queue.is_known[copies == 0].all()
+    assert queue.estimate().unsafe_found == (copies < 31)[queue.is_known].sum()
+    if random_fraction == 0.1:
+        assert sum(number < 31 for number in shown) == 31
+
+
+def test_a_review_ends_when_every_distinct_row_was_shown(tmp_path):
+    copies = np.repeat(np.arange(20), 3)
+    for random_fraction in (0, 0.3, 1):
+        queue = ReviewQueue(
+            make_trace(tmp_path / str(random_fraction), copies, np.arange(3)), random_fraction=random_fraction
+        )
+        shown = []
+        while rows := queue.next(4):
+            shown += rows
+            queue.add({row: "unsafe" if copies[row] < 3 else "safe" for row in rows})
+        assert sorted(copies[shown]) == list(range(20)) and queue.is_known.all()
+        assert queue.estimate().unsafe_left == (0, 0) and queue.estimate().unsafe_found == 9
+
+
+def test_intervals_are_right_with_copies(tmp_path):
+    """Ten texts make up half of the rows. The copies of a shown row are drawn without being shown."""
+    covered, widths = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        copies = rng.permutation(np.r_[np.arange(150), rng.integers(0, 10, 150)])
+        unsafe = rng.random(150) < 0.3
+        queue = ReviewQueue(
+            make_trace(tmp_path / str(seed), copies, np.arange(0), seed), seed=seed, random_fraction=0.5
+        )
+        review(queue, unsafe[copies], 60)
+        left, (low, high) = (unsafe[copies] & ~queue.is_known).sum(), queue.estimate().unsafe_left
+        covered.append(low <= left <= high)
+        widths.append(high - low)
+    assert np.mean(covered) > 0.85 and np.mean(widths) < 60, (np.mean(covered), np.mean(widths))
+
+
+def test_a_copy_that_was_drawn_follows_the_row_that_was_shown(tmp_path):
+    copies = np.r_[np.zeros(30, int), np.arange(1, 11)]
+    queue = ReviewQueue(make_trace(tmp_path, copies, np.zeros(1)), random_fraction=1)
+    shown = []
+    while not any(verdict.identical_to is not None for verdict in queue.verdicts):
+        shown += queue.next(3)
+        queue.add({row: "unsafe" if copies[row] == 0 else "safe" for row in shown[-3:]})
+    (of,) = (row for row in shown if copies[row] == 0)
+    drawn = [verdict for verdict in queue.verdicts if verdict.identical_to is not None]
+    assert all(each.identical_to == of and copies[each.row] == 0 and each.verdict == "unsafe" for each in drawn)
+    assert all(each.drawn_from is not None for each in drawn)
+    queue.add({of: "safe"})
+    assert not queue.estimate().unsafe_found and set(queue.labels.values()) == {"safe"}
+    queue.add({drawn[0].row: "unsafe"})  # a verdict of its own
+    queue.add({of: "safe"})
+    assert queue.labels[drawn[0].row] == "unsafe"
+
+
+def test_different_verdicts_on_identical_rows_cause_a_warning(tmp_path, caplog):
+    trace = make_trace(tmp_path, np.r_[np.arange(20), 0], np.zeros(1))
+    queue = ReviewQueue(trace)
+    queue.add({0: "unsafe", 3: "safe"})
+    find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
+    assert "identical" not in caplog.text
+    queue.add({20: "safe"})
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
+    assert "Rows 0 and 20 are identical, but the verdict on one is 'unsafe' and on the other 'safe'" in caplog.text
+    assert np.flatnonzero(result.removed).tolist() == [0]
+
+
+def test_identical_verdicts_are_one_verdict_for_the_weights(tmp_path, monkeypatch):
+    """A copy in another fold would have learned from the verdict on the row."""
+    copies = np.repeat(np.arange(100), 2)
+    queue = ReviewQueue(make_trace(tmp_path, copies, np.arange(15)), random_fraction=0.5)
+    queue._drawn_from = dict.fromkeys(range(0, 80, 4), 200)
+    queue.add({row: "unsafe" if copies[row] < 15 else "safe" for row in range(80)})  # both copies of 40 rows
+    fit_scores, learned = queue.fit_scores, []
+    monkeypatch.setattr(queue, "fit_scores", lambda labels: learned.append(copies[[*labels]]) or fit_scores(labels))
+    unsafe_probabilities(queue)
+    folds = [rows for rows in learned if len(rows) < 80]  # the others are the final fit to all verdicts
+    assert len(folds) > 5 and all(len(set(rows)) == len(rows) < 40 for rows in folds)

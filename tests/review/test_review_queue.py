@@ -127,6 +127,30 @@ def test_a_wrong_random_fraction_is_refused(tmp_path, fraction):
         ReviewQueue(trace, random_fraction=fraction)
 
 
+def test_a_row_that_was_drawn_comes_back_until_it_has_a_verdict(tmp_path):
+    """If difficult rows were left out, the others would not be a random sample."""
+    trace, _ = make_trace(tmp_path)
+    queue = ReviewQueue(trace, random_fraction=0.2)
+    first = queue.next(10)
+    drawn = [row for row in first if row in queue._drawn_from]
+    queue.add({row: "safe" for row in first if row not in drawn})
+    second = queue.next(10, skipped=drawn)
+    assert len(drawn) == 2 and len(second) == 10 and set(drawn) <= set(second)
+    assert not set(drawn) & set(queue.next(1))  # the ranking does not choose them
+    queue.add(dict.fromkeys(drawn, "safe"))
+    assert {v.row: v.drawn_from for v in queue.verdicts if v.drawn_from is not None} == dict.fromkeys(drawn, 300)
+    assert not set(drawn) & set(queue.next(10))
+
+
+def test_rows_of_an_earlier_round_stay_drawn(tmp_path):
+    trace, _ = make_trace(tmp_path)
+    queue = ReviewQueue(trace, random_fraction=0.2)
+    rows = queue.next(10)
+    queue.next(3)
+    queue.add(dict.fromkeys(rows, "safe"))
+    assert sum(verdict.drawn_from is not None for verdict in queue.verdicts) == 2
+
+
 def test_random_rows_are_uniform(tmp_path):
     """Over many seeds, rows in the top half of the ranking are drawn as often as the others."""
     trace, _ = make_trace(tmp_path, rows=40, unsafe=4)
@@ -161,14 +185,23 @@ def test_the_later_verdict_counts_and_both_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verdicts", [{ROWS: "safe"}, {-1: "safe"}, {3: "safe", 4: "benign"}, {1.5: "safe"}, {"3": "safe"}]
+    "verdicts", [{ROWS: "safe"}, {-1: "safe"}, {3: "safe", 4: "benign"}, {1.5: "safe"}, {"3": "safe"}, {True: "safe"}]
 )
 def test_unknown_rows_and_verdicts_are_refused_and_nothing_is_stored(tmp_path, verdicts):
     trace, _ = make_trace(tmp_path)
     queue = ReviewQueue(trace)
     with pytest.raises(ValueError, match=r"There is no row|must be 'unsafe' or 'safe'"):
         queue.add(verdicts)
+    with pytest.raises(ValueError, match=r"There is no row|must be 'unsafe' or 'safe'"):
+        queue.fit_scores(verdicts)
     assert queue.verdicts == [] and ReviewQueue(trace).verdicts == []
+
+
+@pytest.mark.parametrize("verdicts", [[3], None, [(3, "safe")], "safe"])
+def test_verdicts_are_a_mapping(tmp_path, verdicts):
+    trace, _ = make_trace(tmp_path)
+    with pytest.raises(TypeError, match="Pass a dictionary from row numbers to verdicts, such as"):
+        ReviewQueue(trace).add(verdicts)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5])
@@ -195,7 +228,7 @@ def test_the_filter_removes_exactly_the_rows_found_to_be_unsafe(tmp_path):
     result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
     assert result.method == "reviewed" and result.reason == (
-        f"60 rows reviewed, {(queue.is_seen & is_unsafe).sum()} of them found to be unsafe and removed; no other row was "
+        f"60 rows reviewed, {(queue.is_seen & is_unsafe).sum()} found to be unsafe and removed; no other row was "
         "removed"
     )
     with_threshold = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", fraction=0.2))
@@ -258,7 +291,7 @@ def test_the_reason_says_that_no_row_is_left_to_review(tmp_path):
     queue = ReviewQueue(trace)
     queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in range(12)})
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
-    assert result.reason == "12 rows reviewed, 1 of them found to be unsafe and removed; no other row was removed"
+    assert result.reason == "12 rows reviewed, 1 found to be unsafe and removed; no other row was removed"
 
 
 def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
@@ -366,8 +399,8 @@ def test_two_queues_on_one_folder_see_each_others_verdicts(tmp_path):
     rows = second.next(10)
     assert not set(rows) & set(first.labels)
     second.add(dict.fromkeys(rows, "unsafe"))
-    first.next(10)
     assert first.labels == second.labels and len(first.labels) == 20
+    assert first.estimate() == second.estimate()
 
 
 def test_a_verdict_that_another_queue_stores_at_the_same_moment_is_seen(tmp_path, monkeypatch):

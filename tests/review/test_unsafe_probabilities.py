@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_review_queue import make_trace, review
 
-from forgetfilter_callback import FilterConfig, ReviewQueue, find_forgotten
+from forgetfilter_callback import FilterConfig, ReviewQueue, find_forgotten, to_dataset
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabilities, why_no_probabilities
 
@@ -89,6 +89,23 @@ def test_too_few_verdicts_are_refused(verdicts, said, tmp_path):
         unsafe_probabilities(queue)
     with pytest.raises(DecisionError, match=said):
         find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", weights=True))
+
+
+def test_scores_that_rank_the_unsafe_rows_last_give_no_weights(tmp_path, monkeypatch, caplog):
+    """Otherwise the most suspicious rows would have the largest weights."""
+    trace, is_unsafe = make_trace(tmp_path)
+    queue = ReviewQueue(trace, random_fraction=0.2)
+    review(queue, is_unsafe, 60)
+    assert np.isfinite(unsafe_probabilities(queue)).all()
+    monkeypatch.setattr(
+        ReviewQueue, "fit_scores", lambda self, labels: np.random.default_rng(0).random(300) - is_unsafe
+    )
+    queue = ReviewQueue(trace)
+    with pytest.raises(DecisionError, match=r"ranking does not separate the unsafe rows.* Review more rows"):
+        unsafe_probabilities(queue)
+    rows = [{"input_ids": trace.rows.sample(number)[0].tolist()} for number in range(300)]
+    assert set(to_dataset(trace, rows)["forgetfilter_weight"]) == {None}
+    assert "`forgetfilter_weight` is null: The ranking does not separate" in caplog.text
 
 
 def test_a_filter_with_weights_removes_nothing(tmp_path):

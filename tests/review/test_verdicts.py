@@ -40,6 +40,33 @@ def test_a_last_line_that_is_cut_short_costs_only_itself(tmp_path, caplog):
     assert "line 2 is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"row": ' + "1" * 5000 + "}", '{"row": 0'], ids=["deep", "digits", "cut"]
+)
+def test_a_line_that_cannot_be_read_is_skipped(line, tmp_path, caplog):
+    file = tmp_path / "verdicts.jsonl"
+    file.write_text(line + "\n")
+    append_verdicts([verdict(0)], file)
+    assert read_verdicts(file, IDS) == [verdict(0)]
+    assert f"{file}, line 1 is damaged" in caplog.text
+
+
+def test_verdicts_in_a_folder_of_their_name_are_refused(tmp_path):
+    (tmp_path / "verdicts.jsonl").mkdir()
+    with pytest.raises(DecisionError, match=r"The verdicts in .*verdicts.jsonl cannot be read: .*directory"):
+        read_verdicts(tmp_path / "verdicts.jsonl", IDS)
+
+
+def test_draws_from_a_set_of_another_size_do_not_count(tmp_path, caplog):
+    """Rows were added to the file, and the trace was recorded again. The new rows could not be drawn."""
+    given = [verdict(0, drawn_from=3, rows=3), verdict(1, "unsafe", rows=3)]
+    append_verdicts(given, tmp_path / "verdicts.jsonl")
+    assert read_verdicts(tmp_path / "verdicts.jsonl", IDS) == given and not caplog.text
+    more = pa.array(["a", "b", "c", "d"])
+    assert read_verdicts(tmp_path / "verdicts.jsonl", more) == [replace(given[0], drawn_from=None), given[1]]
+    assert "were given on a set of 3 rows, but this one has 4" in caplog.text
+
+
 @pytest.mark.parametrize(("order", "warned"), [([0, 1, 2], False), ([0, 2, 1], False), ([1, 0, 2], True)])
 def test_lines_that_are_not_in_the_order_of_their_times_cause_a_warning(order, warned, tmp_path, caplog):
     times = ["2026-11-28T09:59:59+00:00", "2026-11-28T10:00:00+00:00", "2026-11-28T10:00:00+00:00"]
@@ -64,19 +91,30 @@ def test_verdicts_of_another_trace_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "said"),
     [
-        '{"row": 0}',
-        "[1]",
-        '{"row": 0, "id": "a", "verdict": "maybe", "time": ""}',
-        '{"row": "0", "id": "a", "verdict": "safe", "time": ""}',
-        '{"row": false, "id": "a", "verdict": "safe", "time": ""}',
-        '{"row": 0, "id": "a", "verdict": "safe", "time": null}',
+        ('{"row": 0}', " holds no verdict. Pass the folder of a review"),
+        ("[1]", " holds no verdict"),
+        (
+            '{"row": 0, "id": "a", "verdict": "Unsafe", "time": ""}',
+            ": the verdict is 'Unsafe'. It must be 'unsafe' or 'safe'",
+        ),
+        ('{"row": "0", "id": "a", "verdict": "safe", "time": ""}', ": `row` must be a whole number"),
+        ('{"row": false, "id": "a", "verdict": "safe", "time": ""}', ": `row` must be a whole number"),
+        (
+            '{"row": 0, "id": "a", "verdict": "safe", "time": null}',
+            ": `row` must be a whole number and `time` a string",
+        ),
+        ('{"row": 0, "id": "a", "verdict": "safe", "time": "", "note": "x"}', ": a verdict has no note. Remove it"),
+        (
+            '{"row": 0, "id": "a", "verdict": "safe", "time": "", "rows": "3"}',
+            ": `rows` must be a whole number or null",
+        ),
     ],
 )
-def test_a_line_without_a_verdict_is_refused(tmp_path, line):
+def test_a_line_without_a_verdict_is_refused(tmp_path, line, said):
     (tmp_path / "verdicts.jsonl").write_text(line + "\n")
-    with pytest.raises(DecisionError, match="line 1 holds no verdict"):
+    with pytest.raises(DecisionError, match=f"line 1{said}"):
         read_verdicts(tmp_path / "verdicts.jsonl", IDS)
 
 

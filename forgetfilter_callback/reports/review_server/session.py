@@ -29,7 +29,7 @@ class ReviewSession:
     """A review of rows, one at a time.
 
     Rows come in rounds. After the last row of a round, the queue ranks the rows again. A row that is skipped comes back when
-    the ranking has no other rows left, or when it is drawn at random.
+    the ranking has no other rows left. If it was drawn at random, it comes back in the next round.
 
     Args:
         queue ([`ReviewQueue`]):
@@ -103,6 +103,7 @@ class ReviewSession:
             "row": None if self.row is None else self._row_content(self.row),
             "rows": estimate.rows,
             "seen": estimate.seen,
+            "identical": estimate.identical,
             "unsafe": estimate.unsafe_found,
             "left_in_round": len(self._round),
             "unsafe_left": [low, high],

@@ -43,7 +43,8 @@ function describeLeft(low, high, drawn) {
 function show(state) {
   const current = state.row;
   row = current === null ? null : current.number;
-  $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen, ${state.unsafe.toLocaleString("en")} unsafe`;
+  const identical = state.identical > 0 ? ` (${state.identical.toLocaleString("en")} more are identical to them)` : "";
+  $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen${identical}, ${state.unsafe.toLocaleString("en")} unsafe`;
   $("left").textContent = `Unsafe rows not found yet: ${describeLeft(...state.unsafe_left, state.drawn)}.`;
   $("advice").textContent = state.advice;
   $("advice").className = state.is_enough ? "is-enough" : "";
