@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 
@@ -14,20 +15,22 @@ if TYPE_CHECKING:
     from ..trace.trace import Trace
 
 
-def command_to_review(path: Path, noisy: str | None = None, tokenizer: str | None = None) -> str:
-    """The command that reviews the rows of the trace in `path`, with the rows and the tokenizer that the user gave."""
-    return _command("review", path, {"noisy": noisy, "tokenizer": tokenizer})
+# The options `noisy`, `tokenizer` and `source-column` that the user gave. `None` for those that were left out.
+RowOptions = Mapping[str, str | None]
 
 
-def command_to_filter(
-    trace: Trace, path: Path, settings: Mapping[str, Any], noisy: str | None = None, tokenizer: str | None = None
-) -> str:
-    """The command that filters with these settings of a [`FilterConfig`], and with the rows and the tokenizer that the user
-    gave. If nothing says where the rows are, it has a word to replace.
+def command_to_review(path: Path, row_options: RowOptions = MappingProxyType({})) -> str:
+    """The command that reviews the rows of the trace in `path`, with the options that the user gave."""
+    return _command("review", path, row_options)
+
+
+def command_to_filter(trace: Trace, path: Path, settings: Mapping[str, Any], row_options: RowOptions) -> str:
+    """The command that filters with these settings of a [`FilterConfig`], and with the options that the user gave. If
+    nothing says where the rows are, it has a word to replace.
     """
-    if noisy is None and "source" not in trace.manifest:
-        noisy = "NOISY"
-    return _command("filter", path, {**settings, "noisy": noisy, "tokenizer": tokenizer, "output": "reviewed"})
+    if row_options["noisy"] is None and "source" not in trace.manifest:
+        row_options = {**row_options, "noisy": "NOISY"}
+    return _command("filter", path, {**settings, **row_options, "output": "reviewed"})
 
 
 def _command(name: str, path: Path, options: Mapping[str, Any]) -> str:
@@ -35,9 +38,7 @@ def _command(name: str, path: Path, options: Mapping[str, Any]) -> str:
     return shlex.join(["forgetfilter", name, str(path), *given])
 
 
-def after_looking(
-    trace: Trace, path: Path, settings: Mapping[str, Any], noisy: str | None, tokenizer: str | None
-) -> str:
+def after_looking(trace: Trace, path: Path, settings: Mapping[str, Any], row_options: RowOptions) -> str:
     """After `show` and `report`: filter as people have decided, or review rows if they have found nothing yet.
 
     Args:
@@ -47,17 +48,17 @@ def after_looking(
             The trace, or the output folder of its run, as the user named it.
         settings (`Mapping[str, Any]`):
             The filter options that the user gave.
-        noisy, tokenizer (`str`, *optional*):
-            The options that the user gave.
+        row_options (`Mapping[str, str | None]`):
+            The options `noisy`, `tokenizer` and `source-column` that the user gave.
     """
     from ..review.verdicts import review_folder, trace_verdicts
 
     if "decision" in settings or "reviewed" in settings:
-        return command_to_filter(trace, path, settings, noisy, tokenizer)
+        return command_to_filter(trace, path, settings, row_options)
     labels = {verdict.row: verdict.verdict for verdict in trace_verdicts(trace)}
     if "unsafe" in labels.values():
-        return command_to_filter(trace, path, {"reviewed": review_folder(trace)}, noisy, tokenizer)
-    return command_to_review(path, noisy, tokenizer)
+        return command_to_filter(trace, path, {"reviewed": review_folder(trace)}, row_options)
+    return command_to_review(path, row_options)
 
 
 def after_filter(
@@ -66,8 +67,7 @@ def after_filter(
     path: Path,
     output: Path,
     settings: Mapping[str, Any],
-    noisy: str | None,
-    tokenizer: str | None,
+    row_options: RowOptions,
 ) -> str:
     """After `filter`: finetune on the kept rows. If none was removed or nobody has checked φ, first what [`after_looking`]
     says.
@@ -77,11 +77,11 @@ def after_filter(
             The filter result.
         output (`Path`):
             Its folder.
-        trace, path, settings, noisy, tokenizer:
+        trace, path, settings, row_options:
             As in [`after_looking`].
     """
     if not result.counts["removed"] or result.method == "auto":
-        return after_looking(trace, path, settings, noisy, tokenizer)
+        return after_looking(trace, path, settings, row_options)
     kept = str(output / "kept.jsonl")
     return (
         f"finetune the base model on {kept}, as you would on all rows. TRL's SFTTrainer takes "

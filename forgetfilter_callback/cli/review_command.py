@@ -40,6 +40,7 @@ def review(
 
         forgetfilter review out --reviewer Ada
     """
+    row_options = {"noisy": noisy, "tokenizer": tokenizer, "source-column": source_column}
     with exit_codes():
         from ..reports.review_server.serve import review_server
         from ..review.stop_advice import stop_advice
@@ -49,7 +50,7 @@ def review(
         decoder = trace_decoder(opened, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         sources = None if column is None else read_columns(opened, noisy, tokenizer, [column])[0]
-        to_filter = command_to_filter(opened, trace, {"reviewed": review_folder(opened)}, noisy, tokenizer)
+        to_filter = command_to_filter(opened, trace, {"reviewed": review_folder(opened)}, row_options)
         with review_server(opened, decoder, to_filter, port, reviewer, round_size, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"

@@ -68,6 +68,7 @@ def filter_command(
 
         forgetfilter filter out --fraction 0.05 --output filtered
     """
+    row_options = {"noisy": noisy, "tokenizer": tokenizer, "source-column": source_column}
     with exit_codes(), after_interrupt(what_is_written(output / name for name in FILTER_OUTPUTS)):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -82,7 +83,7 @@ def filter_command(
             differing = differing_verdicts(result, trace_verdicts(opened), review_folder(opened))
             if differing is not None:
                 say(f"forgetfilter: {differing}", err=True)
-        next_step = after_filter(result, opened, trace, output, filter_settings, noisy, tokenizer)
+        next_step = after_filter(result, opened, trace, output, filter_settings, row_options)
         print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
 
@@ -109,6 +110,7 @@ def report(
 
         forgetfilter report out --output report.html
     """
+    row_options = {"noisy": noisy, "tokenizer": tokenizer, "source-column": source_column}
     with exit_codes(), after_interrupt(what_is_written([output])):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -122,7 +124,7 @@ def report(
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
         say(f"{page_summary(result)} Open {output} in a browser.")
-        say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
+        say(f"Next: {after_looking(opened, trace, filter_settings, row_options)}")
 
 
 @options_from(FilterConfig, "filter_settings", ALL_FILTER_OPTIONS)
@@ -142,6 +144,7 @@ def show(
 
         forgetfilter show out --head 20
     """
+    row_options = {"noisy": noisy, "tokenizer": tokenizer, "source-column": source_column}
     with exit_codes():
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
@@ -163,7 +166,7 @@ def show(
         has_tokenizer = tokenizer is not None or opened.manifest["tokenizer"] is not None
         decoder = trace_decoder(opened, tokenizer) if has_tokenizer else None
         show_trace(opened, result, Console(), decoder, head)
-        say(f"Next: {after_looking(opened, trace, filter_settings, noisy, tokenizer)}")
+        say(f"Next: {after_looking(opened, trace, filter_settings, row_options)}")
 
 
 def doctor(trace: TraceArgument, as_json: JsonOption = False) -> None:

@@ -65,7 +65,7 @@ class FilterConfig:
     threshold: Threshold = field(
         default="auto",
         metadata={
-            "help": "Remove rows above φ: a number, auto, fdr.",
+            "help": "Remove rows above this φ: a number or auto.",
             "metavar": "NUMBER",
             "group": "Filtering",
         },

@@ -79,7 +79,7 @@ def find_reviewed(
         )
     elif found.more_needed:
         reason += (
-            f"; other rows can be removed with a false discovery rate of at most {config.level:g} after about "
+            f"; no row without a verdict was removed: a false discovery rate of at most {config.level:g} needs about "
             f"{counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: {found.safe_drawn:,}); "
             "`forgetfilter review --random-fraction 1` shows such rows only"
         )

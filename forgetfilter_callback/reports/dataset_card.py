@@ -55,7 +55,8 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         f"| removed rows | {rule} |",
         f"| safety session | step {result.step} |",
         f"| reason | {result.explanation} |",
-        f"| decided by a person | {overrides.count('keep')} kept, {overrides.count('remove')} removed |",
+        f"| decided by a person, identical rows included | {overrides.count('keep')} kept, "
+        f"{overrides.count('remove')} removed |",
         f"| estimated errors | {'not known' if result.estimate is None else result.estimate.errors} |",
         f"| kept because forgetting is unknown | {counts['unknown']:,} |",
         f"| model | {_code_cell(short_model_name(trace.manifest['model']))} |",

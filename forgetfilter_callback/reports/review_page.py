@@ -140,7 +140,7 @@ def write_review_page(
 def _command_to_filter(trace: Trace) -> str:
     """The command that applies the exported decision. `NOISY` is to be replaced if the trace does not name its rows."""
     rows = [] if "source" in trace.manifest else ["--noisy", "NOISY"]
-    decision = ["--decision", "review_decision.json", "--output", "reviewed"]
+    decision = ["--decision", "review_decision.json", "--output", "decided"]
     return shlex.join(["forgetfilter", "filter", str(trace.folder), *rows, *decision])
 
 

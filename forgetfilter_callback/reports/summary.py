@@ -44,9 +44,13 @@ def _what_people_found(result: FilterResult) -> str:
     (kept_low, kept_high), (removed_low, removed_high) = estimate.unsafe_left, estimate.benign_removed
     return (
         f"{'Well separated' if is_well_separated(result, estimate) else 'Not shown to be well separated'}: "
-        f"{kept_low:,} to {kept_high:,} unsafe rows kept and {removed_low:,} to {removed_high:,} benign rows removed "
+        f"{_range(kept_low, kept_high)} unsafe rows kept and {_range(removed_low, removed_high)} benign rows removed "
         f"(90 % intervals, from {counted(estimate.drawn, 'row')} drawn at random)."
     )
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def is_well_separated(result: FilterResult, estimate: ReviewEstimate) -> bool:

@@ -63,7 +63,8 @@ def compute_forgetting_by_record(
     if trace.base_record is None:
         raise TraceError(
             "measure='relative' needs the losses of all rows under the base model, which this trace does not hold. Record "
-            "them too, with the same tracker in both sessions and `record_base=True`, or choose another measure."
+            "them with the same tracker in both sessions and `record_base=True`, or with `forgetfilter score --base`. Or "
+            "choose another measure."
         )
     means_base = trace.mean_losses(trace.base_record)
     return np.array([relative_forgetting(means_base, means_before, means_after) for means_after in means]), None

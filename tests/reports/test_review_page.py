@@ -103,6 +103,25 @@ def test_the_line_in_the_histogram_can_be_dragged(page):
 
 
 @needs_chromium
+def test_the_line_stays_upright_if_its_end_is_dragged(page):
+    """Then Plotly moves this end only."""
+    before = page.input_value("#phi-number")
+    page.wait_for_selector("#distribution .shapelayer path", state="attached")
+    line = page.locator("#distribution .shapelayer path").first.bounding_box()
+    x = line["x"] + line["width"] / 2
+    page.mouse.move(x, line["y"] + 1)
+    page.mouse.down()
+    page.mouse.move(x + 60, line["y"] + 8, steps=5)
+    page.mouse.up()
+    expect(page.locator("#phi-number")).not_to_have_value(before)
+    assert float(page.input_value("#phi-number")) > float(before)
+    page.wait_for_function(
+        "() => { const line = document.getElementById('distribution').layout.shapes[0];"
+        " return line.x0 === phi && line.x1 === phi && line.y0 === 0 && line.y1 === 1; }"
+    )
+
+
+@needs_chromium
 def test_search_sort_and_pages(page, review):
     _, _, result, _ = review
     assert page.locator("#rows tr").count() == 25 and "of 6, 150 rows" in page.inner_text("#page")
@@ -482,7 +501,7 @@ def test_the_page_explains_how_to_apply_the_decision(review):
     """The code on the page must use the current arguments and file names."""
     file, trace, *_ = review
     html = unescape(file.read_text(encoding="utf-8"))
-    assert f"forgetfilter filter {trace.folder} --noisy NOISY --decision review_decision.json --output reviewed" in html
+    assert f"forgetfilter filter {trace.folder} --noisy NOISY --decision review_decision.json --output decided" in html
     assert "Replace <code>NOISY</code> with the file of the noisy set." in html
     config = 'FilterConfig(decision="review_decision.json")'
     assert f"FilteredTrainer(…, forgetting={str(trace.folder)!r}, filter_config={config})" in html
@@ -521,6 +540,28 @@ def test_a_page_without_a_threshold_shows_none(browser, review, byte_tokenizer, 
     opened.wait_for_function(f"({lines})()[0] === 1")
     opened.click("#phi-reset")
     expect(opened.locator("#counts")).to_contain_text("No φ")
+    opened.close()
+
+
+@needs_chromium
+def test_removed_rows_are_red_without_a_threshold(browser, review, byte_tokenizer, tmp_path):
+    """A reviewer removes rows whatever their forgetting is, before the page is written and on it."""
+    _, trace, _, _ = review
+    file = tmp_path / "review_decision.json"
+    overrides = {id_: "remove" if row < 7 else "keep" for row, id_ in enumerate(trace.rows.ids.to_pylist()[:12])}
+    file.write_text(
+        json.dumps({"measure": "loss", "threshold": None, "overrides": overrides, "trace": trace.identity()})
+    )
+    write_review_page(trace, tmp_path / "review.html", byte_tokenizer, FilterConfig(decision=file))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "review.html").as_uri())
+    in_red = """() => (document.getElementById('distribution').data ?? [])
+        .filter((trace) => trace.name === 'removed').flatMap((trace) => [...trace.x]).length"""
+    opened.wait_for_function(f"({in_red})() === 7")
+    assert not opened.is_visible("[data-view=below]")  # there is no φ
+    opened.select_option("#view", "forgotten")
+    opened.evaluate("decide(data.rows.find((row) => !overrides.has(row.id)).id, 'remove')")
+    opened.wait_for_function(f"({in_red})() === 8")
     opened.close()
 
 

@@ -14,7 +14,7 @@ from helpers import HOSTILE, hostile_trace, needs_chromium
 from playwright.sync_api import expect
 from sklearn.metrics.pairwise import cosine_similarity
 
-from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, find_forgotten
+from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.reports.review_server import session as session_module
 from forgetfilter_callback.reports.review_server.app import create_app
@@ -495,6 +495,38 @@ def test_how_many_unsafe_rows_can_be_left(page):
         page.keyboard.press("s")
         expect(page.locator("#counts")).to_have_text(f"{seen} of 120 rows seen, 0 unsafe")
     expect(left).to_have_text(re.compile(r"not found yet: \d+ to \d+ \(90 % interval, from 1 row drawn at random\)\."))
+
+
+@needs_chromium
+def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
+    """It is the same text in every row. A button shows it."""
+    begin, end = "<eos>system\nBe brief.<eos>\n<eos>user\n", "<eos>\n<eos>assistant\n"
+    rows = [{"prompt": f"{begin}Question {row}?{end}", "completion": f"Answer {row}<eos>"} for row in range(12)]
+    encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
+    trace = Trace.create(tmp_path / "trace", encoded, "tiny", None, None)
+    states = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float16)
+    for step in (0, 4):
+        losses = np.random.default_rng(step).random(encoded.loss_offsets[-1], np.float32)
+        trace.append(Record("safety", step), [Scores(losses, states)])
+    with review_server(trace, byte_tokenizer, "forgetfilter filter out") as review:
+        thread = Thread(target=review.server.serve_forever)
+        thread.start()
+        opened = browser.new_page()
+        opened.goto(review.address)
+        expect(opened.locator("#template")).to_have_text("show the chat template")
+        row = shown_row(opened)
+        assert opened.inner_text("#prompt") == f"Question {row}?"
+        assert all(text.startswith("Question ") for text in opened.locator("#similar .text").all_inner_texts())
+        opened.click("#template")
+        assert opened.evaluate("document.getElementById('prompt').textContent") == f"{begin}Question {row}?{end}"
+        opened.keyboard.press("s")
+        expect(opened.locator("#row-title")).not_to_have_text(f"Row {row}")
+        expect(opened.locator("#template")).to_have_text("hide the chat template")
+        opened.click("#template")
+        assert opened.inner_text("#prompt") == f"Question {shown_row(opened)}?"
+        opened.close()
+        review.server.shutdown()
+        thread.join()
 
 
 @needs_chromium

@@ -300,7 +300,7 @@ def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     review(queue, is_unsafe, 30)
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
-    assert "with a false discovery rate of at most 0.1 after about " in result.reason
+    assert "no row without a verdict was removed: a false discovery rate of at most 0.1 needs about " in result.reason
     assert "more safe verdicts on rows drawn at random (so far: 3)" in result.reason
 
 

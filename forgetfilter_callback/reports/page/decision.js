@@ -1,10 +1,16 @@
 // φ, the counts, and the decision that is exported and imported.
 
-function showCounts() {
-  const scale = data.samples / last.length, about = data.sampled ? "about " : "";
-  const removed = last.map((value) => value > plottedPhi);
+// Whether each plotted row is removed.
+function plottedRemovals() {
+  const removed = last.map((value) => exportedThreshold !== null && value > plottedPhi);
   // Counts of a random subset are scaled up. Overrides are left out then, because they are not a random subset.
   if (!data.sampled) for (const [id, choice] of overrides) if (rowOf.has(id)) removed[rowOf.get(id)] = choice === "remove";
+  return removed;
+}
+
+function showCounts() {
+  const scale = data.samples / last.length, about = data.sampled ? "about " : "";
+  const removed = plottedRemovals();
   const above = removed.filter(Boolean).length;
   let text = `${exportedThreshold === null ? "No φ" : `φ = ${format(phi)}`}: ${about}${count(above * scale)} of ${count(data.samples)} removed, ${about}${count((last.length - above) * scale)} kept.`;
   if (unsafe !== null) {
@@ -19,6 +25,10 @@ function showCounts() {
 }
 
 let drawing = 0;
+function drawSoon() {
+  cancelAnimationFrame(drawing);
+  drawing = requestAnimationFrame(drawAll);
+}
 function setPhi(value, threshold = value) {
   if (!Number.isFinite(value)) return;
   phi = value;
@@ -26,10 +36,10 @@ function setPhi(value, threshold = value) {
   exportedThreshold = threshold;
   $("phi").value = String(value);
   $("phi-number").value = threshold === null ? "" : String(Number(value.toPrecision(4)));
+  for (const step of document.querySelectorAll(".with-phi")) step.hidden = threshold === null;
   showCounts();
   showRows();
-  cancelAnimationFrame(drawing);
-  drawing = requestAnimationFrame(drawAll);
+  drawSoon();
 }
 
 // ---- export and import ----

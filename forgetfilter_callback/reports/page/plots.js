@@ -24,9 +24,10 @@ function drawDistribution() {
   const size = (highest - lowest) / BINS || 1;
   const bins = { start: lowest, end: highest + size, size };
   const those = (included) => values.filter((_, i) => included(i));
-  // Audit labels have their own colors, because red and blue already mean above and below φ.
+  const removed = plottedRemovals();
+  // Audit labels have their own colors, because red and blue already mean removed and kept.
   const groups = unsafe === null
-    ? [["kept", "--kept", those((i) => !(last[i] > plottedPhi))], ["removed", "--removed", those((i) => last[i] > plottedPhi)]]
+    ? [["kept", "--kept", those((i) => !removed[i])], ["removed", "--removed", those((i) => removed[i])]]
     : [["not labeled unsafe", "--audit-others", those((i) => !unsafe[i])], ["labeled unsafe", "--audit-unsafe", those((i) => unsafe[i])]];
   const traces = groups.map(([name, color, x]) => ({ type: "histogram", x, name, marker: { color: cssColor(color) }, xbins: bins }));
   Plotly.react("distribution", traces, layout({
@@ -40,16 +41,16 @@ function drawDistribution() {
 }
 
 function drawTrajectories() {
-  const steps = [0, ...data.steps];
+  const steps = [0, ...data.steps], removed = plottedRemovals();
   const order = last.map((_, i) => i).filter((i) => Number.isFinite(last[i])).sort((a, b) => last[a] - last[b]);
   const drawn = order.filter((_, rank) => rank % Math.ceil(order.length / MAX_LINES) === 0);
   const line = (indices, color, width, opacity) => ({
     mode: "lines", x: steps, hoverinfo: "skip", line: { color, width }, opacity,
     y: [0, ...byRecord.map((values) => median(indices.map((i) => values[i])))],
   });
-  const traces = drawn.map((i) => line([i], last[i] > plottedPhi ? cssColor("--removed") : cssColor("--kept"), 1, 0.35));
-  for (const [name, above] of [["--removed", true], ["--kept", false]]) {
-    const group = order.filter((i) => (last[i] > plottedPhi) === above);
+  const traces = drawn.map((i) => line([i], cssColor(removed[i] ? "--removed" : "--kept"), 1, 0.35));
+  for (const [name, isRemoved] of [["--removed", true], ["--kept", false]]) {
+    const group = order.filter((i) => removed[i] === isRemoved);
     if (group.length) traces.push(line(group, cssColor(name), 4, 1));
   }
   Plotly.react("trajectories", traces, layout({ xaxis: { title: { text: "step of the safety session (thick lines: medians)" } } }), config);
@@ -61,10 +62,10 @@ function median(values) {
 
 function drawScatter(id, x, title) {
   const step = Math.ceil(last.length / MAX_POINTS);
-  const indices = last.map((_, i) => i).filter((i) => i % step === 0);
+  const indices = last.map((_, i) => i).filter((i) => i % step === 0), removed = plottedRemovals();
   Plotly.react(id, [{
     mode: "markers", x: indices.map((i) => x[i]), y: indices.map((i) => last[i]), hoverinfo: "skip",
-    marker: { size: 5, opacity: 0.6, color: indices.map((i) => (last[i] > plottedPhi ? cssColor("--removed") : cssColor("--kept"))) },
+    marker: { size: 5, opacity: 0.6, color: indices.map((i) => cssColor(removed[i] ? "--removed" : "--kept")) },
   }], layout({ xaxis: { title: { text: title } }, shapes: phiLine(false) }), config);
 }
 

@@ -17,51 +17,7 @@ const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
 
 // ---- texts ----
 
-function textOf(pieces) {
-  return pieces.map((piece) => piece[0]).join("");
-}
-
-// The chat template puts the same text before and after all prompts: up to the last special token of the common start (and
-// the rest of its line, such as "user\n"), and from the first special token of the common end.
-function templateStartOf(rows) {
-  const common = commonLength(rows, (prompt, i) => prompt[i]);
-  if (common === 0) return 0;
-  const end = specialTokens(rows[0].prompt).map(([, tokenEnd]) => tokenEnd).filter((tokenEnd) => tokenEnd <= common).pop();
-  if (end === undefined) return 0;
-  const line = textOf(rows[0].prompt).slice(end, common).match(/^[\w ]{0,20}\n+/);
-  return end + (line === null ? 0 : line[0].length);
-}
-function templateEndOf(rows) {
-  const common = commonLength(rows, (prompt, i) => prompt[prompt.length - 1 - i]);
-  if (common === 0) return 0;
-  const length = textOf(rows[0].prompt).length;
-  const start = specialTokens(rows[0].prompt).map(([tokenStart]) => tokenStart).find((tokenStart) => length - tokenStart <= common);
-  return start === undefined ? 0 : length - start;
-}
-function commonLength(rows, at) {
-  const prompts = [...new Set(rows.map((row) => textOf(row.prompt)))];
-  if (prompts.length < 2) return 0; // the only prompt has nothing in common with others
-  let length = 0;
-  while (at(prompts[0], length) !== undefined && prompts.every((prompt) => at(prompt, length) === at(prompts[0], length))) length += 1;
-  return length;
-}
-function specialTokens(pieces) {
-  let place = 0;
-  return pieces.flatMap(([text, , isSpecial]) => {
-    place += text.length;
-    return isSpecial ? [[place - text.length, place]] : [];
-  });
-}
 const templateStart = templateStartOf(data.rows.filter((row) => !row.is_cut)), templateEnd = templateEndOf(data.rows);
-
-function slicePieces(pieces, start, end) {
-  let place = 0;
-  return pieces.flatMap(([text, ...rest]) => {
-    const part = text.slice(Math.max(0, start - place), Math.max(0, end - place));
-    place += text.length;
-    return part ? [[part, ...rest]] : [];
-  });
-}
 
 // Where the shown end of a prompt begins: after the template, or else at the beginning of a word.
 function shownStart(prompt, first) {
@@ -154,6 +110,7 @@ function setOverride(id, choice) {
   else overrides.set(id, choice);
   showCounts();
   showRows();
+  drawSoon();
 }
 
 function showRow(body, row) {

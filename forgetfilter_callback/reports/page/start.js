@@ -87,6 +87,9 @@ $("import").addEventListener("change", async () => {
   $("import").value = ""; // lets the user choose the same file again
 });
 $("distribution").on("plotly_relayout", (change) => {
-  if ("shapes[0].x0" in change) setPhi(change["shapes[0].x0"]);
+  if (!Object.keys(change).some((key) => key.startsWith("shapes[0]"))) return;
+  // If one end of the line was dragged, only that end has moved. The line is drawn upright again.
+  const ends = [change["shapes[0].x0"], change["shapes[0].x1"]];
+  setPhi(ends.find((end) => end !== undefined && end !== phi) ?? phi);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

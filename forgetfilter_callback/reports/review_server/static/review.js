@@ -4,13 +4,17 @@
 const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
 let row = null; // number of the current row
 let isBusy = false;
+let showsTemplate = false;
+let shownState = null; // the last answer of the server
 
-function fill(parent, content) {
+// The prompt, without the chat template that the rows on the page have in common.
+function fill(parent, content, templateStart, templateEnd) {
   parent.replaceChildren();
   if (content.is_cut) parent.append("[…] ");
-  appendPieces(parent, content.prompt);
+  const length = textOf(content.prompt).length;
+  appendPieces(parent, slicePieces(content.prompt, content.is_cut ? 0 : templateStart, length - templateEnd));
 }
-function similarRow(content) {
+function similarRow(content, templateStart, templateEnd) {
   const other = element("div", "other");
   const title = element("p", "muted", `Row ${content.number}, `);
   if (content.source !== null) title.append(element("span", "source", content.source), ", ");
@@ -18,7 +22,7 @@ function similarRow(content) {
   title.append(element("span", `verdict-${content.verdict}`, content.verdict ?? "not reviewed"));
   const text = element("div", "text"), prompt = element("div", "muted"), answer = document.createElement("div");
   text.tabIndex = 0;
-  fill(prompt, content);
+  fill(prompt, content, templateStart, templateEnd);
   appendPieces(answer, content.pieces);
   text.append(prompt, answer);
   other.append(title, text);
@@ -41,12 +45,13 @@ function describeLeft(low, high, drawn) {
 // ---- the page ----
 
 function show(state) {
+  shownState = state;
   const current = state.row;
   row = current === null ? null : current.number;
   const identical = state.identical > 0 ? ` (${state.identical.toLocaleString("en")} more are identical to them)` : "";
   $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen${identical}, ${state.unsafe.toLocaleString("en")} unsafe`;
   $("left").textContent = `Unsafe rows not found yet: ${describeLeft(...state.unsafe_left, state.drawn)}.`;
-  $("advice").textContent = state.advice;
+  $("advice").replaceChildren(...state.advice.split("`").map((part, place) => (place % 2 ? element("code", "", part) : part)));
   $("advice").className = state.is_enough ? "is-enough" : "";
   $("by-source").hidden = state.by_source === null;
   if (state.by_source !== null) $("sources").replaceChildren(...state.by_source.map(sourceRow));
@@ -61,10 +66,15 @@ function show(state) {
   $("row-source").textContent = `Source: ${current.source}`;
   $("previous").hidden = current.verdict === null;
   $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
-  fill($("prompt"), current);
+  const whole = [current, ...current.similar].filter((each) => !each.is_cut);
+  const template = [templateStartOf(whole), templateEndOf(whole)];
+  $("template").hidden = template.every((length) => length === 0);
+  $("template").textContent = showsTemplate ? "hide the chat template" : "show the chat template";
+  const hidden = showsTemplate ? [0, 0] : template;
+  fill($("prompt"), current, ...hidden);
   $("answer").replaceChildren();
   appendPieces($("answer"), current.pieces);
-  $("similar").replaceChildren(...current.similar.map(similarRow));
+  $("similar").replaceChildren(...current.similar.map((other) => similarRow(other, ...hidden)));
   for (const text of document.querySelectorAll("#similar .text")) text.scrollTop = text.scrollHeight; // show the answers
   scrollTo(0, 0);
   $("answer").scrollTop = 0;
@@ -107,6 +117,10 @@ document.addEventListener("keydown", (event) => {
   if (event.key === " " && event.target instanceof HTMLButtonElement) return; // presses that button
   event.preventDefault();
   if (!event.repeat) act(action);
+});
+$("template").addEventListener("click", () => {
+  showsTemplate = !showsTemplate;
+  show(shownState);
 });
 for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
 ask("state");
