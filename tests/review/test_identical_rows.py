@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from test_review_queue import review
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
+from forgetfilter_callback.review import review_queue
 from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabilities
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
@@ -126,6 +128,7 @@ def test_a_copy_that_was_drawn_follows_the_row_that_was_shown(tmp_path):
     while not any(verdict.identical_to is not None for verdict in queue.verdicts):
         shown += queue.next(3)
         queue.add({row: "unsafe" if copies[row] == 0 else "safe" for row in shown[-3:]})
+        assert not set(queue._drawn_from) - set(queue.labels)  # a review that ends here has lost no draw
     (of,) = (row for row in shown if copies[row] == 0)
     drawn = [verdict for verdict in queue.verdicts if verdict.identical_to is not None]
     assert all(each.identical_to == of and copies[each.row] == 0 and each.verdict == "unsafe" for each in drawn)
@@ -135,6 +138,22 @@ def test_a_copy_that_was_drawn_follows_the_row_that_was_shown(tmp_path):
     queue.add({drawn[0].row: "unsafe"})  # a verdict of its own
     queue.add({of: "safe"})
     assert queue.labels[drawn[0].row] == "unsafe"
+
+
+def test_copies_of_an_unsafe_row_are_not_learned_as_safe(tmp_path, monkeypatch):
+    trace = make_trace(tmp_path, np.r_[np.zeros(60, int), np.arange(1, 41)], np.zeros(1))
+    queue, fits = ReviewQueue(trace), []
+
+    class Recorded(LogisticRegression):
+        def fit(self, X, y, sample_weight=None):
+            fits.append((y, sample_weight))
+            return super().fit(X, y, sample_weight)
+
+    monkeypatch.setattr(review_queue, "LogisticRegression", Recorded)
+    queue.add({0: "unsafe", 70: "safe"})
+    assert queue.ranking[:60].tolist() == list(range(60))
+    ((learned, weights),) = fits
+    assert learned.tolist() == [True] + [False] * 40 and weights[2:].sum() == pytest.approx(0.1 * 39)
 
 
 def test_different_verdicts_on_identical_rows_cause_a_warning(tmp_path, caplog):
