@@ -102,7 +102,7 @@ class RankingMonitor:
         self.rows: EncodedRows = trace.rows.select(samples)
         if len(samples) < MIN_SAMPLES:
             logger.warning(
-                f"`stop_early` has no effect: {counted_of(len(samples), len(trace.rows), 'sample', 'have')} a finite loss, "
+                f"`stop_early` has no effect: {counted_of(len(samples), len(trace.rows), 'row', 'have')} a finite loss, "
                 f"and a ranking of fewer than {MIN_SAMPLES} is not meaningful. The safety session runs to its end."
             )
         self._losses_before = losses_before[samples]

@@ -94,14 +94,14 @@ def open_trace(
     if rows.truncated:
         side = "left" if encoding.get("keep_end", False) else "right"
         logger.warning(
-            f"{counted_of(rows.truncated, len(rows), 'sample', 'were')} truncated on the {side}, to {scored_length} tokens. "
+            f"{counted_of(rows.truncated, len(rows), 'row', 'were')} truncated on the {side}, to {scored_length} tokens. "
             "The truncated tokens are not scored."
         )
     numbering = f" {_PREPARED_ROWS}" if noisy is None and is_sft_config(args) else ""
     without_loss = np.flatnonzero(np.diff(rows.loss_offsets) == 0)
     if len(without_loss):
         logger.warning(
-            f"{counted_of(len(without_loss), len(rows), 'sample', 'have')} no token that contributes to the loss "
+            f"{counted_of(len(without_loss), len(rows), 'row', 'have')} no token that contributes to the loss "
             f"({describe_rows(without_loss)}). Their forgetting is NaN, and they are kept. Check their labels and "
             f"max_length.{numbering}"
         )
@@ -127,7 +127,7 @@ def open_trace(
     if not overlap == len(rows) == len(trace.rows):  # in any order
         raise TraceError(
             f"The trace in {folder} belongs to another dataset or tokenizer: "
-            f"{counted_of(overlap, len(rows), 'sample', 'are')} among its {counted(len(trace.rows), 'sample')} (its "
+            f"{counted_of(overlap, len(rows), 'row', 'are')} among its {counted(len(trace.rows), 'row')} (its "
             f"tokenizer is {trace.manifest['tokenizer']!r}; max_length and chat template must be the same too). If this is "
             f"the safety session of that trace, new or resumed, use `ForgetTracker(trace_dir={str(folder)!r})`. Otherwise "
             "choose another `trace_dir` or `output_dir`."

@@ -274,10 +274,10 @@ class Recorder:
         not_finite = recorded[~np.concatenate(finite)[recorded]]
         if len(not_finite):
             logger.warning(
-                f"The loss of {len(not_finite):,} of {counted(len(recorded), 'sample')} is not finite under the "
+                f"The loss of {len(not_finite):,} of {counted(len(recorded), 'row')} is not finite under the "
                 f"model of this record ({record}): {describe_rows(not_finite)} of the prepared noisy set. The model "
                 "diverges or overflows on them. Look at these rows (`trace.rows`), lower the learning rate, or train in "
-                "bfloat16 or float32. Such samples are kept."
+                "bfloat16 or float32. Such rows are kept."
             )
         if record == Record("safety", 0):
             run_on_main(partial(check_learned, self._trace, np.concatenate(losses)))

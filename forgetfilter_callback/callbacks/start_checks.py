@@ -47,7 +47,7 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
     if not compared.any():
         finite = [int((np.isfinite(losses) & scorable).sum()) for losses in (before, learned, now)]
         raise TraceError(
-            f"The safety session cannot be compared with noisy finetuning. Of {counted(int(scorable.sum()), 'sample')}, "
+            f"The safety session cannot be compared with noisy finetuning. Of {counted(int(scorable.sum()), 'row')}, "
             f"{finite[0]} had a finite loss before noisy finetuning, {finite[1]} after it and {finite[2]} now. The model "
             "diverges or overflows: run noisy finetuning again with a lower learning rate, or train in bfloat16 or float32."
         )

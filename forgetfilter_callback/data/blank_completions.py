@@ -61,7 +61,7 @@ def describe_blank_completions(rows: EncodedRows, tokenizer: PreTrainedTokenizer
     if not len(blank):
         return None
     return (
-        f"{counted_of(len(blank), len(rows), 'sample', 'have')} a completion that is empty or only white space "
+        f"{counted_of(len(blank), len(rows), 'row', 'have')} a completion that is empty or only white space "
         f"({describe_rows(blank)}), so only its end token and white space are trained and scored. Remove such rows if that "
         "is not intended."
     )

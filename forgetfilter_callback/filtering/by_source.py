@@ -84,7 +84,7 @@ def count_by_source(
             raise ValueError(f"Pass the values of the column, such as `dataset[{values!r}]`, not its name.")
         if values is not None and len(values) != len(result.ids):
             raise DataError(
-                f"Pass one {what} per sample: there are {counted(len(result.ids), 'sample')}, but "
+                f"Pass one {what} per row: there are {counted(len(result.ids), 'row')}, but "
                 f"{counted(len(values), what)}."
             )
     names = [source_name(value) for value in sources]

@@ -73,7 +73,7 @@ def filter_by_values(
     known = ~np.isnan(values)
     if not known.any():
         raise DataError(
-            f"There is no finite forgetting value among {counted(len(values), 'sample')}. The model may have diverged."
+            f"There is no finite forgetting value among {counted(len(values), 'row')}. The model may have diverged."
         )
     separability = find_threshold(values[known], measure, nats_per_unit)
     phi: float | None
@@ -84,7 +84,7 @@ def filter_by_values(
         removed = known & (values > phi)
         reason = f"the most forgotten {removed_fraction:.1%}"
         if abs(removed_fraction - fraction) * len(values) >= 1:
-            reason += f" ({fraction:.1%} requested; equal values stay together, and samples without a value are kept)"
+            reason += f" ({fraction:.1%} requested; equal values stay together, and rows without a value are kept)"
     elif threshold == "auto":
         method = "auto"
         phi = separability.threshold if separability.separable else None
@@ -102,7 +102,7 @@ def filter_by_values(
         decided = sum(override == "remove" for override in overrides.values()) if overrides else 0
         by_reviewer = f", {decided:,} of them by a reviewer's decision" if decided else ""
         raise DecisionError(
-            f"This would remove all {counted(len(values), 'sample')} (their forgetting ranges from {np.nanmin(values):.3g} "
+            f"This would remove all {counted(len(values), 'row')} (their forgetting ranges from {np.nanmin(values):.3g} "
             f"to {np.nanmax(values):.3g}){by_reviewer}. Choose a larger threshold, or threshold='auto'"
             f"{', or keep more rows in the review' if decided else ''}."
         )
@@ -138,7 +138,7 @@ def _apply_overrides(ids: pa.StringArray, removed: np.ndarray, overrides: Mappin
     unknown = overridden_ids.filter(pc.invert(pc.is_in(overridden_ids, value_set=ids)))
     if len(unknown):
         raise DecisionError(
-            f"{counted_of(len(unknown), len(overrides), 'overridden sample', 'are')} not in this set, for example "
+            f"{counted_of(len(unknown), len(overrides), 'overridden row', 'are')} not in this set, for example "
             f"{unknown[0]}. Use a decision that was made on the trace of this set."
         )
     result = removed.copy()

@@ -23,6 +23,6 @@ def plot_result(result: FilterResult, groups: Sequence[str] | None = None) -> Fi
     if result.threshold is not None:
         axes.axvline(result.threshold, color="black", linestyle="--", label=f"φ = {result.threshold:.3g}")
     counts = result.counts
-    axes.set_title(f"{counts['removed']:,} of {counted(counts['samples'], 'sample')} removed ({result.method} φ)")
+    axes.set_title(f"{counts['removed']:,} of {counted(counts['samples'], 'row')} removed ({result.method} φ)")
     axes.legend()
     return figure

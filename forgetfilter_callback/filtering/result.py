@@ -113,12 +113,8 @@ class FilterResult:
         """A one-line summary for logs."""
         counts = self.counts
         phi = "" if self.threshold is None else f" (φ = {self.threshold:.3g}, {self.measure} forgetting)"
-        unknown = (
-            f"; kept {counted(counts['unknown'], 'sample')} without a forgetting value" if counts["unknown"] else ""
-        )
-        return (
-            f"removed {counts['removed']} of {counted(counts['samples'], 'sample')}{phi}: {self.explanation}{unknown}"
-        )
+        unknown = f"; kept {counted(counts['unknown'], 'row')} without a forgetting value" if counts["unknown"] else ""
+        return f"removed {counts['removed']} of {counted(counts['samples'], 'row')}{phi}: {self.explanation}{unknown}"
 
     def __repr__(self) -> str:
         return f"<FilterResult: {self.summary()}>"
@@ -149,7 +145,7 @@ class FilterResult:
     def _repr_html_(self) -> str:
         counts = self.counts
         content = {
-            "removed": f"{counts['removed']:,} of {counted(counts['samples'], 'sample')}",
+            "removed": f"{counts['removed']:,} of {counted(counts['samples'], 'row')}",
             "φ": "none" if self.threshold is None else f"{self.threshold:.3g} ({self.method})",
             "measure": f"{self.measure} forgetting [{UNITS[self.measure]}]",
             "reason": self.explanation,

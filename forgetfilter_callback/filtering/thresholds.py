@@ -117,7 +117,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         if spared:
             raised = (
                 f"; φ was raised from {phi:.2f} towards {boundary:.2f}, the boundary between two populations, which keeps "
-                f"{counted(spared, 'more sample')}"
+                f"{counted(spared, 'more row')}"
             )
         phi = higher
     kept, forgotten = values[values <= phi], values[values > phi]
@@ -128,7 +128,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
             False,
             phi,
             f"not separable: {counted_of(len(forgotten), len(values), 'value', 'exceed')} φ = {phi:.2f}, so safety "
-            "finetuning has changed nearly all samples. Lower its learning rate, or add rows of your tasks to the safety "
+            "finetuning has changed nearly all rows. Lower its learning rate, or add rows of your tasks to the safety "
             f"set{_NOTHING_REMOVED}",
         )
     larger, smaller_count = (kept, len(forgotten)) if len(kept) >= len(forgotten) else (forgotten, len(kept))
@@ -139,9 +139,9 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         return Separability(
             False,
             phi,
-            f"not separable: samples became less likely by only {nats_per_unit:.2f} nats per typical change (the "
+            f"not separable: rows became less likely by only {nats_per_unit:.2f} nats per typical change (the "
             f"minimum is {MIN_NATS_PER_UNIT:.0f}), so safety finetuning has changed single tokens rather than whole "
-            f"samples, or has changed little so far{_NOTHING_REMOVED}",
+            f"rows, or has changed little so far{_NOTHING_REMOVED}",
             distance,
         )
     tail = -NormalDist().inv_cdf(smaller_count / len(values) / 2)
@@ -150,17 +150,17 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         return Separability(
             False,
             phi,
-            f"not separable: the median of the {counted(len(forgotten), 'most forgotten sample')} is only {distance:.1f} "
+            f"not separable: the median of the {counted(len(forgotten), 'most forgotten row')} is only {distance:.1f} "
             f"robust standard deviations above the median of the rest{raised}{_NOTHING_REMOVED}",
             distance,
         )
     doubt = ""
     if distance < MIN_DISTANCE:
-        doubt = "; but a single population cut in two can be as far apart, so review the removed samples"
+        doubt = "; but a single population cut in two can be as far apart, so review the removed rows"
     return Separability(
         True,
         phi,
-        f"the samples above φ are apart from the rest{raised}{doubt}",
+        f"the rows above φ are apart from the rest{raised}{doubt}",
         distance,
     )
 

@@ -111,7 +111,7 @@ class ReviewQueue:
         forgetting = self.trace.forgetting()
         if not np.isfinite(forgetting).any():
             raise DataError(
-                f"There is no finite forgetting value among {counted(len(forgetting), 'sample')}, so the rows cannot be "
+                f"There is no finite forgetting value among {counted(len(forgetting), 'row')}, so the rows cannot be "
                 "ranked. The model may have diverged. Train again, for example at a lower learning rate."
             )
         self._forgetting = np.where(np.isfinite(forgetting), forgetting, -np.inf)

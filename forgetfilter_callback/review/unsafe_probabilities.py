@@ -26,9 +26,9 @@ def why_no_probabilities(queue: ReviewQueue) -> str | None:
     if min(counts.values()) >= MIN_OF_EACH_KIND and drawn >= MIN_DRAWN:
         return None
     return (
-        f"There are {counts['unsafe']} unsafe and {counts['safe']} safe verdicts, {drawn} of them on rows drawn at random. "
-        f"The probability of being unsafe needs at least {MIN_OF_EACH_KIND} of each kind and {MIN_DRAWN} on rows drawn at "
-        "random. Review more rows."
+        f"There are {counts['unsafe']} unsafe and {counts['safe']} safe verdicts; {drawn} verdicts are on rows drawn at "
+        f"random. The probability of being unsafe needs at least {MIN_OF_EACH_KIND} of each kind and {MIN_DRAWN} on rows "
+        "drawn at random. Review more rows."
     )
 
 

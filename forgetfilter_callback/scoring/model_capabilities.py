@@ -106,7 +106,7 @@ def describe_left_padding(model: nn.Module, rows: EncodedRows) -> str | None:
     if not rows.left_padded or (is_rotary and not _virtual_tokens(model)):
         return None
     return (
-        f"{counted_of(rows.left_padded, len(rows), 'sample', 'are')} padded on the left. They are scored without padding, "
+        f"{counted_of(rows.left_padded, len(rows), 'row', 'are')} padded on the left. They are scored without padding, "
         "but this model may count it in its positions (as GPT-2 does), which changes the losses. Pad on the right."
     )
 

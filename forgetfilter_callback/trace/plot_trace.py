@@ -71,7 +71,7 @@ def _draw_losses(axes: Axes, trace: Trace) -> None:
                 color="tab:blue",
                 alpha=0.2,
                 linewidth=0,
-                label=f"{low} % to {high} % of the samples",
+                label=f"{low} % to {high} % of the rows",
             )
         axes.plot(places, np.median(known, axis=1), color="tab:blue", marker="o", label="median")
         axes.legend()
@@ -108,5 +108,5 @@ def draw_histogram(axes: Axes, values: np.ndarray, measure: Measure, groups: Seq
             color=[COLORS.get(name) or f"C{index}" for index, name in enumerate(names)],
         )
     axes.set_xlabel(f"{measure} forgetting [{UNITS[measure]}], higher is more forgotten")
-    axes.set_ylabel("samples (stacked)" if len(names) > 1 else "samples")
+    axes.set_ylabel("rows (stacked)" if len(names) > 1 else "rows")
     axes.set_title("Forgetting")

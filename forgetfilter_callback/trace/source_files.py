@@ -66,7 +66,7 @@ def match_rows(trace: Trace, rows: Dataset | JsonRows, tokenizer: PreTrainedToke
     indices = pc.index_in(trace.rows.ids, value_set=encoded.ids)
     if indices.null_count:
         raise DataError(
-            f"These rows do not contain {counted(indices.null_count, 'sample')} of the trace. Pass the rows that it was "
+            f"These rows do not contain {counted(indices.null_count, 'row')} of the trace. Pass the rows that it was "
             "created from."
         )
     order: np.ndarray = indices.to_numpy()

@@ -59,7 +59,7 @@ class StoredColumn:
             if column not in schema.names:
                 raise TraceError(f"The record {file} has no column {column!r}. {_ADVICE[column]}")
             if metadata.num_rows != len(rows):
-                count = counted(metadata.num_rows, "sample")
+                count = counted(metadata.num_rows, "row")
                 raise TraceError(f"The record {file} has {count}, but the trace has {len(rows):,}.")
             dtype = schema.field(column).type
             if not _IS_TYPE[column](dtype):

@@ -82,13 +82,13 @@ class Trace:
 
     def __repr__(self) -> str:
         records = "; ".join(map(str, self.records()))
-        return f"Trace({str(self.folder)!r}, {counted(len(self.rows), 'sample')}, records: {records or 'none'})"
+        return f"Trace({str(self.folder)!r}, {counted(len(self.rows), 'row')}, records: {records or 'none'})"
 
     def _repr_html_(self) -> str:
         content = {
             "folder": self.folder,
             "model": short_model_name(self.manifest["model"]),
-            "noisy set": f"{counted(len(self.rows), 'sample')}, {counted(self.manifest['loss_tokens'], 'loss token')}",
+            "noisy set": f"{counted(len(self.rows), 'row')}, {counted(self.manifest['loss_tokens'], 'loss token')}",
             "records": "; ".join(map(str, self.records())) or "none",
         }
         return html_table("Trace", content)

@@ -105,7 +105,7 @@ def _check_record(trace: Trace, record: Record) -> Findings:
         notes.append(f"{file} holds {len(sample)} of {total}. For all of them, record with `record_base=True`.")
     if not_finite:
         notes.append(
-            f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The samples are kept."
+            f"{file}: the loss of {counted(not_finite, 'token')} is not finite: the model diverged. The rows are kept."
         )
     if record == Record("safety", 0) and "state" not in columns:
         notes.append(

@@ -110,7 +110,7 @@ def _compare(losses: np.ndarray, expected: np.ndarray, rows: np.ndarray) -> None
     difference = float(np.mean(np.abs(losses - expected)[compared]))
     if difference > MAX_LOSS_DIFFERENCE:
         raise ForgetFilterError(
-            f"This model is not the base model of the trace. On {counted(int(compared.sum()), 'sample')} its mean loss is "
+            f"This model is not the base model of the trace. On {counted(int(compared.sum()), 'row')} its mean loss is "
             f"{np.mean(losses[compared]):.3f} nats per token, and the base model's was "
             f"{np.mean(expected[compared]):.3f} (mean difference {difference:.3f}, allowed {MAX_LOSS_DIFFERENCE}). "
             "Training and `get_peft_model` change a model in place: load the base model again with `from_pretrained`, or "

@@ -203,5 +203,5 @@ def test_too_few_samples_to_stop_early_are_reported_once(samples, warnings, safe
         tiny_llama(), make_args(max_steps=13), train_dataset=safety, data_collator=collator, callbacks=[tracker]
     )
     trainer.train()
-    message = "`stop_early` has no effect: 19 of 19 samples have a finite loss, and a ranking of fewer than 20"
+    message = "`stop_early` has no effect: 19 of 19 rows have a finite loss, and a ranking of fewer than 20"
     assert caplog.text.count(message) == warnings

@@ -91,11 +91,11 @@ def test_no_row_is_reported_that_was_not_recorded(rows, safety, train, caplog, m
     model = without_probability(tiny_llama(), token)
     trace = train(model, "noisy", others, tracker)
     assert (
-        "The loss of 1 of 32 samples is not finite under the model of this record (noisy session, step 0): row 0 "
+        "The loss of 1 of 32 rows is not finite under the model of this record (noisy session, step 0): row 0 "
         in caplog.text
     )
     assert (
-        "The loss of 1 of 50 samples is not finite under the model of this record (noisy session, step 26): row 0 "
+        "The loss of 1 of 50 rows is not finite under the model of this record (noisy session, step 26): row 0 "
         in caplog.text
     )
     train(model, "safety", safety, tracker)

@@ -130,7 +130,7 @@ def test_rows_without_loss_tokens_are_nan(noisy, make_args, collator, caplog):
     train_tracked(rows, make_args, collator, tracker)
     losses = tracker.trace.losses()
     assert np.isnan(losses[:, 0]).all() and np.isfinite(losses[:, 1:]).all()
-    assert "1 of 25 samples has no token that contributes to the loss (row 0). Their" in caplog.text
+    assert "1 of 25 rows has no token that contributes to the loss (row 0). Their" in caplog.text
 
 
 def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, tokenizer, caplog):
@@ -147,7 +147,7 @@ def test_rows_that_are_encoded_already(noisy, safety, make_args, collator, token
         train_tracked(safety, lambda folder=folder: make_args(folder), collator, tracker, processing_class=tokenizer)
         losses.append(tracker.trace.losses())
         assert "loss tokens is padding with a label other than -100" in caplog.text
-        assert "1 of 27 samples has a completion that is empty or only white space" in caplog.text
+        assert "1 of 27 rows has a completion that is empty or only white space" in caplog.text
     np.testing.assert_array_equal(*losses)
 
 
@@ -157,7 +157,7 @@ def test_blank_completions_are_counted(named, noisy, make_args, collator, tokeni
     blank = {"input_ids": [5, 6, eos], "labels": [-100, -100, eos]}
     rows = Dataset.from_list([blank, *noisy.to_list()])
     train_tracked(rows, make_args, collator, ForgetTracker(rows if named else None), processing_class=tokenizer)
-    assert "1 of 25 samples has a completion that is empty or only white space" in caplog.text
+    assert "1 of 25 rows has a completion that is empty or only white space" in caplog.text
     caplog.clear()
     args = lambda: make_args("other")  # noqa: E731
     train_tracked(noisy, args, collator, ForgetTracker(), processing_class=tokenizer)

@@ -39,7 +39,7 @@ def test_one_infinite_loss_is_named_and_left_out(noisy, safety, train, caplog):
     np.testing.assert_allclose(tracker.trace.losses()[2], learned, rtol=1e-5)
     for record in tracker.trace.records():
         message = (
-            f"The loss of 1 of 24 samples is not finite under the model of this record ({record}): row {row} of the "
+            f"The loss of 1 of 24 rows is not finite under the model of this record ({record}): row {row} of the "
             "prepared noisy set. The model"
         )
         assert message in caplog.text
@@ -63,7 +63,7 @@ def test_noisy_finetuning_that_diverged_is_named(noisy, safety, train):
     model, tracker = tiny_llama(), ForgetTracker()
     train(model, "noisy", noisy, tracker, learning_rate=1e30)
     assert not np.isfinite(reference_means(model.eval(), noisy)).any()
-    message = "Of 24 samples, 24 had a finite loss before noisy finetuning, 0 after it and 0 now. The model diverges"
+    message = "Of 24 rows, 24 had a finite loss before noisy finetuning, 0 after it and 0 now. The model diverges"
     with pytest.raises(TraceError, match=message):
         train(model, "safety", safety, tracker)
 

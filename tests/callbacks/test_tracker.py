@@ -126,7 +126,7 @@ def test_a_diverging_model_is_reported(noisy, make_args, collator, caplog):
         model.lm_head.weight[7] = float("nan")
     Trainer(model, make_args(), train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     message = (
-        "The loss of 24 of 24 samples is not finite under the model of this record (noisy session, step 0): rows 0, 1, 2, "
+        "The loss of 24 of 24 rows is not finite under the model of this record (noisy session, step 0): rows 0, 1, 2, "
         "3, 4 and 19 more of the prepared noisy set."
     )
     assert message in caplog.text

@@ -133,8 +133,7 @@ def test_every_entry_point_checks_nats_per_unit(finished, files, tmp_path, byte_
 
     set_nats(1.2)
     assert all(
-        reason.startswith("the samples above φ are apart from the rest")
-        for reason in decided(tmp_path / "apart").values()
+        reason.startswith("the rows above φ are apart from the rest") for reason in decided(tmp_path / "apart").values()
     )
     set_nats(0.2)
     assert all("less likely by only 0.20 nats" in reason for reason in decided(tmp_path / "not").values())

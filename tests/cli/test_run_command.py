@@ -119,7 +119,7 @@ def test_run_exits_with_3_when_not_separable(files, tmp_path):
     flags[flags.index("learning_rate=3e-2")] = "learning_rate=1e-6"  # nothing is learned, so nothing is forgotten
     result = call("run", *flags)
     assert result.exit_code == 3
-    assert "Removed 0 of 12 samples: " in result.output and "nothing is removed" in result.output
+    assert "Removed 0 of 12 rows: " in result.output and "nothing is removed" in result.output
     assert len((tmp_path / "out" / "kept.jsonl").read_text().splitlines()) == 12
 
 
@@ -133,7 +133,7 @@ def test_run_warns_about_each_set_once(files, tmp_path, caplog):
     assert call("run", *run_options(given, tmp_path / "out"), "--fraction", 0.25).exit_code == 0
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
     warnings = [message.partition(" a completion")[0] for message in messages if "only white space" in message]
-    assert warnings == [f"{given['safety']}: 1 of 6 samples has", "2 of 12 samples have"]
+    assert warnings == [f"{given['safety']}: 1 of 6 rows has", "2 of 12 rows have"]
 
 
 def test_other_failures_exit_with_1(files, tmp_path, monkeypatch):

@@ -80,9 +80,7 @@ def test_a_file_with_empty_completions_is_reported(byte_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         rows = encode_source("noisy.csv", pairs(["", "a", " "]), byte_tokenizer, None)
         warn_about_rows("noisy.csv", rows, byte_tokenizer)
-    assert (
-        "noisy.csv: 2 of 3 samples have a completion that is empty or only white space (rows 0, 2), so" in caplog.text
-    )
+    assert "noisy.csv: 2 of 3 rows have a completion that is empty or only white space (rows 0, 2), so" in caplog.text
     caplog.clear()
     rows = encode_source("noisy.csv", pairs(["b", "a"]), byte_tokenizer, None)
     warn_about_rows("noisy.csv", rows, byte_tokenizer)

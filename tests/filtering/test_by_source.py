@@ -99,9 +99,9 @@ def test_values_that_are_not_text():
 
 def test_wrong_lengths_and_names_of_columns_are_refused():
     result = result_of(np.array([1.0, -1, 1]))
-    with pytest.raises(DataError, match=r"Pass one source per sample: there are 3 samples, but 2 sources\."):
+    with pytest.raises(DataError, match=r"Pass one source per row: there are 3 rows, but 2 sources\."):
         result.by_source(["a", "b"])
-    with pytest.raises(ValueError, match="3 samples, but 4 audit labels"):
+    with pytest.raises(ValueError, match="3 rows, but 4 audit labels"):
         result.by_source(["a", "b", "c"], unsafe=[True] * 4)
     with pytest.raises(ValueError, match=r"such as `dataset\['url'\]`, not its name"):
         result.by_source("url")  # three characters for three samples

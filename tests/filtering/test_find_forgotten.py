@@ -80,7 +80,7 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
         ({"fraction": 0.4}, "fraction", 0.5, "the most forgotten 40.0%"),
         ({"threshold": 1.5}, "fixed", 1.5, "fixed threshold; values range from 0 to 4"),
         ({"threshold": math.inf}, "fixed", None, "fixed threshold; values range from 0 to 4"),
-        ({}, "auto", math.log(2), "the samples above φ are apart from the rest"),
+        ({}, "auto", math.log(2), "the rows above φ are apart from the rest"),
     ],
 )
 def test_a_result_explains_how_it_was_made(kwargs, method, threshold, reason):
@@ -98,7 +98,7 @@ def test_a_result_explains_how_it_was_made(kwargs, method, threshold, reason):
     assert result.counts == {"samples": 5, "removed": removed.sum(), "kept": 5 - removed.sum(), "unknown": 0}
     phi = "" if threshold is None else f" (φ = {threshold:.3g}, loss forgetting)"
     unchecked = "; φ was not checked by anyone" if method == "auto" else ""
-    assert result.summary() == f"removed {removed.sum()} of 5 samples{phi}: {result.reason}{unchecked}"
+    assert result.summary() == f"removed {removed.sum()} of 5 rows{phi}: {result.reason}{unchecked}"
 
 
 def test_fraction_counts_samples_with_unknown_values():
@@ -109,7 +109,7 @@ def test_fraction_counts_samples_with_unknown_values():
     result = filter_by_values(sample_ids(6), values, FilterConfig("loss", fraction=0.9))
     assert result.removed.tolist() == [False, False, False, True, False, True] and result.threshold == 1.0
     assert result.reason == (
-        "the most forgotten 33.3% (90.0% requested; equal values stay together, and samples without a value are kept)"
+        "the most forgotten 33.3% (90.0% requested; equal values stay together, and rows without a value are kept)"
     )
 
 
@@ -126,7 +126,7 @@ def test_a_removed_sample_with_an_unknown_value_is_not_counted_as_kept():
     result = filter_by_values(sample_ids(4), values, FilterConfig("loss", 1.0), {"id-0": "remove"})
     assert result.removed.tolist() == [True, False, False, True]
     assert result.counts == {"samples": 4, "removed": 2, "kept": 2, "unknown": 1}
-    assert result.summary().endswith("; kept 1 sample without a forgetting value")
+    assert result.summary().endswith("; kept 1 row without a forgetting value")
 
 
 def test_overrides_apply_to_every_occurrence_of_an_id():
@@ -158,12 +158,10 @@ def test_overrides_take_precedence_over_the_threshold():
     message = r"2 of 2 overridden samples are not in this set, for example id-8\. Use a decision"
     with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, LOSS, {"id-8": "keep", "id-9": "keep"})
-    message = (
-        r"would remove all 4 samples .* ranges from 0 to 3\), 1 of them by a reviewer's decision\. .* keep more rows"
-    )
+    message = r"would remove all 4 rows .* ranges from 0 to 3\), 1 of them by a reviewer's decision\. .* keep more rows"
     with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, FilterConfig("loss", 0.5), {"id-0": "remove"})
-    with pytest.raises(DecisionError, match="would remove all 4 samples"):
+    with pytest.raises(DecisionError, match="would remove all 4 rows"):
         filter_by_values(sample_ids(4), values, FilterConfig("loss", -9.0))
 
 
@@ -182,7 +180,7 @@ def test_values_that_are_not_finite_are_kept_and_counted(measure, bad):
 def test_few_and_extreme_values(measure, values):
     values = np.array(values)
     if len(values) == 0:
-        with pytest.raises(DataError, match="There is no finite forgetting value among 0 samples"):
+        with pytest.raises(DataError, match="There is no finite forgetting value among 0 rows"):
             filter_by_values(pa.array([], pa.string()), values, FilterConfig(measure))
         return
     result = filter_by_values(pa.array([f"{i}" for i in range(len(values))]), values, FilterConfig(measure))

@@ -33,7 +33,7 @@ def test_the_plot_is_a_histogram_with_the_threshold(result):
     np.testing.assert_array_equal(heights, np.histogram(result.values[np.isfinite(result.values)], edges)[0])
     (line,) = axes.lines
     assert line.get_xdata() == pytest.approx([result.threshold] * 2)
-    assert axes.get_title() == f"{result.removed.sum()} of 40 samples removed (auto φ)"
+    assert axes.get_title() == f"{result.removed.sum()} of 40 rows removed (auto φ)"
     assert plt.get_fignums() == []  # a notebook would show it a second time
 
 
@@ -55,7 +55,7 @@ def test_the_plot_is_written_to_a_file(result, tmp_path):
 
 def test_a_notebook_shows_what_is_removed_and_why(result):
     html = result._repr_html_()
-    assert f"{result.removed.sum()} of 40 samples" in html and f"{result.threshold:.3g} (auto)" in html
+    assert f"{result.removed.sum()} of 40 rows" in html and f"{result.threshold:.3g} (auto)" in html
     assert "kept because forgetting is unknown" in html and len(html) < 2_000
     for text in HOSTILE:
         shown = replace(result, reason=text)._repr_html_()

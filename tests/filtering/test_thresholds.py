@@ -65,9 +65,7 @@ def test_overlapping_populations_use_the_smoothed_anchor():
     values = np.concatenate([0.43 + 0.14 * quantiles, 0.67 + 0.14 * quantiles])
     found = find_threshold(values, "smoothed")
     assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
-    assert found.reason.endswith(
-        "; but a single population cut in two can be as far apart, so review the removed samples"
-    )
+    assert found.reason.endswith("; but a single population cut in two can be as far apart, so review the removed rows")
     above = values > found.threshold
     assert above[200:].mean() > 0.75 and above[:200].mean() < 0.25
 
@@ -143,7 +141,7 @@ def test_the_reason_when_not_separable():
     every = find_threshold(np.full(30, 2.0), "loss")
     assert (every.separable, every.threshold, every.distance) == (False, half, None)
     assert every.reason == (
-        "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has changed nearly all samples. Lower its "
+        "not separable: 30 of 30 values exceed φ = 0.69, so safety finetuning has changed nearly all rows. Lower its "
         "learning rate, or add rows of your tasks to the safety set; nothing is removed, which does not show that all rows "
         "are safe"
     )
@@ -157,10 +155,10 @@ def test_the_reason_when_not_separable():
         reasons.append((found.reason, found.distance))
     (too_close, close_distance), (separated, distance) = reasons
     assert too_close == (
-        f"not separable: the median of the 200 most forgotten samples is only {close_distance:.1f} robust standard "
+        f"not separable: the median of the 200 most forgotten rows is only {close_distance:.1f} robust standard "
         "deviations above the median of the rest; nothing is removed, which does not show that all rows are safe"
     )
-    assert separated == "the samples above φ are apart from the rest" and distance > close_distance
+    assert separated == "the rows above φ are apart from the rest" and distance > close_distance
 
 
 def test_mixture_boundary_needs_three_values_and_two_populations():
@@ -196,10 +194,10 @@ def test_a_raised_threshold_is_explained():
     spared = int(((values > 0.55) & (values <= found.threshold)).sum())
     assert found.reason.endswith(
         f"; φ was raised from 0.55 towards {boundary:.2f}, the boundary between two populations, which keeps {spared} "
-        "more samples"
+        "more rows"
     )
     lower = find_threshold(smoothed_populations(0.5)[0] - 0.4, "smoothed")  # the boundary is below the anchor
-    assert lower.threshold == 0.55 and lower.reason == "the samples above φ are apart from the rest"
+    assert lower.threshold == 0.55 and lower.reason == "the rows above φ are apart from the rest"
     assert mixture_boundary(np.array([0.1, 0.9, 0.9])) == -math.inf
 
 

@@ -113,7 +113,7 @@ def test_padding_on_the_left_is_reported_where_it_changes_losses(noisy, safety, 
     expected = first_record(tiny_llama(), noisy, safety, make_args, "adopted")
     assert tracker.trace.rows.ids == expected.trace.rows.ids and "padded on the left" not in caplog.text
     first_record(gpt2(), rows, safety, lambda name, **more: make_args("gpt2", **more), "named")
-    assert "24 of 24 samples are padded on the left" in caplog.text
+    assert "24 of 24 rows are padded on the left" in caplog.text
 
 
 def token_types(zeros: bool = False) -> Dataset:
@@ -402,4 +402,4 @@ def test_files_of_padded_rows(files, tmp_path, caplog):
         expected = float(model(**{name: torch.tensor([values]) for name, values in right.items()}).loss)
     np.testing.assert_allclose(Trace.open(tmp_path / "trace").losses()[0, 0], expected, rtol=1e-5)
     assert "2 of 6 loss tokens are padding" in caplog.text
-    assert "1 of 2 samples is padded on the left" in caplog.text
+    assert "1 of 2 rows is padded on the left" in caplog.text

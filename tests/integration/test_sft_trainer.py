@@ -70,7 +70,7 @@ def test_rows_that_only_the_tracker_truncates(mode, side, limit, named, sft_conf
     assert trace.records() == [Record("noisy", 0), Record("noisy", 1)]
     expected = one_row_losses(rows, sft_config(max_length=10, truncation_mode=mode), chat_tokenizer)
     np.testing.assert_allclose(trace.losses()[0], expected, rtol=1e-5)
-    assert f"9 of 9 samples were truncated on the {side}, to 10 tokens" in caplog.text
+    assert f"9 of 9 rows were truncated on the {side}, to 10 tokens" in caplog.text
 
 
 def test_the_trace_encodes_the_rows_as_the_trainer_did(sft_config, chat_tokenizer, tmp_path):

@@ -59,7 +59,7 @@ def test_a_diverged_model_cannot_rank_rows(tmp_path):
     trace, _ = make_trace(tmp_path, rows=20, unsafe=2)
     losses = np.full(trace.rows.loss_offsets[-1], np.nan, np.float32)
     trace.append(Record("safety", 5), [Scores(losses, trace.states(Record("safety", 5)))])
-    with pytest.raises(DataError, match="no finite forgetting value among 20 samples, so the rows cannot be ranked"):
+    with pytest.raises(DataError, match="no finite forgetting value among 20 rows, so the rows cannot be ranked"):
         ReviewQueue(trace)
 
 

@@ -56,7 +56,7 @@ def test_a_measure_that_needs_other_records_is_refused(trace):
 
 def test_a_notebook_shows_what_a_trace_holds(trace):
     html = trace._repr_html_()
-    assert "60 samples" in html and "safety session, step 8" in html and str(trace.folder) in html
+    assert "60 rows" in html and "safety session, step 8" in html and str(trace.folder) in html
     for text in HOSTILE:
         trace.manifest["model"] = f"/models/{text}"
         shown = trace._repr_html_()

@@ -103,7 +103,7 @@ def test_records_are_read_back_in_order(trace, rows):
     texts = pq.read_table(trace.folder / "records" / STEPS[3].file_name)["completion"].to_pylist()
     assert texts == [f"text {i}" for i in range(7)]
     assert repr(trace).endswith(
-        "7 samples, records: noisy session, step 0; noisy session, step 6; safety session, step 0; "
+        "7 rows, records: noisy session, step 0; noisy session, step 6; safety session, step 0; "
         "safety session, step 3; safety session, step 8)"
     )
     assert "trace', 7" in repr(trace)

@@ -203,7 +203,7 @@ def test_rows_without_a_value_are_kept_and_reported(tracker, noisy, make_args, c
         forgetting=(all_ids[2:], np.tile(values, 9)[2:]), filter_config=FilterConfig("loss", 20.5),
     )  # fmt: skip
     assert trainer.filter_result.counts == {"samples": 216, "removed": 27, "kept": 189, "unknown": 2}
-    assert "; kept 2 samples without a forgetting value" in caplog.text
+    assert "; kept 2 rows without a forgetting value" in caplog.text
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
@@ -252,7 +252,7 @@ def test_a_stream_cannot_be_filtered(noisy, tracker, make_args, collator):
 
 
 def test_a_threshold_that_removes_everything_is_refused(noisy, tracker, make_args, collator):
-    with pytest.raises(DecisionError, match="would remove all 24 samples"):
+    with pytest.raises(DecisionError, match="would remove all 24 rows"):
         FilteredTrainer(
             tiny_llama(),
             make_args(),
@@ -274,7 +274,7 @@ def test_a_threshold_that_removes_nothing_is_reported(noisy, tracker, make_args,
         filter_config=FilterConfig(threshold=99.0),
     )
     assert len(trainer.train_dataset) == 24 and len(trainer.removed_dataset) == 0
-    assert "FilteredTrainer: removed 0 of 24 samples (φ = 99, combined forgetting)" in caplog.text
+    assert "FilteredTrainer: removed 0 of 24 rows (φ = 99, combined forgetting)" in caplog.text
 
 
 def test_a_filter_without_forgetting_is_refused(noisy, make_args):
