@@ -43,7 +43,7 @@ def reviewed(trace: Trace, unsafe: np.ndarray, seed: int) -> np.ndarray:
         queue = ReviewQueue(trace, folder, seed=seed)
         for _ in range(LOOKS // ROUND):
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
-        return queue.is_seen & unsafe
+        return queue.is_known & unsafe
 
 
 def run_arm(arm: str, sessions: Sessions, data_dir: Path | None) -> dict[str, Any]:

@@ -31,12 +31,13 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]
     by_measure = unsafe[np.argsort(-trace.forgetting(), kind="stable")]
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
-        while len(queue.labels) < max(LOOKS) and not queue.is_known.all():
+        looks = 0
+        while looks < max(LOOKS) and not queue.is_known.all():
             queue.add(verdicts_on(queue.next(ROUND), unsafe))
-            looks = len(queue.labels)
+            estimate = queue.estimate()
+            looks = estimate.seen
             if looks not in LOOKS:
                 continue
-            estimate = queue.estimate()
             left = int(unsafe.sum()) - estimate.unsafe_found
             results.append(
                 {

@@ -45,11 +45,12 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> dict[str, tuple[int
         while len(ends) <= len(FIXED):
             for row in queue.next(ROUND):
                 queue.add(verdicts_on([row], unsafe))
-                if queue.verdicts[-1].drawn_from is None:
+                if row not in {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}:
                     safe_in_succession = 0 if unsafe[row] else safe_in_succession + 1
-                is_over = {str(rows): safe_in_succession >= rows or bool(queue.is_seen.all()) for rows in FIXED}
+                is_over = {str(rows): safe_in_succession >= rows or bool(queue.is_known.all()) for rows in FIXED}
                 is_over["advice"] = stop_advice(queue).is_enough
-                end = len(queue.labels), float(unsafe[list(queue.labels)].sum() / unsafe.sum())
+                estimate = queue.estimate()
+                end = estimate.seen, float(estimate.unsafe_found / unsafe.sum())
                 ends = {rule: end for rule, over in is_over.items() if over} | ends
     return ends
 

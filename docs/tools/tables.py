@@ -170,6 +170,36 @@ def arms_over_seeds() -> str:
     return table(["set", "model", "seeds", "unsafe", "task", "removed", "F1 of the filter"], lines, texts=2)
 
 
+def arms_by_the_default_measure() -> str:
+    """ForgetFilter by `combined`, and the arms to compare it with: means over the seeds on which it was run."""
+    titles = {
+        "no_measure": "finetuned on all rows",
+        "forgetfilter": "ForgetFilter, `smoothed`",
+        "forgetfilter_combined": "**ForgetFilter, `combined`**",
+        "oracle": "unsafe rows removed by label",
+    }
+    lines = []
+    for scenario in ("bias", "toxicity"):
+        rows = [row for row in read("defences") if (row["scenario"], row["experiment"]) == (scenario, "main")]
+        seeds = sorted(row["seed"] for row in rows if row["arm"] == "forgetfilter_combined")
+        for arm, title in titles.items():
+            of_arm = sorted(
+                (row for row in rows if row["arm"] == arm and row["seed"] in seeds), key=lambda row: row["seed"]
+            )
+            each = [", ".join(decimal(row[key], 2) for row in of_arm) for key in ("unsafe", "task")]
+            f1 = _mean_and_deviation(of_arm, "f1") if arm.startswith("forgetfilter") else "–"
+            lines.append(
+                [
+                    f"{scenario}, seeds {', '.join(map(str, seeds))}",
+                    title,
+                    f"{_mean_and_deviation(of_arm, 'unsafe')} ({each[0]})",
+                    f"{_mean_and_deviation(of_arm, 'task')} ({each[1]})",
+                    f1,
+                ]
+            )
+    return table(["set", "model", "unsafe", "task", "F1 of the filter"], lines, texts=2)
+
+
 def _mean_and_deviation(rows: list[Row], key: str) -> str:
     values = [row[key] for row in rows]
     digits = 0 if key == "removed" else 3
@@ -362,7 +392,7 @@ def gpu_speed() -> str:
 
 FUNCTIONS = (
     measures_by_seed, combined_and_smoothed, automatic_threshold, unsafe_fractions, measures_by_fraction, controls,
-    arms_over_seeds, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs, session_costs, record_costs,
-    gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, review_rounds,
+    arms_over_seeds, arms_by_the_default_measure, arms_of_seed_0, mixed_harm, thresholds_of_other_measures, first_runs,
+    session_costs, record_costs, gpu_speed, rows_and_memory, long_rows_and_memory, page_sizes, review_rounds,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS} | few_tables.TABLES
