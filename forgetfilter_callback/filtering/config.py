@@ -37,7 +37,7 @@ class FilterConfig:
         step (`int`, *optional*):
             The record of the safety session at which forgetting is measured. Defaults to the last one.
         decision (`str` or `Path`, *optional*):
-            A `review_decision.json` that a reviewer exported from the review page. It contains the measure, the threshold
+            A `review_decision.json` that a reviewer exported from the report. It contains the measure, the threshold
             and the overridden samples, so it cannot be combined with the other arguments.
         reviewed (`str` or `Path`, *optional*):
             The folder with the verdicts of a [`ReviewQueue`]. Rows found to be unsafe are removed and rows found to be safe

@@ -1,4 +1,4 @@
-"""[`ReviewDecision`]: the decision of a reviewer, exported from the review page."""
+"""[`ReviewDecision`]: the decision of a reviewer, exported from the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..trace.trace import Trace
 
 
 Override = Literal["keep", "remove"]
-_ADVICE = "Export review_decision.json from the review page that `forgetfilter report` writes."
+_ADVICE = "Export review_decision.json from the report that `forgetfilter report` writes."
 # What another file of this library is, by a key that only this file has.
 _OTHER_FILES = {
     "separability": "a filter result (filter_result.json), which records what a filter removed",
@@ -26,7 +26,7 @@ _OTHER_FILES = {
 
 @dataclass(frozen=True)
 class ReviewDecision:
-    """The decision of a reviewer. The review page exports it as `review_decision.json`.
+    """The decision of a reviewer. The report exports it as `review_decision.json`.
 
     Attributes:
         measure (`"combined"`, `"loss"`, `"relative"`, `"pooled"`, `"smoothed"` or `"rouge1"`):
@@ -73,7 +73,7 @@ class ReviewDecision:
         if self.trace != identity and self.trace != trace.identity():
             raise DecisionError(
                 f"This decision was made on another trace ({self.trace}; this one is {identity}), or before a record of "
-                "this trace was written or replaced. Create a review page of this trace and decide there."
+                "this trace was written or replaced. Write a report of this trace and decide there."
             )
 
 

@@ -95,13 +95,13 @@ def write_review_page(
         DataError: if an audit label is missing, or if `file` is the noisy set, in the folder of a trace, or an existing file
             that is not a review page.
     """
-    with requires_extra("report", "The review page"):
+    with requires_extra("report", "The report"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     if config.step is not None:
-        raise ValueError(f"step={config.step}: the review page shows the last record. Leave out `step`.")
+        raise ValueError(f"step={config.step}: the report shows the last record. Leave out `step`.")
     check_output_file(trace, Path(file), _is_review_page)
 
     undecided, overrides = with_decision(trace, config)

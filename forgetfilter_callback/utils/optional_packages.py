@@ -11,7 +11,7 @@ def requires_extra(extra: str, feature: str) -> Iterator[None]:
     """Wraps the import of optional packages and names the extra that installs them.
 
     ```python
-    with requires_extra("report", "The review page"):
+    with requires_extra("report", "The report"):
         from plotly.offline import get_plotlyjs
     ```
 

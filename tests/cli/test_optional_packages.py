@@ -21,12 +21,12 @@ CASES = {
         "import sys; from forgetfilter_callback.cli.main import main; "
         "sys.argv = ['forgetfilter', 'report', TRACE, '--tokenizer', TRACE + '/tokenizer']; main()",
         "report",
-        "The review page",
+        "The report",
     ),
     "jinja2": (
         "from forgetfilter_callback.reports.review_page import write_review_page; write_review_page(None, 'x', None)",
         "report",
-        "The review page",
+        "The report",
     ),
     "flask": (
         "import sys; from forgetfilter_callback.cli.main import main; sys.argv = ['forgetfilter', 'review', TRACE]; main()",

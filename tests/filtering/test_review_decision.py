@@ -79,7 +79,7 @@ def test_invalid_decisions_are_refused(changes, message, tmp_path):
 
 
 def test_files_that_are_not_a_decision_are_refused(tmp_path):
-    with pytest.raises(DecisionError, match=r"does not exist\. Export review_decision\.json from the review page"):
+    with pytest.raises(DecisionError, match=r"does not exist\. Export review_decision\.json from the report"):
         ReviewDecision.load(tmp_path / "nothing.json")
     for name in REVIEW:
         (tmp_path / "review_decision.json").write_text(json.dumps({key: REVIEW[key] for key in REVIEW if key != name}))
@@ -118,7 +118,7 @@ def test_a_filter_result_is_not_a_decision(with_rows, tmp_path):
     message = str(raised.value)
     assert message.startswith(f"{tmp_path / 'filter_result.json'} is a filter result (filter_result.json)")
     assert "A reviewer's decision is needed here" in message
-    assert "Export review_decision.json from the review page" in message
+    assert "Export review_decision.json from the report" in message
 
 
 def test_a_filter_result_is_recognized_under_another_name(tmp_path):

@@ -264,7 +264,7 @@ def test_a_page_without_overrides(review):
 
 
 def test_a_page_of_an_earlier_record_is_refused(review, byte_tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="step=4: the review page shows the last record"):
+    with pytest.raises(ValueError, match="step=4: the report shows the last record"):
         write_review_page(review[1], tmp_path / "review.html", byte_tokenizer, FilterConfig("loss", step=4))
     assert not (tmp_path / "review.html").exists()
 
