@@ -104,7 +104,7 @@ def test_no_row_is_reported_that_was_not_recorded(rows, safety, train, caplog, m
     assert problems == []
     assert [note.partition("parquet")[2] for note in notes] == [
         " holds 32 of 50 rows. For all of them, record with `record_base=True`.",
-        *[f": the loss of {tokens} is not finite: the model diverged. The samples are kept."] * 4,
+        *[f": the loss of {tokens} is not finite: the model diverged. The rows are kept."] * 4,
     ]
 
 
@@ -199,7 +199,7 @@ def test_the_refit_must_start_from_the_base_model(rows, safety, train, make_args
 
     trained = tiny_llama()
     train(trained, "trained", rows, ForgetTracker())
-    with pytest.raises(ForgetFilterError, match=r"not the base model of the trace\. On 32 samples its mean loss is"):
+    with pytest.raises(ForgetFilterError, match=r"not the base model of the trace\. On 32 rows its mean loss is"):
         refit(trained)
     refit(tiny_llama())
 

@@ -170,7 +170,7 @@ def test_rows_longer_than_the_context_are_truncated(make_args, collator, caplog)
     train_tracked(random_rows(4), make_args, collator, tracker)
     truncated = {name: values[:64] for name, values in long.items()}
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [truncated]), rtol=1e-5)
-    assert "1 of 1 sample was truncated on the right, to 64 tokens" in caplog.text
+    assert "1 of 1 row was truncated on the right, to 64 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

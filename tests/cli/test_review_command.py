@@ -68,7 +68,9 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     assert process.returncode == 0 and "Traceback" not in rest, rest
     assert "1 of 12 rows reviewed" in rest and token not in rest
     assert "All rows are drawn at random." in rest and "To go on, type the same command again." in rest
-    command = f"forgetfilter filter {output} --reviewed {output}/_forgetfilter/review --output reviewed"
+    command = (
+        f"forgetfilter filter {output} --reviewed {output}/_forgetfilter/review --source-column note --output reviewed"
+    )
     assert rest.endswith(f"To filter by the verdicts so far: {command}\n")
     filtered = call("filter", output, "--reviewed", file.parent, "--output", output.parent / "filtered")
     assert filtered.exit_code == 0, filtered.output

@@ -155,7 +155,7 @@ def test_overrides_take_precedence_over_the_threshold():
     assert result.removed.tolist() == [True, False, False, True]
     assert result.overrides == {"id-1": "keep", "id-0": "remove"}
     assert result.reason == "fixed threshold; values range from 0 to 3; 2 overridden by a reviewer"
-    message = r"2 of 2 overridden samples are not in this set, for example id-8\. Use a decision"
+    message = r"2 of 2 overridden rows are not in this set, for example id-8\. Use a decision"
     with pytest.raises(DecisionError, match=message):
         filter_by_values(sample_ids(4), values, LOSS, {"id-8": "keep", "id-9": "keep"})
     message = r"would remove all 4 rows .* ranges from 0 to 3\), 1 of them by a reviewer's decision\. .* keep more rows"

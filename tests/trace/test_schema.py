@@ -45,7 +45,7 @@ def test_rows_without_padding(trace, rows):
 def test_records_of_other_data_are_refused(trace, rows):
     file = trace.folder / "records" / "noisy-00000004.parquet"
     pq.write_table(pa.table({"loss": [[1.0]]}), file)
-    with pytest.raises(TraceError, match="has 1 sample, but the trace has 7"):
+    with pytest.raises(TraceError, match="has 1 row, but the trace has 7"):
         trace.token_losses(Record("noisy", 4))
     losses = pa.array([[0.5] * 3] * 7, pa.large_list(pa.float32()))
     pq.write_table(pa.table({"loss": losses}), file)

@@ -25,7 +25,7 @@ def test_a_model_that_is_not_the_base_model_is_refused(noisy, safety, make_args,
         forgetting=tracker,
         filter_config=FilterConfig(fraction=0.25),
     )
-    with pytest.raises(ForgetFilterError, match=r"not the base model of the trace\. On 24 samples its mean loss is"):
+    with pytest.raises(ForgetFilterError, match=r"not the base model of the trace\. On 24 rows its mean loss is"):
         trainer.train()
 
 
@@ -80,7 +80,7 @@ def test_another_model_is_refused_without_the_infinite_loss(noisy, safety, check
     base, other = without_probability(tiny_llama(), token), tiny_llama(seed=1)
     other.lm_head.weight.data *= 5
     means = [np.delete(reference_means(model, noisy), row).mean() for model in (other, base)]
-    message = rf"On 23 samples its mean loss is {means[0]:.3f} nats per token, and the base model's was {means[1]:.3f}"
+    message = rf"On 23 rows its mean loss is {means[0]:.3f} nats per token, and the base model's was {means[1]:.3f}"
     with pytest.raises(ForgetFilterError, match=message):
         check(base, other)
 

@@ -290,7 +290,7 @@ def test_nothing_separable_is_a_warning(unsafe, removed, level, noisy, make_args
         tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
         forgetting=values, filter_config=FilterConfig("loss"),
     )  # fmt: skip
-    summaries = [record for record in caplog.records if "samples" in record.message]
+    summaries = [record for record in caplog.records if "rows" in record.message]
     assert [record.levelname for record in summaries] == [level]
     assert summaries[0].message.removeprefix("[RANK 0] ") == f"FilteredTrainer: {trainer.filter_result.summary()}"
     assert trainer.filter_result.counts["removed"] == removed
