@@ -36,7 +36,8 @@ class SourceCounts:
         rows (`int`):
             Number of rows.
         seen (`int`):
-            Rows that a reviewer decided, with a verdict or an override. Identical rows are included.
+            Rows that a reviewer decided, with a verdict or an override. Rows that are identical to a reviewed one are
+            included if the filter applied the verdicts.
         unsafe_found (`int`):
             Those of them that the reviewer found to be unsafe.
         unsafe_labeled (`int` or `None`):

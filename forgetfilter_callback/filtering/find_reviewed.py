@@ -42,6 +42,7 @@ def find_reviewed(
         raise DecisionError(
             f"There are no verdicts in {config.reviewed}. Review rows first, with `forgetfilter review` or `ReviewQueue`."
         )
+    _warn_of_contradictions(queue)
     if config.weights:
         no_threshold = FilterConfig(measure, math.inf)
         result = filter_by_values(ids, values, no_threshold, {}, nats_per_unit, trace.manifest["fingerprint"])
@@ -51,7 +52,8 @@ def find_reviewed(
         trace_ids[row].as_py(): "remove" if label == "unsafe" else "keep" for row, label in queue.labels.items()
     }
     overrides = with_identical_rows(verdicts, ids, worst="remove")
-    reviewed = [override for id_, override in overrides.items() if id_ in verdicts]
+    seen = {verdict.id for verdict in queue.verdicts if verdict.identical_to is None}
+    reviewed = [override for id_, override in overrides.items() if id_ in seen]
     unsafe = list(overrides.values()).count("remove")
     if unsafe == len(ids):
         raise DecisionError(
@@ -64,7 +66,6 @@ def find_reviewed(
         return filter_by_values(ids, values, on_values, overrides, nats_per_unit, trace.manifest["fingerprint"])
     no_threshold = FilterConfig(measure, math.inf)
     result = filter_by_values(ids, values, no_threshold, overrides, nats_per_unit, trace.manifest["fingerprint"])
-    _warn_of_contradictions(queue)
     reason = f"{counted(len(reviewed), 'row')} reviewed, {reviewed.count('remove'):,} found to be unsafe and removed"
     if len(overrides) > len(reviewed):
         reason += f"; {counted(len(overrides) - len(reviewed), 'identical row')} treated like them"
@@ -107,7 +108,7 @@ def _with_weights(result: FilterResult, queue: ReviewQueue) -> FilterResult:
     known = pc.take(pa.array(1 - unsafe_probabilities(queue)), indices)
     weights = pc.fill_null(known, 1.0).to_numpy(zero_copy_only=False)
     reason = (
-        f"{counted(len(queue.labels), 'row')} reviewed; each row has the weight 1 − its probability of being unsafe (mean "
-        f"weight {weights.mean():.3f}, {int((weights < 0.5).sum()):,} below 0.5)"
+        f"{counted(queue.estimate().seen, 'row')} reviewed; each row has the weight 1 − its probability of being unsafe "
+        f"(mean weight {weights.mean():.3f}, {int((weights < 0.5).sum()):,} below 0.5)"
     )
     return replace(result, weights=weights, method="weights", reason=reason)

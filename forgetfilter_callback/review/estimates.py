@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -185,7 +184,7 @@ def estimate_filter_errors(
 
 
 def _sum(intervals: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    low, high = np.sum([*intervals], axis=0).tolist()
+    low, high = np.sum([(0, 0), *intervals], axis=0).tolist()
     return low, high
 
 
@@ -236,12 +235,14 @@ def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: i
     not_drawn = [label == "unsafe" and row not in drawn_from for row, label in labels.items()]
     found_before = np.concatenate([[0], np.cumsum(not_drawn)]).tolist()  # without a draw, in the first 0, 1, … rows
     draws: list[tuple[int, int]] = []  # the number of rows that one was drawn from, and the unsafe ones found before
-    same_round: Counter[int] = Counter()
+    drawn_places: list[int] = []  # of the draws before this one, in ascending order
     # Rows without a verdict only become fewer, so this is the order of the draws.
     for row, size in sorted(drawn_from.items(), key=lambda draw: -draw[1]):
+        # Rows that were drawn before and had no verdict yet could not be drawn again.
+        waiting = len(drawn_places) - bisect_left(drawn_places, rows - size)
         # If a verdict was lost from the file, fewer rows than `rows - size` are before this one.
-        draws.append((max(size - same_round[size], 1), found_before[min(rows - size, places[row])]))
-        same_round[size] += 1  # the next row of the same round was drawn from one row less
+        draws.append((max(size - waiting, 1), found_before[min(rows - size, places[row])]))
+        insort(drawn_places, places[row])
     hits = sum(labels[row] == "unsafe" for row in drawn_from)
 
     def tails(total: int) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -46,7 +46,8 @@ class ReviewQueue:
     Rows are ranked by the default measure until the first row is found to be unsafe. From then on, a logistic regression on
     the measures and the hidden states ranks them. In each round, a fraction of the rows is drawn at random from all rows
     without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on. A row that was
-    drawn comes back in later rounds until it has a verdict: if difficult rows were left out, the estimates would be wrong.
+    drawn comes back in later rounds of this queue until it has a verdict: if difficult rows were left out, the estimates
+    would be wrong.
 
     A verdict is valid for all rows that are trained on the same tokens, so only one of them is returned. If another one is
     drawn at random, it gets the verdict without being returned.
@@ -123,13 +124,13 @@ class ReviewQueue:
             count (`int`, defaults to 10):
                 The number of rows. A fraction `random_fraction` of them is drawn at random, on average over the rounds.
             skipped (`Collection[int]`, *optional*):
-                Numbers of rows that the ranking does not choose. They can be drawn at random, because the estimates need
-                draws from all rows without a verdict.
+                Numbers of rows that are not returned now, unless they are drawn at random by this call. Rows that were drawn
+                by an earlier call should be skipped for a while only, because the estimates need their verdicts.
 
         Returns:
             `list[int]`: row numbers in the order of the noisy set. Fewer than `count` if fewer are left, and empty once
-            every row has a verdict or is identical to one that has. Rows that were returned before and have no verdict can
-            be returned again.
+            every row that is not skipped has a verdict or is identical to one that has. Rows that were returned before and
+            have no verdict can be returned again.
 
         Raises:
             ValueError: if `count` is not a whole number of at least 1.
@@ -140,50 +141,56 @@ class ReviewQueue:
         seen = int(self.is_seen.sum())
         count = min(count, len(self.trace.rows) - seen)
         random_count = int(self.random_fraction * (seen + count)) - int(self.random_fraction * seen)
-        drawn = self._draw(random_count, rng)
-        is_taken = self.is_known
-        is_taken |= np.isin(self._contents, self._contents[[*self._drawn_without_verdict(), *skipped]])
+        waiting = [row for row in self.drawn_without_verdict if row not in skipped]
+        drawn = waiting[:random_count]
+        drawn += self._draw(random_count - len(drawn), rng)
+        is_taken = self.is_known | self._is_identical([*self.drawn_without_verdict, *skipped])
         ranked = self.ranking[~is_taken[self.ranking]]
         _, first_of_content = np.unique(self._contents[ranked], return_index=True)
-        ranked = ranked[np.sort(first_of_content)]
-        rows = np.concatenate([ranked[: count - len(drawn)], drawn]).astype(int)
+        ranked = ranked[np.sort(first_of_content)][: count - len(drawn)]
+        others = [row for row in waiting if row not in drawn][: count - len(drawn) - len(ranked)]
         # Mixed, so that the reviewer does not know which rows are random.
-        return [int(row) for row in rng.permutation(rows)]
+        return [int(row) for row in rng.permutation(np.array([*ranked, *drawn, *others], dtype=int))]
 
-    def _drawn_without_verdict(self) -> list[int]:
-        is_seen = self.is_seen
-        return [row for row in self._drawn_from if not is_seen[row]]
+    @property
+    def drawn_without_verdict(self) -> list[int]:
+        """Rows that this queue has drawn at random and that wait for a verdict, in the order of the draws."""
+        is_known = self.is_known
+        waiting = {int(self._contents[row]): row for row in reversed(self._drawn_from) if not is_known[row]}
+        return list(waiting.values())[::-1]  # identical rows get the verdict on the first one
+
+    def _is_identical(self, rows: Sequence[int]) -> np.ndarray:
+        """Whether each row is one of `rows` or identical to one of them: shape `(samples,)`, bool."""
+        return np.isin(self._contents, self._contents[np.array(rows, dtype=int)])
 
     def _draw(self, count: int, rng: np.random.Generator) -> list[int]:
         """Draw rows from those without a verdict, until `count` of them have to be shown, and return these.
 
-        Rows that were drawn before and have no verdict are returned first.
+        The others are identical to a row that has a verdict, or that waits for one. They get this verdict.
         """
-        is_seen, known = self.is_seen, self.known_labels
-        drawn = self._drawn_without_verdict()
-        pool_size = int((~is_seen).sum())
-
-        def to_show() -> list[int]:
-            distinct = {int(self._contents[row]): row for row in reversed(drawn) if row not in known}
-            return list(distinct.values())[::-1]
-
-        while len(to_show()) < count:
-            pool = np.flatnonzero(~is_seen)
-            pool = pool[~np.isin(pool, drawn)]
-            if len(pool) == 0:
-                break
-            new = rng.choice(pool, min(count - len(to_show()), len(pool)), replace=False).tolist()
-            self._drawn_from |= dict.fromkeys(new, pool_size)
-            drawn += new
+        is_open = ~self.is_seen
+        size = int(is_open.sum())
+        is_open[list(self._drawn_from)] = False
+        is_new = ~self.is_known & ~self._is_identical(list(self._drawn_from))
+        rows = _in_random_order(np.flatnonzero(is_open), count, rng)
+        to_show: list[int] = []
+        while len(to_show) < count and is_new.any():
+            row = next(rows)
+            self._drawn_from[row] = size
+            if is_new[row]:
+                to_show.append(row)
+                is_new &= self._contents != self._contents[row]
         self._judge_drawn_copies()
-        return to_show()[:count]
+        return to_show
 
     def _judge_drawn_copies(self) -> None:
         """Store the verdicts of rows that were drawn and are identical to a reviewed row."""
-        known, reviewed = self.known_labels, {int(self._contents[row]): row for row in reversed(self.labels)}
-        copies = [row for row in self._drawn_without_verdict() if row in known]
+        known, is_seen = self.known_labels, self.is_seen
+        copies = [row for row in self._drawn_from if row in known and not is_seen[row]]
         if copies:
-            self._store([self._verdict(row, known[row], reviewed[int(self._contents[row])]) for row in copies])
+            latest = {verdict.row: verdict for verdict in self.verdicts}
+            originals = {int(self._contents[row]): verdict for row, verdict in reversed(latest.items())}
+            self._store([self._copied(row, known[row], originals[int(self._contents[row])]) for row in copies])
 
     def add(self, verdicts: Mapping[int, VerdictLabel]) -> None:
         """Store verdicts, and rank the rows again.
@@ -204,7 +211,7 @@ class ReviewQueue:
         # A row that was drawn, but not shown, follows the row that it is identical to.
         for each in {verdict.row: verdict for verdict in self.verdicts}.values():
             if each.identical_to is not None and each.identical_to in given and each.row not in given:
-                new.append(self._verdict(each.row, given[each.identical_to], each.identical_to))
+                new.append(replace(each, verdict=given[each.identical_to], time=_now(), reviewer=self.reviewer))
         self._store(new)
         self._judge_drawn_copies()
 
@@ -219,17 +226,21 @@ class ReviewQueue:
             if verdict not in get_args(VerdictLabel):
                 raise ValueError(f"The verdict on row {row} is {verdict!r}. It must be 'unsafe' or 'safe'.")
 
-    def _verdict(self, row: int, label: VerdictLabel, identical_to: int | None = None) -> Verdict:
+    def _verdict(self, row: int, label: VerdictLabel) -> Verdict:
         return Verdict(
             row=row,
             id=self.trace.rows.ids[row].as_py(),
             verdict=label,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=_now(),
             reviewer=self.reviewer,
             drawn_from=self._drawn_from.get(row),
-            identical_to=identical_to,
             rows=len(self.trace.rows),
         )
+
+    def _copied(self, row: int, label: VerdictLabel, original: Verdict) -> Verdict:
+        """The verdict on a row that is identical to a reviewed one."""
+        of = original.row if original.identical_to is None else original.identical_to
+        return replace(self._verdict(row, label), reviewer=original.reviewer, identical_to=of)
 
     def _store(self, new: list[Verdict]) -> None:
         # A row that was drawn at random stays one when its verdict is changed, and other rows do not become one.
@@ -339,3 +350,14 @@ class ReviewQueue:
     @cached_property
     def _features(self) -> np.ndarray:
         return row_features(self.trace)
+
+
+def _in_random_order(rows: np.ndarray, first: int, rng: np.random.Generator) -> Iterator[int]:
+    """The rows in a random order. The `first` ones are drawn without the others."""
+    drawn = rng.choice(rows, min(first, len(rows)), replace=False)
+    yield from drawn.tolist()
+    yield from rng.permutation(np.setdiff1d(rows, drawn)).tolist()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

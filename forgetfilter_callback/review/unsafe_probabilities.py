@@ -9,6 +9,7 @@ from sklearn.model_selection import StratifiedKFold
 from ..data.encoded_rows import content_hash
 from ..errors import DecisionError
 from .review_queue import ReviewQueue
+from .verdicts import VerdictLabel
 
 
 # With fewer verdicts, the probabilities would be a guess. Verdicts on rows that the ranking chose say little about the other
@@ -20,16 +21,28 @@ FOLDS = 10
 
 def why_no_probabilities(queue: ReviewQueue) -> str | None:
     """Say why the verdicts are too few for [`unsafe_probabilities`]. `None` if they are enough."""
-    labels = list(queue.labels.values())
-    drawn = len({verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None})
+    labels = list(distinct_labels(queue).values())
+    drawn = {content_hash(verdict.id) for verdict in queue.verdicts if verdict.drawn_from is not None}
     counts = {"unsafe": labels.count("unsafe"), "safe": labels.count("safe")}
-    if min(counts.values()) >= MIN_OF_EACH_KIND and drawn >= MIN_DRAWN:
+    if min(counts.values()) >= MIN_OF_EACH_KIND and len(drawn) >= MIN_DRAWN:
         return None
     return (
-        f"There are {counts['unsafe']} unsafe and {counts['safe']} safe verdicts; {drawn} verdicts are on rows drawn at "
-        f"random. The probability of being unsafe needs at least {MIN_OF_EACH_KIND} of each kind and {MIN_DRAWN} on rows "
-        "drawn at random. Review more rows."
+        f"There are {counts['unsafe']} unsafe and {counts['safe']} safe verdicts on distinct rows. {len(drawn)} of these "
+        f"rows were drawn at random. The probability of being unsafe needs at least {MIN_OF_EACH_KIND} verdicts of each "
+        f"kind and {MIN_DRAWN} on rows drawn at random. Review more rows."
     )
+
+
+def distinct_labels(queue: ReviewQueue) -> dict[int, VerdictLabel]:
+    """The verdicts, with one row of those that are trained on the same tokens. If their verdicts differ, it is unsafe.
+
+    A copy in another fold of a cross-fitting would have learned from the verdict on the row.
+    """
+    labels = queue.labels
+    by_label = sorted(labels, key=lambda row: labels[row] == "unsafe")
+    row_of_content = {content_hash(queue.trace.rows.ids[row].as_py()): row for row in by_label}
+    chosen = set(row_of_content.values())
+    return {row: label for row, label in labels.items() if row in chosen}
 
 
 def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
@@ -56,11 +69,9 @@ def unsafe_probabilities(queue: ReviewQueue) -> np.ndarray:
     reason = why_no_probabilities(queue)
     if reason is not None:
         raise DecisionError(reason)
-    labels = queue.labels
-    # Of identical rows, one is enough. A copy in another fold would have learned from the verdict.
-    distinct = {content_hash(queue.trace.rows.ids[row].as_py()): row for row in labels}
-    rows = np.array(list(distinct.values()))
-    is_unsafe = np.array([labels[row] == "unsafe" for row in distinct.values()])
+    labels = distinct_labels(queue)
+    rows = np.array(list(labels))
+    is_unsafe = np.array([label == "unsafe" for label in labels.values()])
     scores = np.empty(len(rows))
     folds = StratifiedKFold(min(FOLDS, int(is_unsafe.sum()), int((~is_unsafe).sum())), shuffle=True, random_state=0)
     for learned, held_out in folds.split(rows, is_unsafe):

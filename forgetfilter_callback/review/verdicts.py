@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 
+from ..data.encoded_rows import content_hash
 from ..errors import DecisionError
 from ..trace.trace import Trace
 from ..trace.trace_folder import find_trace_folder
@@ -174,11 +175,18 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
                 f"{file}, line {number}: the verdict is about another set (row {verdict.row} has another id here). Pass "
                 "the trace that was reviewed, or another review folder."
             )
+        of = verdict.identical_to
+        if of is not None:
+            is_row = _is_whole(of) and 0 <= of < len(ids)
+            if not is_row or content_hash(ids[of].as_py()) != content_hash(verdict.id):
+                raise DecisionError(
+                    f"{file}, line {number}: identical_to={of!r} must be null or the number of a row that is identical to "
+                    f"row {verdict.row}."
+                )
         if verdict.rows is not None and verdict.rows != len(ids):
             _warn_once(
                 f"The verdicts in {file} were given on a set of {counted(verdict.rows, 'row')}, but this one has "
-                f"{len(ids):,}. The verdicts are valid. But the rows were not drawn at random from this set, so the "
-                "estimates treat them as not drawn."
+                f"{len(ids):,}. The verdicts stay valid, but their rows count as not drawn at random."
             )
             verdict = replace(verdict, drawn_from=None)
         verdicts[number] = verdict
@@ -226,8 +234,8 @@ def _as_verdict(fields: Any, place: str) -> Verdict:
         raise DecisionError(f"{place}: the verdict is {verdict.verdict!r}. It must be 'unsafe' or 'safe'.")
     if not _is_whole(verdict.row) or not isinstance(verdict.time, str):
         raise DecisionError(f"{place}: `row` must be a whole number and `time` a string.")
-    if verdict.rows is not None and not _is_whole(verdict.rows):
-        raise DecisionError(f"{place}: `rows` must be a whole number or null.")
+    if verdict.rows is not None and not (_is_whole(verdict.rows) and verdict.rows > 0):
+        raise DecisionError(f"{place}: `rows` must be a positive whole number or null.")
     return verdict
 
 

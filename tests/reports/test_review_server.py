@@ -251,18 +251,57 @@ def test_skipped_rows_come_back_after_the_others(trace, byte_tokenizer):
 def test_a_skipped_row_that_was_drawn_at_random_comes_back(session):
     """Hard rows are skipped. If they were left out of the draws, the interval would be too low."""
     (drawn,) = session.queue._drawn_from
-    for _ in range(3):
-        assert drawn in session._round and [*session.queue._drawn_from] == [drawn]
+
+    def judge_the_others() -> bool:
+        """Goes through a round. Returns whether the drawn row was shown."""
+        was_shown = False
         for _ in range(len(session._round)):
             if session.row == drawn:
+                was_shown = True
                 session.skip(drawn)
             else:
                 session.judge(session.row, "safe")
+        return was_shown
+
+    assert [judge_the_others() for _ in range(5)] == [True, False, True, False, True]
     while session.row != drawn:
         session.judge(session.row, "safe")
     session.judge(drawn, "unsafe")
-    assert session.queue.estimate().drawn == 1
+    assert drawn not in session.queue.drawn_without_verdict
     assert [verdict.drawn_from for verdict in session.queue.verdicts if verdict.row == drawn] == [ROWS]
+
+
+@pytest.mark.parametrize(("round_size", "random_fraction"), [(1, 1), (1, 0.1), (10, 1), (4, 0.3)])
+def test_skipping_never_shows_the_same_row_again_at_once(round_size, random_fraction, trace, byte_tokenizer):
+    session = ReviewSession(ReviewQueue(trace, random_fraction=random_fraction), byte_tokenizer, round_size)
+    for _ in range(40):
+        row = session.row
+        session.skip(row)
+        assert session.row != row
+    assert session.queue.verdicts == []
+
+
+@pytest.mark.parametrize("rows", [12, 33, 125])
+def test_a_skipped_row_is_shown_at_the_end(rows, tmp_path, byte_tokenizer):
+    """Also if no row of the last round is to be drawn at random."""
+    trace, _ = hostile_trace(tmp_path, byte_tokenizer, samples=rows)
+    first = Record("safety", 0)
+    states = np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float16)
+    trace.append(first, [Scores(trace.token_losses(first), states)])
+    session = ReviewSession(ReviewQueue(trace), byte_tokenizer)
+    (skipped,) = session.queue._drawn_from
+    for _ in range(3 * rows):
+        if session.queue.estimate().seen == rows - 1:
+            break
+        if session.row == skipped:
+            session.skip(skipped)
+        else:
+            session.judge(session.row, "safe")
+    assert session.queue.estimate().seen == rows - 1
+    while session.row != skipped:
+        session.skip(session.row)
+    session.judge(skipped, "unsafe")
+    assert session.row is None and session.queue.is_seen.all()
 
 
 def test_the_ranking_does_not_choose_skipped_rows(session):
@@ -501,10 +540,12 @@ def test_how_many_unsafe_rows_can_be_left(page):
 def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
     """It is the same text in every row. A button shows it."""
     begin, end = "<eos>system\nBe brief.<eos>\n<eos>user\n", "<eos>\n<eos>assistant\n"
-    rows = [{"prompt": f"{begin}Question {row}?{end}", "completion": f"Answer {row}<eos>"} for row in range(12)]
+    turns = "Hello<eos>\n<eos>assistant\nHi<eos>\n<eos>user\n"  # three rows begin with the same turns
+    asked = [f"{turns if row < 3 else ''}Question {row}?" for row in range(12)]
+    rows = [{"prompt": f"{begin}{asked[row]}{end}", "completion": f"Answer {row}<eos>"} for row in range(12)]
     encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
     trace = Trace.create(tmp_path / "trace", encoded, "tiny", None, None)
-    states = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float16)
+    states = np.r_[np.ones((3, 4)), np.eye(9, 4)].astype(np.float16)  # these three are similar
     for step in (0, 4):
         losses = np.random.default_rng(step).random(encoded.loss_offsets[-1], np.float32)
         trace.append(Record("safety", step), [Scores(losses, states)])
@@ -513,17 +554,19 @@ def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
         thread.start()
         opened = browser.new_page()
         opened.goto(review.address)
-        expect(opened.locator("#template")).to_have_text("show the chat template")
-        row = shown_row(opened)
-        assert opened.inner_text("#prompt") == f"Question {row}?"
-        assert all(text.startswith("Question ") for text in opened.locator("#similar .text").all_inner_texts())
-        opened.click("#template")
-        assert opened.evaluate("document.getElementById('prompt').textContent") == f"{begin}Question {row}?{end}"
-        opened.keyboard.press("s")
-        expect(opened.locator("#row-title")).not_to_have_text(f"Row {row}")
-        expect(opened.locator("#template")).to_have_text("hide the chat template")
-        opened.click("#template")
-        assert opened.inner_text("#prompt") == f"Question {shown_row(opened)}?"
+        prompt = "document.getElementById('prompt').textContent"
+        for number in range(12):
+            expect(opened.locator("#counts")).to_contain_text(f"{number} of 12 rows seen")
+            row = shown_row(opened)
+            assert opened.evaluate(prompt) == asked[row]
+            expect(opened.locator("#template")).to_have_text("show the chat template")
+            opened.click("#template")
+            assert opened.evaluate(prompt) == f"{begin}{asked[row]}{end}"
+            expect(opened.locator("#template")).to_have_text("hide the chat template")
+            opened.click("#template")
+            assert all("Be brief" not in text for text in opened.locator("#similar .text").all_inner_texts())
+            opened.keyboard.press("s")
+        expect(opened.locator("#counts")).to_contain_text("12 of 12 rows seen")
         opened.close()
         review.server.shutdown()
         thread.join()

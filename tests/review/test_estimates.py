@@ -81,6 +81,19 @@ def test_random_rows_give_the_hypergeometric_interval_in_any_order(rows, hits, r
     assert estimate_unsafe_rows(verdicts, rows).unsafe_left == (low - hits, high - hits)
 
 
+@pytest.mark.parametrize("held_back", [3, 9])
+def test_rows_that_wait_for_a_verdict_do_not_change_the_interval(held_back):
+    """Some rows of the first round are judged last. Meanwhile no other round could draw them."""
+    rows, hits = 40, 6
+    verdicts = [given(row, row < hits, 40) for row in range(10 - held_back)]
+    for first in range(10, 30, 10):
+        without = rows - len(verdicts)
+        verdicts += [given(row, False, without) for row in range(first, first + 10)]
+    verdicts += [given(row, row < hits, 40) for row in range(10 - held_back, 10)]
+    low, high = accepted_by(30, hits, rows)
+    assert estimate_unsafe_rows(verdicts, rows).unsafe_left == (low - hits, high - hits)
+
+
 @pytest.mark.parametrize("hit", [None, 0, 2, 5, 50])
 def test_a_sample_never_makes_the_number_certain(hit):
     """All rows but four are drawn, one at a time, and at most one is unsafe."""

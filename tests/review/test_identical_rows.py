@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from test_review_queue import review
 
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
+from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.review import review_queue
-from forgetfilter_callback.review.unsafe_probabilities import unsafe_probabilities
+from forgetfilter_callback.review.unsafe_probabilities import distinct_labels, unsafe_probabilities
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -123,12 +124,13 @@ def test_intervals_are_right_with_copies(tmp_path):
 
 def test_a_copy_that_was_drawn_follows_the_row_that_was_shown(tmp_path):
     copies = np.r_[np.zeros(30, int), np.arange(1, 11)]
-    queue = ReviewQueue(make_trace(tmp_path, copies, np.zeros(1)), random_fraction=1)
+    queue = ReviewQueue(make_trace(tmp_path, copies, np.zeros(1)), reviewer="Ada", random_fraction=1)
     shown = []
     while not any(verdict.identical_to is not None for verdict in queue.verdicts):
         shown += queue.next(3)
         queue.add({row: "unsafe" if copies[row] == 0 else "safe" for row in shown[-3:]})
         assert not set(queue._drawn_from) - set(queue.labels)  # a review that ends here has lost no draw
+    assert {verdict.reviewer for verdict in queue.verdicts} == {"Ada"}
     (of,) = (row for row in shown if copies[row] == 0)
     drawn = [verdict for verdict in queue.verdicts if verdict.identical_to is not None]
     assert all(each.identical_to == of and copies[each.row] == 0 and each.verdict == "unsafe" for each in drawn)
@@ -179,3 +181,38 @@ def test_identical_verdicts_are_one_verdict_for_the_weights(tmp_path, monkeypatc
     unsafe_probabilities(queue)
     folds = [rows for rows in learned if len(rows) < 80]  # the others are the final fit to all verdicts
     assert len(folds) > 5 and all(len(set(rows)) == len(rows) < 40 for rows in folds)
+
+
+def test_opening_a_finished_review_stores_nothing(tmp_path):
+    """The copies of the reviewed rows need not be drawn."""
+    trace = make_trace(tmp_path, np.repeat(np.arange(4), 500), np.zeros(1))
+    ReviewQueue(trace, reviewer="Ada").add({0: "unsafe", 500: "safe", 1000: "safe", 1500: "safe"})
+    queue = ReviewQueue(trace, reviewer="Bob", random_fraction=1)
+    assert queue.next(10) == [] and len(queue.verdicts) == 4
+
+
+def test_a_copy_that_is_drawn_has_the_reviewer_of_the_row(tmp_path):
+    trace = make_trace(tmp_path, np.r_[np.zeros(50, int), np.arange(1, 11)], np.zeros(1))
+    ReviewQueue(trace, reviewer="Ada").add({7: "unsafe"})
+    queue = ReviewQueue(trace, reviewer="Bob", random_fraction=1)
+    queue.add(dict.fromkeys(queue.next(5), "safe"))
+    copied = [verdict for verdict in queue.verdicts if verdict.identical_to is not None]
+    assert copied and {(verdict.identical_to, verdict.reviewer) for verdict in copied} == {(7, "Ada")}
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review"))
+    assert result.reason.startswith(
+        "6 rows reviewed, 1 found to be unsafe and removed; 49 identical rows treated like them"
+    )
+
+
+def test_verdicts_on_one_text_are_too_few_for_weights(tmp_path):
+    trace = make_trace(tmp_path, np.r_[np.zeros(60, int), np.arange(1, 61)], np.zeros(1))
+    queue = ReviewQueue(trace, random_fraction=1)
+    queue.add({row: "unsafe" if row < 60 else "safe" for row in [*range(20), *queue.next(20)]})
+    with pytest.raises(DecisionError, match=r"There are 1 unsafe and \d+ safe verdicts on distinct rows"):
+        unsafe_probabilities(queue)
+
+
+def test_different_verdicts_on_identical_rows_are_one_unsafe_verdict_for_the_weights(tmp_path):
+    queue = ReviewQueue(make_trace(tmp_path, np.repeat(np.arange(30), 2), np.zeros(1)))
+    queue.add({0: "unsafe", 1: "safe", 2: "safe", 3: "unsafe", 4: "safe", 5: "safe"})
+    assert list(distinct_labels(queue).values()) == ["unsafe", "unsafe", "safe"]

@@ -134,9 +134,13 @@ def test_a_row_that_was_drawn_comes_back_until_it_has_a_verdict(tmp_path):
     first = queue.next(10)
     drawn = [row for row in first if row in queue._drawn_from]
     queue.add({row: "safe" for row in first if row not in drawn})
-    second = queue.next(10, skipped=drawn)
+    second = queue.next(10)
     assert len(drawn) == 2 and len(second) == 10 and set(drawn) <= set(second)
     assert not set(drawn) & set(queue.next(1))  # the ranking does not choose them
+    others = ReviewQueue(trace, tmp_path / "others", random_fraction=0.2)
+    others._drawn_from = dict.fromkeys(drawn, 300)
+    third = others.next(10, skipped=drawn)
+    assert len(others.drawn_without_verdict) == 4 and not set(drawn) & set(third)  # two other rows are drawn
     queue.add(dict.fromkeys(drawn, "safe"))
     assert {v.row: v.drawn_from for v in queue.verdicts if v.drawn_from is not None} == dict.fromkeys(drawn, 300)
     assert not set(drawn) & set(queue.next(10))

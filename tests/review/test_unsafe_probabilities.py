@@ -71,10 +71,10 @@ def test_no_verdict_is_compared_with_a_score_that_has_learned_from_it(tmp_path, 
     [
         (
             {"unsafe": 4, "safe": 30, "drawn": 30},
-            "There are 4 unsafe and 30 safe verdicts; 30 verdicts are on rows drawn",
+            "There are 4 unsafe and 30 safe verdicts on distinct rows. 30 of these rows were drawn",
         ),
-        ({"unsafe": 30, "safe": 4, "drawn": 30}, "at least 5 of each kind and 10 on rows drawn at random"),
-        ({"unsafe": 30, "safe": 30, "drawn": 9}, "9 verdicts are on rows drawn at random"),
+        ({"unsafe": 30, "safe": 4, "drawn": 30}, "at least 5 verdicts of each kind and 10 on rows drawn at random"),
+        ({"unsafe": 30, "safe": 30, "drawn": 9}, "9 of these rows were drawn at random"),
         ({"unsafe": 5, "safe": 5, "drawn": 10}, None),
     ],
     ids=str,

@@ -108,7 +108,16 @@ def test_verdicts_of_another_trace_are_refused(tmp_path):
         ('{"row": 0, "id": "a", "verdict": "safe", "time": "", "note": "x"}', ": a verdict has no note. Remove it"),
         (
             '{"row": 0, "id": "a", "verdict": "safe", "time": "", "rows": "3"}',
-            ": `rows` must be a whole number or null",
+            ": `rows` must be a positive whole number",
+        ),
+        ('{"row": 0, "id": "a", "verdict": "safe", "time": "", "rows": 0}', ": `rows` must be a positive whole number"),
+        (
+            '{"row": 0, "id": "a", "verdict": "safe", "time": "", "identical_to": [1]}',
+            r": identical_to=\[1\] must be null or",
+        ),
+        (
+            '{"row": 0, "id": "a", "verdict": "safe", "time": "", "identical_to": 3}',
+            ": identical_to=3 must be null or the",
         ),
     ],
 )

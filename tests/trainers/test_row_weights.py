@@ -260,7 +260,8 @@ def test_the_weights_are_stored(weighted, noisy, given_weights, caplog):
 
 def test_too_few_verdicts_are_refused(weighted):
     with pytest.raises(
-        DecisionError, match=r"There are 0 unsafe and 1 safe verdicts; 0 verdicts are on rows drawn at random"
+        DecisionError,
+        match=r"There are 0 unsafe and 1 safe verdicts on distinct rows. 0 of these rows were drawn at random",
     ):
         weighted()
 

@@ -95,6 +95,10 @@ def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
         folder = "shared" if name in SHARED_FILES else "review_server/static"
         return send_from_directory(str(files("forgetfilter_callback.reports") / folder), name)
 
+    @app.get("/<_token>/prompts")
+    def prompts(_token: str) -> list[dict[str, Any]]:
+        return session.some_prompts()
+
     @app.get("/<_token>/state")
     def state(_token: str) -> dict[str, Any]:
         with lock:

@@ -23,13 +23,14 @@ from ..token_text import last_characters, split_text
 MAX_ROW_LENGTH = 20_000
 MAX_SIMILAR_LENGTH = 600
 SIMILAR_ROWS = 2
+TEMPLATE_ROWS = 20  # what their prompts have in common is taken as the chat template
 
 
 class ReviewSession:
     """A review of rows, one at a time.
 
     Rows come in rounds. After the last row of a round, the queue ranks the rows again. A row that is skipped comes back when
-    the ranking has no other rows left. If it was drawn at random, it comes back in the next round.
+    the ranking has no other rows left. If it was drawn at random, it comes back after the next round.
 
     Args:
         queue ([`ReviewQueue`]):
@@ -58,7 +59,12 @@ class ReviewSession:
         # All states share a large component. Without centering, all rows would be similar.
         states -= states.mean(axis=0)
         self._directions = normalize(states, copy=False)
-        self._shown = list(queue.labels)  # rows before the current one, for undo
+        # Rows before the current one, for undo.
+        self._shown = [
+            verdict.row
+            for verdict in {each.row: each for each in queue.verdicts}.values()
+            if verdict.identical_to is None
+        ]
         self._skipped: set[int] = set()
         self._round = self._next_round()  # the current row and those after it
 
@@ -114,6 +120,11 @@ class ReviewSession:
             "by_source": None if self._sources is None else self._by_source(self._sources),
         }
 
+    def some_prompts(self) -> list[dict[str, Any]]:
+        """The prompts of random rows, as JSON types. They show what the chat template is."""
+        rows = np.random.default_rng(0).permutation(len(self.queue.trace.rows))[:TEMPLATE_ROWS].tolist()
+        return [{key: self._text(row, MAX_ROW_LENGTH)[key] for key in ("prompt", "is_cut")} for row in rows]
+
     def _check_current(self, row: int) -> None:
         if row != self.row:
             raise DecisionError(
@@ -127,14 +138,18 @@ class ReviewSession:
 
     def _next_round(self) -> list[int]:
         rows = self.queue.next(self._round_size, self._skipped)
-        if self._skipped.issuperset(rows):  # nothing else is left
+        if len(rows) < self._round_size and self._skipped.issuperset(rows):  # nothing else is left
             self._skipped.clear()
             rows = self.queue.next(self._round_size)
+        self._skipped.difference_update(self.queue.drawn_without_verdict)
         return rows
 
     def _by_source(self, sources: list[str]) -> list[dict[str, Any]]:
-        """What was seen of each source, the one with the most unsafe rows first. Sources without a seen row are left out."""
-        labels = self.queue.labels
+        """What was seen of each source, identical rows included, the one with the most unsafe rows first.
+
+        Sources without a seen row are left out.
+        """
+        labels = self.queue.known_labels
         seen = Counter(sources[row] for row in labels)
         unsafe = Counter(sources[row] for row, label in labels.items() if label == "unsafe")
         order = sorted(seen, key=lambda source: (-unsafe[source], -seen[source], source))

@@ -6,15 +6,20 @@ let row = null; // number of the current row
 let isBusy = false;
 let showsTemplate = false;
 let shownState = null; // the last answer of the server
+let template = { start: "", end: "" }; // the texts that the chat template puts before and after each prompt
 
-// The prompt, without the chat template that the rows on the page have in common.
-function fill(parent, content, templateStart, templateEnd) {
+function withoutTemplate(content) {
+  const text = textOf(content.prompt);
+  const start = !content.is_cut && text.startsWith(template.start) ? template.start.length : 0;
+  const end = text.endsWith(template.end) ? text.length - template.end.length : text.length;
+  return start < end ? slicePieces(content.prompt, start, end) : content.prompt;
+}
+function fill(parent, content) {
   parent.replaceChildren();
   if (content.is_cut) parent.append("[…] ");
-  const length = textOf(content.prompt).length;
-  appendPieces(parent, slicePieces(content.prompt, content.is_cut ? 0 : templateStart, length - templateEnd));
+  appendPieces(parent, showsTemplate ? content.prompt : withoutTemplate(content));
 }
-function similarRow(content, templateStart, templateEnd) {
+function similarRow(content) {
   const other = element("div", "other");
   const title = element("p", "muted", `Row ${content.number}, `);
   if (content.source !== null) title.append(element("span", "source", content.source), ", ");
@@ -22,7 +27,7 @@ function similarRow(content, templateStart, templateEnd) {
   title.append(element("span", `verdict-${content.verdict}`, content.verdict ?? "not reviewed"));
   const text = element("div", "text"), prompt = element("div", "muted"), answer = document.createElement("div");
   text.tabIndex = 0;
-  fill(prompt, content, templateStart, templateEnd);
+  fill(prompt, content);
   appendPieces(answer, content.pieces);
   text.append(prompt, answer);
   other.append(title, text);
@@ -66,15 +71,12 @@ function show(state) {
   $("row-source").textContent = `Source: ${current.source}`;
   $("previous").hidden = current.verdict === null;
   $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
-  const whole = [current, ...current.similar].filter((each) => !each.is_cut);
-  const template = [templateStartOf(whole), templateEndOf(whole)];
-  $("template").hidden = template.every((length) => length === 0);
+  $("template").hidden = template.start === "" && template.end === "";
   $("template").textContent = showsTemplate ? "hide the chat template" : "show the chat template";
-  const hidden = showsTemplate ? [0, 0] : template;
-  fill($("prompt"), current, ...hidden);
+  fill($("prompt"), current);
   $("answer").replaceChildren();
   appendPieces($("answer"), current.pieces);
-  $("similar").replaceChildren(...current.similar.map((other) => similarRow(other, ...hidden)));
+  $("similar").replaceChildren(...current.similar.map(similarRow));
   for (const text of document.querySelectorAll("#similar .text")) text.scrollTop = text.scrollHeight; // show the answers
   scrollTo(0, 0);
   $("answer").scrollTop = 0;
@@ -123,4 +125,13 @@ $("template").addEventListener("click", () => {
   show(shownState);
 });
 for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
-ask("state");
+async function begin() {
+  const prompts = await (await fetch("prompts")).json();
+  const whole = prompts.filter((each) => !each.is_cut);
+  template = {
+    start: whole.length ? textOf(whole[0].prompt).slice(0, templateStartOf(whole)) : "",
+    end: textOf(prompts[0].prompt).slice(textOf(prompts[0].prompt).length - templateEndOf(prompts)),
+  };
+  await ask("state");
+}
+begin();
