@@ -19,6 +19,7 @@ CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
 FINAL_CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
     "toxicity-0-600-0": "`toxicity`, clean",
+    "mixed-0-600-1": "`mixed`, clean",
 }
 TENTH_SETS = {
     "bias-0.1-600-0": "`bias`, 60 of 600",
@@ -28,9 +29,10 @@ TENTH_SETS = {
 }
 LATER_SETS = {
     f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
-    for name, seeds in (("bias", (3, 4, 5)), ("harmfulness", (3, 4)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
+    for name, seeds in (("bias", (3, 4, 5)), ("harmfulness", (3, 4, 5)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
     for seed in seeds
 }
+ONE_PERCENT_SETS = {"toxicity-0.01-600-0": "`toxicity`, 6 of 600"}
 TWO_PERCENT_SETS = {
     "bias-0.02-600-0": "`bias`, 12 of 600",
     "toxicity-0.02-600-0": "`toxicity`, 12 of 600",
@@ -120,7 +122,15 @@ def few_automatic() -> str:
     """How many rows the automatic threshold of the default measure removes, without a review."""
     lines = []
     for name, title in (
-        FEW_SETS | CLEAN_SETS | FINAL_CLEAN_SETS | FINAL_SETS | LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS
+        FEW_SETS
+        | CLEAN_SETS
+        | FINAL_CLEAN_SETS
+        | FINAL_SETS
+        | LATER_SETS
+        | ONE_PERCENT_SETS
+        | TWO_PERCENT_SETS
+        | TENTH_SETS
+        | LARGE_SETS
     ).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
@@ -192,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_rankings": partial(rankings, FEW_SETS | HALF_SETS),
     "few_final_rankings": partial(rankings, FINAL_SETS),
     "few_later_rankings": partial(rankings, LATER_SETS),
+    "few_one_percent_rankings": partial(rankings, ONE_PERCENT_SETS),
     "few_two_percent_rankings": partial(rankings, TWO_PERCENT_SETS),
     "few_tenth_rankings": partial(rankings, TENTH_SETS),
     "few_final_half_rankings": partial(rankings, FINAL_HALF_SETS),
@@ -200,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_final_looks": partial(looks, FINAL_SETS, "looks_first_version"),
     "few_later_looks": partial(looks, LATER_SETS),
     "few_later_looks_first_version": partial(looks, LATER_SETS, "looks_first_version"),
+    "few_one_percent_looks": partial(looks, ONE_PERCENT_SETS),
     "few_two_percent_looks": partial(looks, TWO_PERCENT_SETS),
     "few_two_percent_looks_first_version": partial(looks, TWO_PERCENT_SETS, "looks_first_version"),
     "few_tenth_looks": partial(looks, TENTH_SETS),
@@ -207,13 +219,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_goals": few_goals,
     "few_automatic": few_automatic,
     "few_redraws": partial(
-        redraws, FINAL_CLEAN_SETS | LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS
+        redraws,
+        FINAL_CLEAN_SETS | LATER_SETS | ONE_PERCENT_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS,
     ),
     "few_redraws_first_version": partial(
         redraws, FEW_SETS | CLEAN_SETS | HALF_SETS | FINAL_SETS, "redraws_first_version"
     ),
     "few_harm": few_harm,
     "few_stopping": partial(stopping, SMALL_SETS),
-    "few_final_stopping": partial(stopping, LATER_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
+    "few_final_stopping": partial(stopping, LATER_SETS | ONE_PERCENT_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
     "demo_runs": demo_runs,
 }
