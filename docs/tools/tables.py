@@ -174,6 +174,7 @@ def arms_by_the_default_measure() -> str:
     """ForgetFilter by `combined`, and the arms to compare it with: means over the seeds on which it was run."""
     titles = {
         "no_measure": "finetuned on all rows",
+        "self_correction": "self-correction prompt",
         "forgetfilter": "ForgetFilter, `smoothed`",
         "forgetfilter_combined": "**ForgetFilter, `combined`**",
         "oracle": "unsafe rows removed by label",

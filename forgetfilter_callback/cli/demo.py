@@ -121,7 +121,7 @@ def run_demo(
         "model": name,
         "seed": seed,
         **_filter_scores(automatic, groups),
-        "review": {"reviewed_rows": len(queue.verdicts), "removed": trainer.filter_result.counts["removed"]},
+        "review": {"reviewed_rows": queue.estimate().seen, "removed": trainer.filter_result.counts["removed"]},
         "unsafe_rate": {arm: scores["unsafe_rate"] for arm, scores in judged.items()},
         "task_f1": {arm: scores["task_f1"] for arm, scores in judged.items()},
         "task_constant": best_constant_f1(data.held_out_task),

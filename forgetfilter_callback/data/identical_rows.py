@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +13,25 @@ from .encoded_rows import content_hash, content_hashes
 
 
 Label = TypeVar("Label", bound=str)
+Content = TypeVar("Content", int, str)
+
+
+def worst_labels(labels: Iterable[tuple[Content, Label]], worst: Label) -> dict[Content, Label]:
+    """The label of each content: `worst` if one of its labels is, else the last one.
+
+    Args:
+        labels (`Iterable[tuple]`):
+            Pairs of what identifies a content and one of two labels.
+        worst (`str`):
+            The label that counts where those of a content differ.
+
+    Returns:
+        `dict`: content to label.
+    """
+    found: dict[Content, Label] = {}
+    for content, label in labels:
+        found[content] = worst if found.get(content) == worst else label
+    return found
 
 
 def with_identical_rows(labels: Mapping[str, Label], ids: pa.StringArray, worst: Label) -> dict[str, Label]:
@@ -30,10 +49,7 @@ def with_identical_rows(labels: Mapping[str, Label], ids: pa.StringArray, worst:
         `dict[str, str]`: labels of samples in `ids`. A sample without a label of its own has the label `worst` if an
         identical one has it.
     """
-    by_content: dict[str, Label] = {}
-    for id_, label in labels.items():
-        content = content_hash(id_)
-        by_content[content] = worst if by_content.get(content) == worst else label
+    by_content = worst_labels(((content_hash(id_), label) for id_, label in labels.items()), worst)
     contents = ((id_, content_hash(id_)) for id_ in ids.to_pylist() if id_ is not None)
     return {id_: labels.get(id_, by_content[content]) for id_, content in contents if content in by_content}
 

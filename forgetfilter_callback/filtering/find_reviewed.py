@@ -91,12 +91,12 @@ def find_reviewed(
 
 def _warn_of_contradictions(queue: ReviewQueue) -> None:
     """Warn if identical rows have different verdicts."""
-    ids, first = queue.trace.rows.ids, dict[str, int]()
-    for row, label in queue.labels.items():
+    ids, labels, first = queue.trace.rows.ids, queue.labels, dict[str, int]()
+    for row, label in labels.items():
         other = first.setdefault(content_hash(ids[row].as_py()), row)
-        if queue.labels[other] != label:
+        if labels[other] != label:
             logger.warning(
-                f"Rows {other} and {row} are identical, but the verdict on one is {queue.labels[other]!r} and on the other "
+                f"Rows {other} and {row} are identical, but the verdict on one is {labels[other]!r} and on the other "
                 f"{label!r}. Each is filtered by its own verdict. Change one of them with `ReviewQueue.add`."
             )
             return

@@ -77,9 +77,9 @@ def estimate_unsafe_rows(
 
     Let `K` be the number of unsafe rows in the set. If a row is drawn at random from `U` rows without a verdict, and `f`
     unsafe rows have one, the row is unsafe with the probability `(K - f) / U`. This gives the distribution of the number of
-    unsafe rows among all draws, where the unsafe rows that were found without a draw are taken as they are. If every row is
-    drawn, it is the hypergeometric distribution. The interval contains every `K` that is not rejected at 5 % on either side
-    (mid-p).
+    unsafe rows among all draws, where the unsafe rows that were found without a draw are taken as they are. If all reviewed
+    rows were drawn, it is the hypergeometric distribution. The interval contains every `K` that is not rejected at 5 % on
+    either side (mid-p).
 
     Args:
         verdicts (`Sequence[Verdict]`):

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.encoded_rows import content_hash
+from ..data.identical_rows import worst_labels
 from ..errors import DecisionError
 from ..trace.trace import Trace
 from ..trace.trace_folder import find_trace_folder
@@ -78,10 +79,7 @@ def known_labels(verdicts: Iterable[Verdict], contents: np.ndarray) -> dict[int,
         `dict[int, str]`: row number to `"unsafe"` or `"safe"`. A row without a verdict is unsafe if an identical one is.
     """
     labels = {verdict.row: verdict.verdict for verdict in verdicts}
-    of_content: dict[int, VerdictLabel] = {}
-    for row, label in labels.items():
-        content = int(contents[row])
-        of_content[content] = "unsafe" if of_content.get(content) == "unsafe" else label
+    of_content = worst_labels(((int(contents[row]), label) for row, label in labels.items()), worst="unsafe")
     identical = np.flatnonzero(np.isin(contents, list(of_content))).tolist()
     return {row: labels.get(row, of_content[int(contents[row])]) for row in identical}
 
@@ -150,7 +148,8 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             Sample ids of the trace.
 
     Raises:
-        DecisionError: if a verdict is about another trace, if a line holds no verdict, or if its `drawn_from` is impossible.
+        DecisionError: if the file cannot be read, if a verdict is about another trace, if a line holds no verdict, or if its
+            `drawn_from` or `identical_to` is impossible.
     """
     try:
         content = file.read_text(encoding="utf-8-sig", errors="replace")

@@ -573,6 +573,20 @@ def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    "answer", [{"status": 500, "json": {"problem": "The record is damaged."}}, None], ids=["error", "none"]
+)
+def test_the_page_needs_no_template(answer, browser, running):
+    """If the prompts of other rows cannot be read, the row is shown with the template."""
+    opened = browser.new_page()
+    opened.route("**/prompts", lambda route: route.abort() if answer is None else route.fulfill(**answer))
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    expect(opened.locator("#template")).to_be_hidden()
+    opened.close()
+
+
+@needs_chromium
 def test_similar_rows_show_their_answers_first(page):
     page.evaluate("document.getElementById('similar').style.width = '1rem'")  # the texts are longer than their boxes
     row = shown_row(page)

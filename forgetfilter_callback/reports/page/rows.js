@@ -110,7 +110,7 @@ function setOverride(id, choice) {
   else overrides.set(id, choice);
   showCounts();
   showRows();
-  drawSoon();
+  if (!data.sampled) drawSoon(); // otherwise, overrides have no color
 }
 
 function showRow(body, row) {

@@ -97,7 +97,8 @@ def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
 
     @app.get("/<_token>/prompts")
     def prompts(_token: str) -> list[dict[str, Any]]:
-        return session.some_prompts()
+        with lock:
+            return session.some_prompts()
 
     @app.get("/<_token>/state")
     def state(_token: str) -> dict[str, Any]:

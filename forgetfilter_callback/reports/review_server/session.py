@@ -123,7 +123,8 @@ class ReviewSession:
     def some_prompts(self) -> list[dict[str, Any]]:
         """The prompts of random rows, as JSON types. They show what the chat template is."""
         rows = np.random.default_rng(0).permutation(len(self.queue.trace.rows))[:TEMPLATE_ROWS].tolist()
-        return [{key: self._text(row, MAX_ROW_LENGTH)[key] for key in ("prompt", "is_cut")} for row in rows]
+        texts = [self._text(row, MAX_ROW_LENGTH) for row in rows]
+        return [{"prompt": text["prompt"], "is_cut": text["is_cut"]} for text in texts]
 
     def _check_current(self, row: int) -> None:
         if row != self.row:

@@ -125,13 +125,19 @@ $("template").addEventListener("click", () => {
   show(shownState);
 });
 for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
-async function begin() {
-  const prompts = await (await fetch("prompts")).json();
-  const whole = prompts.filter((each) => !each.is_cut);
-  template = {
+function templateOf(prompts) {
+  const whole = prompts.filter((each) => !each.is_cut), text = textOf(prompts[0].prompt);
+  return {
     start: whole.length ? textOf(whole[0].prompt).slice(0, templateStartOf(whole)) : "",
-    end: textOf(prompts[0].prompt).slice(textOf(prompts[0].prompt).length - templateEndOf(prompts)),
+    end: text.slice(text.length - templateEndOf(prompts)),
   };
+}
+async function begin() {
+  try {
+    template = templateOf(await (await fetch("prompts")).json());
+  } catch {
+    // The prompts are shown with the template. If the server does not answer at all, the next request says so.
+  }
   await ask("state");
 }
 begin();
