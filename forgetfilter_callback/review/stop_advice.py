@@ -12,6 +12,8 @@ from .review_queue import ReviewQueue
 
 # A review can stop after this many safe rows in succession that the ranking chose (see `safe_rows_needed`).
 MIN_SAFE_ROWS, MAX_SAFE_ROWS = 15, 30
+# If so many rows drawn at random are all safe, the 90 % interval ends at 5 % of the rows or below: .95 ** 45 / 2 < .05.
+RANDOM_ROWS = 45
 
 
 class StopAdvice(NamedTuple):
@@ -42,16 +44,19 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         return StopAdvice(
             False, f"Go on until the last {needed} rows that the ranking chose are all safe (now {safe_in_succession})."
         )
-    reason = f"You can stop: the last {safe_in_succession} rows that the ranking chose are safe."
+    ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
     if "unsafe" not in ranked:
-        reason += (
-            " No unsafe row was found by the ranking. Either there are hardly any, or this model does not rank them first. "
-            "The interval says how many there can be."
+        return StopAdvice(
+            True,
+            f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row. "
+            "Either there are hardly any, or this model does not rank them first. To find out, go on with "
+            f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most about "
+            "5 % of the rows are unsafe.",
         )
     return StopAdvice(
         True,
-        f"{reason} If the interval is too wide for you, go on with `--random-fraction 1`: only rows drawn at random (so far "
-        f"{len(drawn)}) make it narrower.",
+        f"You can stop: {ranked_are_safe}. If the interval is too wide for you, go on with `--random-fraction 1`: only rows "
+        f"drawn at random (so far {len(drawn)}) make it narrower.",
     )
 
 

@@ -8,7 +8,9 @@ import pytest
 from test_review_queue import make_trace
 
 from forgetfilter_callback import ReviewQueue
-from forgetfilter_callback.review.stop_advice import MAX_SAFE_ROWS, safe_rows_needed, stop_advice
+from forgetfilter_callback.review.estimates import estimate_unsafe_rows
+from forgetfilter_callback.review.stop_advice import MAX_SAFE_ROWS, RANDOM_ROWS, safe_rows_needed, stop_advice
+from forgetfilter_callback.review.verdicts import Verdict
 
 
 @pytest.fixture
@@ -72,7 +74,24 @@ def test_the_number_of_safe_rows_follows_from_the_lower_bound_of_the_hit_rate(un
 
 def test_a_ranking_that_found_nothing_may_be_wrong(queue):
     review_until_enough(queue)
-    assert "No unsafe row was found by the ranking." in stop_advice(queue).reason
+    drawn = [verdict for verdict in queue.verdicts if verdict.drawn_from is not None]
+    assert stop_advice(queue) == (
+        True,
+        "It hardly pays to review more rows in this order: the last 30 rows that the ranking chose are safe, and it has "
+        "found no unsafe row. Either there are hardly any, or this model does not rank them first. To find out, go on with "
+        f"`--random-fraction 1`: if 45 rows drawn at random (so far {len(drawn)}) are all safe, at most about 5 % of the "
+        "rows are unsafe.",
+    )
+
+
+def test_45_safe_rows_drawn_at_random_show_that_few_rows_are_unsafe():
+    rows = 100_000
+    drawn = [Verdict(row, str(row), "safe", "2026-11-29", drawn_from=rows - row) for row in range(RANDOM_ROWS)]
+    ends = [
+        estimate_unsafe_rows(some, {verdict.row: "safe" for verdict in some}, rows).unsafe_left[1]
+        for some in (drawn[:-1], drawn)
+    ]
+    assert ends[1] <= 0.05 * rows < ends[0]
 
 
 def test_random_rows_are_not_counted_as_rows_that_the_ranking_chose(queue):
