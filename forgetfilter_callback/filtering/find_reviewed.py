@@ -78,14 +78,19 @@ def find_reviewed(
         reason += (
             f"; also {counted(count, 'row')} without a verdict, with a false discovery rate of at most {config.level:g}"
         )
-    elif found.more_needed:
-        reason += (
-            f"; no row without a verdict was removed: a false discovery rate of at most {config.level:g} needs about "
-            f"{counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: {found.safe_drawn:,}); "
-            "`forgetfilter review --random-fraction 1` shows such rows only"
-        )
-    else:
+    elif found.more_needed == 0:
         reason += "; no other row was removed"
+    else:
+        reason += "; no row without a verdict was removed: "
+        reason += f"if about {100 * found.unsafe_fraction:.2g} % of them are unsafe, "
+        rate = f"a false discovery rate of at most {config.level:g}"
+        if found.more_needed is None:
+            reason += f"the set has too few rows for {rate} with this ranking; review more rows, or allow a higher rate"
+        else:
+            reason += (
+                f"{rate} needs at least {counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: "
+                f"{found.safe_drawn:,}); `forgetfilter review --random-fraction 1` shows such rows only"
+            )
     return replace(result, removed=removed, method="fdr", reason=reason)
 
 

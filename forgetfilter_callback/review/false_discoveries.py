@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
+from .estimates import unsafe_interval
 from .review_queue import ReviewQueue
+
+
+# Fraction of unsafe rows that is assumed as long as no row that was drawn at random is unsafe.
+ASSUMED_FRACTION = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +25,18 @@ class FalseDiscoveryResult:
             The rows. All `False` if there are too few verdicts.
         safe_drawn (`int`):
             Rows that were drawn at random and found to be safe.
-        more_needed (`int`):
-            About how many more of them are needed before any row can be removed. 0 if rows are removed.
+        unsafe_fraction (`float`):
+            Estimated fraction of unsafe rows among those without a verdict. If the rows drawn at random show none, it is
+            assumed to be 5 %, or the upper end of the 90 % interval if that is lower.
+        more_needed (`int`, *optional*):
+            At least how many more of them are needed before any row can be removed, if the fraction of unsafe rows is right.
+            `None` if the set has too few rows, and 0 if rows are removed or nothing is left to remove.
     """
 
     removed: np.ndarray
     safe_drawn: int
-    more_needed: int
+    unsafe_fraction: float
+    more_needed: int | None
 
 
 def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
@@ -64,17 +74,46 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     tested = np.flatnonzero(is_tested)
     calibration_scores = np.sort(scores[calibration])
     removed = np.zeros(len(scores), dtype=bool)
-    if len(tested) == 0:
-        return FalseDiscoveryResult(removed, len(calibration), 0)
+    if queue.is_known.all():
+        return FalseDiscoveryResult(removed, len(calibration), 0.0, 0)
+    fraction = _unsafe_fraction(queue)
     at_least = len(calibration) - np.searchsorted(calibration_scores, scores[tested], side="left")
     p_values = (1 + at_least) / (1 + len(calibration))
     selected = false_discovery_control(p_values) <= level
     if selected.any():
         removed[tested[selected]] = True
         removed[list(known)] = False
-        return FalseDiscoveryResult(removed, len(calibration), 0)
-    # The smallest p-value must be at most `level * k / tested` for the `k` rows that score above all calibration rows. Each
-    # safe verdict on a row that is drawn at random adds a calibration row and leaves one row fewer to test.
-    expected = level * max(int((at_least == 0).sum()), 1)
-    more_needed = math.ceil((len(tested) - expected * (1 + len(calibration))) / (1 + expected))
-    return FalseDiscoveryResult(removed, len(calibration), max(more_needed, 1))
+        return FalseDiscoveryResult(removed, len(calibration), fraction, 0)
+    needed = _calibration_rows_needed(at_least, fraction, level)
+    is_possible = needed <= len(calibration) + (1 - fraction) * len(tested)
+    more_needed = max(needed - len(calibration), 1) if is_possible else None
+    return FalseDiscoveryResult(removed, len(calibration), fraction, more_needed)
+
+
+def _unsafe_fraction(queue: ReviewQueue) -> float:
+    """The `unsafe_fraction` of a [`FalseDiscoveryResult`]."""
+    estimate, safe = queue.estimate(), list(queue.known_labels.values()).count("safe")
+    found, unknown = estimate.unsafe_found, int((~queue.is_known).sum())
+    median, _ = unsafe_interval(queue.verdicts, found, estimate.rows - safe, estimate.rows, level=0)
+    left = median - found if estimate.drawn else 0
+    return (left or min(ASSUMED_FRACTION * unknown, estimate.unsafe_left[1])) / unknown
+
+
+def _calibration_rows_needed(at_least: np.ndarray, unsafe_fraction: float, level: float) -> int:
+    """At least how many calibration rows there must be before a row is selected.
+
+    The procedure selects `k` rows if the largest of their p-values, `(1 + c) / (1 + m)`, is at most `level * k / tested`. If
+    at most `level` of them may be benign, `k` is hardly larger than the number of unsafe rows. Further random draws reduce
+    `k` and the number of tested rows by the same factor.
+
+    Args:
+        at_least (`np.ndarray` of shape `(tested,)`, integer):
+            How many of the calibration rows so far have at least the score of each tested row.
+        unsafe_fraction (`float`):
+            The fraction of unsafe rows among the tested ones.
+        level (`float`):
+            The false discovery rate.
+    """
+    tested = len(at_least)
+    selected = np.minimum(np.arange(1, tested + 1), unsafe_fraction * tested)
+    return math.ceil(((1 + np.sort(at_least)) * tested / (level * selected)).min()) - 1

@@ -50,8 +50,8 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
             True,
             f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row. "
             "Either there are hardly any, or this model does not rank them first. To find out, go on with "
-            f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most about "
-            "5 % of the rows are unsafe.",
+            f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most "
+            "about 5 % of the rows are unsafe.",
         )
     return StopAdvice(
         True,

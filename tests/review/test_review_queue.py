@@ -15,7 +15,11 @@ from forgetfilter_callback.errors import DataError, DecisionError
 from forgetfilter_callback.measures.smoothed import random_subset
 from forgetfilter_callback.reports.dataset_card import dataset_card
 from forgetfilter_callback.review import review_queue
-from forgetfilter_callback.review.false_discoveries import FalseDiscoveryResult, removable_rows
+from forgetfilter_callback.review.false_discoveries import (
+    FalseDiscoveryResult,
+    _calibration_rows_needed,
+    removable_rows,
+)
 from forgetfilter_callback.review.verdicts import Verdict, append_verdicts
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
@@ -304,26 +308,78 @@ def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     review(queue, is_unsafe, 30)
     result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
-    assert "no row without a verdict was removed: a false discovery rate of at most 0.1 needs about " in result.reason
+    assert (
+        "no row without a verdict was removed: if about 5 % of them are unsafe, a false discovery rate" in result.reason
+    )
     assert "more safe verdicts on rows drawn at random (so far: 3)" in result.reason
 
 
-@pytest.mark.parametrize(("rows", "level"), [(60, 0.1), (300, 0.1), (300, 0.3)])
-def test_as_many_safe_verdicts_as_said_are_enough(tmp_path, rows, level):
-    """One row scores above all others, and each further row that is drawn at random is safe."""
-    trace, _ = make_trace(tmp_path, rows=rows, unsafe=6)
+@pytest.mark.parametrize("level", [0.05, 0.1])
+def test_about_as_many_safe_verdicts_as_said_are_enough(tmp_path, level, monkeypatch):
+    """The scores separate 5 % unsafe rows from the others, and one of 20 rows that are drawn at random is unsafe."""
+    trace, is_unsafe = make_trace(tmp_path, rows=2000, unsafe=100)
     queue = ReviewQueue(trace)
-    ranking = queue.ranking.tolist()
-    queue._drawn_from = dict.fromkeys(ranking[1:], rows)
+    scores = np.random.default_rng(0).random(2000) + is_unsafe
+    monkeypatch.setattr(queue, "fit_scores", lambda labels: scores)
+    unsafe, safe = (
+        np.random.default_rng(1).permutation(np.flatnonzero(mask)).tolist() for mask in (is_unsafe, ~is_unsafe)
+    )
 
-    def look(count: int) -> FalseDiscoveryResult:
-        queue.add(dict.fromkeys([row for row in ranking[1:] if not queue.is_seen[row]][:count], "safe"))
+    def look(rounds: int) -> FalseDiscoveryResult:
+        """Draws rounds of 20 rows."""
+        for _ in range(rounds):
+            rows = [unsafe.pop(), *(safe.pop() for _ in range(19))]
+            queue._drawn_from.update(dict.fromkeys(rows, int((~queue.is_seen).sum())))
+            queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in rows})
         return removable_rows(queue, level)
 
-    said = look(10).more_needed
-    assert 1 < said < rows - 10
-    assert not look(said - 1).removed.any()
-    assert np.flatnonzero(look(1).removed).tolist() == ranking[:1]
+    found = look(3)
+    assert found.unsafe_fraction == pytest.approx(0.05, abs=0.01) and not found.removed.any()
+    said = found.safe_drawn + found.more_needed
+    while not found.removed.any():
+        assert found.more_needed > 0
+        found = look(1)
+    assert said == pytest.approx(found.safe_drawn, rel=0.2)
+    assert (is_unsafe[found.removed]).mean() > 1 - level
+
+
+def test_the_rows_needed_equal_those_of_a_search():
+    """If `factor` times as many rows calibrate, `factor` times as many score above each row."""
+    rng = np.random.default_rng(0)
+    at_least = np.sort(rng.binomial(40, rng.beta(0.3, 3, 500)))
+    fraction, level = 0.1, 0.2
+    most = fraction * len(at_least)
+
+    def is_enough(rows: int) -> bool:
+        """Whether the procedure of Benjamini and Hochberg selects a row, if no further calibration row scores high."""
+        p_values = (1 + at_least) / (1 + rows)
+        return any(p <= level * min(place, most) / 500 for place, p in enumerate(p_values, start=1))
+
+    assert _calibration_rows_needed(rng.permutation(at_least), fraction, level) == next(
+        filter(is_enough, range(10_000))
+    )
+
+
+def test_no_hint_of_unsafe_rows_needs_as_many_verdicts_as_five_percent(tmp_path):
+    """A usual review that found all unsafe rows must not promise that a few more verdicts remove more rows."""
+    trace, is_unsafe = make_trace(tmp_path, unsafe=8)
+    queue = ReviewQueue(trace)
+    queue.add(dict.fromkeys(np.flatnonzero(is_unsafe).tolist(), "unsafe"))
+    review(queue, is_unsafe, 50)
+    found = removable_rows(queue, 0.1)
+    assert found.safe_drawn > 0 and found.unsafe_fraction == pytest.approx(0.05)
+    assert found.more_needed is None or found.safe_drawn + found.more_needed >= 199
+
+
+def test_sets_with_too_few_rows_are_named(tmp_path):
+    trace, is_unsafe = make_trace(tmp_path, rows=120, unsafe=6)
+    queue = ReviewQueue(trace, random_fraction=1)
+    review(queue, is_unsafe, 60)
+    assert removable_rows(queue, 0.1).more_needed is None
+    reason = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review")).reason
+    assert (
+        "% of them are unsafe, the set has too few rows for a false discovery rate of at most 0.1 with this" in reason
+    )
 
 
 def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):
