@@ -19,6 +19,7 @@ from ..measures.smoothed import random_subset
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
 from ..utils.counted import counted
+from .draws import DRAWS_FILE, append_draws, read_draws
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
 from .verdicts import (
@@ -46,8 +47,8 @@ class ReviewQueue:
     Rows are ranked by the default measure until the first row is found to be unsafe. From then on, a logistic regression on
     the measures and the hidden states ranks them. In each round, a fraction of the rows is drawn at random from all rows
     without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on. A row that was
-    drawn comes back in later rounds of this queue until it has a verdict: if difficult rows were left out, the estimates
-    would be wrong.
+    drawn comes back in later rounds until it has a verdict: if difficult rows were left out, the estimates would be wrong.
+    Rows are stored in `draws.jsonl` in `folder` when they are drawn, so they also come back in a queue that is opened later.
 
     A verdict is valid for all rows that are trained on the same tokens, so only one of them is returned. If another one is
     drawn at random, it gets the verdict without being returned.
@@ -108,7 +109,8 @@ class ReviewQueue:
         self._size_read = -1
         self.verdicts: list[Verdict] = []
         self._read()
-        self._drawn_from: dict[int, int] = {}  # each row that was drawn, and the number of rows without a verdict then
+        # Each row that was drawn, and the number of rows without a verdict then.
+        self._drawn_from = read_draws(self._folder / DRAWS_FILE, self.trace.rows.ids, int((~self.is_seen).sum()))
         forgetting = self.trace.forgetting()
         if not np.isfinite(forgetting).any():
             raise DataError(
@@ -154,7 +156,7 @@ class ReviewQueue:
 
     @property
     def drawn_without_verdict(self) -> list[int]:
-        """Rows that this queue has drawn at random and that wait for a verdict, in the order of the draws."""
+        """Rows that were drawn at random and that wait for a verdict, in the order of the draws."""
         is_known = self.is_known
         waiting = {int(self._contents[row]): row for row in reversed(self._drawn_from) if not is_known[row]}
         return list(waiting.values())[::-1]  # identical rows get the verdict on the first one
@@ -173,13 +175,17 @@ class ReviewQueue:
         is_open[list(self._drawn_from)] = False
         is_new = ~self.is_known & ~self._is_identical(list(self._drawn_from))
         rows = _in_random_order(np.flatnonzero(is_open), count, rng)
+        drawn: dict[int, int] = {}
         to_show: list[int] = []
         while len(to_show) < count and is_new.any():
             row = next(rows)
-            self._drawn_from[row] = size
+            drawn[row] = size
             if is_new[row]:
                 to_show.append(row)
                 is_new &= self._contents != self._contents[row]
+        if drawn:
+            append_draws(drawn, self.trace.rows.ids, self._folder / DRAWS_FILE)
+            self._drawn_from |= drawn
         self._judge_drawn_copies()
         return to_show
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from functools import cache
@@ -85,24 +85,29 @@ def known_labels(verdicts: Iterable[Verdict], contents: np.ndarray) -> dict[int,
 
 
 def append_verdicts(verdicts: Iterable[Verdict], file: Path) -> int:
-    """Append verdicts to a file, one JSON object per line. They are on disk when the function returns.
+    """Append verdicts to a file (see [`append_json_lines`]). Returns the number of bytes that were written."""
+    return append_json_lines(map(asdict, verdicts), file)
+
+
+def append_json_lines(contents: Iterable[Mapping[str, Any]], file: Path) -> int:
+    """Append JSON objects to a file, one per line. They are on disk when the function returns.
 
     Returns:
         `int`: the number of bytes that were written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+    text = "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in contents)
     with file.open("a+b") as stream:
         stream.seek(0, os.SEEK_END)
         if stream.tell() > 0:
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":  # a crash cut the last line short; it stays in the file
                 text = "\n" + text
-        content = text.encode()
-        stream.write(content)
+        written = text.encode()
+        stream.write(written)
         stream.flush()
         os.fsync(stream.fileno())
-    return len(content)
+    return len(written)
 
 
 def review_folder(trace: Trace, folder: str | os.PathLike[str] | None = None) -> Path:

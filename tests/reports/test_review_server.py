@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from threading import Thread
 
@@ -271,6 +272,21 @@ def test_a_skipped_row_that_was_drawn_at_random_comes_back(session):
     assert [verdict.drawn_from for verdict in session.queue.verdicts if verdict.row == drawn] == [ROWS]
 
 
+def test_a_skipped_row_that_was_drawn_at_random_comes_back_in_a_later_review(session, trace, byte_tokenizer):
+    (drawn,) = session.queue._drawn_from
+    for _ in range(len(session._round)):
+        if session.row == drawn:
+            session.skip(drawn)
+        else:
+            session.judge(session.row, "safe")
+    later = ReviewSession(ReviewQueue(trace), byte_tokenizer)
+    assert drawn in later._round
+    while later.row != drawn:
+        later.judge(later.row, "safe")
+    later.judge(drawn, "unsafe")
+    assert [verdict.drawn_from for verdict in later.queue.verdicts if verdict.row == drawn] == [ROWS]
+
+
 @pytest.mark.parametrize(("round_size", "random_fraction"), [(1, 1), (1, 0.1), (10, 1), (4, 0.3)])
 def test_skipping_never_shows_the_same_row_again_at_once(round_size, random_fraction, trace, byte_tokenizer):
     session = ReviewSession(ReviewQueue(trace, random_fraction=random_fraction), byte_tokenizer, round_size)
@@ -354,6 +370,7 @@ def test_forms_of_other_pages_cannot_give_verdicts(client, trace, session, kind)
 
 def test_a_verdict_that_cannot_be_stored_is_reported_and_can_be_repeated(client, trace, session):
     row = session.row
+    shutil.rmtree(trace.folder / "review")
     (trace.folder / "review").write_text("a file where the folder belongs")
     response = post(client, "verdict", {"row": row, "verdict": "safe"})
     assert response.status_code == 500 and "was not stored" in response.json["problem"]
