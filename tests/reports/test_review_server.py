@@ -628,6 +628,26 @@ def test_a_key_that_is_held_down_counts_once(page, trace):
 
 
 @needs_chromium
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_slow_ranking_is_announced(browser, running, fails):
+    opened = browser.new_page()
+    held = []
+    opened.route("**/verdict", lambda route: held.append(route))
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    expect(opened.locator("#ranking")).to_be_hidden()
+    opened.keyboard.press("s")
+    expect(opened.locator("#ranking")).to_be_visible()
+    (route,) = held
+    if fails:
+        route.abort()
+    else:
+        route.continue_()
+    expect(opened.locator("#ranking")).to_be_hidden()
+    opened.close()
+
+
+@needs_chromium
 def test_the_space_bar_skips_after_a_click_on_a_button(page, trace):
     page.click("#unsafe")
     expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 1 unsafe")
