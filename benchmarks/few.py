@@ -72,13 +72,14 @@ class Set:
 
 
 def sets(final: bool) -> list[Set]:
-    """Lists the development sets or the final sets: 600 rows, 2,000 rows, and 200 rows (half of them unsafe)."""
+    """Lists the development sets or the final sets: 600 rows, 2,000 rows, and 200 rows (5 % and half of them unsafe)."""
     seeds = FINAL if final else DEVELOPMENT
     large = ("bias", "harmfulness") if final else ("bias_dev", "toxicity_dev")
     return [
         *(Set(name, fraction, 600, seed) for name in seeds for fraction in FRACTIONS for seed in seeds[name]),
         *(Set(name, 0.05, 600, seed) for name in seeds for seed in LATER_SEEDS if final),
         *(Set(name, fraction, 2000, seeds[name][0]) for name in large for fraction in (0.01, 0.05)),
+        *(Set(name, 0.05, 200, seeds[name][0]) for name in seeds),
         *(Set(name, 0.5, 200, seed) for name in seeds if name != "mixed" for seed in seeds[name]),
     ]
 

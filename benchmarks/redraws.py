@@ -1,6 +1,7 @@
 """Check the promises of a review: `python benchmarks/redraws.py --cache few-cache`.
 
-Rows of a stored trace are drawn at random and reviewed, again and again; the true groups give the verdicts. Then:
+Rows of a stored trace are drawn at random and reviewed, again and again; once after a usual review. The true groups give the
+verdicts. Then:
 
 - Which fraction of the rows that `threshold="fdr"` removes is benign, and which fraction of the unsafe rows does it remove?
   The comparison is the best threshold in hindsight: the lowest one on the same scores at which at most a fraction `LEVEL` of
@@ -29,9 +30,10 @@ from sessions import Cache, Json, earlier_results, write_results
 RESULTS = Path(__file__).parent / "results" / "redraws.json"
 LEVEL = 0.1
 REDRAWS = 100
-DRAWN = (100, 200, 300)  # rows reviewed at random
 LOOKS = 60  # rows of a usual review, some of them drawn at random
 ROUND = 10
+# Rows of a usual review, and rows reviewed at random after it.
+REVIEWS = ((0, 100), (0, 200), (0, 300), (LOOKS, 240))
 FRACTION = 0.05
 
 
@@ -42,9 +44,15 @@ def best_recall(scores: np.ndarray, unsafe: np.ndarray) -> float:
     return float(found[allowed].max(initial=0) / max(unsafe.sum(), 1))
 
 
-def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int) -> dict[str, Any]:
-    """Reviews `drawn` random rows, and removes rows among the others. Figures count the rows without a verdict."""
+def false_discoveries(trace: Trace, unsafe: np.ndarray, drawn: int, seed: int, looks: int = 0) -> dict[str, Any]:
+    """Reviews `looks` rows as a person does, then `drawn` random rows, and removes rows among the others.
+
+    Figures count the rows without a verdict.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        usual = ReviewQueue(trace, folder, seed=seed)
+        for _ in range(looks // ROUND):
+            usual.add(verdicts_on(usual.next(ROUND), unsafe))
         queue = ReviewQueue(trace, folder, seed=seed, random_fraction=1)
         queue.add(verdicts_on(queue.next(drawn), unsafe))
         removed = removable_rows(queue, LEVEL).removed
@@ -77,11 +85,14 @@ def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json
     results = earlier_results(json_file)
     for chosen, trace, unsafe in cached_sets(cache, final):
         results = [row for row in results if row["set"] != chosen.name]
-        for drawn in (drawn for drawn in DRAWN if drawn < chosen.rows):
-            redraws = [false_discoveries(trace, unsafe, drawn, seed) for seed in range(REDRAWS)]
+        for looks, drawn in REVIEWS:
+            if looks + drawn >= chosen.rows:
+                continue
+            redraws = [false_discoveries(trace, unsafe, drawn, seed, looks) for seed in range(REDRAWS)]
             means = pd.DataFrame(redraws).mean().to_dict()
             something = float(np.mean([redraw["removed"] > 0 for redraw in redraws]))
-            results.append({"set": chosen.name, "kind": "fdr", "drawn": drawn, "removed_something": something, **means})
+            kind = "fdr after a review" if looks else "fdr"
+            results.append({"set": chosen.name, "kind": kind, "drawn": drawn, "removed_something": something, **means})
         removed = find_forgotten(trace, FilterConfig(fraction=FRACTION)).removed
         means = pd.DataFrame([intervals(trace, unsafe, removed, seed) for seed in range(REDRAWS)]).mean().to_dict()
         results.append({"set": chosen.name, "kind": "interval", "looks": LOOKS, **means})
