@@ -81,15 +81,19 @@ def find_reviewed(
     elif found.more_needed == 0:
         reason += "; no other row was removed"
     else:
-        reason += "; no row without a verdict was removed: "
-        reason += f"if about {100 * found.unsafe_fraction:.2g} % of them are unsafe, "
-        rate = f"a false discovery rate of at most {config.level:g}"
+        reason += (
+            f"; no other row was removed: assuming about {counted(found.unsafe_left, 'unsafe row')} without a verdict, "
+        )
+        reason += f"a false discovery rate of at most {config.level:g} "
         if found.more_needed is None:
-            reason += f"the set has too few rows for {rate} with this ranking; review more rows, or allow a higher rate"
+            reason += (
+                "needs more rows than the set has; review rows in the order of the ranking, or allow a higher rate"
+            )
         else:
             reason += (
-                f"{rate} needs at least {counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: "
-                f"{found.safe_drawn:,}); `forgetfilter review --random-fraction 1` shows such rows only"
+                f"needs at least {counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: "
+                f"{found.safe_drawn:,}), and more if the ranking is poor; `forgetfilter review --random-fraction 1` shows "
+                "such rows only"
             )
     return replace(result, removed=removed, method="fdr", reason=reason)
 

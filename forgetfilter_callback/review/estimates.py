@@ -103,7 +103,7 @@ def estimate_unsafe_rows(
     is_known = unsafe | safe
     is_removed = unsafe if removed is None else _as_mask(np.asarray(removed), rows)
     found = int(unsafe.sum())
-    low, high = unsafe_interval(verdicts, found, rows - int(safe.sum()), rows)
+    low, high = _unsafe_interval(verdicts, found, rows - int(safe.sum()), rows)
     low, high = low - found, high - found  # among the rows with an unknown label
     unknown_removed, unknown_kept = int((is_removed & ~is_known).sum()), int((~is_removed & ~is_known).sum())
     kept_unsafe, removed_benign = int((unsafe & ~is_removed).sum()), int((is_removed & safe).sum())
@@ -225,24 +225,8 @@ def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
     return mask
 
 
-def unsafe_interval(
-    verdicts: Sequence[Verdict], least: int, most: int, rows: int, level: float = LEVEL
-) -> tuple[int, int]:
-    """The interval of the number of unsafe rows in the set (see [`estimate_unsafe_rows`]).
-
-    Args:
-        verdicts (`Sequence[Verdict]`):
-            All verdicts in the order in which they were given.
-        least, most (`int`):
-            The smallest and the largest number that the known labels allow.
-        rows (`int`):
-            Rows of the noisy set.
-        level (`float`, defaults to 0.9):
-            The probability that the interval contains the number. With 0, both ends are the median estimate.
-
-    Returns:
-        `tuple[int, int]`: both ends. They are `least` and `most` if no row was drawn at random.
-    """
+def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: int) -> tuple[int, int]:
+    """The interval of the number of unsafe rows in the set, between `least` and `most`."""
     labels = {verdict.row: verdict.verdict for verdict in verdicts}  # each row in the place of its first verdict
     drawn_from = {verdict.row: verdict.drawn_from for verdict in verdicts if verdict.drawn_from is not None}
     if not drawn_from:
@@ -274,7 +258,7 @@ def unsafe_interval(
         return below + exactly / 2, 1 - below - exactly / 2
 
     candidates = range(least, most + 1)
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     # With more unsafe rows in the set, many hits become more likely and few hits less likely.
     first = bisect_left(candidates, tail, key=lambda total: tails(total)[1])
     last = bisect_left(candidates, -tail, key=lambda total: -tails(total)[0]) - 1

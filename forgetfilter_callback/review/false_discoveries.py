@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from .estimates import unsafe_interval
 from .review_queue import ReviewQueue
 
 
-# Fraction of unsafe rows that is assumed as long as no row that was drawn at random is unsafe.
-ASSUMED_FRACTION = 0.05
+# Without rows drawn at random, it is assumed that one of so many rows is unsafe. It weighs as much as so many draws.
+ASSUMED_ROWS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +24,17 @@ class FalseDiscoveryResult:
             The rows. All `False` if there are too few verdicts.
         safe_drawn (`int`):
             Rows that were drawn at random and found to be safe.
-        unsafe_fraction (`float`):
-            Estimated fraction of unsafe rows among those without a verdict. If the rows drawn at random show none, it is
-            assumed to be 5 %, or the upper end of the 90 % interval if that is lower.
+        unsafe_left (`int`):
+            About how many of the rows without a known label are unsafe. Estimated from the rows that were drawn at random,
+            and from the assumption that a twentieth of all rows is unsafe. At least 1.
         more_needed (`int`, *optional*):
-            At least how many more of them are needed before any row can be removed, if the fraction of unsafe rows is right.
-            `None` if the set has too few rows, and 0 if rows are removed or nothing is left to remove.
+            At least how many more of the rows drawn at random must be safe before any row can be removed, if `unsafe_left`
+            is right. `None` if the set has too few rows, and 0 if rows are removed or nothing is left to remove.
     """
 
     removed: np.ndarray
     safe_drawn: int
-    unsafe_fraction: float
+    unsafe_left: int
     more_needed: int | None
 
 
@@ -74,32 +73,32 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     tested = np.flatnonzero(is_tested)
     calibration_scores = np.sort(scores[calibration])
     removed = np.zeros(len(scores), dtype=bool)
+    unsafe_left = _unsafe_left(queue)
     if queue.is_known.all():
-        return FalseDiscoveryResult(removed, len(calibration), 0.0, 0)
-    fraction = _unsafe_fraction(queue)
+        return FalseDiscoveryResult(removed, len(calibration), unsafe_left, 0)
     at_least = len(calibration) - np.searchsorted(calibration_scores, scores[tested], side="left")
     p_values = (1 + at_least) / (1 + len(calibration))
     selected = false_discovery_control(p_values) <= level
     if selected.any():
         removed[tested[selected]] = True
         removed[list(known)] = False
-        return FalseDiscoveryResult(removed, len(calibration), fraction, 0)
-    needed = _calibration_rows_needed(at_least, fraction, level)
-    is_possible = needed <= len(calibration) + (1 - fraction) * len(tested)
+        return FalseDiscoveryResult(removed, len(calibration), unsafe_left, 0)
+    needed = _calibration_rows_needed(at_least, unsafe_left, level)
+    is_possible = needed <= len(calibration) + len(tested) - unsafe_left
     more_needed = max(needed - len(calibration), 1) if is_possible else None
-    return FalseDiscoveryResult(removed, len(calibration), fraction, more_needed)
+    return FalseDiscoveryResult(removed, len(calibration), unsafe_left, more_needed)
 
 
-def _unsafe_fraction(queue: ReviewQueue) -> float:
-    """The `unsafe_fraction` of a [`FalseDiscoveryResult`]."""
-    estimate, safe = queue.estimate(), list(queue.known_labels.values()).count("safe")
-    found, unknown = estimate.unsafe_found, int((~queue.is_known).sum())
-    median, _ = unsafe_interval(queue.verdicts, found, estimate.rows - safe, estimate.rows, level=0)
-    left = median - found if estimate.drawn else 0
-    return (left or min(ASSUMED_FRACTION * unknown, estimate.unsafe_left[1])) / unknown
+def _unsafe_left(queue: ReviewQueue) -> int:
+    """The `unsafe_left` of a [`FalseDiscoveryResult`]."""
+    estimate = queue.estimate()
+    drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
+    unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
+    fraction = (unsafe_drawn + 1) / (len(drawn) + ASSUMED_ROWS)
+    return max(round(fraction * estimate.rows) - estimate.unsafe_found, 1)
 
 
-def _calibration_rows_needed(at_least: np.ndarray, unsafe_fraction: float, level: float) -> int:
+def _calibration_rows_needed(at_least: np.ndarray, unsafe_left: int, level: float) -> int:
     """At least how many calibration rows there must be before a row is selected.
 
     The procedure selects `k` rows if the largest of their p-values, `(1 + c) / (1 + m)`, is at most `level * k / tested`. If
@@ -109,11 +108,11 @@ def _calibration_rows_needed(at_least: np.ndarray, unsafe_fraction: float, level
     Args:
         at_least (`np.ndarray` of shape `(tested,)`, integer):
             How many of the calibration rows so far have at least the score of each tested row.
-        unsafe_fraction (`float`):
-            The fraction of unsafe rows among the tested ones.
+        unsafe_left (`int`):
+            The number of unsafe rows among the tested ones.
         level (`float`):
             The false discovery rate.
     """
     tested = len(at_least)
-    selected = np.minimum(np.arange(1, tested + 1), unsafe_fraction * tested)
+    selected = np.minimum(np.arange(1, tested + 1), unsafe_left)
     return math.ceil(((1 + np.sort(at_least)) * tested / (level * selected)).min()) - 1

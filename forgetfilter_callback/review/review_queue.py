@@ -19,9 +19,9 @@ from ..measures.smoothed import random_subset
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..utils.argument_checks import check_fraction, check_positive
 from ..utils.counted import counted
-from .draws import DRAWS_FILE, append_draws, read_draws
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
+from .skipped_draws import SKIPPED_FILE, append_skipped_draw, read_skipped_draws
 from .verdicts import (
     VERDICTS_FILE,
     Verdict,
@@ -48,7 +48,7 @@ class ReviewQueue:
     the measures and the hidden states ranks them. In each round, a fraction of the rows is drawn at random from all rows
     without a verdict. These rows are what [`estimate`] and `FilterConfig(threshold="fdr")` are based on. A row that was
     drawn comes back in later rounds until it has a verdict: if difficult rows were left out, the estimates would be wrong.
-    Rows are stored in `draws.jsonl` in `folder` when they are drawn, so they also come back in a queue that is opened later.
+    With [`skip`], it also comes back in a queue that is opened later.
 
     A verdict is valid for all rows that are trained on the same tokens, so only one of them is returned. If another one is
     drawn at random, it gets the verdict without being returned.
@@ -110,7 +110,8 @@ class ReviewQueue:
         self.verdicts: list[Verdict] = []
         self._read()
         # Each row that was drawn, and the number of rows without a verdict then.
-        self._drawn_from = read_draws(self._folder / DRAWS_FILE, self.trace.rows.ids, int((~self.is_seen).sum()))
+        without_verdict = int((~self.is_seen).sum())
+        self._drawn_from = read_skipped_draws(self._folder / SKIPPED_FILE, self.trace.rows.ids, without_verdict)
         forgetting = self.trace.forgetting()
         if not np.isfinite(forgetting).any():
             raise DataError(
@@ -175,17 +176,13 @@ class ReviewQueue:
         is_open[list(self._drawn_from)] = False
         is_new = ~self.is_known & ~self._is_identical(list(self._drawn_from))
         rows = _in_random_order(np.flatnonzero(is_open), count, rng)
-        drawn: dict[int, int] = {}
         to_show: list[int] = []
         while len(to_show) < count and is_new.any():
             row = next(rows)
-            drawn[row] = size
+            self._drawn_from[row] = size
             if is_new[row]:
                 to_show.append(row)
                 is_new &= self._contents != self._contents[row]
-        if drawn:
-            append_draws(drawn, self.trace.rows.ids, self._folder / DRAWS_FILE)
-            self._drawn_from |= drawn
         self._judge_drawn_copies()
         return to_show
 
@@ -220,6 +217,19 @@ class ReviewQueue:
                 new.append(replace(each, verdict=given[each.identical_to], time=_now(), reviewer=self.reviewer))
         self._store(new)
         self._judge_drawn_copies()
+
+    def skip(self, row: int) -> None:
+        """Put off the verdict on a row.
+
+        If the row was drawn at random, it is stored in `skipped.jsonl` in `folder`, so that it also comes back in a queue
+        that is opened later. Other rows need not be skipped.
+
+        Args:
+            row (`int`):
+                Row number in the noisy set.
+        """
+        if row in self.drawn_without_verdict:
+            append_skipped_draw(row, self._drawn_from[row], self.trace.rows.ids, self._folder / SKIPPED_FILE)
 
     def _check(self, verdicts: Mapping[int, VerdictLabel]) -> None:
         if not isinstance(verdicts, Mapping):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
+from ..utils.counted import counted
 from .review_queue import ReviewQueue
 
 
@@ -46,13 +47,22 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         )
     ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
     if "unsafe" not in ranked:
-        return StopAdvice(
-            True,
-            f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row. "
-            "Either there are hardly any, or this model does not rank them first. To find out, go on with "
-            f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most "
-            "about 5 % of the rows are unsafe.",
-        )
+        reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
+        unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
+        if unsafe_drawn:
+            reason += (
+                f" But of {counted(len(drawn), 'row')} drawn at random, {unsafe_drawn} turned out to be unsafe. To find "
+                "more, go on with `--random-fraction 1`."
+            )
+        elif len(drawn) < RANDOM_ROWS:
+            reason += (
+                " Either there are hardly any, or this model does not rank them first. To find out, go on with "
+                f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most "
+                "about 5 % of the rows are unsafe."
+            )
+        else:
+            reason += " The interval says how many there can be."
+        return StopAdvice(True, reason)
     return StopAdvice(
         True,
         f"You can stop: {ranked_are_safe}. If the interval is too wide for you, go on with `--random-fraction 1`: only rows "

@@ -181,7 +181,7 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
             )
         of = verdict.identical_to
         if of is not None:
-            is_row = _is_whole(of) and 0 <= of < len(ids)
+            is_row = is_whole(of) and 0 <= of < len(ids)
             if not is_row or content_hash(ids[of].as_py()) != content_hash(verdict.id):
                 raise DecisionError(
                     f"{file}, line {number}: identical_to={of!r} must be null or the number of a row that is identical to "
@@ -199,7 +199,7 @@ def read_verdicts(file: Path, ids: pa.StringArray) -> list[Verdict]:
     least = len(ids) - len({verdict.row for verdict in verdicts.values()}) - damaged
     for number, verdict in verdicts.items():
         drawn_from = verdict.drawn_from
-        if drawn_from is not None and not (_is_whole(drawn_from) and max(least, 1) <= drawn_from <= len(ids)):
+        if drawn_from is not None and not (is_whole(drawn_from) and max(least, 1) <= drawn_from <= len(ids)):
             raise DecisionError(
                 f"{file}, line {number}: drawn_from={drawn_from!r} cannot be the number of rows that had no verdict when "
                 f"row {verdict.row} was drawn at random: it must be from {max(least, 1)} to {len(ids)}. Restore the file "
@@ -236,12 +236,13 @@ def _as_verdict(fields: Any, place: str) -> Verdict:
     verdict = Verdict(**fields)
     if verdict.verdict not in get_args(VerdictLabel):
         raise DecisionError(f"{place}: the verdict is {verdict.verdict!r}. It must be 'unsafe' or 'safe'.")
-    if not _is_whole(verdict.row) or not isinstance(verdict.time, str):
+    if not is_whole(verdict.row) or not isinstance(verdict.time, str):
         raise DecisionError(f"{place}: `row` must be a whole number and `time` a string.")
-    if verdict.rows is not None and not (_is_whole(verdict.rows) and verdict.rows > 0):
+    if verdict.rows is not None and not (is_whole(verdict.rows) and verdict.rows > 0):
         raise DecisionError(f"{place}: `rows` must be a positive whole number or null.")
     return verdict
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from threading import Thread
 
@@ -370,13 +369,29 @@ def test_forms_of_other_pages_cannot_give_verdicts(client, trace, session, kind)
 
 def test_a_verdict_that_cannot_be_stored_is_reported_and_can_be_repeated(client, trace, session):
     row = session.row
-    shutil.rmtree(trace.folder / "review")
     (trace.folder / "review").write_text("a file where the folder belongs")
     response = post(client, "verdict", {"row": row, "verdict": "safe"})
-    assert response.status_code == 500 and "was not stored" in response.json["problem"]
+    assert response.status_code == 500 and "Not everything was stored" in response.json["problem"]
     (trace.folder / "review").unlink()
     assert get(client, "/token/state").json["row"]["number"] == row
     assert post(client, "verdict", {"row": row, "verdict": "safe"}).json["seen"] == 1
+
+
+@pytest.mark.parametrize("action", ["judge", "skip"])
+def test_a_row_stays_if_the_next_round_cannot_be_made(session, monkeypatch, action):
+    def do() -> None:
+        session.judge(session.row, "safe") if action == "judge" else session.skip(session.row)
+
+    for _ in range(len(session._round) - 1):
+        do()
+    row = session.row
+    with monkeypatch.context() as patched:
+        patched.setattr(session.queue, "next", lambda *arguments: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            do()
+        assert session.row == row
+    do()
+    assert session.row not in (None, row) and len(session._round) == 10
 
 
 def test_the_review_says_when_to_stop(session):
@@ -629,21 +644,36 @@ def test_a_key_that_is_held_down_counts_once(page, trace):
 
 @needs_chromium
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_slow_ranking_is_announced(browser, running, fails):
+def test_the_page_says_if_an_answer_takes_long(browser, running, fails):
     opened = browser.new_page()
+    opened.clock.install()
     held = []
     opened.route("**/verdict", lambda route: held.append(route))
     opened.goto(running)
     expect(opened.locator("#row-title")).not_to_be_empty()
-    expect(opened.locator("#ranking")).to_be_hidden()
     opened.keyboard.press("s")
-    expect(opened.locator("#ranking")).to_be_visible()
+    expect(opened.locator("#working")).to_be_hidden()
+    opened.clock.run_for(1000)
+    expect(opened.locator("#working")).to_be_visible()
     (route,) = held
     if fails:
         route.abort()
     else:
         route.continue_()
-    expect(opened.locator("#ranking")).to_be_hidden()
+    expect(opened.locator("#working")).to_be_hidden()
+    opened.close()
+
+
+@needs_chromium
+def test_the_page_is_silent_after_a_fast_answer(browser, running):
+    opened = browser.new_page()
+    opened.clock.install()
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    opened.keyboard.press("s")
+    expect(opened.locator("#counts")).to_contain_text("1 of")
+    opened.clock.run_for(1000)
+    expect(opened.locator("#working")).to_be_hidden()
     opened.close()
 
 

@@ -12,6 +12,7 @@ from test_review_queue import review
 from forgetfilter_callback import FilterConfig, ReviewQueue, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.errors import DecisionError
 from forgetfilter_callback.review import review_queue
+from forgetfilter_callback.review.false_discoveries import removable_rows
 from forgetfilter_callback.review.unsafe_probabilities import distinct_labels, unsafe_probabilities
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
@@ -55,6 +56,27 @@ def test_copies_of_a_safe_row_are_not_removed(tmp_path):
     assert result.removed[20:60].sum() > 30
     assert not result.removed[[0, 300, 301]].any()
     assert [result.overrides[trace.rows.ids[row].as_py()] for row in (0, 300, 301)] == ["keep"] * 3
+
+
+def test_copies_of_a_safe_row_make_more_verdicts_necessary(tmp_path, monkeypatch):
+    """They are tested, and they are safe: the unsafe rows left are a smaller fraction of the tested rows."""
+    copies = np.r_[np.arange(200), np.zeros(100, int)]
+    trace = make_trace(tmp_path, copies, np.zeros(0))
+    queue = ReviewQueue(trace)
+    monkeypatch.setattr(queue, "fit_scores", lambda labels: 1.0 * (np.arange(300) >= 190) * (np.arange(300) < 200))
+    queue._drawn_from = dict.fromkeys(range(20), 300)
+    queue.add(dict.fromkeys(range(20), "safe"))
+    found = removable_rows(queue, 0.5)
+    assert found.unsafe_left == round(300 / 40)
+    assert found.safe_drawn + found.more_needed == -(-280 // (0.5 * found.unsafe_left)) - 1
+
+
+def test_nothing_is_needed_if_only_copies_are_left(tmp_path):
+    trace = make_trace(tmp_path, np.r_[np.arange(20), np.arange(20)], np.zeros(0))
+    queue = ReviewQueue(trace)
+    queue.add({row: "unsafe" if row < 3 else "safe" for row in range(20)})
+    found = removable_rows(queue, 0.1)
+    assert found.more_needed == 0 and not found.removed.any()
 
 
 def test_copies_of_a_reviewed_row_have_its_weight(tmp_path):

@@ -306,12 +306,10 @@ def test_few_verdicts_remove_no_other_row_and_say_how_many_are_needed(tmp_path):
     trace, is_unsafe = make_trace(tmp_path)
     queue = ReviewQueue(trace)
     review(queue, is_unsafe, 30)
-    result = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review"))
+    result = find_forgotten(trace, FilterConfig(threshold="fdr", level=0.3, reviewed=trace.folder / "review"))
     np.testing.assert_array_equal(result.removed, queue.is_seen & is_unsafe)
-    assert (
-        "no row without a verdict was removed: if about 5 % of them are unsafe, a false discovery rate" in result.reason
-    )
-    assert "more safe verdicts on rows drawn at random (so far: 3)" in result.reason
+    assert "; no other row was removed: assuming about " in result.reason
+    assert "more safe verdicts on rows drawn at random (so far: 3), and more if the ranking is poor" in result.reason
 
 
 @pytest.mark.parametrize("level", [0.05, 0.1])
@@ -334,52 +332,65 @@ def test_about_as_many_safe_verdicts_as_said_are_enough(tmp_path, level, monkeyp
         return removable_rows(queue, level)
 
     found = look(3)
-    assert found.unsafe_fraction == pytest.approx(0.05, abs=0.01) and not found.removed.any()
+    assert found.unsafe_left == 97 and not found.removed.any()
     said = found.safe_drawn + found.more_needed
+    assert said == round(1 / (0.05 * level)) - 1
     while not found.removed.any():
         assert found.more_needed > 0
         found = look(1)
-    assert said == pytest.approx(found.safe_drawn, rel=0.2)
+    assert said == pytest.approx(found.safe_drawn, rel=0.1)
     assert (is_unsafe[found.removed]).mean() > 1 - level
 
 
 def test_the_rows_needed_equal_those_of_a_search():
-    """If `factor` times as many rows calibrate, `factor` times as many score above each row."""
+    """Further calibration rows, none of which score high, until the procedure of Benjamini and Hochberg selects a row."""
     rng = np.random.default_rng(0)
     at_least = np.sort(rng.binomial(40, rng.beta(0.3, 3, 500)))
-    fraction, level = 0.1, 0.2
-    most = fraction * len(at_least)
 
     def is_enough(rows: int) -> bool:
-        """Whether the procedure of Benjamini and Hochberg selects a row, if no further calibration row scores high."""
         p_values = (1 + at_least) / (1 + rows)
-        return any(p <= level * min(place, most) / 500 for place, p in enumerate(p_values, start=1))
+        return any(p <= 0.2 * min(place, 50) / 500 for place, p in enumerate(p_values, start=1))
 
-    assert _calibration_rows_needed(rng.permutation(at_least), fraction, level) == next(
-        filter(is_enough, range(10_000))
-    )
+    assert _calibration_rows_needed(rng.permutation(at_least), 50, 0.2) == next(filter(is_enough, range(10_000)))
 
 
-def test_no_hint_of_unsafe_rows_needs_as_many_verdicts_as_five_percent(tmp_path):
-    """A usual review that found all unsafe rows must not promise that a few more verdicts remove more rows."""
+@pytest.mark.parametrize(("factor", "is_possible"), [(1.001, True), (0.999, False)])
+def test_more_verdicts_than_rows_are_not_asked_for(tmp_path, factor, is_possible, monkeypatch):
+    trace, is_unsafe = make_trace(tmp_path, rows=300, unsafe=30)
+    queue = ReviewQueue(trace, random_fraction=1)
+    monkeypatch.setattr(queue, "fit_scores", lambda labels: 1.0 * is_unsafe)
+    review(queue, is_unsafe, 20)
+    found = removable_rows(queue, 0.001)
+    tested, left = 280, found.unsafe_left
+    most = found.safe_drawn + tested - left  # all safe rows are reviewed
+    found = removable_rows(queue, factor * tested / (left * (most + 1)))
+    assert found.more_needed == (most - found.safe_drawn if is_possible else None)
+    if not is_possible:
+        config = FilterConfig(threshold="fdr", level=0.001, reviewed=trace.folder / "review")
+        assert (
+            "a false discovery rate of at most 0.001 needs more rows than the set"
+            in find_forgotten(trace, config).reason
+        )
+
+
+def test_a_review_that_found_all_unsafe_rows_does_not_promise_more(tmp_path):
     trace, is_unsafe = make_trace(tmp_path, unsafe=8)
     queue = ReviewQueue(trace)
     queue.add(dict.fromkeys(np.flatnonzero(is_unsafe).tolist(), "unsafe"))
     review(queue, is_unsafe, 50)
     found = removable_rows(queue, 0.1)
-    assert found.safe_drawn > 0 and found.unsafe_fraction == pytest.approx(0.05)
-    assert found.more_needed is None or found.safe_drawn + found.more_needed >= 199
+    assert found.safe_drawn == 5 and found.unsafe_left == 300 / 25 - 8 and found.more_needed is None
 
 
-def test_sets_with_too_few_rows_are_named(tmp_path):
-    trace, is_unsafe = make_trace(tmp_path, rows=120, unsafe=6)
+@pytest.mark.parametrize(("unsafe", "safe", "left"), [(0, 0, 15), (0, 40, 5), (1, 0, 28), (4, 56, 15), (0, 280, 1)])
+def test_the_unsafe_rows_left_follow_from_the_random_rows(tmp_path, unsafe, safe, left):
+    """One in 20 is assumed, which weighs as much as 20 random rows."""
+    trace, is_unsafe = make_trace(tmp_path)
     queue = ReviewQueue(trace, random_fraction=1)
-    review(queue, is_unsafe, 60)
-    assert removable_rows(queue, 0.1).more_needed is None
-    reason = find_forgotten(trace, FilterConfig(threshold="fdr", reviewed=trace.folder / "review")).reason
-    assert (
-        "% of them are unsafe, the set has too few rows for a false discovery rate of at most 0.1 with this" in reason
-    )
+    rows = [*np.flatnonzero(is_unsafe)[:unsafe].tolist(), *np.flatnonzero(~is_unsafe)[:safe].tolist()]
+    queue._drawn_from = dict.fromkeys(rows, len(is_unsafe))
+    queue.add({row: "unsafe" if is_unsafe[row] else "safe" for row in rows})
+    assert removable_rows(queue, 0.001).unsafe_left == left
 
 
 def test_the_card_does_not_say_that_only_overridden_rows_are_removed(tmp_path):

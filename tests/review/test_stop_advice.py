@@ -84,6 +84,28 @@ def test_a_ranking_that_found_nothing_may_be_wrong(queue):
     )
 
 
+def test_a_ranking_that_found_nothing_is_wrong_if_random_rows_are_unsafe(queue):
+    queue.random_fraction = 0.5
+    queue.next(8)
+    drawn = list(queue._drawn_from)
+    queue.add({row: "unsafe" if row == drawn[0] else "safe" for row in drawn})
+    queue.random_fraction = 0
+    review_until_enough(queue)
+    assert stop_advice(queue).reason == (
+        "It hardly pays to review more rows in this order: the last 30 rows that the ranking chose are safe, and it has "
+        "found no unsafe row. But of 4 rows drawn at random, 1 turned out to be unsafe. To find more, go on with "
+        "`--random-fraction 1`."
+    )
+
+
+def test_many_safe_random_rows_need_no_more_of_them(tmp_path):
+    queue = ReviewQueue(make_trace(tmp_path, rows=200, unsafe=4)[0], random_fraction=1)
+    queue.add(dict.fromkeys(queue.next(RANDOM_ROWS), "safe"))
+    queue.random_fraction = 0
+    review_until_enough(queue)
+    assert stop_advice(queue).reason.endswith("it has found no unsafe row. The interval says how many there can be.")
+
+
 def test_45_safe_rows_drawn_at_random_show_that_few_rows_are_unsafe():
     rows = 100_000
     drawn = [Verdict(row, str(row), "safe", "2026-11-29", drawn_from=rows - row) for row in range(RANDOM_ROWS)]

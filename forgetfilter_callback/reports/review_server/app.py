@@ -87,7 +87,7 @@ def create_app(session: ReviewSession, token: str, next_command: str) -> Flask:
 
     @app.errorhandler(OSError)
     def not_stored(error: OSError) -> tuple[dict[str, Any], int]:
-        return {"problem": f"The verdict was not stored: {error}. Solve this, and press the key again."}, 500
+        return {"problem": f"Not everything was stored: {error}. Solve this, and press the key again."}, 500
 
     @app.get("/<_token>/", defaults={"name": "index.html"})
     @app.get("/<_token>/<name>")

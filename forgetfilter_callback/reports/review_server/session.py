@@ -93,6 +93,7 @@ class ReviewSession:
         self._check_current(row)
         if row not in self.queue.labels:
             self._skipped.add(row)
+            self.queue.skip(row)
         self._advance()
 
     def undo(self) -> None:
@@ -133,9 +134,10 @@ class ReviewSession:
             )
 
     def _advance(self) -> None:
-        self._shown.append(self._round.pop(0))
-        if not self._round:
-            self._round = self._next_round()
+        # If the next round cannot be made, the current row stays, and the reviewer can press the key again.
+        following = self._round[1:] or self._next_round()
+        self._shown.append(self._round[0])
+        self._round = following
 
     def _next_round(self) -> list[int]:
         rows = self.queue.next(self._round_size, self._skipped)

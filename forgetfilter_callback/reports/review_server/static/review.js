@@ -108,12 +108,12 @@ async function act(action) {
   if (isBusy || $(action).disabled) return;
   isBusy = true;
   // The first ranking of many rows takes seconds. Most answers come before a message could be read.
-  const timer = setTimeout(() => { $("ranking").hidden = false; }, 300);
+  const timer = setTimeout(() => { $("working").hidden = false; }, 300);
   if (action === "undo") await ask("undo", {});
   else if (action === "skip") await ask("skip", { row });
   else await ask("verdict", { row, verdict: action });
   clearTimeout(timer);
-  $("ranking").hidden = true;
+  $("working").hidden = true;
   isBusy = false;
 }
 
