@@ -69,8 +69,8 @@ def after_filter(
     settings: Mapping[str, Any],
     row_options: RowOptions,
 ) -> str:
-    """After `filter`: finetune on the kept rows. If none was removed or nobody has checked φ, first what [`after_looking`]
-    says.
+    """After `filter`: finetune on the kept rows. If nobody has checked φ, first what [`after_looking`] says. If no row was
+    removed, review more rows.
 
     Args:
         result ([`FilterResult`]):
@@ -80,6 +80,8 @@ def after_filter(
         trace, path, settings, row_options:
             As in [`after_looking`].
     """
+    if not result.counts["removed"] and ("decision" in settings or "reviewed" in settings):
+        return command_to_review(path, row_options)
     if not result.counts["removed"] or result.method == "auto":
         return after_looking(trace, path, settings, row_options)
     kept = str(output / "kept.jsonl")
