@@ -66,4 +66,5 @@ def describe_cost(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     passes = 3 if trainable > 0.5 * sum(p.numel() for p in model.parameters()) else 2
     steps = math.ceil(tokens / (passes * tokens_per_step))
-    return f"{text} This takes at most as long as {steps:,} of the {counted(state.max_steps, 'training step')}."
+    session = f"the session has {state.max_steps:,}"
+    return f"{text} This takes at most as long as {counted(steps, 'training step')} ({session})."

@@ -60,7 +60,7 @@ def test_the_cost_of_records_is_logged_at_the_start(make_model, passes, noisy, m
     expected = (
         "ForgetTracker: noisy session. It trains on 24 of 24 tracked rows. "
         f"Up to 4 records: each measures the losses of 24 rows (up to {scored} tokens). "
-        f"This takes at most as long as {steps} of the 12 training steps."
+        f"This takes at most as long as {steps} training steps (the session has 12)."
     )
     logged = [(entry.levelname, entry.getMessage().removeprefix("[RANK 0] ")) for entry in caplog.records]
     assert logged == [("INFO", expected)]
