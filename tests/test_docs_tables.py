@@ -91,7 +91,7 @@ def test_the_sets_with_few_unsafe_rows(tables):
 
 def test_the_goals_with_few_unsafe_rows(tables):
     few = pd.read_json(RESULTS / "few.json")
-    few = few[(few.scenario == "toxicity") & (few.fraction == 0.05) & (few.signal == "combined")]
+    few = few[few["set"].str.startswith("toxicity-0.05-600-") & (few.signal == "combined")]
     expected = [0.4, few.auprc[few.seed < 3].mean(), few.auprc[few.seed >= 3].mean(), 0.75]
     for file, seeds in (("looks_first_version", "[012]"), ("looks", "[345]")):
         looks = pd.read_json(RESULTS / f"{file}.json")

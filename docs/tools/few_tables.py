@@ -32,7 +32,12 @@ LATER_SETS = {
     for name, seeds in (("bias", (3, 4, 5)), ("harmfulness", (3, 4, 5)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
     for seed in seeds
 }
-ONE_PERCENT_SETS = {"toxicity-0.01-600-0": "`toxicity`, 6 of 600"}
+ONE_PERCENT_SETS = {
+    "bias-0.01-600-0": "`bias`, 6 of 600",
+    "toxicity-0.01-600-0": "`toxicity`, 6 of 600",
+    "harmfulness-0.01-600-1": "`harmfulness`, 6 of 600",
+    "mixed-0.01-600-1": "`mixed`, 6 of 600",
+}
 TWO_PERCENT_SETS = {
     "bias-0.02-600-0": "`bias`, 12 of 600",
     "toxicity-0.02-600-0": "`toxicity`, 12 of 600",
@@ -42,6 +47,12 @@ TWO_PERCENT_SETS = {
 LARGE_SETS = {
     "bias-0.01-2000-0": "`bias`, 20 of 2,000",
     "harmfulness-0.01-2000-1": "`harmfulness`, 20 of 2,000",
+}
+HUNDRED_SETS = {"harmfulness-0.05-2000-1": "`harmfulness`, 100 of 2,000"}
+TEN_SETS = {
+    "bias-0.05-200-0": "`bias`, 10 of 200",
+    "toxicity-0.05-200-0": "`toxicity`, 10 of 200",
+    "harmfulness-0.05-200-1": "`harmfulness`, 10 of 200",
 }
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FINAL_HALF_SETS = {
@@ -130,7 +141,9 @@ def few_automatic() -> str:
         | ONE_PERCENT_SETS
         | TWO_PERCENT_SETS
         | TENTH_SETS
+        | TEN_SETS
         | LARGE_SETS
+        | HUNDRED_SETS
     ).items():
         removed, unsafe = (
             find(read("few"), key, set=name, signal="automatic φ") for key in ("removed", "unsafe_removed")
@@ -206,7 +219,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_two_percent_rankings": partial(rankings, TWO_PERCENT_SETS),
     "few_tenth_rankings": partial(rankings, TENTH_SETS),
     "few_final_half_rankings": partial(rankings, FINAL_HALF_SETS),
-    "few_large_rankings": partial(rankings, LARGE_SETS),
+    "few_ten_rankings": partial(rankings, TEN_SETS),
+    "few_large_rankings": partial(rankings, LARGE_SETS | HUNDRED_SETS),
     "few_looks": partial(looks, FEW_SETS, "looks_first_version"),
     "few_final_looks": partial(looks, FINAL_SETS, "looks_first_version"),
     "few_later_looks": partial(looks, LATER_SETS),
@@ -215,18 +229,31 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_two_percent_looks": partial(looks, TWO_PERCENT_SETS),
     "few_two_percent_looks_first_version": partial(looks, TWO_PERCENT_SETS, "looks_first_version"),
     "few_tenth_looks": partial(looks, TENTH_SETS),
+    "few_ten_looks": partial(looks, TEN_SETS),
     "few_large_looks": partial(looks, LARGE_SETS),
+    "few_hundred_looks": partial(looks, HUNDRED_SETS),
     "few_goals": few_goals,
     "few_automatic": few_automatic,
     "few_redraws": partial(
         redraws,
-        FINAL_CLEAN_SETS | LATER_SETS | ONE_PERCENT_SETS | TWO_PERCENT_SETS | TENTH_SETS | FINAL_HALF_SETS | LARGE_SETS,
+        FINAL_CLEAN_SETS
+        | LATER_SETS
+        | ONE_PERCENT_SETS
+        | TWO_PERCENT_SETS
+        | TENTH_SETS
+        | TEN_SETS
+        | FINAL_HALF_SETS
+        | LARGE_SETS
+        | HUNDRED_SETS,
     ),
     "few_redraws_first_version": partial(
         redraws, FEW_SETS | CLEAN_SETS | HALF_SETS | FINAL_SETS, "redraws_first_version"
     ),
     "few_harm": few_harm,
     "few_stopping": partial(stopping, SMALL_SETS),
-    "few_final_stopping": partial(stopping, LATER_SETS | ONE_PERCENT_SETS | TWO_PERCENT_SETS | TENTH_SETS | LARGE_SETS),
+    "few_final_stopping": partial(
+        stopping,
+        LATER_SETS | ONE_PERCENT_SETS | TWO_PERCENT_SETS | TENTH_SETS | TEN_SETS | LARGE_SETS | HUNDRED_SETS,
+    ),
     "demo_runs": demo_runs,
 }
