@@ -69,8 +69,8 @@ def after_filter(
     settings: Mapping[str, Any],
     row_options: RowOptions,
 ) -> str:
-    """After `filter`: finetune on the kept rows. If nobody has checked φ, first what [`after_looking`] says. If no row was
-    removed, review more rows.
+    """After `filter`: finetune on the kept rows. If nobody has checked φ or decided on a row, first what [`after_looking`]
+    says. After a review that removed nothing, review more rows.
 
     Args:
         result ([`FilterResult`]):
@@ -80,9 +80,13 @@ def after_filter(
         trace, path, settings, row_options:
             As in [`after_looking`].
     """
-    if not result.counts["removed"] and ("decision" in settings or "reviewed" in settings):
-        return command_to_review(path, row_options)
-    if not result.counts["removed"] or result.method == "auto":
+    from ..review.verdicts import review_folder
+
+    has_removed, reviewed = bool(result.counts["removed"]), settings.get("reviewed")
+    if not has_removed and reviewed is not None and Path(reviewed).absolute() == review_folder(trace).absolute():
+        random_fraction = "1" if settings.get("threshold") == "fdr" else None
+        return _command("review", path, {"random-fraction": random_fraction, **row_options})
+    if result.method == "auto" or not (has_removed or reviewed is not None or "decision" in settings):
         return after_looking(trace, path, settings, row_options)
     kept = str(output / "kept.jsonl")
     return (

@@ -82,16 +82,14 @@ def find_reviewed(
         reason += "; no other row was removed"
     else:
         reason += (
-            f"; no other row was removed: assuming about {counted(found.unsafe_left, 'unsafe row')} without a verdict, "
+            f"; no other row was removed: with about {counted(found.unsafe_left, 'unsafe row')} left (estimated from the "
+            f"rows drawn at random), a false discovery rate of at most {config.level:g} needs "
         )
-        reason += f"a false discovery rate of at most {config.level:g} "
         if found.more_needed is None:
-            reason += (
-                "needs more rows than the set has; review rows in the order of the ranking, or allow a higher rate"
-            )
+            reason += "more rows than the set has; review rows in the order of the ranking, or allow a higher rate"
         else:
             reason += (
-                f"needs at least {counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: "
+                f"at least {counted(found.more_needed, 'more safe verdict')} on rows drawn at random (so far: "
                 f"{found.safe_drawn:,}), and more if the ranking is poor; `forgetfilter review --random-fraction 1` shows "
                 "such rows only"
             )

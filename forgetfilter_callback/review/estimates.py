@@ -225,32 +225,71 @@ def _as_mask(removed: np.ndarray, rows: int) -> np.ndarray:
     return mask
 
 
-def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: int) -> tuple[int, int]:
-    """The interval of the number of unsafe rows in the set, between `least` and `most`."""
+def unsafe_rows_left(
+    verdicts: Sequence[Verdict], known: Mapping[int, VerdictLabel], rows: int, assumed_rows: int
+) -> int:
+    """Estimate how many of the rows with an unknown label are unsafe, as one number.
+
+    As in [`estimate_unsafe_rows`], a row drawn from `U` rows is unsafe with the probability `(K - f) / U`. `K` is chosen so
+    that the sum of these probabilities is the number of unsafe draws. In addition, it is assumed that one of `assumed_rows`
+    further draws from the whole set is unsafe.
+
+    Args:
+        verdicts, known, rows:
+            As in [`estimate_unsafe_rows`].
+        assumed_rows (`int`):
+            The number of these draws.
+
+    Returns:
+        `int`: at least 1, unless every label is known.
+    """
+    draws = _draws(verdicts, rows)
+    expected, per_unsafe_row, hits = 0.0, assumed_rows / rows, 1
+    found_by_draws = 0
+    for size, found, is_unsafe in draws:
+        expected += (found + found_by_draws) / size
+        per_unsafe_row += 1 / size
+        found_by_draws += is_unsafe
+    hits += found_by_draws
+    found = list(known.values()).count("unsafe")
+    return min(max(round((hits + expected) / per_unsafe_row) - found, 1), rows - len(known))
+
+
+def _draws(verdicts: Sequence[Verdict], rows: int) -> list[tuple[int, int, bool]]:
+    """The rows drawn at random, in the order of the draws: the number of rows that each was drawn from, the number of unsafe
+    rows that had been found without a draw, and whether the row is unsafe.
+    """
     labels = {verdict.row: verdict.verdict for verdict in verdicts}  # each row in the place of its first verdict
     drawn_from = {verdict.row: verdict.drawn_from for verdict in verdicts if verdict.drawn_from is not None}
-    if not drawn_from:
-        return least, most
     places = {row: place for place, row in enumerate(labels)}
     not_drawn = [label == "unsafe" and row not in drawn_from for row, label in labels.items()]
     found_before = np.concatenate([[0], np.cumsum(not_drawn)]).tolist()  # without a draw, in the first 0, 1, … rows
-    draws: list[tuple[int, int]] = []  # the number of rows that one was drawn from, and the unsafe ones found before
+    draws: list[tuple[int, int, bool]] = []
     drawn_places: list[int] = []  # of the draws before this one, in ascending order
     # Rows without a verdict only become fewer, so this is the order of the draws.
     for row, size in sorted(drawn_from.items(), key=lambda draw: -draw[1]):
         # Rows that were drawn before and had no verdict yet could not be drawn again.
         waiting = len(drawn_places) - bisect_left(drawn_places, rows - size)
         # If a verdict was lost from the file, fewer rows than `rows - size` are before this one.
-        draws.append((max(size - waiting, 1), found_before[min(rows - size, places[row])]))
+        found = found_before[min(rows - size, places[row])]
+        draws.append((max(size - waiting, 1), found, labels[row] == "unsafe"))
         insort(drawn_places, places[row])
-    hits = sum(labels[row] == "unsafe" for row in drawn_from)
+    return draws
+
+
+def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: int) -> tuple[int, int]:
+    """The interval of the number of unsafe rows in the set, between `least` and `most`."""
+    draws = _draws(verdicts, rows)
+    if not draws:
+        return least, most
+    hits = sum(is_unsafe for _, _, is_unsafe in draws)
 
     def tails(total: int) -> tuple[float, float]:
         """Mid-p probabilities of at most, and of at least, `hits` unsafe draws if the set has `total` unsafe rows."""
         so_far = np.arange(hits + 1)
         probabilities = np.zeros(hits + 1)  # of 0, 1, … `hits` unsafe draws so far
         probabilities[0] = 1.0
-        for size, found in draws:
+        for size, found, _ in draws:
             moved = probabilities * np.clip((total - found - so_far) / size, 0, 1)
             probabilities -= moved
             probabilities[1:] += moved[:-1]

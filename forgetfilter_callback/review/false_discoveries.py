@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
+from .estimates import unsafe_rows_left
 from .review_queue import ReviewQueue
 
 
@@ -25,8 +26,7 @@ class FalseDiscoveryResult:
         safe_drawn (`int`):
             Rows that were drawn at random and found to be safe.
         unsafe_left (`int`):
-            About how many of the rows without a known label are unsafe. Estimated from the rows that were drawn at random,
-            and from the assumption that a twentieth of all rows is unsafe. At least 1.
+            About how many of the rows without a known label are unsafe (see [`unsafe_rows_left`]).
         more_needed (`int`, *optional*):
             At least how many more of the rows drawn at random must be safe before any row can be removed, if `unsafe_left`
             is right. `None` if the set has too few rows, and 0 if rows are removed or nothing is left to remove.
@@ -73,7 +73,7 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     tested = np.flatnonzero(is_tested)
     calibration_scores = np.sort(scores[calibration])
     removed = np.zeros(len(scores), dtype=bool)
-    unsafe_left = _unsafe_left(queue)
+    unsafe_left = unsafe_rows_left(queue.verdicts, known, len(scores), ASSUMED_ROWS)
     if queue.is_known.all():
         return FalseDiscoveryResult(removed, len(calibration), unsafe_left, 0)
     at_least = len(calibration) - np.searchsorted(calibration_scores, scores[tested], side="left")
@@ -87,15 +87,6 @@ def removable_rows(queue: ReviewQueue, level: float) -> FalseDiscoveryResult:
     is_possible = needed <= len(calibration) + len(tested) - unsafe_left
     more_needed = max(needed - len(calibration), 1) if is_possible else None
     return FalseDiscoveryResult(removed, len(calibration), unsafe_left, more_needed)
-
-
-def _unsafe_left(queue: ReviewQueue) -> int:
-    """The `unsafe_left` of a [`FalseDiscoveryResult`]."""
-    estimate = queue.estimate()
-    drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
-    unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
-    fraction = (unsafe_drawn + 1) / (len(drawn) + ASSUMED_ROWS)
-    return max(round(fraction * estimate.rows) - estimate.unsafe_found, 1)
 
 
 def _calibration_rows_needed(at_least: np.ndarray, unsafe_left: int, level: float) -> int:

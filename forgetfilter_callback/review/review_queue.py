@@ -21,7 +21,7 @@ from ..utils.argument_checks import check_fraction, check_positive
 from ..utils.counted import counted
 from .estimates import ReviewEstimate, estimate_unsafe_rows
 from .row_features import row_features
-from .skipped_draws import SKIPPED_FILE, append_skipped_draw, read_skipped_draws
+from .skipped_draws import SKIPPED_FILE, append_skipped_draws, read_skipped_draws
 from .verdicts import (
     VERDICTS_FILE,
     Verdict,
@@ -110,8 +110,7 @@ class ReviewQueue:
         self.verdicts: list[Verdict] = []
         self._read()
         # Each row that was drawn, and the number of rows without a verdict then.
-        without_verdict = int((~self.is_seen).sum())
-        self._drawn_from = read_skipped_draws(self._folder / SKIPPED_FILE, self.trace.rows.ids, without_verdict)
+        self._drawn_from = read_skipped_draws(self._folder / SKIPPED_FILE, self.trace.rows.ids, self.verdicts)
         forgetting = self.trace.forgetting()
         if not np.isfinite(forgetting).any():
             raise DataError(
@@ -229,7 +228,10 @@ class ReviewQueue:
                 Row number in the noisy set.
         """
         if row in self.drawn_without_verdict:
-            append_skipped_draw(row, self._drawn_from[row], self.trace.rows.ids, self._folder / SKIPPED_FILE)
+            identical = self._is_identical([row])  # those that were drawn get the verdict on this row
+            draws = {other: size for other, size in self._drawn_from.items() if identical[other]}
+            after = self.verdicts[-1].time if self.verdicts else None
+            append_skipped_draws(draws, after, self.trace.rows.ids, self._folder / SKIPPED_FILE)
 
     def _check(self, verdicts: Mapping[int, VerdictLabel]) -> None:
         if not isinstance(verdicts, Mapping):

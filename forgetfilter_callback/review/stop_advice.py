@@ -36,7 +36,10 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     if queue.is_known.all():
         return StopAdvice(True, "Every row has a verdict, so there is nothing left to look at.")
     if queue.random_fraction == 1:
-        return StopAdvice(False, "All rows are drawn at random. Each verdict makes the interval narrower.")
+        count = counted(sum(verdict.drawn_from is not None for verdict in queue.verdicts), "verdict")
+        return StopAdvice(
+            False, f"All rows are drawn at random (so far {count}). Each verdict makes the interval narrower."
+        )
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
     ranked = [label for row, label in queue.labels.items() if row not in drawn]
     safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
@@ -47,14 +50,16 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         )
     ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
     if "unsafe" not in ranked:
-        reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
         unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
         if unsafe_drawn:
-            reason += (
-                f" But of {counted(len(drawn), 'row')} drawn at random, {unsafe_drawn} turned out to be unsafe. To find "
-                "more, go on with `--random-fraction 1`."
+            return StopAdvice(
+                True,
+                f"You can stop, but there are unsafe rows: {ranked_are_safe}, but {unsafe_drawn} of "
+                f"{counted(len(drawn), 'row')} drawn at random turned out to be unsafe. The ranking learns from them, so it "
+                "can pay to go on.",
             )
-        elif len(drawn) < RANDOM_ROWS:
+        reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
+        if len(drawn) < RANDOM_ROWS:
             reason += (
                 " Either there are hardly any, or this model does not rank them first. To find out, go on with "
                 f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most "

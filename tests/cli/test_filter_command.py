@@ -250,16 +250,26 @@ def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
     assert reviewed.stderr == "" and "Next: finetune the base model" in reviewed.stdout, reviewed.output
 
 
-@pytest.mark.parametrize("threshold", ["auto", "fdr"])
-def test_after_a_review_that_removes_nothing_more_rows_are_reviewed(finished, tmp_path, threshold):
+@pytest.mark.parametrize(
+    ("threshold", "own_folder", "expected"),
+    [
+        ("auto", False, "Next: forgetfilter review {output}\n"),
+        ("fdr", False, "Next: forgetfilter review {output} --random-fraction 1\n"),
+        ("auto", True, "Next: finetune the base model on"),
+    ],
+)
+def test_after_a_review_that_removes_nothing_more_rows_are_reviewed(
+    finished, tmp_path, threshold, own_folder, expected
+):
     output = tmp_path / "out"
     shutil.copytree(finished[0], output)
     trace = Trace.open(output / "_forgetfilter")
-    ReviewQueue(trace).add({0: "safe"})
-    options = ("--reviewed", trace.folder / "review", "--threshold", threshold)
+    folder = tmp_path / "own" if own_folder else trace.folder / "review"
+    ReviewQueue(trace, folder).add({0: "safe"})
+    options = ("--reviewed", folder, "--threshold", threshold)
     result = call("filter", output, "--output", tmp_path / "filtered", *options)
     assert "Removed 0 of 12 rows" in result.stdout
-    assert result.stdout.endswith(f"Next: forgetfilter review {output}\n")
+    assert expected.format(output=output) in result.stdout
 
 
 def test_verdicts_that_cannot_be_read_stop_only_a_filter_that_needs_them(finished, tmp_path):

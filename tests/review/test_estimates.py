@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import hypergeom
 
 from forgetfilter_callback.review import estimates
-from forgetfilter_callback.review.estimates import ReviewEstimate
+from forgetfilter_callback.review.estimates import ReviewEstimate, unsafe_rows_left
 from forgetfilter_callback.review.verdicts import Verdict, known_labels
 
 
@@ -239,3 +239,42 @@ def test_rows_in_no_part_are_not_counted():
     estimate = estimate_filter_errors(verdicts, removed, [is_left])
     assert (estimate.rows, estimate.seen, estimate.unsafe_found) == (9, 9, 2)
     assert estimate.unsafe_left == (1, 1) and estimate.benign_removed == (0, 0)
+
+
+def simulated_review(unsafe: np.ndarray, chosen: list[int], draws: int, rng: np.random.Generator) -> list[Verdict]:
+    """Verdicts on the `chosen` rows, and then on rows that are drawn at random."""
+    rows = [*chosen, *rng.permutation(np.setdiff1d(np.arange(len(unsafe)), chosen))[:draws].tolist()]
+    return [
+        Verdict(
+            row,
+            str(row),
+            "unsafe" if unsafe[row] else "safe",
+            "2026-11-29",
+            drawn_from=len(unsafe) - place if place >= len(chosen) else None,
+        )
+        for place, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found_by_ranking", "draws"), [(0, 0), (0, 40), (0, 300), (30, 0), (30, 40), (30, 246), (60, 200)]
+)
+def test_the_number_of_unsafe_rows_left_is_near_the_truth(found_by_ranking, draws):
+    """60 of 600 rows are unsafe. With few draws, the estimate is near one of 20 rows."""
+    unsafe = np.arange(600) < 60
+    chosen = [*range(found_by_ranking), *range(60, 84)]
+    errors = []
+    for seed in range(40):
+        verdicts = simulated_review(unsafe, chosen, draws, np.random.default_rng(seed))
+        known = {verdict.row: verdict.verdict for verdict in verdicts}
+        left = 60 - list(known.values()).count("unsafe")
+        errors.append(unsafe_rows_left(verdicts, known, 600, assumed_rows=20) - max(left, 1))
+    bias = {(0, 0): -30, (30, 0): -29, (0, 40): -10, (30, 40): -10}.get((found_by_ranking, draws), 0)
+    assert np.mean(errors) == pytest.approx(bias, abs=4)
+
+
+def test_no_more_unsafe_rows_are_left_than_rows():
+    unsafe = np.zeros(100, dtype=bool)
+    verdicts = simulated_review(unsafe, list(range(98)), 0, np.random.default_rng(0))
+    known = {verdict.row: verdict.verdict for verdict in verdicts}
+    assert unsafe_rows_left(verdicts, known, 100, assumed_rows=20) == 2  # five if the other rows were unknown too

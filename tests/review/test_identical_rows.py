@@ -58,6 +58,22 @@ def test_copies_of_a_safe_row_are_not_removed(tmp_path):
     assert [result.overrides[trace.rows.ids[row].as_py()] for row in (0, 300, 301)] == ["keep"] * 3
 
 
+def test_copies_that_were_drawn_are_not_lost_if_the_row_is_skipped(tmp_path):
+    """If they were, skipping a difficult row with many copies would make the estimate too low."""
+    trace = make_trace(tmp_path, np.r_[np.arange(60), np.zeros(60, int)], np.zeros(0))
+    queue = ReviewQueue(trace, random_fraction=1)
+    shown = queue.next(20)
+    (row,) = (row for row in shown if trace.rows.ids[row].as_py()[:8] == trace.rows.ids[0].as_py()[:8])
+    copies = [other for other in queue._drawn_from if other == 0 or other >= 60]
+    assert len(copies) > 3
+    queue.add(dict.fromkeys(set(shown) - {row}, "safe"))
+    queue.skip(row)
+    later = ReviewQueue(trace, random_fraction=1)
+    assert later.drawn_without_verdict == [row]
+    later.add({row: "unsafe"})
+    assert {verdict.row for verdict in later.verdicts if verdict.verdict == "unsafe"} == set(copies)
+
+
 def test_copies_of_a_safe_row_make_more_verdicts_necessary(tmp_path, monkeypatch):
     """They are tested, and they are safe: the unsafe rows left are a smaller fraction of the tested rows."""
     copies = np.r_[np.arange(200), np.zeros(100, int)]
@@ -67,7 +83,7 @@ def test_copies_of_a_safe_row_make_more_verdicts_necessary(tmp_path, monkeypatch
     queue._drawn_from = dict.fromkeys(range(20), 300)
     queue.add(dict.fromkeys(range(20), "safe"))
     found = removable_rows(queue, 0.5)
-    assert found.unsafe_left == round(300 / 40)
+    assert found.unsafe_left == 7
     assert found.safe_drawn + found.more_needed == -(-280 // (0.5 * found.unsafe_left)) - 1
 
 
