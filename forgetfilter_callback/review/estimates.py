@@ -243,16 +243,13 @@ def unsafe_rows_left(
     Returns:
         `int`: at least 1, unless every label is known.
     """
-    draws = _draws(verdicts, rows)
-    expected, per_unsafe_row, hits = 0.0, assumed_rows / rows, 1
-    found_by_draws = 0
-    for size, found, is_unsafe in draws:
-        expected += (found + found_by_draws) / size
+    hits, per_unsafe_row, already_found = 0, assumed_rows / rows, 0.0
+    for size, found, is_unsafe in _draws(verdicts, rows):
+        already_found += (found + hits) / size
         per_unsafe_row += 1 / size
-        found_by_draws += is_unsafe
-    hits += found_by_draws
-    found = list(known.values()).count("unsafe")
-    return min(max(round((hits + expected) / per_unsafe_row) - found, 1), rows - len(known))
+        hits += is_unsafe
+    total = round((1 + hits + already_found) / per_unsafe_row)
+    return min(max(total - list(known.values()).count("unsafe"), 1), rows - len(known))
 
 
 def _draws(verdicts: Sequence[Verdict], rows: int) -> list[tuple[int, int, bool]]:

@@ -35,12 +35,11 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     """Says whether it pays to review more rows."""
     if queue.is_known.all():
         return StopAdvice(True, "Every row has a verdict, so there is nothing left to look at.")
-    if queue.random_fraction == 1:
-        count = counted(sum(verdict.drawn_from is not None for verdict in queue.verdicts), "verdict")
-        return StopAdvice(
-            False, f"All rows are drawn at random (so far {count}). Each verdict makes the interval narrower."
-        )
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
+    if queue.random_fraction == 1:
+        return StopAdvice(
+            False, f"All rows are drawn at random (so far {len(drawn)}). Each verdict makes the interval narrower."
+        )
     ranked = [label for row, label in queue.labels.items() if row not in drawn]
     safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
     needed = safe_rows_needed(ranked.count("unsafe"), len(ranked) - safe_in_succession)
@@ -54,9 +53,8 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         if unsafe_drawn:
             return StopAdvice(
                 True,
-                f"You can stop, but there are unsafe rows: {ranked_are_safe}, but {unsafe_drawn} of "
-                f"{counted(len(drawn), 'row')} drawn at random turned out to be unsafe. The ranking learns from them, so it "
-                "can pay to go on.",
+                f"It can pay to go on: {ranked_are_safe}, but {unsafe_drawn} of {counted(len(drawn), 'row')} drawn at "
+                "random turned out to be unsafe. The ranking learns from such rows.",
             )
         reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
         if len(drawn) < RANDOM_ROWS:

@@ -343,7 +343,7 @@ def test_about_as_many_safe_verdicts_as_said_are_enough(tmp_path, level, monkeyp
 
 
 def test_the_rows_needed_equal_those_of_a_search():
-    """Further calibration rows, none of which score high, until the procedure of Benjamini and Hochberg selects a row."""
+    """Calibration rows with low scores are added until the procedure of Benjamini and Hochberg selects a row."""
     rng = np.random.default_rng(0)
     at_least = np.sort(rng.binomial(40, rng.beta(0.3, 3, 500)))
 
