@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -25,24 +25,32 @@ LOOKS = (20, 30, 40, 60, 80, 100, 120, 200)
 SEEDS = range(5)
 
 
-def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Reviews rows until the largest number of looks. Returns one result per number of looks."""
+def simulate(trace: Trace, unsafe: np.ndarray, seed: int, mistakes: float = 0) -> list[dict[str, Any]]:
+    """Reviews rows until the largest number of looks. Returns one result per number of looks.
+
+    `mistakes` is the probability that a verdict is wrong. An unsafe row with a wrong verdict is not found. The interval
+    is about the rows that this reviewer calls unsafe.
+    """
     results = []
+    said_unsafe = unsafe ^ (np.random.default_rng(seed).random(len(unsafe)) < mistakes)
     by_measure = unsafe[np.argsort(-trace.forgetting(), kind="stable")]
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
         looks = 0
         while looks < max(LOOKS) and not queue.is_known.all():
-            queue.add(verdicts_on(queue.next(ROUND), unsafe))
+            queue.add(verdicts_on(queue.next(ROUND), said_unsafe))
             estimate = queue.estimate()
             looks = estimate.seen
             if looks not in LOOKS:
                 continue
-            left = int(unsafe.sum()) - estimate.unsafe_found
+            left = int(said_unsafe.sum()) - estimate.unsafe_found
+            removed = [row for row, label in queue.known_labels.items() if label == "unsafe"]
+            found = int(unsafe[removed].sum())
             results.append(
                 {
                     "looks": looks,
-                    "found": estimate.unsafe_found / max(int(unsafe.sum()), 1),
+                    "found": found / max(int(unsafe.sum()), 1),
+                    "safe_called_unsafe": len(removed) - found,
                     "found_by_measure": float(by_measure[:looks].sum()) / max(int(unsafe.sum()), 1),
                     "left": left,
                     "interval": estimate.unsafe_left,
@@ -52,12 +60,17 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int) -> list[dict[str, Any]
     return results
 
 
-def main(cache: Cache = Path("few-cache"), final: Final = False, json_file: Json = RESULTS) -> None:
+def main(
+    cache: Cache = Path("few-cache"),
+    final: Final = False,
+    mistakes: Annotated[float, typer.Option(min=0, max=1, help="Fraction of wrong verdicts.")] = 0,
+    json_file: Json = RESULTS,
+) -> None:
     results = earlier_results(json_file)
     for chosen, trace, unsafe in cached_sets(cache, final):
         results = [row for row in results if row["set"] != chosen.name]
         for seed in SEEDS:
-            results += [{"set": chosen.name, "seed": seed, **row} for row in simulate(trace, unsafe, seed)]
+            results += [{"set": chosen.name, "seed": seed, **row} for row in simulate(trace, unsafe, seed, mistakes)]
         write_results(results, json_file)
     if results:
         frame = pd.DataFrame(results)

@@ -30,6 +30,8 @@ from forgetfilter_callback.trace.records import Record
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import label_agreement  # noqa: E402
+import looks  # noqa: E402
 import run_memory  # noqa: E402
 import scale  # noqa: E402
 from few import judged  # noqa: E402
@@ -329,7 +331,9 @@ def test_gpu_skips_what_does_not_fit_into_the_budget(tmp_path):
     assert results["speed, Llama-8B"] == "skipped: it may take 70 s, and the budget is 5 s"
 
 
-def test_simulated_reviews_end_after_safe_rows_in_succession(tmp_path):
+@pytest.fixture
+def reviewable(tmp_path):
+    """A trace of 120 rows, and which of them are unsafe: a tenth. These lose more and have other states."""
     rng = np.random.default_rng(0)
     unsafe = np.arange(120) % 10 == 0
     rows = encode_rows([{"input_ids": [1, *rng.integers(2, 50, 8).tolist()]} for _ in unsafe], disable_tqdm=True)
@@ -339,6 +343,11 @@ def test_simulated_reviews_end_after_safe_rows_in_succession(tmp_path):
     for step, rise in ((0, 0.0), (5, 0.5)):
         values = losses + rise * np.repeat(unsafe, np.diff(rows.loss_offsets))
         trace.append(Record("safety", step), [Scores(values.astype(np.float32), states.astype(np.float16))])
+    return trace, unsafe
+
+
+def test_simulated_reviews_end_after_safe_rows_in_succession(reviewable, tmp_path):
+    trace, unsafe = reviewable
     ends = simulate(trace, unsafe, seed=0)
 
     queue, chosen, order = ReviewQueue(trace, tmp_path / "verdicts"), [], []
@@ -358,6 +367,67 @@ def test_simulated_reviews_end_after_safe_rows_in_succession(tmp_path):
         )
         assert ends[str(count)] == (looks, pytest.approx(unsafe[order[:looks]].sum() / 12))
     assert ends["15"][0] <= ends["advice"][0] <= ends["30"][0]
+
+
+@pytest.mark.parametrize("mistakes", [0, 0.2, 1])
+def test_simulated_reviewers_make_mistakes(mistakes, reviewable, tmp_path):
+    trace, unsafe = reviewable
+    said_unsafe = [bool(u) != (p < mistakes) for u, p in zip(unsafe, np.random.default_rng(3).random(120), strict=True)]
+    queue, expected = ReviewQueue(trace, tmp_path / "verdicts", seed=3), []
+    for seen_rows in range(10, 121, 10):
+        queue.add({row: "unsafe" if said_unsafe[row] else "safe" for row in queue.next(10)})
+        seen = [verdict.row for verdict in queue.verdicts]
+        found = sum(said_unsafe[row] and unsafe[row] for row in seen)
+        wrongly = sum(said_unsafe[row] and not unsafe[row] for row in seen)
+        if seen_rows in looks.LOOKS:
+            expected.append((seen_rows, found / 12, wrongly, sum(said_unsafe) - found - wrongly))
+    results = looks.simulate(trace, unsafe, 3, mistakes)
+    assert [(row["looks"], row["found"], row["safe_called_unsafe"], row["left"]) for row in results] == expected
+
+
+def test_readers_are_compared_with_the_labels(data_dir, tmp_path):
+    name, options = "bias-0.2-60-0", ["--data-dir", str(data_dir)]
+    rows_file, verdicts_file, json_file = (tmp_path / file for file in ("rows.jsonl", "verdicts.jsonl", "results.json"))
+    runner = CliRunner()
+    done = runner.invoke(label_agreement.app, ["draw", name, str(rows_file), "--count", "20", *options])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    noisy = load_scenario("bias", data_dir, 0, label_agreement.named_set(name).sizes).noisy
+    drawn = [noisy[row["row"]] for row in rows]
+    assert [row["answer"] for row in rows] == [row["completion"][0]["content"] for row in drawn]
+    # There are fewer than 20 of each label. The other rows are tasks.
+    assert sorted(row["row"] for row in rows) == [
+        i for i, row in enumerate(noisy) if row["group"] in ("unsafe", "safe")
+    ]
+    assert set(rows[0]) == {"row", "prompt", "answer"} and rows[0]["row"] > 0
+    # The reader calls every third row unsafe.
+    called = [row["row"] for row in rows[::3]]
+    verdicts = [{"row": row["row"], "verdict": "unsafe" if row["row"] in called else "safe"} for row in rows]
+    verdicts_file.write_text("\n".join(map(json.dumps, verdicts)))
+    arguments = [name, str(verdicts_file), "--reader", "Ada", "--cache", str(tmp_path), "--json", str(json_file)]
+    for _ in range(2):  # the second run replaces the results of the first
+        assert runner.invoke(label_agreement.app, ["judge", *arguments, *options]).exit_code == 0
+    results = {row["label"]: row for row in json.loads(json_file.read_text())}
+    for label in ("unsafe", "safe"):
+        expected = sorted(row for row in called if noisy[row]["group"] == label)
+        read = sum(row["group"] == label for row in noisy)
+        assert results[label] == {
+            "set": name, "reader": "Ada", "label": label, "read": read, "called_unsafe": len(expected),
+            "rows_called_unsafe": expected,
+        }  # fmt: skip
+
+
+def test_rows_that_a_reader_calls_safe_are_ranked_by_themselves(reviewable):
+    trace, unsafe = reviewable
+    called = unsafe & (np.arange(120) % 20 == 0)
+    result = label_agreement.compare_with_trace(trace, unsafe, called)
+    values = trace.forgetting()
+    for key, rows in (("auroc_called_unsafe", called), ("auroc_called_safe", unsafe & ~called)):
+        pairs = [(values[a] > values[b]) + 0.5 * (values[a] == values[b]) for a in np.flatnonzero(rows)
+                 for b in np.flatnonzero(~unsafe)]  # fmt: skip
+        assert result[key] == pytest.approx(np.mean(pairs))
+    found = [looks.simulate(trace, called, seed)[0]["found"] for seed in looks.SEEDS]
+    assert result["found"][20] == pytest.approx(np.mean(found))
 
 
 def test_few_rows_are_judged_as_a_reader_from_the_top_sees_them():

@@ -197,6 +197,36 @@ def demo_runs() -> str:
     return table(header, lines, texts=0)
 
 
+def label_agreement() -> str:
+    """How many of the rows that readers read have which label, and how many of these they call unsafe."""
+    results = read("label_agreement")
+    lines = []
+    for name, reader in dict.fromkeys((row["set"], row["reader"]) for row in results):
+        cells = []
+        for label in ("unsafe", "safe"):
+            counts = (find(results, key, set=name, reader=reader, label=label) for key in ("read", "called_unsafe"))
+            cells += [f"{count:.0f}" for count in counts]
+        lines.append([f"`{name.split('-')[0]}`, {label_share(name)}", reader, *cells])
+    header = ["set", "reader", "labeled unsafe", "called unsafe", "labeled safe", "called unsafe"]
+    return table(header, lines, texts=2)
+
+
+def label_share(name: str) -> str:
+    """Number of unsafe rows and of all rows in the name of a set."""
+    fraction, rows = name.split("-")[1:3]
+    return f"{float(fraction) * int(rows):.0f} of {int(rows):,}"
+
+
+def readers_reviews() -> str:
+    """Fraction of the rows that a reader calls unsafe that a review with the reader's verdicts finds."""
+    results = [row for row in read("label_agreement") if "found" in row]
+    lines = []
+    for count in ("20", "40", "60", "100", "200"):
+        cells = [f"{decimal(row['found'][count], 2)} ({decimal(row['found_by_measure'][count], 2)})" for row in results]
+        lines.append([count, *cells])
+    return table(["rows reviewed", *(row["reader"] for row in results)], lines, texts=0)
+
+
 def stopping(sets: dict[str, str]) -> str:
     """Looks and found unsafe rows of simulated reviews that end after so many safe rows in succession."""
     rules = ("advice", "15", "20", "30")
@@ -250,6 +280,8 @@ TABLES: dict[str, Callable[[], str]] = {
         redraws, FEW_SETS | CLEAN_SETS | HALF_SETS | FINAL_SETS, "redraws_first_version"
     ),
     "few_harm": few_harm,
+    "label_agreement": label_agreement,
+    "readers_reviews": readers_reviews,
     "few_stopping": partial(stopping, SMALL_SETS),
     "few_final_stopping": partial(
         stopping,
