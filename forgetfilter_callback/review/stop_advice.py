@@ -44,9 +44,13 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
     needed = safe_rows_needed(ranked.count("unsafe"), len(ranked) - safe_in_succession)
     if safe_in_succession < needed:
-        return StopAdvice(
-            False, f"Go on until the last {needed} rows that the ranking chose are all safe (now {safe_in_succession})."
+        reason = (
+            f"Go on until the last {needed} rows that the ranking chose are all safe (now {safe_in_succession}; rows drawn "
+            "at random do not count)."
         )
+        if needed > MIN_SAFE_ROWS:
+            reason += " Fewer are enough if it finds more unsafe rows."
+        return StopAdvice(False, reason)
     ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
     if "unsafe" not in ranked:
         unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
@@ -59,17 +63,18 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
         if len(drawn) < RANDOM_ROWS:
             reason += (
-                " Either there are hardly any, or this model does not rank them first. To find out, go on with "
-                f"`--random-fraction 1`: if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most "
-                "about 5 % of the rows are unsafe."
+                " Either there are hardly any, or this model does not rank them first. To find out, start the review again "
+                f"with `--random-fraction 1` (the verdicts are kept): if {RANDOM_ROWS} rows drawn at random (so far "
+                f"{len(drawn)}) are all safe, at most about 5 % of the rows are unsafe."
             )
         else:
             reason += " The interval says how many there can be."
         return StopAdvice(True, reason)
     return StopAdvice(
         True,
-        f"You can stop: {ranked_are_safe}. If the interval is too wide for you, go on with `--random-fraction 1`: only rows "
-        f"drawn at random (so far {len(drawn)}) make it narrower.",
+        f"You can stop: {ranked_are_safe}. Only rows drawn at random (so far {len(drawn)}) count for the interval of "
+        "unsafe rows, so it can be wide. To make it narrower, start the review again with `--random-fraction 1` (the "
+        "verdicts are kept).",
     )
 
 

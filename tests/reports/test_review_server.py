@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 
 import numpy as np
@@ -395,7 +396,7 @@ def test_a_row_stays_if_the_next_round_cannot_be_made(session, monkeypatch, acti
 
 
 def test_the_review_says_when_to_stop(session):
-    assert session.state()["advice"].endswith("are all safe (now 0).")
+    assert "are all safe (now 0; " in session.state()["advice"]
     while not session.state()["is_enough"]:
         session.judge(session.row, "safe")
     assert "the last 30 rows that the ranking chose are safe" in session.state()["advice"]
@@ -466,15 +467,24 @@ def sources() -> list[str | None] | None:
     return None
 
 
+@contextmanager
+def served(trace: Trace, tokenizer, sources=None) -> Iterator[str]:
+    """Runs a review. Gives its address."""
+    with review_server(trace, tokenizer, "forgetfilter filter out", sources=sources) as review:
+        thread = Thread(target=review.server.serve_forever)
+        thread.start()
+        try:
+            yield review.address
+        finally:
+            review.server.shutdown()  # otherwise a test that fails would never end
+            thread.join()
+
+
 @pytest.fixture
 def running(trace, byte_tokenizer, sources) -> Iterator[str]:
     """The address of a review that runs."""
-    with review_server(trace, byte_tokenizer, "forgetfilter filter out", sources=sources) as review:
-        thread = Thread(target=review.server.serve_forever)
-        thread.start()
-        yield review.address
-        review.server.shutdown()
-        thread.join()
+    with served(trace, byte_tokenizer, sources) as address:
+        yield address
 
 
 def test_a_second_review_of_the_folder_is_refused(trace, byte_tokenizer):
@@ -534,10 +544,12 @@ def shown_row(page) -> int:
 @needs_chromium
 def test_reviewing_with_the_keyboard(page, trace):
     rows = [shown_row(page)]
-    for key, counts in (("u", "1 of 120 rows seen, 1 unsafe"), ("s", "2 of 120 rows seen, 1 unsafe")):
+    expect(page.locator("#removal")).to_be_hidden()  # no row is unsafe yet
+    for key, counts in (("u", "1 of 120 rows reviewed, 1 unsafe"), ("s", "2 of 120 rows reviewed, 1 unsafe")):
         page.keyboard.press(key)
         expect(page.locator("#counts")).to_have_text(counts)
         rows.append(shown_row(page))
+    expect(page.locator("#removal")).to_have_text("This command removes the unsafe rows: forgetfilter filter out")
     page.keyboard.press("Space")
     expect(page.locator("#row-title")).not_to_have_text(f"Row {rows[2]}")
     page.keyboard.press("z")
@@ -547,9 +559,9 @@ def test_reviewing_with_the_keyboard(page, trace):
     expect(page.locator("#previous")).to_have_text("Your verdict was: safe. A new one replaces it; space keeps it.")
     page.keyboard.press("Control+u")  # a shortcut of the browser
     page.keyboard.press("U")
-    expect(page.locator("#counts")).to_have_text("2 of 120 rows seen, 2 unsafe")
+    expect(page.locator("#counts")).to_have_text("2 of 120 rows reviewed, 2 unsafe")
     page.click("#safe")
-    expect(page.locator("#counts")).to_have_text("3 of 120 rows seen, 2 unsafe")
+    expect(page.locator("#counts")).to_have_text("3 of 120 rows reviewed, 2 unsafe")
     assert stored(trace) == [(rows[0], "unsafe"), (rows[1], "safe"), (rows[1], "unsafe"), (rows[2], "safe")]
     expect(page.locator("#round")).to_have_text("7 rows until the next ranking")
     assert not page.is_visible("#by-source") and not page.is_visible("#row-source")
@@ -564,7 +576,7 @@ def test_how_many_unsafe_rows_can_be_left(page):
     )
     for seen in range(1, 11):
         page.keyboard.press("s")
-        expect(page.locator("#counts")).to_have_text(f"{seen} of 120 rows seen, 0 unsafe")
+        expect(page.locator("#counts")).to_have_text(f"{seen} of 120 rows reviewed, 0 unsafe")
     expect(left).to_have_text(re.compile(r"not found yet: \d+ to \d+ \(90 % interval, from 1 row drawn at random\)\."))
 
 
@@ -581,14 +593,12 @@ def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
     for step in (0, 4):
         losses = np.random.default_rng(step).random(encoded.loss_offsets[-1], np.float32)
         trace.append(Record("safety", step), [Scores(losses, states)])
-    with review_server(trace, byte_tokenizer, "forgetfilter filter out") as review:
-        thread = Thread(target=review.server.serve_forever)
-        thread.start()
+    with served(trace, byte_tokenizer) as address:
         opened = browser.new_page()
-        opened.goto(review.address)
+        opened.goto(address)
         prompt = "document.getElementById('prompt').textContent"
         for number in range(12):
-            expect(opened.locator("#counts")).to_contain_text(f"{number} of 12 rows seen")
+            expect(opened.locator("#counts")).to_contain_text(f"{number} of 12 rows reviewed")
             row = shown_row(opened)
             assert opened.evaluate(prompt) == asked[row]
             expect(opened.locator("#template")).to_have_text("show the chat template")
@@ -598,10 +608,41 @@ def test_the_chat_template_is_hidden(browser, byte_tokenizer, tmp_path):
             opened.click("#template")
             assert all("Be brief" not in text for text in opened.locator("#similar .text").all_inner_texts())
             opened.keyboard.press("s")
-        expect(opened.locator("#counts")).to_contain_text("12 of 12 rows seen")
+        expect(opened.locator("#counts")).to_contain_text("12 of 12 rows reviewed")
         opened.close()
-        review.server.shutdown()
-        thread.join()
+
+
+@needs_chromium
+def test_a_prompt_that_is_cut_inside_the_chat_template_is_shown_without_it(
+    browser, byte_tokenizer, monkeypatch, tmp_path
+):
+    begin, end = "<eos>system\nBe brief.<eos>\n<eos>user\n", "<eos>\n<eos>assistant\n"
+    asked = [f"{'Why? ' * (5 * (row % 3))}Question {row}?" for row in range(9)]  # short ones are not cut
+    monkeypatch.setattr(session_module, "MAX_ROW_LENGTH", len(f"e brief.<eos>\n<eos>user\n{asked[1]}{end}"))
+    rows = [{"prompt": f"{begin}{asked[row]}{end}", "completion": f"Answer {row}<eos>"} for row in range(9)]
+    encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
+    trace = Trace.create(tmp_path / "trace", encoded, "tiny", None, None)
+    for step in (0, 4):
+        losses = np.random.default_rng(step).random(encoded.loss_offsets[-1], np.float32)
+        trace.append(Record("safety", step), [Scores(losses, np.eye(9, 4, dtype=np.float16))])
+    with served(trace, byte_tokenizer) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        for number in range(9):
+            expect(opened.locator("#counts")).to_contain_text(f"{number} of 9 rows reviewed")
+            row = shown_row(opened)
+            shown = opened.evaluate("document.getElementById('prompt').textContent")
+            if row % 3 < 2:  # at most the template is cut
+                assert shown == asked[row]
+            else:
+                assert shown.startswith("[…] Why?") and asked[row].endswith(shown.removeprefix("[…] "))
+            opened.click("#template")
+            with_template = opened.evaluate("document.getElementById('prompt').textContent")
+            beginning = [begin, "[…] brief.<eos>\n<eos>user\n", "[…] "][row % 3]
+            assert with_template.startswith(beginning) and with_template.endswith(end)
+            opened.click("#template")
+            opened.keyboard.press("s")
+        opened.close()
 
 
 @needs_chromium
@@ -638,7 +679,7 @@ def test_a_key_that_is_held_down_counts_once(page, trace):
     page.keyboard.down("s")
     page.keyboard.down("s")
     page.keyboard.up("s")
-    expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 0 unsafe")
+    expect(page.locator("#counts")).to_have_text("1 of 120 rows reviewed, 0 unsafe")
     assert len(stored(trace)) == 1
 
 
@@ -680,7 +721,7 @@ def test_the_page_is_silent_after_a_fast_answer(browser, running):
 @needs_chromium
 def test_the_space_bar_skips_after_a_click_on_a_button(page, trace):
     page.click("#unsafe")
-    expect(page.locator("#counts")).to_have_text("1 of 120 rows seen, 1 unsafe")
+    expect(page.locator("#counts")).to_have_text("1 of 120 rows reviewed, 1 unsafe")
     row = shown_row(page)
     page.keyboard.press("Space")
     expect(page.locator("#row-title")).not_to_have_text(f"Row {row}")
@@ -704,7 +745,7 @@ def test_hostile_texts_are_shown_as_they_are(page):
             "[...document.querySelectorAll('.text *')].every((e) => ['SPAN', 'DIV'].includes(e.tagName))"
         )
         page.keyboard.press("s")
-        expect(page.locator("#counts")).to_have_text(f"{number + 1} of 120 rows seen, 0 unsafe")
+        expect(page.locator("#counts")).to_have_text(f"{number + 1} of 120 rows reviewed, 0 unsafe")
         if len(seen) == len(HOSTILE):
             break
     assert seen == set(HOSTILE)
@@ -716,7 +757,7 @@ def test_sources_are_shown_as_text(page):
     cells = "[...document.querySelectorAll('#sources tr')].map((tr) => [...tr.cells].map((cell) => cell.textContent))"
     seen: dict[str, int] = {}
     for number in range(20):
-        expect(page.locator("#counts")).to_have_text(f"{number} of 120 rows seen, 0 unsafe")
+        expect(page.locator("#counts")).to_have_text(f"{number} of 120 rows reviewed, 0 unsafe")
         source = source_of(shown_row(page))
         assert page.evaluate("document.getElementById('row-source').textContent") == f"Source: {source}"
         similar = page.evaluate("[...document.querySelectorAll('#similar .source')].map((each) => each.textContent)")

@@ -34,7 +34,8 @@ def add_unsafe_rows(queue: ReviewQueue, count: int) -> None:
 def test_a_review_can_stop_after_safe_rows_that_the_ranking_chose(queue):
     assert stop_advice(queue) == (
         False,
-        "Go on until the last 30 rows that the ranking chose are all safe (now 0).",
+        "Go on until the last 30 rows that the ranking chose are all safe (now 0; rows drawn at random do not count). "
+        "Fewer are enough if it finds more unsafe rows.",
     )
     add_unsafe_rows(queue, 1)
     review_until_enough(queue)
@@ -42,8 +43,9 @@ def test_a_review_can_stop_after_safe_rows_that_the_ranking_chose(queue):
     safe = [row for row, label in queue.labels.items() if label == "safe" and row not in drawn]
     assert len(safe) == MAX_SAFE_ROWS
     assert stop_advice(queue).reason == (
-        "You can stop: the last 30 rows that the ranking chose are safe. If the interval is too wide for you, go on with "
-        f"`--random-fraction 1`: only rows drawn at random (so far {len(drawn)}) make it narrower."
+        "You can stop: the last 30 rows that the ranking chose are safe. Only rows drawn at random (so far "
+        f"{len(drawn)}) count for the interval of unsafe rows, so it can be wide. To make it narrower, start the review "
+        "again with `--random-fraction 1` (the verdicts are kept)."
     )
 
 
@@ -52,12 +54,14 @@ def test_an_unsafe_row_that_the_ranking_chose_continues_the_review(queue):
     queue.random_fraction = 0
     queue.add(dict.fromkeys(queue.next(1), "unsafe"))
     is_enough, reason = stop_advice(queue)
-    assert not is_enough and reason.endswith("are all safe (now 0).")
+    assert not is_enough and "are all safe (now 0; " in reason
 
 
 def test_a_ranking_that_finds_many_unsafe_rows_is_believed_sooner(queue):
     add_unsafe_rows(queue, 4)
-    assert stop_advice(queue).reason == "Go on until the last 15 rows that the ranking chose are all safe (now 0)."
+    assert stop_advice(queue).reason == (
+        "Go on until the last 15 rows that the ranking chose are all safe (now 0; rows drawn at random do not count)."
+    )
     review_until_enough(queue)
     assert stop_advice(queue).reason.startswith("You can stop: the last 15 rows that the ranking chose are safe.")
 
@@ -78,9 +82,9 @@ def test_a_ranking_that_found_nothing_may_be_wrong(queue):
     assert stop_advice(queue) == (
         True,
         "It hardly pays to review more rows in this order: the last 30 rows that the ranking chose are safe, and it has "
-        "found no unsafe row. Either there are hardly any, or this model does not rank them first. To find out, go on with "
-        f"`--random-fraction 1`: if 45 rows drawn at random (so far {len(drawn)}) are all safe, at most about 5 % of the "
-        "rows are unsafe.",
+        "found no unsafe row. Either there are hardly any, or this model does not rank them first. To find out, start the "
+        "review again with `--random-fraction 1` (the verdicts are kept): if 45 rows drawn at random (so far "
+        f"{len(drawn)}) are all safe, at most about 5 % of the rows are unsafe.",
     )
 
 
@@ -120,7 +124,7 @@ def test_random_rows_are_not_counted_as_rows_that_the_ranking_chose(queue):
     queue.add(dict.fromkeys(queue.next(60), "safe"))
     queue.random_fraction = 0.1
     is_enough, reason = stop_advice(queue)
-    assert not is_enough and reason.endswith("are all safe (now 0).")
+    assert not is_enough and "are all safe (now 0; " in reason
 
 
 @pytest.mark.parametrize("label", ["safe", "unsafe"])
@@ -133,7 +137,7 @@ def test_rows_drawn_at_random_do_not_change_how_many_safe_rows_are_needed(queue,
     queue.add(drawn)
     add_unsafe_rows(queue, ranked)
     assert (
-        stop_advice(queue).reason == f"Go on until the last {needed} rows that the ranking chose are all safe (now 0)."
+        f"Go on until the last {needed} rows that the ranking chose are all safe (now 0; " in stop_advice(queue).reason
     )
 
 

@@ -16,12 +16,11 @@ from ...review.review_queue import ReviewQueue
 from ...review.stop_advice import stop_advice
 from ...review.verdicts import VerdictLabel
 from ..source_table import MAX_LISTED, short_name
-from ..token_text import last_characters, split_text
+from ..token_text import MAX_TEXT_LENGTH, last_characters, split_text
 
 
 # Characters of a prompt and of an answer. Without a limit, one huge row could block the browser.
 MAX_ROW_LENGTH = 20_000
-MAX_SIMILAR_LENGTH = 600
 SIMILAR_ROWS = 2
 TEMPLATE_ROWS = 20  # what their prompts have in common is taken as the chat template
 
@@ -191,7 +190,7 @@ class ReviewSession:
                     "number": other,
                     "source": self._source(other),
                     "cosine": float(cosines[other]),
-                    **self._text(other, MAX_SIMILAR_LENGTH),
+                    **self._text(other, MAX_TEXT_LENGTH),
                     "verdict": self.queue.labels.get(other),
                 }
             )

@@ -8,16 +8,20 @@ let showsTemplate = false;
 let shownState = null; // the last answer of the server
 let template = { start: "", end: "" }; // the texts that the chat template puts before and after each prompt
 
-function withoutTemplate(content) {
-  const text = textOf(content.prompt);
-  const start = !content.is_cut && text.startsWith(template.start) ? template.start.length : 0;
-  const end = text.endsWith(template.end) ? text.length - template.end.length : text.length;
-  return start < end ? slicePieces(content.prompt, start, end) : content.prompt;
+// Characters of the template at the start of a prompt. If the beginning is cut off, that can be an end of the template.
+function templateLength(text, isCut) {
+  if (!isCut) return text.startsWith(template.start) ? template.start.length : 0;
+  for (let from = 1; from < template.start.length; from += 1) {
+    if (text.startsWith(template.start.slice(from))) return template.start.length - from;
+  }
+  return 0;
 }
 function fill(parent, content) {
+  const text = textOf(content.prompt), start = showsTemplate ? 0 : templateLength(text, content.is_cut);
+  const end = text.length - (!showsTemplate && text.endsWith(template.end) ? template.end.length : 0);
   parent.replaceChildren();
-  if (content.is_cut) parent.append("[…] ");
-  appendPieces(parent, showsTemplate ? content.prompt : withoutTemplate(content));
+  if (content.is_cut && start === 0) parent.append("[…] ");
+  appendPieces(parent, start < end ? slicePieces(content.prompt, start, end) : content.prompt);
 }
 function similarRow(content) {
   const other = element("div", "other");
@@ -54,12 +58,13 @@ function show(state) {
   const current = state.row;
   row = current === null ? null : current.number;
   const identical = state.identical > 0 ? ` (${state.identical.toLocaleString("en")} more are identical to them)` : "";
-  $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} seen${identical}, ${state.unsafe.toLocaleString("en")} unsafe`;
+  $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} reviewed${identical}, ${state.unsafe.toLocaleString("en")} unsafe`;
   $("left").textContent = `Unsafe rows not found yet: ${describeLeft(...state.unsafe_left, state.drawn)}.`;
   $("advice").replaceChildren(...state.advice.split("`").map((part, place) => (place % 2 ? element("code", "", part) : part)));
   $("advice").className = state.is_enough ? "is-enough" : "";
   $("by-source").hidden = state.by_source === null;
   if (state.by_source !== null) $("sources").replaceChildren(...state.by_source.map(sourceRow));
+  $("removal").hidden = state.unsafe === 0;
   $("command").textContent = state.next_command;
   $("round").textContent = current === null ? "" : `${count(state.left_in_round, "row")} until the next ranking`;
   $("current").hidden = $("others").hidden = current === null;
