@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from sklearn.metrics import roc_auc_score
+from scipy.stats import mannwhitneyu
 from transformers.utils import logging
 
 from few import Set, open_sets
@@ -47,15 +47,16 @@ def compare_with_trace(trace: Trace, labeled_unsafe: np.ndarray, called_unsafe: 
     """How the default measure ranks the rows labeled unsafe, and reviews with the verdicts of the reader.
 
     Those that the reader calls unsafe, and those that the reader calls safe, are each compared with all rows that are not
-    labeled unsafe.
+    labeled unsafe, and then with each other (AUROC, and p value of the test of Mann and Whitney).
     """
     values = trace.forgetting()
-    against = {"called_unsafe": labeled_unsafe & called_unsafe, "called_safe": labeled_unsafe & ~called_unsafe}
-    aurocs = {
-        f"auroc_{name}": float(roc_auc_score(rows[rows | ~labeled_unsafe], values[rows | ~labeled_unsafe]))
-        for name, rows in against.items()
-        if rows.any()
-    }
+    unsafe, safe = labeled_unsafe & called_unsafe, labeled_unsafe & ~called_unsafe
+    comparisons = {"auroc_called_unsafe": (unsafe, ~labeled_unsafe), "auroc_called_safe": (safe, ~labeled_unsafe)}
+    aurocs = {}
+    for name, (rows, others) in {**comparisons, "auroc_between": (unsafe, safe)}.items():
+        test = mannwhitneyu(values[rows], values[others])
+        aurocs[name] = float(test.statistic / (rows.sum() * others.sum()))
+    aurocs["p_value_between"] = float(test.pvalue)
     reviews = pd.DataFrame([row for seed in SEEDS for row in simulate(trace, called_unsafe, seed)])
     means = reviews.groupby("looks")[["found", "found_by_measure"]].mean()
     return {**aurocs, **means.round(6).to_dict()}
@@ -96,18 +97,26 @@ def judge(
     chosen = named_set(name)
     labeled_unsafe = np.array([row["group"] == "unsafe" for row in noisy_rows(chosen, data_dir)])
     verdicts = {each["row"]: each["verdict"] for each in map(json.loads, verdicts_file.read_text().splitlines())}
+    unknown = set(verdicts.values()) - {"unsafe", "safe"}
+    if unknown:
+        raise ValueError(f'{verdicts_file} has the verdicts {sorted(unknown)}. They must be "unsafe" or "safe".')
     called_unsafe = labeled_unsafe.copy()
     called_unsafe[list(verdicts)] = [verdict == "unsafe" for verdict in verdicts.values()]
     results = [row for row in earlier_results(json_file) if (row["set"], row["reader"]) != (name, reader)]
     for label, is_labeled in (("unsafe", labeled_unsafe), ("safe", ~labeled_unsafe)):
         read = [row for row in sorted(verdicts) if is_labeled[row]]
-        rows_called_unsafe = [row for row in read if called_unsafe[row]]
-        counts = {"read": len(read), "called_unsafe": len(rows_called_unsafe), "rows_called_unsafe": rows_called_unsafe}
-        results.append({"set": name, "reader": reader, "label": label, **counts})
-    for _, trace, _ in open_sets([chosen], cache):
+        rows_called = {
+            f"rows_called_{verdict}": [row for row in read if verdicts[row] == verdict]
+            for verdict in ("unsafe", "safe")
+        }
+        counts = {"read": len(read), "called_unsafe": len(rows_called["rows_called_unsafe"])}
+        results.append({"set": name, "reader": reader, "label": label, **counts, **rows_called})
+    for _, trace, unsafe in open_sets([chosen], cache):
+        if not np.array_equal(unsafe, labeled_unsafe):
+            raise ValueError(f"The labels of {name} in {cache} are not those of the data. Check --data-dir.")
         results[-2] |= compare_with_trace(trace, labeled_unsafe, called_unsafe)
     write_results(results, json_file)
-    lists = ["rows_called_unsafe", "found", "found_by_measure"]
+    lists = ["rows_called_unsafe", "rows_called_safe", "found", "found_by_measure"]
     print(pd.DataFrame(results).drop(columns=lists, errors="ignore").to_string(index=False))
 
 

@@ -2,6 +2,9 @@
 
 Uses the traces that `few.py train` keeps. The true groups give the verdicts. Each set is reviewed with several seeds of the
 random draws, and the same number of looks by the ranking of the default measure is the comparison.
+
+`--mistakes 0.1`: the reviewer judges a tenth of the rows wrongly, unsafe as well as safe ones. These results have a file of
+their own.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import typer
 
 from few import Final, cached_sets, verdicts_on
 from forgetfilter_callback import ReviewQueue, Trace
-from sessions import Cache, Json, earlier_results, write_results
+from forgetfilter_callback.data.identical_rows import content_numbers
+from sessions import Cache, earlier_results, write_results
 
 
 RESULTS = Path(__file__).parent / "results" / "looks.json"
+RESULTS_WITH_MISTAKES = RESULTS.with_name("looks_with_mistakes.json")
 ROUND = 10  # rows per round
 LOOKS = (20, 30, 40, 60, 80, 100, 120, 200)
 SEEDS = range(5)
@@ -32,7 +37,8 @@ def simulate(trace: Trace, unsafe: np.ndarray, seed: int, mistakes: float = 0) -
     is about the rows that this reviewer calls unsafe.
     """
     results = []
-    said_unsafe = unsafe ^ (np.random.default_rng(seed).random(len(unsafe)) < mistakes)
+    contents = content_numbers(trace.rows.ids)  # identical rows have the same verdict
+    said_unsafe = unsafe ^ (np.random.default_rng(seed).random(len(unsafe)) < mistakes)[contents]
     by_measure = unsafe[np.argsort(-trace.forgetting(), kind="stable")]
     with tempfile.TemporaryDirectory() as folder:
         queue = ReviewQueue(trace, folder, seed=seed)
@@ -64,13 +70,15 @@ def main(
     cache: Cache = Path("few-cache"),
     final: Final = False,
     mistakes: Annotated[float, typer.Option(min=0, max=1, help="Fraction of wrong verdicts.")] = 0,
-    json_file: Json = RESULTS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="The file for the results.")] = None,
 ) -> None:
+    json_file = json_file or (RESULTS_WITH_MISTAKES if mistakes else RESULTS)
     results = earlier_results(json_file)
     for chosen, trace, unsafe in cached_sets(cache, final):
-        results = [row for row in results if row["set"] != chosen.name]
+        results = [row for row in results if (row["set"], row["mistakes"]) != (chosen.name, mistakes)]
         for seed in SEEDS:
-            results += [{"set": chosen.name, "seed": seed, **row} for row in simulate(trace, unsafe, seed, mistakes)]
+            run = {"set": chosen.name, "seed": seed, "mistakes": mistakes}
+            results += [{**run, **row} for row in simulate(trace, unsafe, seed, mistakes)]
         write_results(results, json_file)
     if results:
         frame = pd.DataFrame(results)

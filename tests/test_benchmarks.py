@@ -23,6 +23,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from forgetfilter_callback import ForgetTracker, ReviewQueue, Trace, encode_rows
+from forgetfilter_callback.data.identical_rows import content_numbers
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -372,7 +373,8 @@ def test_simulated_reviews_end_after_safe_rows_in_succession(reviewable, tmp_pat
 @pytest.mark.parametrize("mistakes", [0, 0.2, 1])
 def test_simulated_reviewers_make_mistakes(mistakes, reviewable, tmp_path):
     trace, unsafe = reviewable
-    said_unsafe = [bool(u) != (p < mistakes) for u, p in zip(unsafe, np.random.default_rng(3).random(120), strict=True)]
+    wrong = np.random.default_rng(3).random(120)[content_numbers(trace.rows.ids)] < mistakes
+    said_unsafe = [bool(u) != w for u, w in zip(unsafe, wrong, strict=True)]
     queue, expected = ReviewQueue(trace, tmp_path / "verdicts", seed=3), []
     for seen_rows in range(10, 121, 10):
         queue.add({row: "unsafe" if said_unsafe[row] else "safe" for row in queue.next(10)})
@@ -399,7 +401,9 @@ def test_readers_are_compared_with_the_labels(data_dir, tmp_path):
     assert sorted(row["row"] for row in rows) == [
         i for i, row in enumerate(noisy) if row["group"] in ("unsafe", "safe")
     ]
-    assert set(rows[0]) == {"row", "prompt", "answer"} and rows[0]["row"] > 0
+    assert set(rows[0]) == {"row", "prompt", "answer"}
+    labels = [row["group"] for row in drawn]
+    assert labels not in (sorted(labels), sorted(labels, reverse=True))  # the order does not show them
     # The reader calls every third row unsafe.
     called = [row["row"] for row in rows[::3]]
     verdicts = [{"row": row["row"], "verdict": "unsafe" if row["row"] in called else "safe"} for row in rows]
@@ -414,6 +418,8 @@ def test_readers_are_compared_with_the_labels(data_dir, tmp_path):
         assert results[label] == {
             "set": name, "reader": "Ada", "label": label, "read": read, "called_unsafe": len(expected),
             "rows_called_unsafe": expected,
+            "rows_called_safe": sorted(row["row"] for row in rows if noisy[row["row"]]["group"] == label
+                                       and row["row"] not in called),
         }  # fmt: skip
 
 
@@ -422,9 +428,16 @@ def test_rows_that_a_reader_calls_safe_are_ranked_by_themselves(reviewable):
     called = unsafe & (np.arange(120) % 20 == 0)
     result = label_agreement.compare_with_trace(trace, unsafe, called)
     values = trace.forgetting()
-    for key, rows in (("auroc_called_unsafe", called), ("auroc_called_safe", unsafe & ~called)):
+    called_safe = unsafe & ~called
+    compared = {
+        "called_unsafe": (called, ~unsafe),
+        "called_safe": (called_safe, ~unsafe),
+        "between": (called, called_safe),
+    }
+    for key, (rows, others) in compared.items():
+        key = f"auroc_{key}"
         pairs = [(values[a] > values[b]) + 0.5 * (values[a] == values[b]) for a in np.flatnonzero(rows)
-                 for b in np.flatnonzero(~unsafe)]  # fmt: skip
+                 for b in np.flatnonzero(others)]  # fmt: skip
         assert result[key] == pytest.approx(np.mean(pairs))
     found = [looks.simulate(trace, called, seed)[0]["found"] for seed in looks.SEEDS]
     assert result["found"][20] == pytest.approx(np.mean(found))

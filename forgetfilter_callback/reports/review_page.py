@@ -273,7 +273,7 @@ def _text_rows(
         tokens, loss_mask = trace.rows.sample(index)
         span = slice(offsets[index], offsets[index + 1])
         prompt, pieces = split_text(tokenizer, tokens, loss_mask, after[span] - before[span], special)
-        prompt, is_cut = last_characters(prompt, MAX_TEXT_LENGTH)
+        prompt, cut = last_characters(prompt, MAX_TEXT_LENGTH)
         rows.append(
             {
                 "id": trace.rows.ids[index].as_py(),
@@ -285,7 +285,7 @@ def _text_rows(
                 "verdict": labels.get(index),
                 "drawn": order_of.get(index),
                 "prompt": prompt,
-                "is_cut": is_cut,
+                "is_cut": cut > 0,
                 "pieces": pieces,
             }
         )

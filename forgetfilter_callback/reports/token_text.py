@@ -85,11 +85,11 @@ def split_text(
     return _split_prompt(tokenizer, token_ids[:start], special), pieces
 
 
-def last_characters(prompt: list[Piece], length: int) -> tuple[list[Piece], bool]:
+def last_characters(prompt: list[Piece], length: int) -> tuple[list[Piece], int]:
     """The last `length` characters of a prompt, from the beginning of a word.
 
     Returns:
-        `tuple[list[Piece], bool]`: the pieces, and whether something was cut off.
+        `tuple[list[Piece], int]`: the pieces, and the number of characters that were cut off.
     """
     kept: list[Piece] = []
     for piece in reversed(prompt):
@@ -98,10 +98,11 @@ def last_characters(prompt: list[Piece], length: int) -> tuple[list[Piece], bool
                 text = piece.text[-length:]
                 _, space, words = text.partition(" ")
                 kept.append(piece._replace(text=words if space else text))
-            return kept[::-1], True
+            break
         kept.append(piece)
         length -= len(piece.text)
-    return kept[::-1], False
+    cut = sum(len(piece.text) for piece in prompt) - sum(len(piece.text) for piece in kept)
+    return kept[::-1], cut
 
 
 def _split_prompt(tokenizer: Decoder, token_ids: list[int], special: frozenset[int]) -> list[Piece]:

@@ -51,8 +51,8 @@ def test_special_tokens_are_pieces_of_their_own(kind, byte_tokenizer):
 
 def test_the_last_characters_of_a_prompt_begin_with_a_word():
     prompt = [Piece("<s>", None, True), Piece("the cat sat", None, False), Piece("<e>", None, True)]
-    assert last_characters(prompt, 17) == (prompt, False)
-    assert last_characters(prompt, 16) == (prompt[1:], True)
-    assert last_characters(prompt, 3) == (prompt[2:], True)
-    assert last_characters(prompt, 9) == ([Piece("sat", None, False), Piece("<e>", None, True)], True)
-    assert last_characters([Piece("x" * 50, None, False)], 10) == ([Piece("x" * 10, None, False)], True)
+    assert last_characters(prompt, 17) == (prompt, 0)
+    assert last_characters(prompt, 16) == (prompt[1:], 3)
+    assert last_characters(prompt, 3) == (prompt[2:], 14)
+    assert last_characters(prompt, 9) == ([Piece("sat", None, False), Piece("<e>", None, True)], 11)
+    assert last_characters([Piece("x" * 50, None, False)], 10) == ([Piece("x" * 10, None, False)], 40)

@@ -124,7 +124,7 @@ class ReviewSession:
         """The prompts of random rows, as JSON types. They show what the chat template is."""
         rows = np.random.default_rng(0).permutation(len(self.queue.trace.rows))[:TEMPLATE_ROWS].tolist()
         texts = [self._text(row, MAX_ROW_LENGTH) for row in rows]
-        return [{"prompt": text["prompt"], "is_cut": text["is_cut"]} for text in texts]
+        return [{"prompt": text["prompt"], "cut": text["cut"]} for text in texts]
 
     def _check_current(self, row: int) -> None:
         if row != self.row:
@@ -202,5 +202,5 @@ class ReviewSession:
         span = slice(rows.loss_offsets[row], rows.loss_offsets[row + 1])
         rises = self._after[span] - self._before[span]
         prompt, pieces = split_text(self._decoder, tokens, loss_mask, rises, self._special, max_length)
-        prompt, is_cut = last_characters(prompt, max_length)
-        return {"prompt": prompt, "is_cut": is_cut, "pieces": pieces}
+        prompt, cut = last_characters(prompt, max_length)
+        return {"prompt": prompt, "cut": cut, "pieces": pieces}

@@ -8,19 +8,16 @@ let showsTemplate = false;
 let shownState = null; // the last answer of the server
 let template = { start: "", end: "" }; // the texts that the chat template puts before and after each prompt
 
-// Characters of the template at the start of a prompt. If the beginning is cut off, that can be an end of the template.
-function templateLength(text, isCut) {
-  if (!isCut) return text.startsWith(template.start) ? template.start.length : 0;
-  for (let from = 1; from < template.start.length; from += 1) {
-    if (text.startsWith(template.start.slice(from))) return template.start.length - from;
-  }
-  return 0;
+// How many characters at the start of a shown prompt are of the template. Its first `cut` characters are not on the page.
+function templateLength(text, cut) {
+  const shown = template.start.slice(cut);
+  return text.startsWith(shown) ? shown.length : 0;
 }
 function fill(parent, content) {
-  const text = textOf(content.prompt), start = showsTemplate ? 0 : templateLength(text, content.is_cut);
+  const text = textOf(content.prompt), start = showsTemplate ? 0 : templateLength(text, content.cut);
   const end = text.length - (!showsTemplate && text.endsWith(template.end) ? template.end.length : 0);
   parent.replaceChildren();
-  if (content.is_cut && start === 0) parent.append("[…] ");
+  if (content.cut > 0 && start === 0) parent.append("[…] ");
   appendPieces(parent, start < end ? slicePieces(content.prompt, start, end) : content.prompt);
 }
 function similarRow(content) {
@@ -135,7 +132,7 @@ $("template").addEventListener("click", () => {
 });
 for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
 function templateOf(prompts) {
-  const whole = prompts.filter((each) => !each.is_cut), text = textOf(prompts[0].prompt);
+  const whole = prompts.filter((each) => each.cut === 0), text = textOf(prompts[0].prompt);
   return {
     start: whole.length ? textOf(whole[0].prompt).slice(0, templateStartOf(whole)) : "",
     end: text.slice(text.length - templateEndOf(prompts)),
