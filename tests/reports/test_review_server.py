@@ -617,7 +617,9 @@ def test_a_prompt_that_is_cut_inside_the_chat_template_is_shown_without_it(
     browser, byte_tokenizer, monkeypatch, tmp_path
 ):
     begin, end = "<eos>system\nBe brief.<eos>\n<eos>user\n", "<eos>\n<eos>assistant\n"
-    asked = [f"{'Why? ' * (5 * (row % 3))}Question {row}?" for row in range(9)]  # short ones are not cut
+    # Short ones are not cut, and long ones inside the question. What is left of these begins like an end of the template.
+    beginnings = ["", "Why? " * 5, "x" * 60 + " user\n"]
+    asked = [f"{beginnings[row % 3]}Question {row}?" for row in range(9)]
     monkeypatch.setattr(session_module, "MAX_ROW_LENGTH", len(f"e brief.<eos>\n<eos>user\n{asked[1]}{end}"))
     rows = [{"prompt": f"{begin}{asked[row]}{end}", "completion": f"Answer {row}<eos>"} for row in range(9)]
     encoded = encode_rows(rows, byte_tokenizer, disable_tqdm=True)
@@ -635,7 +637,7 @@ def test_a_prompt_that_is_cut_inside_the_chat_template_is_shown_without_it(
             if row % 3 < 2:  # at most the template is cut
                 assert shown == asked[row]
             else:
-                assert shown.startswith("[…] Why?") and asked[row].endswith(shown.removeprefix("[…] "))
+                assert shown == f"[…] user\nQuestion {row}?"
             opened.click("#template")
             with_template = opened.evaluate("document.getElementById('prompt').textContent")
             beginning = [begin, "[…] brief.<eos>\n<eos>user\n", "[…] "][row % 3]
