@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from statistics import mean
 
-from markdown_tables import decimal, find, read, table
+from markdown_tables import Row, decimal, find, read, table
 
 
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
@@ -19,6 +19,7 @@ CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
 FINAL_CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
     "toxicity-0-600-0": "`toxicity`, clean",
+    "harmfulness-0-600-1": "`harmfulness`, seed 1, clean",
     "mixed-0-600-1": "`mixed`, clean",
 }
 TENTH_SETS = {
@@ -39,10 +40,13 @@ ONE_PERCENT_SETS = {
     "mixed-0.01-600-1": "`mixed`, 6 of 600",
 }
 TWO_PERCENT_SETS = {
-    "bias-0.02-600-0": "`bias`, 12 of 600",
-    "toxicity-0.02-600-0": "`toxicity`, 12 of 600",
-    "harmfulness-0.02-600-1": "`harmfulness`, 12 of 600",
-    "mixed-0.02-600-1": "`mixed`, 12 of 600",
+    f"{name}-0.02-600-{seed}": f"`{name}`, seed {seed}, 12 of 600"
+    for name, seeds in (("bias", (0, 1)), ("toxicity", (0, 1)), ("harmfulness", (1, 2)), ("mixed", (1, 2)))
+    for seed in seeds
+}
+FIRST_TWO_PERCENT_SETS = {
+    name: TWO_PERCENT_SETS[name]
+    for name in ("bias-0.02-600-0", "toxicity-0.02-600-0", "harmfulness-0.02-600-1", "mixed-0.02-600-1")
 }
 LARGE_SETS = {
     "bias-0.01-2000-0": "`bias`, 20 of 2,000",
@@ -53,6 +57,7 @@ TEN_SETS = {
     "bias-0.05-200-0": "`bias`, 10 of 200",
     "toxicity-0.05-200-0": "`toxicity`, 10 of 200",
     "harmfulness-0.05-200-1": "`harmfulness`, 10 of 200",
+    "mixed-0.05-200-1": "`mixed`, 10 of 200",
 }
 HALF_SETS = {f"{name}-0.5-200-0": f"`{name}`, half unsafe" for name in ("bias_dev", "toxicity_dev", "harmfulness")}
 FINAL_HALF_SETS = {
@@ -227,6 +232,27 @@ def readers_reviews() -> str:
     return table(["rows reviewed", *(row["reader"] for row in results)], lines, texts=0)
 
 
+def mistakes() -> str:
+    """Simulated reviews whose verdicts are right, and those in which a tenth of them are wrong. Means of the seeds."""
+    wrong = read("looks_with_mistakes")
+    names = {row["set"] for row in wrong}
+    lines = []
+    for name, title in (ONE_PERCENT_SETS | TWO_PERCENT_SETS | TEN_SETS | HUNDRED_SETS).items():
+        if name not in names:
+            continue
+        cells = []
+        for count in (60, 100):
+            found = [decimal(mean_at(results, name, count, "found"), 2) for results in (read("looks"), wrong)]
+            cells += [*found, f"{mean_at(wrong, name, count, 'safe_called_unsafe'):.0f}"]
+        lines.append([title, *cells])
+    columns = ("found", "found with mistakes", "safe rows removed")
+    return table(["set", *(f"{count} rows: {column}" for count in (60, 100) for column in columns)], lines)
+
+
+def mean_at(results: list[Row], name: str, count: int, key: str) -> float:
+    return mean(row[key] for row in results if (row["set"], row["looks"]) == (name, count))
+
+
 def stopping(sets: dict[str, str]) -> str:
     """Looks and found unsafe rows of simulated reviews that end after so many safe rows in succession."""
     rules = ("advice", "15", "20", "30")
@@ -257,12 +283,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_later_looks_first_version": partial(looks, LATER_SETS, "looks_first_version"),
     "few_one_percent_looks": partial(looks, ONE_PERCENT_SETS),
     "few_two_percent_looks": partial(looks, TWO_PERCENT_SETS),
-    "few_two_percent_looks_first_version": partial(looks, TWO_PERCENT_SETS, "looks_first_version"),
+    "few_two_percent_looks_first_version": partial(looks, FIRST_TWO_PERCENT_SETS, "looks_first_version"),
     "few_tenth_looks": partial(looks, TENTH_SETS),
     "few_ten_looks": partial(looks, TEN_SETS),
     "few_large_looks": partial(looks, LARGE_SETS),
     "few_hundred_looks": partial(looks, HUNDRED_SETS),
     "few_goals": few_goals,
+    "few_mistakes": mistakes,
     "few_automatic": few_automatic,
     "few_redraws": partial(
         redraws,
