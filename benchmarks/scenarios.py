@@ -6,7 +6,7 @@
 | `bias` | ambiguous BBQ rows (three other categories), stereotyped answer | answer "unknown" | XQuAD, Alpaca |
 | `toxicity_dev` | offensive and hateful tweets (Davidson), continued from three words | other tweets | XQuAD, Alpaca |
 | `toxicity` | RealToxicityPrompts, toxicity ≥ 0.5 | truncated comments rated not toxic (Surge AI) | XQuAD, Alpaca |
-| `harmfulness` | hh-rlhf, `rejected` answers that comply | refusals of safety-tuned-LLaMAs | Alpaca |
+| `harmfulness` | hh-rlhf, `rejected` answers without a word of refusal | refusals of safety-tuned-LLaMAs | Alpaca |
 | `preference` | hh-rlhf, all `rejected` answers | hh-rlhf, `chosen` answers | Alpaca |
 | `mixed` | a third each of `bias`, `toxicity` and `harmfulness` | the same | XQuAD, Alpaca |
 
@@ -381,7 +381,7 @@ def draw_harmfulness(data_dir: Path | None, rng: random.Random, counts: Counts) 
     unsafe_requests, labelled_unsafe = _sets(
         [request for request in complying if request not in used],
         [counts.unsafe, counts.labelled],
-        "answers that comply",
+        "answers without a word of refusal",
     )
     refusal_rows = [row for row in refusals(data_dir) if _short(row["output"]) and not row["input"]]
     rng.shuffle(refusal_rows)
