@@ -10,11 +10,14 @@ from markdown_tables import Row, decimal, find, read, table
 
 
 FEW_SETS = {f"{name}-0.05-600-0": f"`{name}`" for name in ("bias_dev", "toxicity_dev", "harmfulness", "mixed")}
-FINAL_SETS = {
-    f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
-    for name, seeds in (("bias", (0, 1, 2)), ("harmfulness", (1, 2)), ("toxicity", (0, 1, 2)), ("mixed", (1, 2)))
-    for seed in seeds
-}
+
+
+def seeds_of(fraction: str, seeds: dict[str, tuple[int, ...]], share: str = "") -> dict[str, str]:
+    """Names and titles of sets of 600 rows that differ by their kind and seed."""
+    return {f"{kind}-{fraction}-600-{seed}": f"`{kind}`, seed {seed}{share}" for kind in seeds for seed in seeds[kind]}
+
+
+FINAL_SETS = seeds_of("0.05", {"bias": (0, 1, 2), "harmfulness": (1, 2), "toxicity": (0, 1, 2), "mixed": (1, 2)})
 CLEAN_SETS = {"harmfulness-0-600-0": "`harmfulness`, clean"}
 FINAL_CLEAN_SETS = {
     "bias-0-600-0": "`bias`, clean",
@@ -28,22 +31,16 @@ TENTH_SETS = {
     "harmfulness-0.1-600-1": "`harmfulness`, 60 of 600",
     "mixed-0.1-600-1": "`mixed`, 60 of 600",
 }
-LATER_SETS = {
-    f"{name}-0.05-600-{seed}": f"`{name}`, seed {seed}"
-    for name, seeds in (("bias", (3, 4, 5)), ("harmfulness", (3, 4, 5)), ("toxicity", (3, 4, 5)), ("mixed", (3, 4, 5)))
-    for seed in seeds
-}
+LATER_SETS = seeds_of("0.05", dict.fromkeys(("bias", "harmfulness", "toxicity", "mixed"), (3, 4, 5)))
 ONE_PERCENT_SETS = {
     "bias-0.01-600-0": "`bias`, 6 of 600",
     "toxicity-0.01-600-0": "`toxicity`, 6 of 600",
     "harmfulness-0.01-600-1": "`harmfulness`, 6 of 600",
     "mixed-0.01-600-1": "`mixed`, 6 of 600",
 }
-TWO_PERCENT_SETS = {
-    f"{name}-0.02-600-{seed}": f"`{name}`, seed {seed}, 12 of 600"
-    for name, seeds in (("bias", (0, 1)), ("toxicity", (0, 1)), ("harmfulness", (1, 2)), ("mixed", (1, 2)))
-    for seed in seeds
-}
+TWO_PERCENT_SETS = seeds_of(
+    "0.02", {"bias": (0, 1), "toxicity": (0, 1), "harmfulness": (1, 2), "mixed": (1, 2)}, ", 12 of 600"
+)
 FIRST_TWO_PERCENT_SETS = {
     name: TWO_PERCENT_SETS[name]
     for name in ("bias-0.02-600-0", "toxicity-0.02-600-0", "harmfulness-0.02-600-1", "mixed-0.02-600-1")
@@ -104,8 +101,7 @@ def looks(sets: dict[str, str], results: str = "looks") -> str:
     for count in (20, 40, 60, 100, 200):
         line = [str(count)]
         for name in sets:
-            rows = [row for row in read(results) if (row["set"], row["looks"]) == (name, count)]
-            found, by_measure = (mean(row[key] for row in rows) for key in ("found", "found_by_measure"))
+            found, by_measure = (mean_at(read(results), name, count, key) for key in ("found", "found_by_measure"))
             line.append(f"{decimal(found, 2)} ({decimal(by_measure, 2)})")
         lines.append(line)
     return table(["rows reviewed", *sets.values()], lines, texts=0)
