@@ -16,9 +16,11 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.utils.data import Subset
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..callbacks.tracker import ForgetTracker
+from ..data.decode import decode
+from ..data.tokenizers import unwrap_tokenizer
 from ..errors import DataError
 from ..filtering.config import FilterConfig
 from ..filtering.filter_by_values import filter_by_values
@@ -86,7 +88,9 @@ class FilterMixin(RowWeightsMixin):
     def _save_result(self, args: TrainingArguments) -> None:
         assert self.filter_result is not None
         if args.should_save:
-            removed = self.removed_dataset if isinstance(self.removed_dataset, Dataset) else None
+            removed = None
+            if isinstance(self.removed_dataset, Dataset):
+                removed = _with_text(self.removed_dataset, unwrap_tokenizer(self.processing_class))
             self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed)
 
 
@@ -189,3 +193,11 @@ def _values_of(ids: pa.StringArray, forgetting: Any) -> np.ndarray:
 def _select(dataset: Any, indices: np.ndarray) -> Any:
     """The rows of a dataset at `indices`."""
     return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices.tolist())
+
+
+def _with_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+    """Add a column `text` to tokenized rows, so that a person can read what was removed."""
+    rows = rows.with_format(None)  # tensors cannot be decoded
+    if tokenizer is None or "input_ids" not in rows.column_names or "text" in rows.column_names:
+        return rows
+    return rows.add_column("text", [decode(tokenizer, tokens) for tokens in rows["input_ids"]])

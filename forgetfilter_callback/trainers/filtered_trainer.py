@@ -52,7 +52,8 @@ class FilteredTrainer(FilterMixin, Trainer):
             The removed rows, unchanged. `None` without `forgetting`.
         filter_result ([`FilterResult`]):
             What was removed and why. `None` without `forgetting`. It is also written to
-            `output_dir/_forgetfilter-result`, with the removed rows if they are a [`~datasets.Dataset`].
+            `output_dir/_forgetfilter-result`, with the removed rows if they are a [`~datasets.Dataset`]. Rows of token ids
+            get a column `text` there if the trainer has a `processing_class`.
 
     Raises:
         TypeError: if `forgetting` or `filter_config` is something else, or if an argument is unknown.

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from forgetfilter_callback import FilterConfig, FilteredTrainer, FilterResult, ForgetTracker, Trace, filtered
 from forgetfilter_callback.data.encode_collated import encode_collated
 from forgetfilter_callback.data.encoded_rows import EncodedRows
+from forgetfilter_callback.data.tokenizers import padding_collator
 from forgetfilter_callback.errors import DataError, DecisionError, UnsupportedDatasetError
 from forgetfilter_callback.trainers import filtered_trainer
 from forgetfilter_callback.trainers.row_weights import RowWeightsMixin
@@ -191,6 +192,36 @@ def test_the_result_is_saved_in_the_output_folder(noisy, tracker, make_args, col
     assert account["fingerprint"] == tracker.trace.manifest["fingerprint"]
     removed = [json.loads(line) for line in (folder / "removed.jsonl").read_text().splitlines()]
     assert removed == trainer.removed_dataset.to_list()
+
+
+@pytest.mark.parametrize("format", [None, "torch"])
+def test_removed_token_ids_are_saved_with_their_text(byte_tokenizer, make_args, format):
+    texts = [f"Question {number}: “naïve”?" for number in range(8)]
+    ids = [byte_tokenizer(text)["input_ids"] for text in texts]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format(format)
+    args = make_args()
+    trainer = FilteredTrainer(
+        tiny_llama(vocab_size=len(byte_tokenizer)), args, train_dataset=rows, processing_class=byte_tokenizer,
+        data_collator=padding_collator(byte_tokenizer),
+        forgetting=np.arange(8.0), filter_config=FilterConfig("loss", 5.5),
+    )  # fmt: skip
+    lines = (Path(args.output_dir) / "_forgetfilter-result" / "removed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"input_ids": ids[number], "labels": ids[number], "text": texts[number]} for number in (6, 7)
+    ]
+    assert trainer.removed_dataset.column_names == ["input_ids", "labels"]
+
+
+def test_a_text_column_of_the_rows_is_saved_as_it_is(byte_tokenizer, make_args):
+    rows = Dataset.from_dict({"input_ids": [[1, 2]] * 4, "labels": [[1, 2]] * 4, "text": list("abcd")})
+    args = make_args()
+    FilteredTrainer(
+        tiny_llama(vocab_size=len(byte_tokenizer)), args, train_dataset=rows, processing_class=byte_tokenizer,
+        data_collator=padding_collator(byte_tokenizer),
+        forgetting=np.arange(4.0), filter_config=FilterConfig("loss", 2.5),
+    )  # fmt: skip
+    lines = (Path(args.output_dir) / "_forgetfilter-result" / "removed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [rows[3]]
 
 
 def test_rows_without_a_value_are_kept_and_reported(tracker, noisy, make_args, collator, caplog):
