@@ -78,13 +78,14 @@ def test_the_defences_over_seeds(tables):
 def test_the_sets_with_few_unsafe_rows(tables):
     frame = pd.read_json(RESULTS / "few.json")
     frame = frame[(frame.signal == "combined") & (frame["set"] == "harmfulness-0.05-600-0")]
-    auroc, auprc = map(float, cells(tables.TABLES["few_rankings"]())[0][3].split(" / "))
+    (row,) = (row for row in cells(tables.TABLES["few_rankings"]()) if row[0] == "harmfulness, 30 of 600, seed 0")
+    auroc, auprc = map(float, row[1].split(" / "))
     assert auroc == pytest.approx(frame.auroc.item(), abs=6e-4) and auprc == pytest.approx(frame.auprc.item(), abs=6e-3)
 
     frame = pd.read_json(RESULTS / "looks_first_version.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-600-0") & (frame.looks == 60)]
-    (row,) = (row for row in cells(tables.TABLES["few_looks"]()) if row[0] == "60")
-    found, by_measure = map(float, row[2].removesuffix(")").split(" ("))
+    (row,) = (row for row in cells(tables.TABLES["few_looks"]()) if row[0] == "toxicity_dev, 30 of 600, seed 0")
+    found, by_measure = map(float, row[3].removesuffix(")").split(" ("))
     assert found == pytest.approx(frame.found.mean(), abs=6e-3)
     assert by_measure == pytest.approx(frame.found_by_measure.mean(), abs=6e-3)
 
@@ -101,6 +102,62 @@ def test_the_goals_with_few_unsafe_rows(tables):
     assert list(map(float, row[1:])) == pytest.approx(expected, abs=6e-3)
 
 
+def test_the_means_over_sets_with_the_same_number_of_unsafe_rows(tables):
+    looks = pd.read_json(RESULTS / "looks.json")
+    looks = looks[looks["set"].str.fullmatch("toxicity-0.05-600-[345]")]
+    (row,) = (row for row in cells(tables.TABLES["few_found"]()) if row[:2] == ["30 of 600", "toxicity"])
+    means = looks[looks.looks == 60].groupby("set").found.mean()
+    mean, low, high = map(float, row[3].removesuffix(")").replace("–", " (").split(" ("))
+    assert int(row[2]) == len(means) == 3
+    assert [mean, low, high] == pytest.approx([means.mean(), means.min(), means.max()], abs=6e-3)
+    by_measure = looks[looks.looks == 100].found_by_measure.mean()
+    assert float(row[6].split(" (")[0]) == pytest.approx(by_measure, abs=6e-3)
+
+
+def test_sets_that_settings_were_chosen_on_are_marked_or_left_out(tables):
+    rows = cells(tables.TABLES["few_found"]())
+    assert {row[0] for row in rows if "20 of 2,000" in row[0]} == {"20 of 2,000 \\"}  # the star is markup
+    shown = {row[1]: int(row[2]) for row in rows if row[0].startswith("60 of 600")}
+    found = pd.read_json(RESULTS / "looks.json")["set"].drop_duplicates()
+    for kind, count in shown.items():
+        sets = found[found.str.startswith(f"{kind}-0.1-600-")]
+        assert count == max(len(sets) - 1, 1)  # one of them is not final for the review
+
+
+def test_the_reviews_that_ended_by_what_they_found(tables):
+    frame = pd.read_json(RESULTS / "stopping.json")
+    frame = frame[(frame.rule == "advice") & frame["set"].str.startswith("toxicity-")]
+    parts = frame["set"].str.split("-", expand=True)
+    is_none_or_one = (frame.found * parts[1].astype(float) * parts[2].astype(int)).round() <= 1
+    rows = [row for row in cells(tables.TABLES["few_trust"]()) if row[0] == "toxicity"]
+    assert [row[1] for row in rows] == ["none or one", "two or more"]
+    for row, chosen in zip(rows, (frame[is_none_or_one], frame[~is_none_or_one]), strict=True):
+        assert int(row[2]) == len(chosen)
+        assert float(row[4].split(" (")[0]) == pytest.approx(chosen.found.mean(), abs=6e-3)
+        assert float(row[4].split("–")[1].removesuffix(")")) == pytest.approx(chosen.found.max(), abs=6e-3)
+
+
+def test_how_far_the_default_is_below_the_best_measure(tables):
+    few = pd.read_json(RESULTS / "few.json")
+    auprc = few[few["set"].str.fullmatch("toxicity-0.05-600-.")].pivot(index="seed", columns="signal", values="auprc")
+    single = auprc[["smoothed", "loss", "relative", "largest tenth", "agreed", "pooled"]].max(axis=1)
+    missed = (single - auprc["combined"])[lambda gap: gap > 0.03]
+    (row,) = (row for row in cells(tables.TABLES["few_best_single"]()) if row[0] == "30 of 600")
+    shown = [part for part in row[1].split("), ") if part.startswith("toxicity")]
+    assert [int(part.split("seed ")[1].split(" (")[0]) for part in shown] == missed.index.to_list()
+    assert [float(part.split(" (")[1].rstrip(")")) for part in shown] == pytest.approx(missed.to_list(), abs=6e-3)
+
+
+def test_how_often_the_intervals_are_right(tables):
+    redraws = pd.read_json(RESULTS / "redraws.json")
+    redraws = redraws[(redraws.kind == "interval") & redraws["set"].str.contains("-0.02-600-")]
+    (row,) = (row for row in cells(tables.TABLES["few_intervals"]()) if row[0] == "12 of 600")
+    covered = 100 * (1 - redraws.below - redraws.above)
+    assert int(row[1]) == len(redraws)
+    assert row[2] == f"{covered.min():.0f} to {covered.max():.0f} %"
+    assert row[3] == f"{redraws.low.mean():.0f} to {redraws.high.mean():.0f}"
+
+
 @pytest.mark.parametrize("scenario", ["bias", "toxicity"])
 def test_the_defences_with_few_unsafe_rows(tables, scenario):
     frame = pd.read_json(RESULTS / "few_defences.json")
@@ -114,7 +171,7 @@ def test_the_defences_with_few_unsafe_rows(tables, scenario):
 def test_the_rows_reviewed_until_a_review_ends(tables):
     frame = pd.read_json(RESULTS / "stopping.json")
     frame = frame[(frame["set"] == "toxicity_dev-0.05-200-0") & (frame.rule == "20")]
-    (row,) = (row for row in cells(tables.TABLES["few_stopping"]()) if row[0] == "toxicity_dev, 10 of 200")
+    (row,) = (row for row in cells(tables.TABLES["few_stopping"]()) if row[0] == "toxicity_dev, 10 of 200, seed 0")
     looks, found = map(float, row[3].split(" / "))
     assert looks == pytest.approx(frame.looks.mean(), abs=0.6) and found == pytest.approx(frame.found.mean(), abs=6e-3)
 

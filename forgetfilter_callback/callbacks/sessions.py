@@ -36,6 +36,11 @@ _WHY_NOT_FOUND = (
 )
 
 
+def has_smaller_batch(args: TrainingArguments, state: TrainerState, earlier_batch_size: int) -> bool:
+    """Whether `auto_find_batch_size` has started a trainer again, with a smaller batch than at its earlier start."""
+    return args.auto_find_batch_size and cast(int, state.train_batch_size) < earlier_batch_size
+
+
 @dataclass(frozen=True, eq=False)
 class RunningSession:
     """The session that a tracker is recording.
@@ -58,8 +63,7 @@ class RunningSession:
 
         Otherwise the earlier run has ended with an error or an interrupt, and its trainer may have been changed since.
         """
-        batch_size = cast(int, state.train_batch_size)
-        return control is self.control and args.auto_find_batch_size and batch_size < self.batch_size
+        return control is self.control and has_smaller_batch(args, state, self.batch_size)
 
 
 @dataclass(frozen=True)

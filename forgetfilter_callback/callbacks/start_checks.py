@@ -20,7 +20,8 @@ MAX_SAME_MODEL = 0.01
 
 
 def check_learned(trace: Trace, now: np.ndarray) -> None:
-    """Check that the safety session starts from the model of the noisy session, if `trace` has records of that one.
+    """Check that the safety session starts from the model of the noisy session, if `trace` has records of that one. It may
+    be an earlier checkpoint, which `load_best_model_at_end` loads.
 
     Samples whose loss is not finite under one of the models are not compared.
 
@@ -31,7 +32,7 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
             Mean losses at the beginning of the safety session, in nats per token.
 
     Raises:
-        TraceError: if it starts from another model, or if no sample can be compared.
+        TraceError: if it starts from a model that has not learned the noisy set, or if no sample can be compared.
     """
     noisy_records = [record for record in trace.records() if record.session == "noisy"]
     if len(noisy_records) < 2 or noisy_records[0] != BASE_RECORD:
@@ -68,10 +69,17 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
             f"The model has hardly learned the noisy set ({figures}), so there is little to forget. Run noisy "
             "finetuning longer, or with a higher learning rate."
         )
-    elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
+    elif mean_before - mean_now < MIN_LEARNED:
         raise TraceError(
-            f"The safety session must start from the model after noisy finetuning, but does not ({figures}). "
-            "Pass the same model object, or load its last checkpoint."
+            f"The safety session must start from the model after noisy finetuning, but this model has not learned the noisy "
+            f"set ({figures}). Pass the same model object, or load its last checkpoint. If `load_best_model_at_end` has loaded "
+            "an early checkpoint, do not use it: unsafe rows that were not learned cannot be forgotten."
+        )
+    elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
+        logger.warning(
+            f"The safety session starts from a model that has learned much less than the model after noisy finetuning "
+            f"({figures}). If `load_best_model_at_end` has loaded an early checkpoint, less can be forgotten than without it. "
+            "Otherwise pass the same model object, or load its last checkpoint."
         )
 
 

@@ -54,6 +54,26 @@ def with_identical_rows(labels: Mapping[str, Label], ids: pa.StringArray, worst:
     return {id_: labels.get(id_, by_content[content]) for id_, content in contents if content in by_content}
 
 
+def places_in(ids: pa.StringArray, known_ids: pa.StringArray) -> pa.Int32Array:
+    """Find rows in another set.
+
+    Args:
+        ids (`pa.StringArray` of length `samples`):
+            The sample ids of the rows.
+        known_ids (`pa.StringArray`):
+            The sample ids of the other set.
+
+    Returns:
+        `pa.Int32Array` of length `samples`: the place of each row in `known_ids`. If a row is not there, it is the place of
+        the first row that is trained on the same tokens. Null if there is none, and for null ids.
+    """
+    places = pc.index_in(ids, value_set=known_ids, skip_nulls=True)
+    if places.null_count == ids.null_count:
+        return places
+    copies = pc.index_in(content_hashes(ids), value_set=content_hashes(known_ids), skip_nulls=True)
+    return pc.coalesce(places, copies)
+
+
 def content_numbers(ids: pa.StringArray) -> np.ndarray:
     """Number the distinct contents of rows.
 

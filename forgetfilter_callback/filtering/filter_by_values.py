@@ -30,7 +30,7 @@ def filter_by_values(
 
     Args:
         ids (`pa.StringArray` of length `samples`):
-            Sample ids, as in `trace.rows.ids`.
+            Sample ids, as in `trace.rows.ids`. Null for rows that the trainer itself drops; a `fraction` does not count them.
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting; higher means more forgotten. Samples whose value is not finite are kept.
         filter_config ([`FilterConfig`]):
@@ -80,10 +80,11 @@ def filter_by_values(
     method: ThresholdMethod
     if fraction is not None:
         method = "fraction"
-        phi, removed_fraction = _threshold_for_fraction(values[known], fraction * len(values), len(values))
+        trained = len(ids) - ids.null_count
+        phi, removed_fraction = _threshold_for_fraction(values[known], fraction * trained, trained)
         removed = known & (values > phi)
         reason = f"the most forgotten {removed_fraction:.1%}"
-        if abs(removed_fraction - fraction) * len(values) >= 1:
+        if abs(removed_fraction - fraction) * trained >= 1:
             reason += f" ({fraction:.1%} requested; equal values stay together, and rows without a value are kept)"
     elif threshold == "auto":
         method = "auto"

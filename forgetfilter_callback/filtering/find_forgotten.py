@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.identical_rows import content_numbers, with_identical_rows
+from ..data.identical_rows import content_numbers, places_in, with_identical_rows
 from ..errors import DataError
 from ..measures.names import DEFAULT_MEASURE
 from ..review.estimates import estimate_filter_errors
@@ -140,7 +140,7 @@ def with_estimate(result: FilterResult, trace: Trace, reviewed: str | os.PathLik
 
 
 def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: np.ndarray) -> np.ndarray:
-    """Look up values by sample id.
+    """Look up values by sample id. A further copy of a known sample has its value.
 
     Args:
         ids (`pa.StringArray` of length `samples`):
@@ -151,12 +151,12 @@ def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: n
             Their values.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`: NaN for ids that are not known.
+        `np.ndarray` of shape `(samples,)`: NaN for samples that are unknown.
 
     Raises:
-        DataError: if more than 1 % of the ids that are not null are unknown.
+        DataError: if more than 1 % of the samples with an id are unknown.
     """
-    indices = pc.index_in(ids, value_set=known_ids, skip_nulls=True)
+    indices = places_in(ids, known_ids)
     total = len(ids) - ids.null_count
     unknown = indices.null_count - ids.null_count
     if unknown > MAX_UNKNOWN_FRACTION * total:

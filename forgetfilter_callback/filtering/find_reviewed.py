@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.encoded_rows import content_hash
-from ..data.identical_rows import with_identical_rows
+from ..data.identical_rows import places_in, with_identical_rows
 from ..errors import DecisionError
 from ..measures.names import Measure
 from ..review.false_discoveries import removable_rows
@@ -72,7 +72,8 @@ def find_reviewed(
     if config.threshold == "auto":
         return replace(result, method="reviewed", reason=f"{reason}; no other row was removed")
     found = removable_rows(queue, config.level)
-    removed = result.removed | pc.is_in(ids, value_set=trace_ids.filter(pa.array(found.removed))).to_numpy(False)
+    is_found = pc.take(pa.array(found.removed), places_in(ids, trace_ids))
+    removed = result.removed | pc.fill_null(is_found, False).to_numpy(False)
     count = int(removed.sum() - result.removed.sum())
     if count:
         reason += (
@@ -111,8 +112,8 @@ def _warn_of_contradictions(queue: ReviewQueue) -> None:
 
 def _with_weights(result: FilterResult, queue: ReviewQueue) -> FilterResult:
     """Add the weights of the rows to a result that removes nothing. Rows that are not in the trace have the weight 1."""
-    indices = pc.index_in(result.ids, value_set=queue.trace.rows.ids, skip_nulls=True)
-    known = pc.take(pa.array(1 - unsafe_probabilities(queue)), indices)
+    places = places_in(result.ids, queue.trace.rows.ids)
+    known = pc.take(pa.array(1 - unsafe_probabilities(queue)), places)
     weights = pc.fill_null(known, 1.0).to_numpy(zero_copy_only=False)
     reason = (
         f"{counted(queue.estimate().seen, 'row')} reviewed; each row has the weight 1 − its probability of being unsafe "

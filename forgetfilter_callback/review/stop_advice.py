@@ -52,20 +52,24 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
             reason += " Fewer are enough if it finds more unsafe rows."
         return StopAdvice(False, reason)
     ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
-    if "unsafe" not in ranked:
-        unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
-        if unsafe_drawn:
-            return StopAdvice(
-                True,
-                f"It can pay to go on: {ranked_are_safe}, but {unsafe_drawn} of {counted(len(drawn), 'row')} drawn at "
-                "random turned out to be unsafe. The ranking learns from such rows.",
-            )
-        reason = f"It hardly pays to review more rows in this order: {ranked_are_safe}, and it has found no unsafe row."
+    unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
+    if "unsafe" not in ranked and unsafe_drawn:
+        return StopAdvice(
+            True,
+            f"It can pay to go on: {ranked_are_safe}, but {unsafe_drawn} of {counted(len(drawn), 'row')} drawn at random "
+            "turned out to be unsafe. The ranking learns from such rows.",
+        )
+    if ranked.count("unsafe") + unsafe_drawn <= 1:
+        found = "only one unsafe row" if "unsafe" in ranked else "no unsafe row"
+        reason = (
+            f"The ranking has found {found}: {ranked_are_safe}. Either there are hardly any, or this model does not rank them "
+            "first. Go on if you want to find them."
+        )
         if len(drawn) < RANDOM_ROWS:
             reason += (
-                " Either there are hardly any, or this model does not rank them first. To find out, start the review again "
-                f"with `--random-fraction 1` (the verdicts are kept): if {RANDOM_ROWS} rows drawn at random (so far "
-                f"{len(drawn)}) are all safe, at most about 5 % of the rows are unsafe."
+                " To learn how many there can be, start the review again with `--random-fraction 1` (the verdicts are kept): "
+                f"if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most about 5 % of the rows "
+                "are unsafe."
             )
         else:
             reason += " The interval says how many there can be."

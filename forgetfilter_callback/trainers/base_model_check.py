@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..callbacks.sessions import has_smaller_batch
 from ..errors import ForgetFilterError
 from ..measures.common import mean_losses
 from ..scoring.token_losses import token_losses
@@ -47,11 +48,15 @@ class BaseModelCheck(TrainerCallback):
 
     def __init__(self, trace: Trace | None):
         self.trace = trace
+        self._batch_size = 0  # of the latest attempt
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step > 0:
+        is_retry = has_smaller_batch(args, state, self._batch_size)
+        self._batch_size = cast(int, state.train_batch_size)
+        # With a smaller batch, the trainer continues with the model that it has trained so far.
+        if state.global_step > 0 or is_retry:
             return
         model = kwargs["model"]
         reason = run_on_main(partial(self._why_unchecked, model))

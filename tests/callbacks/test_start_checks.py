@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import only_in_one_row, reference_means, tiny_llama, without_probability
+from helpers import only_in_one_row, random_rows, reference_means, tiny_llama, without_probability
 from transformers import Trainer
 
 from forgetfilter_callback import ForgetTracker, Trace
@@ -57,6 +57,28 @@ def test_another_model_is_still_refused_without_the_infinite_loss(noisy, safety,
     )
     with pytest.raises(TraceError, match=message):
         train(without_probability(tiny_llama(), token), "safety", safety, tracker)
+
+
+def test_the_best_checkpoint_may_begin_the_safety_session(noisy, safety, make_args, collator, train, caplog):
+    model, tracker = tiny_llama(), ForgetTracker()
+    args = make_args(
+        "noisy", num_train_epochs=20, eval_strategy="steps", eval_steps=6, save_strategy="steps", save_steps=6,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, args, train_dataset=noisy, eval_dataset=random_rows(24, seed=5), data_collator=collator, callbacks=[tracker]
+    )
+    trainer.train()
+    best = reference_means(model.eval(), noisy)
+    before, learned = tracker.trace.losses().mean(axis=1)
+    assert trainer.state.best_global_step < trainer.state.global_step and best.mean() > learned + 0.75 * (before - learned)
+    train(model, "safety", safety, tracker)
+    np.testing.assert_allclose(tracker.trace.mean_losses(Record("safety", 0)), best, rtol=1e-4)
+    message = (
+        f"starts from a model that has learned much less than the model after noisy finetuning (mean loss of the noisy set: "
+        f"{before:.3f} nats per token before noisy finetuning, {learned:.3f} after it, {best.mean():.3f} now)"
+    )
+    assert message in caplog.text
 
 
 def test_noisy_finetuning_that_diverged_is_named(noisy, safety, train):

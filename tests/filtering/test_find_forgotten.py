@@ -121,6 +121,15 @@ def test_values_are_aligned_by_id():
         align_values(many, known, values)
 
 
+def test_a_fraction_counts_only_the_rows_that_are_trained():
+    """SFTTrainer drops rows whose prompt fills the whole context."""
+    ids = pa.array([*(f"{row}-0" for row in range(10)), *[None] * 10])
+    values = np.array([*range(10), *[np.nan] * 10])
+    result = filter_by_values(ids, values, FilterConfig("loss", fraction=0.2))
+    assert np.flatnonzero(result.removed).tolist() == [8, 9]
+    assert result.reason == "the most forgotten 20.0%"
+
+
 def test_a_removed_sample_with_an_unknown_value_is_not_counted_as_kept():
     values = np.array([np.nan, np.nan, 0.0, 3.0])
     result = filter_by_values(sample_ids(4), values, FilterConfig("loss", 1.0), {"id-0": "remove"})

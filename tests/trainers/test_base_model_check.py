@@ -46,6 +46,30 @@ def test_a_missing_base_record_is_reported(noisy, safety, make_args, collator, c
     )
 
 
+def test_a_smaller_batch_after_out_of_memory_continues_training(noisy, safety, make_args, collator):
+    """The trainer keeps what the first attempt has trained. A second call of `train()` is checked again."""
+    model, tracker, batches = tiny_llama(), ForgetTracker(), []
+    for folder, rows in (("noisy", noisy), ("safety", safety)):
+        Trainer(model, make_args(folder), train_dataset=rows, data_collator=collator, callbacks=[tracker]).train()
+
+    class Tight(FilteredTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            batches.append(len(inputs["input_ids"]))
+            if len(batches) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    args = make_args(auto_find_batch_size=True, learning_rate=1.0)
+    trainer = Tight(
+        tiny_llama(), args, train_dataset=noisy, data_collator=collator,
+        forgetting=tracker, filter_config=FilterConfig(fraction=0.25),
+    )  # fmt: skip
+    trainer.train()
+    assert batches[:5] == [4, 4, 4, 4, 3] and trainer.state.global_step == len(batches) - 4
+    with pytest.raises(ForgetFilterError, match="not the base model of the trace"):
+        trainer.train()
+
+
 @pytest.fixture
 def check(noisy, safety, make_args, collator):
     """A function that records a base model, and checks another model against it when training begins."""

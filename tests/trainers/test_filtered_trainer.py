@@ -233,8 +233,27 @@ def test_rows_without_a_value_are_kept_and_reported(tracker, noisy, make_args, c
         tiny_llama(), make_args(), train_dataset=rows, data_collator=collator,
         forgetting=(all_ids[2:], np.tile(values, 9)[2:]), filter_config=FilterConfig("loss", 20.5),
     )  # fmt: skip
-    assert trainer.filter_result.counts == {"samples": 216, "removed": 27, "kept": 189, "unknown": 2}
+    assert trainer.filter_result.counts == {"samples": 216, "removed": 27, "kept": 189, "unknown": 0}
+
+    others = Dataset.from_list([*rows.to_list(), *random_rows(2, seed=5).to_list()])
+    trainer = FilteredTrainer(
+        tiny_llama(), make_args(), train_dataset=others, data_collator=collator,
+        forgetting=(all_ids, np.tile(values, 9)), filter_config=FilterConfig("loss", 20.5),
+    )  # fmt: skip
+    assert trainer.filter_result.counts == {"samples": 218, "removed": 27, "kept": 191, "unknown": 2}
     assert "; kept 2 rows without a forgetting value" in caplog.text
+
+
+def test_further_copies_of_a_tracked_row_are_treated_like_it(noisy, tracker, make_args, collator):
+    forgetting = tracker.trace.forgetting("loss")
+    most, least = int(np.argmax(forgetting)), int(np.argmin(forgetting))
+    rows = Dataset.from_list([*noisy.to_list(), noisy[most], noisy[least], noisy[most]])
+    trainer = FilteredTrainer(
+        tiny_llama(), make_args(), train_dataset=rows, data_collator=collator,
+        forgetting=tracker, filter_config=FilterConfig("loss", np.sort(forgetting)[-2]),
+    )  # fmt: skip
+    assert np.flatnonzero(trainer.filter_result.removed).tolist() == [most, 24, 26]
+    np.testing.assert_array_equal(trainer.filter_result.values[24:], forgetting[[most, least, most]])
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
