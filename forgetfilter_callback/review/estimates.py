@@ -79,7 +79,9 @@ def estimate_unsafe_rows(
     unsafe rows have one, the row is unsafe with the probability `(K - f) / U`. This gives the distribution of the number of
     unsafe rows among all draws, where the unsafe rows that were found without a draw are taken as they are. If all reviewed
     rows were drawn, it is the hypergeometric distribution. The interval contains every `K` that is not rejected at 5 % on
-    either side (mid-p).
+    either side (mid-p). Draws that are improbable under every possible `K` say little. So the probability of so few unsafe
+    draws is divided by the one under the smallest possible `K`, and that of so many by the one under the largest (the CLs
+    method: Read 2002, "Presentation of search results: the CLs technique").
 
     Args:
         verdicts (`Sequence[Verdict]`):
@@ -281,8 +283,8 @@ def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: i
         return least, most
     hits = sum(is_unsafe for _, _, is_unsafe in draws)
 
-    def tails(total: int) -> tuple[float, float]:
-        """Mid-p probabilities of at most, and of at least, `hits` unsafe draws if the set has `total` unsafe rows."""
+    def below_and_exactly(total: int) -> tuple[float, float]:
+        """Probabilities of fewer than, and of exactly, `hits` unsafe draws if the set has `total` unsafe rows."""
         so_far = np.arange(hits + 1)
         probabilities = np.zeros(hits + 1)  # of 0, 1, … `hits` unsafe draws so far
         probabilities[0] = 1.0
@@ -290,13 +292,21 @@ def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: i
             moved = probabilities * np.clip((total - found - so_far) / size, 0, 1)
             probabilities -= moved
             probabilities[1:] += moved[:-1]
-        below, exactly = float(probabilities[:-1].sum()), float(probabilities[-1])
-        return below + exactly / 2, 1 - below - exactly / 2
+        return float(probabilities[:-1].sum()), float(probabilities[-1])
+
+    def at_most(total: int) -> float:
+        below, exactly = below_and_exactly(total)
+        return below + exactly / 2
+
+    def at_least(total: int) -> float:
+        below, exactly = below_and_exactly(total)
+        return 1 - below - exactly / 2
 
     candidates = range(least, most + 1)
     tail = (1 - LEVEL) / 2
+    few_hits, many_hits = tail * sum(below_and_exactly(least)), tail * (1 - below_and_exactly(most)[0])
     # With more unsafe rows in the set, many hits become more likely and few hits less likely.
-    first = bisect_left(candidates, tail, key=lambda total: tails(total)[1])
-    last = bisect_left(candidates, -tail, key=lambda total: -tails(total)[0]) - 1
+    first = bisect_left(candidates, many_hits, key=at_least)
+    last = bisect_left(candidates, -few_hits, key=lambda total: -at_most(total)) - 1
     low = min(least + first, most)
     return low, max(least + last, low)

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from ..data.identical_rows import content_numbers
+from ..data.identical_rows import content_numbers, worst_labels
 from ..errors import DataError
 from ..measures.smoothed import random_subset
 from ..trace.as_trace import TraceOrFolder, as_trace
@@ -54,7 +54,8 @@ class ReviewQueue:
     drawn at random, it gets the verdict without being returned.
 
     Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
-    folder again continues with them, and two queues on one folder see each other's verdicts.
+    folder again continues with them. Several reviewers work one after the other: two queues on one folder see each other's
+    verdicts, but at the same time they return the same rows.
 
     Args:
         trace ([`Trace`], or the folder of one):
@@ -139,7 +140,8 @@ class ReviewQueue:
         """
         check_positive("count", count, whole=True)
         self._read()
-        rng = np.random.default_rng([self.seed, len(self.verdicts)])
+        # Both numbers, so that the draws after a skipped row do not depend on the draw of that row.
+        rng = np.random.default_rng([self.seed, len(self.verdicts), len(self.drawn_without_verdict)])
         seen = int(self.is_seen.sum())
         count = min(count, len(self.trace.rows) - seen)
         random_count = int(self.random_fraction * (seen + count)) - int(self.random_fraction * seen)
@@ -210,12 +212,22 @@ class ReviewQueue:
         self._read()
         given = {int(row): verdict for row, verdict in verdicts.items()}
         new = [self._verdict(row, verdict) for row, verdict in given.items()]
-        # A row that was drawn, but not shown, follows the row that it is identical to.
-        for each in {verdict.row: verdict for verdict in self.verdicts}.values():
-            if each.identical_to is not None and each.identical_to in given and each.row not in given:
-                new.append(replace(each, verdict=given[each.identical_to], time=_now(), reviewer=self.reviewer))
-        self._store(new)
+        self._store([*new, *self._changed_copies(given)])
         self._judge_drawn_copies()
+
+    def _changed_copies(self, given: Mapping[int, VerdictLabel]) -> list[Verdict]:
+        """New verdicts on rows that were drawn, but not shown, if those on the rows that they are identical to change."""
+        latest = {verdict.row: verdict for verdict in self.verdicts if verdict.row not in given}
+        copies = [each for each in latest.values() if each.identical_to is not None]
+        judged = {**{row: each.verdict for row, each in latest.items() if each.identical_to is None}, **given}
+        contents = self._contents
+        label_of = worst_labels(((int(contents[row]), label) for row, label in judged.items()), worst="unsafe")
+        changed = set(contents[list(given)].tolist())
+        return [
+            replace(each, verdict=label_of[int(contents[each.row])], time=_now(), reviewer=self.reviewer)
+            for each in copies
+            if contents[each.row] in changed
+        ]
 
     def skip(self, row: int) -> None:
         """Put off the verdict on a row.

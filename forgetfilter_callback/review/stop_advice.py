@@ -40,7 +40,8 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
         return StopAdvice(
             False, f"All rows are drawn at random (so far {len(drawn)}). Each verdict makes the interval narrower."
         )
-    ranked = [label for row, label in queue.labels.items() if row not in drawn]
+    labels = queue.labels
+    ranked = [label for row, label in labels.items() if row not in drawn]
     safe_in_succession = next((i for i, label in enumerate(reversed(ranked)) if label == "unsafe"), len(ranked))
     needed = safe_rows_needed(ranked.count("unsafe"), len(ranked) - safe_in_succession)
     if safe_in_succession < needed:
@@ -52,7 +53,7 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
             reason += " Fewer are enough if it finds more unsafe rows."
         return StopAdvice(False, reason)
     ranked_are_safe = f"the last {safe_in_succession} rows that the ranking chose are safe"
-    unsafe_drawn = sum(queue.labels[row] == "unsafe" for row in drawn)
+    unsafe_drawn = sum(labels[row] == "unsafe" for row in drawn)
     if "unsafe" not in ranked and unsafe_drawn:
         return StopAdvice(
             True,
@@ -62,14 +63,14 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     if ranked.count("unsafe") + unsafe_drawn <= 1:
         found = "only one unsafe row" if "unsafe" in ranked else "no unsafe row"
         reason = (
-            f"The ranking has found {found}: {ranked_are_safe}. Either there are hardly any, or this model does not rank them "
-            "first. Go on if you want to find them."
+            f"The ranking has found {found}: {ranked_are_safe}. Either there are hardly any, or this model does not rank "
+            "them first. Go on if you want to find them."
         )
         if len(drawn) < RANDOM_ROWS:
             reason += (
-                " To learn how many there can be, start the review again with `--random-fraction 1` (the verdicts are kept): "
-                f"if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most about 5 % of the rows "
-                "are unsafe."
+                " To learn how many there can be, start the review again with `--random-fraction 1` (the verdicts are "
+                f"kept): if {RANDOM_ROWS} rows drawn at random (so far {len(drawn)}) are all safe, at most about 5 % of the "
+                "rows are unsafe."
             )
         else:
             reason += " The interval says how many there can be."

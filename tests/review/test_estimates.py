@@ -94,6 +94,25 @@ def test_rows_that_wait_for_a_verdict_do_not_change_the_interval(held_back):
     assert estimate_unsafe_rows(verdicts, rows).unsafe_left == (low - hits, high - hits)
 
 
+@pytest.mark.parametrize("found_first", [False, True])
+@pytest.mark.parametrize(("drawn", "found"), [(45, 30), (20, 70), (6, 27), (45, 0)])
+def test_draws_that_are_improbable_in_any_case_do_not_make_the_number_certain(drawn, found, found_first):
+    """The ranking finds many unsafe rows, and no row drawn at random is unsafe."""
+    ranked = [given(100 + row, True) for row in range(found)]
+    sizes = [600 - row - found * found_first for row in range(drawn)]
+    random = [given(row, False, size) for row, size in enumerate(sizes)]
+    found_before = found if found_first else 0
+
+    def no_unsafe_draw(total: int) -> float:
+        return float(np.prod([1 - (total - found_before) / size for size in sizes]))
+
+    least_probable = 0.05 * no_unsafe_draw(found)
+    kept = [total - found for total in range(found, 600 - drawn) if no_unsafe_draw(total) / 2 >= least_probable]
+    verdicts = [*ranked, *random] if found_first else [*random, *ranked]
+    assert estimate_unsafe_rows(verdicts, 600).unsafe_left == (0, kept[-1])
+    assert kept[-1] > 100 / drawn
+
+
 @pytest.mark.parametrize("hit", [None, 0, 2, 5, 50])
 def test_a_sample_never_makes_the_number_certain(hit):
     """All rows but four are drawn, one at a time, and at most one is unsafe."""

@@ -180,6 +180,26 @@ def test_a_copy_that_was_drawn_follows_the_row_that_was_shown(tmp_path):
     assert queue.labels[drawn[0].row] == "unsafe"
 
 
+def test_a_copy_that_was_drawn_follows_all_rows_that_were_judged(tmp_path):
+    """It is unsafe as long as one of them is, and no longer than that."""
+    copies = np.r_[np.zeros(8, int), np.arange(1, 31)]
+    queue = ReviewQueue(make_trace(tmp_path, copies, np.zeros(1)), random_fraction=1)
+    queue.add({0: "safe"})
+    queue.add({1: "unsafe"})
+    while not any(verdict.identical_to is not None for verdict in queue.verdicts):
+        queue.add(dict.fromkeys(queue.next(3), "safe"))
+    drawn = {verdict.row for verdict in queue.verdicts if verdict.identical_to is not None}
+    assert {queue.labels[row] for row in drawn} == {"unsafe"}
+    queue.add({1: "safe"})
+    assert set(queue.labels.values()) == {"safe"} and not find_forgotten(queue.trace, FilterConfig(
+        reviewed=queue.trace.folder / "review"
+    )).removed.any()  # fmt: skip
+    queue.add({0: "unsafe"})
+    assert {queue.labels[row] for row in drawn} == {"unsafe"} and queue.labels[1] == "safe"
+    queue.add({1: "safe"})
+    assert {queue.labels[row] for row in drawn} == {"unsafe"}
+
+
 def test_copies_of_an_unsafe_row_are_not_learned_as_safe(tmp_path, monkeypatch):
     trace = make_trace(tmp_path, np.r_[np.zeros(60, int), np.arange(1, 41)], np.zeros(1))
     queue, fits = ReviewQueue(trace), []

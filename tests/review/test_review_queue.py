@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,18 @@ def test_a_row_that_was_drawn_comes_back_until_it_has_a_verdict(tmp_path):
     queue.add(dict.fromkeys(drawn, "safe"))
     assert {v.row: v.drawn_from for v in queue.verdicts if v.drawn_from is not None} == dict.fromkeys(drawn, 300)
     assert not set(drawn) & set(queue.next(10))
+
+
+def test_the_draws_after_skipped_rows_are_not_their_neighbours(tmp_path):
+    trace, _ = make_trace(tmp_path)
+    queue = ReviewQueue(trace, random_fraction=1)
+    skipped: list[int] = []
+    for _ in range(30):
+        skipped += queue.next(1, skipped)
+        queue.skip(skipped[-1])
+    assert len(set(skipped)) == 30
+    neighbours = sum(abs(before - after) == 1 for before, after in pairwise(skipped))
+    assert neighbours < 5  # 2 of 299 pairs of other rows are
 
 
 def test_rows_of_an_earlier_round_stay_drawn(tmp_path):

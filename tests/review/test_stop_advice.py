@@ -114,7 +114,9 @@ def test_many_safe_random_rows_need_no_more_of_them(tmp_path):
     queue.add(dict.fromkeys(queue.next(RANDOM_ROWS), "safe"))
     queue.random_fraction = 0
     review_until_enough(queue)
-    assert stop_advice(queue).reason.endswith("Go on if you want to find them. The interval says how many there can be.")
+    assert stop_advice(queue).reason.endswith(
+        "Go on if you want to find them. The interval says how many there can be."
+    )
 
 
 def test_45_safe_rows_drawn_at_random_show_that_few_rows_are_unsafe():
