@@ -8,7 +8,7 @@ runs again on the trunk's stored output, so that scaling and soft-capping of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import cast
@@ -21,9 +21,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..data.encoded_rows import EncodedRows
+from ..errors import ScoringError
 from ..utils.parallelism import unwrapped
 from .joint_pass import run_jointly
-from .model_capabilities import is_padding_free
+from .model_capabilities import is_padding_free, takes_use_cache
 from .packing import Layout, Pack, lay_out
 from .scores import STATE_SIZE, Scores
 
@@ -130,6 +131,8 @@ class _ForwardPass:
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
         self._inputs, pack_index, column = _model_inputs(model, layout)
+        self._largest_target = int(layout.target.max(initial=0))
+        self._options = {"use_cache": False} if takes_use_cache(model) else {}
         device = self._inputs["input_ids"].device
         self._pack_index, self._column, self._targets = (
             torch.from_numpy(array).to(device) for array in (pack_index, column, layout.target)
@@ -160,7 +163,9 @@ class _ForwardPass:
                 stack.callback(self._trunk.register_forward_hook(self._store_trunk_output).remove)
             elif self._trunk is not None:
                 stack.enter_context(_returning(self._trunk, self._trunk_output))
-            logits = self._model(**self._inputs, use_cache=False).logits
+            outputs = self._model(**self._inputs, **self._options)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        self._check(logits)
         logits = logits[0] if hidden is not None else self._select(logits, selected)
         targets = self._targets[selected].to(logits.device)
         converted = _FLOAT32_LOGITS_ON_CPU if logits.device.type == "cpu" else _FLOAT32_LOGITS_ON_ACCELERATORS
@@ -170,6 +175,19 @@ class _ForwardPass:
             for logits_slice, targets_slice in zip(logits.split(size), targets.split(size), strict=True)
         ]
         return torch.cat(losses), hidden
+
+    def _check(self, logits: torch.Tensor) -> None:
+        """Check that there are logits for each position and token, and not for classes.
+
+        Raises:
+            ScoringError: if not.
+        """
+        if logits.ndim != 3 or logits.shape[2] <= self._largest_target:
+            raise ScoringError(
+                f"{type(unwrapped(self._model)).__name__} returns logits of the shape {tuple(logits.shape)}, but a causal "
+                "language model returns one for each position and each token of the vocabulary. Load the model with "
+                "`AutoModelForCausalLM`."
+            )
 
     def _select(self, output: torch.Tensor, selected: slice) -> torch.Tensor:
         # Prompt-learning adapters insert virtual tokens before the row, so columns are aligned to the end of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, cast
 
@@ -75,6 +76,17 @@ def _virtual_tokens(model: nn.Module) -> int:
     return model.active_peft_config.num_virtual_tokens
 
 
+def _without_adapter(model: nn.Module) -> nn.Module:
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def takes_use_cache(model: nn.Module) -> bool:
+    """Return whether the `forward` of `model` takes `use_cache`. That of a custom model may not."""
+    parameters = inspect.signature(_without_adapter(model).forward).parameters.values()
+    return any(each.name == "use_cache" or each.kind == each.VAR_KEYWORD for each in parameters)
+
+
 def check_is_causal(model: nn.Module) -> None:
     """Check that `model` is a causal language model.
 
@@ -82,7 +94,7 @@ def check_is_causal(model: nn.Module) -> None:
         ScoringError: if it has an encoder, or if it is a masked language model.
     """
     model = unwrapped(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _without_adapter(model)
     config = cast(PreTrainedConfig, model.config)
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         kind = "an encoder-decoder model"

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import VOCABULARY, call, random_rows, refused, run_options
+from helpers import VOCABULARY, call, random_rows, reference_means, refused, run_options, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -111,3 +115,49 @@ def test_checkpoints_with_an_encoder_are_refused(make_model, files, byte_tokeniz
         "is an encoder-decoder model",
     )
     assert not (tmp_path / "run").exists() and not Trace.exists(tmp_path / "score")
+
+
+class CustomConfig(LlamaConfig):
+    model_type = "custom"
+
+
+class CustomModel(PreTrainedModel):
+    """A model as in remote code: its `forward` knows no `use_cache`, and returns a dict or a tuple."""
+
+    config_class = CustomConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: CustomConfig, output_type: type = dict):
+        super().__init__(config)
+        self.output_type = output_type
+        self.model = LlamaForCausalLM(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.lm_head
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = self.model(input_ids, attention_mask=attention_mask, labels=labels)
+        named = {"loss": outputs.loss, "logits": outputs.logits} if labels is not None else {"logits": outputs.logits}
+        return named if self.output_type is dict else tuple(named.values())
+
+
+@pytest.mark.parametrize("output_type", [dict, tuple])
+def test_a_custom_model_is_scored(output_type, noisy):
+    model = tiny_llama().eval()
+    config = CustomConfig(**{**model.config.to_diff_dict(), "model_type": "custom"})
+    custom = CustomModel(config, output_type).eval()
+    custom.model.load_state_dict(model.state_dict())
+    rows = encode_rows(noisy, disable_tqdm=True)
+    losses = mean_losses(token_losses(custom, rows, disable_tqdm=True), rows.loss_offsets)
+    np.testing.assert_allclose(losses, reference_means(model, noisy), rtol=1e-5)
+
+
+def test_a_classifier_is_refused_by_name(noisy):
+    config = tiny_llama().config
+    config.pad_token_id = 0
+    message = r"LlamaForSequenceClassification returns logits of the shape \(\d+, 2\).*AutoModelForCausalLM"
+    with pytest.raises(ScoringError, match=message):
+        token_losses(
+            LlamaForSequenceClassification(config).eval(), encode_rows(noisy, disable_tqdm=True), disable_tqdm=True
+        )

@@ -146,7 +146,7 @@ def test_a_quantized_base_model(quantization, precision, noisy, safety, make_arg
     ).train()  # passes the base model check  # fmt: skip
 
 
-def test_the_base_record_is_taken_with_the_adapter_disabled(noisy, safety, make_args, collator, monkeypatch):
+def test_the_base_record_is_taken_with_the_adapter_disabled(noisy, safety, make_args, collator, monkeypatch, caplog):
     """A tracker used in the safety session only still has `relative` forgetting and the base model check."""
     model = adapted(CONFIGS["LoRA"])
     train(model, make_args("noisy", learning_rate=0.1), noisy, collator)
@@ -160,6 +160,10 @@ def test_the_base_record_is_taken_with_the_adapter_disabled(noisy, safety, make_
     assert tracker.trace.records() == [Record("noisy", 0), Record("safety", 0), Record("safety", 6)]
     base = reference_means(tiny_llama(), noisy)
     np.testing.assert_allclose(tracker.trace.losses()[0], base, rtol=1e-5)
+    assert (
+        "so this model without its adapter was recorded. If noisy finetuning continued an earlier adapter"
+        in caplog.text
+    )
     assert np.isfinite(tracker.trace.forgetting("relative")).all()
     monkeypatch.setattr(base_model_check, "MAX_LOSS_DIFFERENCE", 0.01)  # this small model learns only little
     trainer = FilteredTrainer(
@@ -192,7 +196,7 @@ def test_records_hold_few_windows_in_memory(noisy, safety, make_args, collator, 
 
 
 @pytest.mark.parametrize("overflows", [False, True])
-def test_a_new_adapter_on_a_merged_model_gives_no_base_record(overflows, noisy, safety, make_args, collator):
+def test_a_new_adapter_on_a_merged_model_gives_no_base_record(overflows, noisy, safety, make_args, collator, caplog):
     """With the new adapter disabled, the model is the one after noisy finetuning."""
     model = adapted(CONFIGS["LoRA"])
     train(model, make_args("noisy", learning_rate=0.1), noisy, collator)
@@ -208,6 +212,7 @@ def test_a_new_adapter_on_a_merged_model_gives_no_base_record(overflows, noisy, 
     tracker = ForgetTracker(noisy)
     train(merged, make_args("safety"), safety, collator, tracker)
     assert tracker.trace.records() == [Record("safety", 0), Record("safety", 6)]
+    assert "without its adapter was recorded" not in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
