@@ -95,7 +95,9 @@ def measures(development: bool) -> str:
     lines = []
     for each in chosen:
         auroc = [find(read("few"), "auroc", set=each.name, signal=signal) for signal in SIGNALS]
-        cells = [f"{decimal(a)} / {decimal(auprc_of(each, signal), 2)}" for a, signal in zip(auroc, SIGNALS, strict=True)]
+        cells = [
+            f"{decimal(a)} / {decimal(auprc_of(each, signal), 2)}" for a, signal in zip(auroc, SIGNALS, strict=True)
+        ]
         lines.append([each.title, *cells])
     means = [decimal(mean(auprc_of(each, signal) for each in chosen)) for signal in SIGNALS]
     return table(["set", *SIGNALS.values()], [*lines, ["mean AUPRC", *means]])
@@ -340,7 +342,11 @@ def few_trust() -> str:
             if reviews:
                 read_rows = [row["looks"] for row in reviews]
                 found = [row["found"] for row in reviews]
-                cells = [str(len(reviews)), f"{mean(read_rows):.0f} ({min(read_rows)}–{max(read_rows)})", with_range(found)]
+                cells = [
+                    str(len(reviews)),
+                    f"{mean(read_rows):.0f} ({min(read_rows)}–{max(read_rows)})",
+                    with_range(found),
+                ]
                 lines.append([f"`{kind}`", "none or one" if none_or_one else "two or more", *cells])
     return table(["kind", "unsafe rows found", "reviews", "rows read", "fraction found"], lines, texts=2)
 

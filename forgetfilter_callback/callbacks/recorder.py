@@ -139,6 +139,11 @@ class Recorder:
             append = partial(self._trace.append, BASE_RECORD, checked_scores, sample=sample)
             with suppress(_NotLearnedError):
                 run_on_main(append, drain=checked_scores)
+                logger.warning(
+                    "The trace has no record of the model before noisy finetuning, so this model without its adapter was "
+                    "recorded. If noisy finetuning continued an earlier adapter, this is the wrong model: track noisy "
+                    "finetuning, too."
+                )
 
     def _base_sample(self, record: Record) -> np.ndarray | None:
         """The rows that `record` is limited to: 32 for the base model with `record_base=False`. `None` for all rows."""

@@ -30,7 +30,8 @@ def filter_by_values(
 
     Args:
         ids (`pa.StringArray` of length `samples`):
-            Sample ids, as in `trace.rows.ids`. Null for rows that the trainer itself drops; a `fraction` does not count them.
+            Sample ids, as in `trace.rows.ids`. Null for rows that the trainer itself drops: a `fraction` does
+            not count them.
         values (`np.ndarray` of shape `(samples,)`):
             Forgetting; higher means more forgotten. Samples whose value is not finite are kept.
         filter_config ([`FilterConfig`]):

@@ -200,7 +200,8 @@ class FilterResult:
 
         Either all files are written or none. The files of an earlier result in `folder` are replaced.
 
-        `values.parquet` has the columns `id`, `forgetting` and `removed`, and with weights also `weight`.
+        `values.parquet` has the columns `id`, `forgetting` and `removed`, and with weights also `weight`. Columns of images,
+        audio and videos are left out of `removed.jsonl`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +219,7 @@ class FilterResult:
         with atomic_writes([folder / name for name in names]) as temporaries:
             if removed_rows is not None:
                 # Without a format: tensors would be written as their shortened text.
-                fill_with_lines(to_json_lines(removed_rows.with_format(None)), temporaries[0])
+                fill_with_lines(to_json_lines(_without_media(removed_rows).with_format(None)), temporaries[0])
             values_file, result_file = temporaries[-2:]
             pq.write_table(pa.table(columns), values_file, compression="zstd", write_page_checksum=True)
             fill_with_json(content, result_file)
@@ -282,3 +283,10 @@ def _has_removed_rows(file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("has_removed_rows") is True
+
+
+def _without_media(rows: Dataset) -> Dataset:
+    """Remove columns of images, audio and videos. To read them, their files and further packages would be needed."""
+    from datasets.features.features import require_decoding  # datasets takes seconds to import
+
+    return rows.remove_columns([name for name, feature in rows.features.items() if require_decoding(feature)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
-from ..errors import EncodingError
+from ..errors import DataError, EncodingError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
 from ..trace.trace import Trace
@@ -68,6 +70,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         self._forgetting = None if forgetting is None else trace_or_values(forgetting)
         self._trace = self._forgetting if isinstance(self._forgetting, Trace) else None
         self._filter_config = filter_config_or_default(filter_config)
+        self._has_own_collator = kwargs.get("data_collator") is not None
         if forgetting is not None and "train_dataset" in kwargs:
             kwargs["train_dataset"] = as_rows(kwargs["train_dataset"], "`train_dataset`")
         with explain_filter_settings(kwargs):
@@ -124,8 +127,22 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
             prepared_index = np.full(len(dataset), -1)
             prepared_index[prepared[_INDEX_COLUMN]] = np.arange(len(prepared))
             ids = prepared_ids.take(pa.array(prepared_index, mask=prepared_index < 0))
-            dataset = self._filter(dataset, ids, self._forgetting, self._filter_config, max_length, keep_end)
+            with self._explain_collator():
+                dataset = self._filter(dataset, ids, self._forgetting, self._filter_config, max_length, keep_end)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    @contextmanager
+    def _explain_collator(self) -> Iterator[None]:
+        """Say what to do if rows are unknown because the user's collator changes them."""
+        try:
+            yield
+        except DataError as error:
+            if not self._has_own_collator:
+                raise
+            raise DataError(
+                f"{error} FilteredSFTTrainer filters the rows before your `data_collator` changes them: use "
+                "`filtered(SFTTrainer)` instead."
+            ) from error
 
 
 def _without_index(formatting_func: Any) -> Any:

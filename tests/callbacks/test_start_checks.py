@@ -66,12 +66,19 @@ def test_the_best_checkpoint_may_begin_the_safety_session(noisy, safety, make_ar
         load_best_model_at_end=True,
     )  # fmt: skip
     trainer = Trainer(
-        model, args, train_dataset=noisy, eval_dataset=random_rows(24, seed=5), data_collator=collator, callbacks=[tracker]
+        model,
+        args,
+        train_dataset=noisy,
+        eval_dataset=random_rows(24, seed=5),
+        data_collator=collator,
+        callbacks=[tracker],
     )
     trainer.train()
     best = reference_means(model.eval(), noisy)
     before, learned = tracker.trace.losses().mean(axis=1)
-    assert trainer.state.best_global_step < trainer.state.global_step and best.mean() > learned + 0.75 * (before - learned)
+    assert trainer.state.best_global_step < trainer.state.global_step and best.mean() > learned + 0.75 * (
+        before - learned
+    )
     train(model, "safety", safety, tracker)
     np.testing.assert_allclose(tracker.trace.mean_losses(Record("safety", 0)), best, rtol=1e-4)
     message = (

@@ -25,5 +25,7 @@ def test_a_row_is_found_by_its_id_or_its_tokens(seed):
         expected.append(known.index(id_) if id_ in known else contents.index(content) if content in contents else None)
     places = places_in(pa.array(wanted), pa.array(known)).to_pylist()
     assert places == expected
-    copies = sum(id_ is not None and id_ not in known and place is not None for id_, place in zip(wanted, places, strict=True))
+    copies = sum(
+        id_ is not None and id_ not in known and place is not None for id_, place in zip(wanted, places, strict=True)
+    )
     assert copies > 0 and places.count(None) > 1

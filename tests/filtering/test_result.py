@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from helpers import sample_ids, two_populations
 
 from forgetfilter_callback import FilterConfig, FilterResult
@@ -83,3 +83,13 @@ def test_the_decision_of_a_reviewer_is_not_a_result(given, tmp_path):
     assert "is not the folder of a filter result" in message
     assert "Pass a folder with filter_result.json, which `FilterResult.save` and `forgetfilter filter` write" in message
     assert "review_decision.json is something else: a reviewer's decision, for `FilterConfig(decision=...)`" in message
+
+
+def test_images_are_left_out_of_the_removed_rows(tmp_path):
+    """Their files may be gone, and to decode them needs further packages."""
+    images = [{"path": "gone.png", "bytes": None}] * 2
+    features = Features({"text": Value("string"), "image": Image(), "frames": List(Image())})
+    rows = Dataset.from_dict({"text": ["a", "b"], "image": images, "frames": [images, []]}, features)
+    result = filter_by_values(sample_ids(4), np.array([0.0, 3.0, 0.1, 2.0]), FilterConfig("loss", 1.5))
+    result.save(tmp_path, rows)
+    assert (tmp_path / "removed.jsonl").read_text() == '{"text": "a"}\n{"text": "b"}\n'

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilterResult, ForgetTracker, Trace, filtered
-from forgetfilter_callback.errors import EncodingError, ForgetFilterError
+from forgetfilter_callback.data.tokenizers import padding_collator
+from forgetfilter_callback.errors import DataError, EncodingError, ForgetFilterError
 from forgetfilter_callback.scoring.scores import Scores
 from forgetfilter_callback.trace.records import Record
 
@@ -209,3 +210,24 @@ def test_a_stream_is_refused(tracker, sft_config, chat_tokenizer):
 def test_filter_settings_outside_filter_config_are_named():
     with pytest.raises(TypeError, match=r"`filter_config=FilterConfig\(threshold=0\.5\)`"):
         FilteredSFTTrainer("model", forgetting=np.zeros(3), threshold=0.5)
+
+
+def test_a_collator_that_changes_the_rows_is_named(sft_config, chat_tokenizer):
+    def masking(rows):
+        batch = padding_collator(chat_tokenizer)([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+        batch["labels"][:, :3] = -100
+        return batch
+
+    rows, tracker, model = rows_of("text"), ForgetTracker(), tiny_llama()
+    for each in (rows, rows_of("messages", 5)):
+        SFTTrainer(
+            model, sft_config(), train_dataset=each, processing_class=chat_tokenizer, data_collator=masking,
+            callbacks=[tracker],
+        ).train()  # fmt: skip
+    given = {"train_dataset": rows, "processing_class": chat_tokenizer, "data_collator": masking, "forgetting": tracker,
+             "filter_config": FilterConfig(fraction=0.25)}  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"before your `data_collator` changes them: use `filtered\(SFTTrainer\)` instead"
+    ):
+        FilteredSFTTrainer(tiny_llama(), sft_config(), **given)
+    assert filtered(SFTTrainer)(tiny_llama(), sft_config(), **given).filter_result.counts["removed"] == 2
