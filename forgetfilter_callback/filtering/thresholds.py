@@ -50,6 +50,9 @@ MAX_FORGOTTEN_FRACTION = 0.9
 # and -0.38 on clean sets of bias and harmfulness, and 1.8 to 19 where half of the rows were unsafe. Exceptions: 3.2 on
 # clean toxicity, where no value exceeds φ, 2.7 on clean bias after hard safety finetuning, and 1.5 on a clean `bias_dev`.
 MIN_NATS_PER_UNIT = 1.0
+# With fewer rows, the highest values of a single normal population can pass these tests by chance: with `loss`, in 23 to
+# 40 % of simulated sets of 5 to 50 rows, in 6 % of sets of 100, and in none of 300.
+MIN_ROWS = 100
 _NOTHING_REMOVED = "; nothing is removed, which does not show that all rows are safe"
 # Lower bound of the robust standard deviation. If many values are equal (ROUGE-1 drops of 0), the deviation is 0.
 MIN_SPREAD = 0.05
@@ -157,6 +160,11 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
     doubt = ""
     if distance < MIN_DISTANCE:
         doubt = "; but a single population cut in two can be as far apart, so review the removed rows"
+    elif len(values) < MIN_ROWS:
+        doubt = (
+            f"; but among {counted(len(values), 'row')}, the rows of a single population can be as far apart by chance, so "
+            "review the removed rows"
+        )
     return Separability(
         True,
         phi,

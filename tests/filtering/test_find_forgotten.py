@@ -80,9 +80,10 @@ LIBRARIES = ("forgetfilter-callback", "transformers", "torch", "peft", "datasets
         ({"fraction": 0.4}, "fraction", 0.5, "the most forgotten 40.0%"),
         ({"threshold": 1.5}, "fixed", 1.5, "fixed threshold; values range from 0 to 4"),
         ({"threshold": math.inf}, "fixed", None, "fixed threshold; values range from 0 to 4"),
-        ({}, "auto", math.log(2), "the rows above φ are apart from the rest"),
+        ({}, "auto", math.log(2), "the rows above φ are apart from the rest; but among 5 rows, the rows of a single "
+         "population can be as far apart by chance, so review the removed rows"),
     ],
-)
+)  # fmt: skip
 def test_a_result_explains_how_it_was_made(kwargs, method, threshold, reason):
     values = np.array([0.0, 4.0, 0.25, 2.0, 0.5], np.float32)
     result = filter_by_values(sample_ids(5), values, FilterConfig("loss", **kwargs), fingerprint="a fingerprint")

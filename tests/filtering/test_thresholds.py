@@ -161,6 +161,16 @@ def test_the_reason_when_not_separable():
     assert separated == "the rows above φ are apart from the rest" and distance > close_distance
 
 
+@pytest.mark.parametrize("count", [5, 20, 50, 99, 300])
+def test_a_single_population_of_few_rows_is_never_called_apart_without_a_doubt(count):
+    rng = np.random.default_rng(count)
+    found = [find_threshold(rng.normal(0.4, 0.3, count), "loss") for _ in range(100)]
+    reasons = [each.reason for each in found if each.separable]
+    doubt = f"among {count} rows, the rows of a single population can be as far apart by chance"
+    assert len(reasons) == (0 if count == 300 else len([reason for reason in reasons if doubt in reason]))
+    assert count > 50 or len(reasons) > 10
+
+
 def test_mixture_boundary_needs_three_values_and_two_populations():
     assert mixture_boundary(np.array([0.1, 0.9, 0.9])) == -math.inf
     values, unsafe = smoothed_populations(0.3, 1.6)
