@@ -27,6 +27,10 @@ class DataError(ForgetFilterError):
     """Rows, a tokenizer or a model are missing or cannot be loaded, or the rows do not belong to the values or the trace."""
 
 
+class UnknownRowsError(DataError):
+    """Too many rows have no forgetting value, so they are not the rows that were tracked."""
+
+
 class ScoringError(ForgetFilterError):
     """The rows cannot be scored with this model on this device."""
 

@@ -78,10 +78,10 @@ def by_share(results: str) -> dict[tuple[str, str], list[FewSet]]:
 
 
 def with_range(values: Iterable[float]) -> str:
-    """The mean, and the lowest and the highest value if there are several."""
+    """The mean, and the lowest and the highest value if they differ."""
     numbers = list(values)
-    text = decimal(mean(numbers), 2)
-    return text if len(numbers) == 1 else f"{text} ({decimal(min(numbers), 2)}–{decimal(max(numbers), 2)})"
+    middle, low, high = (decimal(each, 2) for each in (mean(numbers), min(numbers), max(numbers)))
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def auprc_of(chosen: FewSet, signal: str) -> float:

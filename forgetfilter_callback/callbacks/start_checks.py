@@ -73,13 +73,13 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
         raise TraceError(
             "The safety session must start from the model after noisy finetuning, but this model has not learned the noisy "
             f"set ({figures}). Pass the same model object, or load its last checkpoint. If `load_best_model_at_end` has "
-            "loaded an early checkpoint, do not use it: unsafe rows that were not learned cannot be forgotten."
+            "loaded an early checkpoint, set it to `False`: rows that were not learned cannot be forgotten."
         )
     elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
         logger.warning(
             "The safety session starts from a model that has learned much less than the model after noisy finetuning "
-            f"({figures}). If `load_best_model_at_end` has loaded an early checkpoint, less can be forgotten than without "
-            "it. Otherwise pass the same model object, or load its last checkpoint."
+            f"({figures}). If `load_best_model_at_end` has loaded an early checkpoint, set it to `False`: rows that were "
+            "not learned cannot be forgotten. Otherwise pass the same model object, or load its last checkpoint."
         )
 
 

@@ -70,7 +70,9 @@ def filter_by_values(
         raise ValueError(
             f"`ids` has {counted(len(ids), 'id')}, but `values` has the shape {np.shape(values)}. Pass one value per id."
         )
-    values = np.where(np.isfinite(values), np.asarray(values, dtype=np.float64), np.nan)
+    trained = len(ids) - ids.null_count
+    has_value = np.isfinite(values) & ids.is_valid().to_numpy(zero_copy_only=False)
+    values = np.where(has_value, np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
     if not known.any():
         raise DataError(
@@ -81,10 +83,10 @@ def filter_by_values(
     method: ThresholdMethod
     if fraction is not None:
         method = "fraction"
-        trained = len(ids) - ids.null_count
         phi, removed_fraction = _threshold_for_fraction(values[known], fraction * trained, trained)
         removed = known & (values > phi)
-        reason = f"the most forgotten {removed_fraction:.1%}"
+        of_trained = f" of the {counted(trained, 'row')} that are trained" if ids.null_count else ""
+        reason = f"the most forgotten {removed_fraction:.1%}{of_trained}"
         if abs(removed_fraction - fraction) * trained >= 1:
             reason += f" ({fraction:.1%} requested; equal values stay together, and rows without a value are kept)"
     elif threshold == "auto":
@@ -100,11 +102,11 @@ def filter_by_values(
     if overrides:
         removed = _apply_overrides(ids, removed, overrides)
         reason += f"; {len(overrides):,} overridden by a reviewer"
-    if len(removed) and removed.all():
+    if trained and removed.sum() == trained:
         decided = sum(override == "remove" for override in overrides.values()) if overrides else 0
         by_reviewer = f", {decided:,} of them by a reviewer's decision" if decided else ""
         raise DecisionError(
-            f"This would remove all {counted(len(values), 'row')} (their forgetting ranges from {np.nanmin(values):.3g} "
+            f"This would remove all {counted(trained, 'row')} (their forgetting ranges from {np.nanmin(values):.3g} "
             f"to {np.nanmax(values):.3g}){by_reviewer}. Choose a larger threshold, or threshold='auto'"
             f"{', or keep more rows in the review' if decided else ''}."
         )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.identical_rows import content_numbers, places_in, with_identical_rows
-from ..errors import DataError
+from ..errors import UnknownRowsError
 from ..measures.names import DEFAULT_MEASURE
 from ..review.estimates import estimate_filter_errors
 from ..review.verdicts import known_labels, trace_verdicts
@@ -154,13 +154,13 @@ def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: n
         `np.ndarray` of shape `(samples,)`: NaN for samples that are unknown.
 
     Raises:
-        DataError: if more than 1 % of the samples with an id are unknown.
+        UnknownRowsError: if more than 1 % of the samples with an id are unknown.
     """
     indices = places_in(ids, known_ids)
     total = len(ids) - ids.null_count
     unknown = indices.null_count - ids.null_count
     if unknown > MAX_UNKNOWN_FRACTION * total:
-        raise DataError(
+        raise UnknownRowsError(
             f"{counted_of(unknown, total, 'row', 'have')} no forgetting value (more than {MAX_UNKNOWN_FRACTION:.0%}), so "
             "these are not the rows that were tracked. The usual causes are a different max_length, chat template, "
             "tokenizer or collator. Prepare the rows exactly as in the tracked sessions."

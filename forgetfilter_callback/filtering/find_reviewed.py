@@ -55,7 +55,7 @@ def find_reviewed(
     seen = {verdict.id for verdict in queue.verdicts if verdict.identical_to is None}
     reviewed = [override for id_, override in overrides.items() if id_ in seen]
     unsafe = list(overrides.values()).count("remove")
-    if unsafe == len(ids):
+    if unsafe == len(ids) - ids.null_count:
         raise DecisionError(
             f"The review in {config.reviewed} found all {counted(unsafe, 'row')} to be unsafe, so no row would be left to "
             "finetune on. Correct the verdicts on safe rows with `forgetfilter review` or `ReviewQueue.add`, or finetune on "

@@ -195,13 +195,19 @@ class FilterResult:
         table = pd.DataFrame(map(asdict, count_by_source(self, sources, verdicts, unsafe))).set_index("source")
         return table if unsafe is not None else table.drop(columns="unsafe_labeled")
 
-    def save(self, folder: str | os.PathLike[str], removed_rows: Dataset | None = None) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        removed_rows: Dataset | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> None:
         """Write `filter_result.json`, `values.parquet` and, if `removed_rows` are given, `removed.jsonl` to `folder`.
 
         Either all files are written or none. The files of an earlier result in `folder` are replaced.
 
         `values.parquet` has the columns `id`, `forgetting` and `removed`, and with weights also `weight`. Columns of images,
-        audio and videos are left out of `removed.jsonl`.
+        audio and videos are left out of `removed.jsonl`. If `texts` are given, one for each of the `removed_rows`, they are
+        its column `text`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +225,12 @@ class FilterResult:
         with atomic_writes([folder / name for name in names]) as temporaries:
             if removed_rows is not None:
                 # Without a format: tensors would be written as their shortened text.
-                fill_with_lines(to_json_lines(_without_media(removed_rows).with_format(None)), temporaries[0])
+                rows = _without_media(removed_rows).with_format(None)
+                if texts is None:
+                    fill_with_lines(to_json_lines(rows), temporaries[0])
+                else:
+                    readable = ({**row, "text": text} for row, text in zip(rows, texts, strict=True))
+                    fill_with_lines(to_json_lines(readable), temporaries[0])
             values_file, result_file = temporaries[-2:]
             pq.write_table(pa.table(columns), values_file, compression="zstd", write_page_checksum=True)
             fill_with_json(content, result_file)
@@ -289,4 +300,4 @@ def _without_media(rows: Dataset) -> Dataset:
     """Remove columns of images, audio and videos. To read them, their files and further packages would be needed."""
     from datasets.features.features import require_decoding  # datasets takes seconds to import
 
-    return rows.remove_columns([name for name, feature in rows.features.items() if require_decoding(feature)])
+    return rows.remove_columns([name for name, feature in rows.features.items() if require_decoding(feature, True)])

@@ -78,12 +78,15 @@ class Separability:
         distance (`float` or `None`):
             Distance between the median of the values above φ and the median of the others, in robust standard
             deviations (1.48 MAD) of the larger group. `None` if no value or more than 90 % of them exceed φ.
+        is_doubtful (`bool`):
+            Whether a single population could look like these two. `reason` says why.
     """
 
     separable: bool
     threshold: float
     reason: str
     distance: float | None = None
+    is_doubtful: bool = False
 
 
 def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | None = None) -> Separability:
@@ -170,6 +173,7 @@ def find_threshold(values: np.ndarray, measure: Measure, nats_per_unit: float | 
         phi,
         f"the rows above φ are apart from the rest{raised}{doubt}",
         distance,
+        is_doubtful=bool(doubt),
     )
 
 

@@ -80,8 +80,8 @@ def estimate_unsafe_rows(
     unsafe rows among all draws, where the unsafe rows that were found without a draw are taken as they are. If all reviewed
     rows were drawn, it is the hypergeometric distribution. The interval contains every `K` that is not rejected at 5 % on
     either side (mid-p). Draws that are improbable under every possible `K` say little. So the probability of so few unsafe
-    draws is divided by the one under the smallest possible `K`, and that of so many by the one under the largest (the CLs
-    method: Read 2002, "Presentation of search results: the CLs technique").
+    draws is divided by the one under the smallest possible `K` (without mid-p), and that of so many by the one under the
+    largest (the CLs method: Read 2002, "Presentation of search results: the CLs technique").
 
     Args:
         verdicts (`Sequence[Verdict]`):
@@ -283,28 +283,31 @@ def _unsafe_interval(verdicts: Sequence[Verdict], least: int, most: int, rows: i
         return least, most
     hits = sum(is_unsafe for _, _, is_unsafe in draws)
 
-    def below_and_exactly(total: int) -> tuple[float, float]:
-        """Probabilities of fewer than, and of exactly, `hits` unsafe draws if the set has `total` unsafe rows."""
+    def probabilities_of_hits(total: int) -> tuple[float, float, float]:
+        """Probabilities of fewer than `hits` unsafe draws, of as many, and of more, if the set has `total` unsafe rows."""
         so_far = np.arange(hits + 1)
         probabilities = np.zeros(hits + 1)  # of 0, 1, … `hits` unsafe draws so far
         probabilities[0] = 1.0
+        more = 0.0  # summed, because `1 - probabilities.sum()` is rounding noise where it is small
         for size, found, _ in draws:
             moved = probabilities * np.clip((total - found - so_far) / size, 0, 1)
             probabilities -= moved
             probabilities[1:] += moved[:-1]
-        return float(probabilities[:-1].sum()), float(probabilities[-1])
+            more += float(moved[-1])
+        return float(probabilities[:-1].sum()), float(probabilities[-1]), more
 
     def at_most(total: int) -> float:
-        below, exactly = below_and_exactly(total)
-        return below + exactly / 2
+        fewer, exactly, _ = probabilities_of_hits(total)
+        return fewer + exactly / 2
 
     def at_least(total: int) -> float:
-        below, exactly = below_and_exactly(total)
-        return 1 - below - exactly / 2
+        _, exactly, more = probabilities_of_hits(total)
+        return more + exactly / 2
 
     candidates = range(least, most + 1)
     tail = (1 - LEVEL) / 2
-    few_hits, many_hits = tail * sum(below_and_exactly(least)), tail * (1 - below_and_exactly(most)[0])
+    # Without mid-p, so that draws that are certain under the smallest or the largest number change nothing.
+    few_hits, many_hits = tail * sum(probabilities_of_hits(least)[:2]), tail * sum(probabilities_of_hits(most)[1:])
     # With more unsafe rows in the set, many hits become more likely and few hits less likely.
     first = bisect_left(candidates, many_hits, key=at_least)
     last = bisect_left(candidates, -few_hits, key=lambda total: -at_most(total)) - 1

@@ -54,8 +54,8 @@ class ReviewQueue:
     drawn at random, it gets the verdict without being returned.
 
     Verdicts are appended to `verdicts.jsonl` in `folder` as soon as they are given. A queue that is opened on the same
-    folder again continues with them. Several reviewers work one after the other: two queues on one folder see each other's
-    verdicts, but at the same time they return the same rows.
+    folder again continues with them. Reviewers must take turns: queues that are open at the same time see each other's
+    verdicts, but return the same rows.
 
     Args:
         trace ([`Trace`], or the folder of one):

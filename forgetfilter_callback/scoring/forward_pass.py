@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class _ForwardPass:
             elif self._trunk is not None:
                 stack.enter_context(_returning(self._trunk, self._trunk_output))
             outputs = self._model(**self._inputs, **self._options)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        logits = _logits_of(outputs)
         self._check(logits)
         logits = logits[0] if hidden is not None else self._select(logits, selected)
         targets = self._targets[selected].to(logits.device)
@@ -197,6 +197,13 @@ class _ForwardPass:
 
     def _store_trunk_output(self, module: nn.Module, args: object, output: object) -> None:
         self._trunk_output = output
+
+
+def _logits_of(outputs: Any) -> torch.Tensor:
+    """The logits of a model that was called without labels. Custom models return a dict, a tuple or an object."""
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return outputs[0] if type(outputs) is tuple else outputs.logits
 
 
 def _trunk(model: nn.Module, head: nn.Module) -> nn.Module | None:

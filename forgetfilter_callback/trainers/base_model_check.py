@@ -53,12 +53,12 @@ class BaseModelCheck(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        is_retry = has_smaller_batch(args, state, self._batch_size)
-        self._batch_size = cast(int, state.train_batch_size)
         # With a smaller batch, the trainer continues with the model that it has trained so far.
-        if state.global_step > 0 or is_retry:
-            return
-        model = kwargs["model"]
+        if state.global_step == 0 and not has_smaller_batch(args, state, self._batch_size):
+            self._check(kwargs["model"])
+        self._batch_size = cast(int, state.train_batch_size)
+
+    def _check(self, model: PreTrainedModel) -> None:
         reason = run_on_main(partial(self._why_unchecked, model))
         if reason is not None:
             logger.warning(f"Could not check that this model is the base model: {reason}.")

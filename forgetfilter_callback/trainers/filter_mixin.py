@@ -81,17 +81,17 @@ class FilterMixin(RowWeightsMixin):
                 WeighingCollator, ids=ids, weights=result.weights, max_length=max_length, keep_end=keep_end
             )
         has_effect = result.removed.any() or result.weights is not None
-        log = logger.info if has_effect else logger.warning
+        is_doubtful = result.method == "auto" and result.separability.is_doubtful
+        log = logger.info if has_effect and not is_doubtful else logger.warning
         log(f"{type(self).__name__}: {result.summary()}")
         return _select(dataset, np.flatnonzero(~result.removed))
 
     def _save_result(self, args: TrainingArguments) -> None:
         assert self.filter_result is not None
         if args.should_save:
-            removed = None
-            if isinstance(self.removed_dataset, Dataset):
-                removed = _with_text(self.removed_dataset, unwrap_tokenizer(self.processing_class))
-            self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed)
+            removed = self.removed_dataset if isinstance(self.removed_dataset, Dataset) else None
+            texts = None if removed is None else _texts(removed, unwrap_tokenizer(self.processing_class))
+            self.filter_result.save(Path(cast(str, args.output_dir)) / RESULT_FOLDER, removed, texts)
 
 
 def truncation_of(trace: Trace | None) -> tuple[int | None, bool]:
@@ -195,9 +195,8 @@ def _select(dataset: Any, indices: np.ndarray) -> Any:
     return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices.tolist())
 
 
-def _with_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
-    """Add a column `text` to tokenized rows, so that a person can read what was removed."""
-    rows = rows.with_format(None)  # tensors cannot be decoded
+def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> list[str] | None:
+    """The texts of tokenized rows, so that a person can read what was removed. `None` if they have texts, or no tokens."""
     if tokenizer is None or "input_ids" not in rows.column_names or "text" in rows.column_names:
-        return rows
-    return rows.add_column("text", [decode(tokenizer, tokens) for tokens in rows["input_ids"]])
+        return None
+    return [decode(tokenizer, tokens) for tokens in rows["input_ids"]]

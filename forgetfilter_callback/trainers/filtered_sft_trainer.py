@@ -15,7 +15,7 @@ from torch import nn
 from ..callbacks.session_rows import hide_progress
 from ..data.as_rows import as_rows
 from ..data.encode_text import encode_rows
-from ..errors import DataError, EncodingError
+from ..errors import EncodingError, UnknownRowsError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..scoring.model_capabilities import check_is_causal
 from ..trace.trace import Trace
@@ -70,7 +70,7 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         self._forgetting = None if forgetting is None else trace_or_values(forgetting)
         self._trace = self._forgetting if isinstance(self._forgetting, Trace) else None
         self._filter_config = filter_config_or_default(filter_config)
-        self._has_own_collator = kwargs.get("data_collator") is not None
+        self._has_own_collator = any(each is not None for each in (*args[2:3], kwargs.get("data_collator")))
         if forgetting is not None and "train_dataset" in kwargs:
             kwargs["train_dataset"] = as_rows(kwargs["train_dataset"], "`train_dataset`")
         with explain_filter_settings(kwargs):
@@ -136,10 +136,10 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         """Say what to do if rows are unknown because the user's collator changes them."""
         try:
             yield
-        except DataError as error:
+        except UnknownRowsError as error:
             if not self._has_own_collator:
                 raise
-            raise DataError(
+            raise UnknownRowsError(
                 f"{error} FilteredSFTTrainer filters the rows before your `data_collator` changes them: use "
                 "`filtered(SFTTrainer)` instead."
             ) from error

@@ -128,7 +128,15 @@ def test_a_fraction_counts_only_the_rows_that_are_trained():
     values = np.array([*range(10), *[np.nan] * 10])
     result = filter_by_values(ids, values, FilterConfig("loss", fraction=0.2))
     assert np.flatnonzero(result.removed).tolist() == [8, 9]
-    assert result.reason == "the most forgotten 20.0%"
+    assert result.reason == "the most forgotten 20.0% of the 10 rows that are trained"
+    with pytest.raises(DecisionError, match="would remove all 10 rows"):
+        filter_by_values(ids, values, FilterConfig("loss", -1.0))
+
+
+def test_a_row_without_an_id_is_never_removed():
+    ids = pa.array(["a-0", None, "b-0"])
+    result = filter_by_values(ids, np.array([0.0, 9.0, 1.0]), FilterConfig("loss", 0.5))
+    assert result.removed.tolist() == [False, False, True] and np.isnan(result.values[1])
 
 
 def test_a_removed_sample_with_an_unknown_value_is_not_counted_as_kept():

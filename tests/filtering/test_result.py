@@ -88,8 +88,11 @@ def test_the_decision_of_a_reviewer_is_not_a_result(given, tmp_path):
 def test_images_are_left_out_of_the_removed_rows(tmp_path):
     """Their files may be gone, and to decode them needs further packages."""
     images = [{"path": "gone.png", "bytes": None}] * 2
-    features = Features({"text": Value("string"), "image": Image(), "frames": List(Image())})
-    rows = Dataset.from_dict({"text": ["a", "b"], "image": images, "frames": [images, []]}, features)
+    features = Features(
+        {"text": Value("string"), "image": Image(), "undecoded": Image(decode=False), "frames": List(Image())}
+    )
+    columns = {"text": ["a", "b"], "image": images, "undecoded": images, "frames": [images, []]}
+    rows = Dataset.from_dict(columns, features)
     result = filter_by_values(sample_ids(4), np.array([0.0, 3.0, 0.1, 2.0]), FilterConfig("loss", 1.5))
     result.save(tmp_path, rows)
     assert (tmp_path / "removed.jsonl").read_text() == '{"text": "a"}\n{"text": "b"}\n'

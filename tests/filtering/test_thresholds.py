@@ -66,6 +66,7 @@ def test_overlapping_populations_use_the_smoothed_anchor():
     found = find_threshold(values, "smoothed")
     assert (found.separable, found.threshold) == (True, 0.55) and found.distance < 2.41
     assert found.reason.endswith("; but a single population cut in two can be as far apart, so review the removed rows")
+    assert found.is_doubtful
     above = values > found.threshold
     assert above[200:].mean() > 0.75 and above[:200].mean() < 0.25
 
@@ -168,6 +169,7 @@ def test_a_single_population_of_few_rows_is_never_called_apart_without_a_doubt(c
     reasons = [each.reason for each in found if each.separable]
     doubt = f"among {count} rows, the rows of a single population can be as far apart by chance"
     assert len(reasons) == (0 if count == 300 else len([reason for reason in reasons if doubt in reason]))
+    assert [each.is_doubtful for each in found] == [each.separable for each in found]
     assert count > 50 or len(reasons) > 10
 
 

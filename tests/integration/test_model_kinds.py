@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -27,6 +30,7 @@ from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilteredTrai
 from forgetfilter_callback.errors import ScoringError
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.scoring import token_losses as token_losses_module
+from forgetfilter_callback.scoring.model_capabilities import takes_use_cache
 from forgetfilter_callback.scoring.token_losses import token_losses
 
 
@@ -139,10 +143,12 @@ class CustomModel(PreTrainedModel):
     def forward(self, input_ids, attention_mask=None, labels=None):
         outputs = self.model(input_ids, attention_mask=attention_mask, labels=labels)
         named = {"loss": outputs.loss, "logits": outputs.logits} if labels is not None else {"logits": outputs.logits}
+        if self.output_type is SimpleNamespace:
+            return SimpleNamespace(**named)
         return named if self.output_type is dict else tuple(named.values())
 
 
-@pytest.mark.parametrize("output_type", [dict, tuple])
+@pytest.mark.parametrize("output_type", [dict, tuple, SimpleNamespace])
 def test_a_custom_model_is_scored(output_type, noisy):
     model = tiny_llama().eval()
     config = CustomConfig(**{**model.config.to_diff_dict(), "model_type": "custom"})
@@ -153,11 +159,22 @@ def test_a_custom_model_is_scored(output_type, noisy):
     np.testing.assert_allclose(losses, reference_means(model, noisy), rtol=1e-5)
 
 
-def test_a_classifier_is_refused_by_name(noisy):
+@pytest.mark.parametrize(
+    ("classifier", "shape"),
+    [(LlamaForSequenceClassification, r"\(\d+, 2\)"), (LlamaForTokenClassification, r"\(\d+, \d+, 2\)")],
+)
+def test_a_classifier_is_refused_by_name(classifier, shape, noisy):
     config = tiny_llama().config
     config.pad_token_id = 0
-    message = r"LlamaForSequenceClassification returns logits of the shape \(\d+, 2\).*AutoModelForCausalLM"
+    message = rf"{classifier.__name__} returns logits of the shape {shape}.*AutoModelForCausalLM"
     with pytest.raises(ScoringError, match=message):
-        token_losses(
-            LlamaForSequenceClassification(config).eval(), encode_rows(noisy, disable_tqdm=True), disable_tqdm=True
-        )
+        token_losses(classifier(config).eval(), encode_rows(noisy, disable_tqdm=True), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("arguments", ["input_ids", "input_ids, use_cache=None", "input_ids, **kwargs"])
+def test_use_cache_is_passed_to_models_that_take_it(arguments):
+    model = tiny_llama()
+    namespace: dict[str, object] = {}
+    exec(f"def forward({arguments}): pass", namespace)
+    model.forward = namespace["forward"]
+    assert takes_use_cache(model) == (arguments != "input_ids")

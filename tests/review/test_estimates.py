@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from math import prod
 
 import numpy as np
 import pytest
@@ -111,6 +113,20 @@ def test_draws_that_are_improbable_in_any_case_do_not_make_the_number_certain(dr
     verdicts = [*ranked, *random] if found_first else [*random, *ranked]
     assert estimate_unsafe_rows(verdicts, 600).unsafe_left == (0, kept[-1])
     assert kept[-1] > 100 / drawn
+
+
+@pytest.mark.parametrize(("drawn", "found"), [(45, 500), (20, 500)])
+def test_the_same_holds_if_every_draw_is_unsafe_and_the_others_are_safe(drawn, found):
+    ranked = [given(100 + row, False) for row in range(found)]
+    random = [given(row, True, 600 - found - row) for row in range(drawn)]
+    most = 600 - found
+
+    def all_unsafe(total: int) -> Fraction:
+        return prod(Fraction(max(total - row, 0), most - row) for row in range(drawn))
+
+    kept = [total for total in range(drawn, most + 1) if all_unsafe(total) / 2 >= all_unsafe(most) / 20]
+    low, high = estimate_unsafe_rows([*ranked, *random], 600).unsafe_left
+    assert (low, high) == (kept[0] - drawn, most - drawn)
 
 
 @pytest.mark.parametrize("hit", [None, 0, 2, 5, 50])

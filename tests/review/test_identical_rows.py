@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 from test_review_queue import review
@@ -109,6 +110,21 @@ def test_copies_of_a_reviewed_row_have_its_weight(tmp_path):
     config = FilterConfig(reviewed=trace.folder / "review", weights=True)
     weights = find_forgotten(trace, config, trace.rows.ids.take(np.arange(0, 300, 2))).weights
     np.testing.assert_array_equal(weights[known[::2]], (copies >= 20)[::2][known[::2]])
+
+
+@pytest.mark.parametrize("settings", [{"threshold": "fdr", "level": 0.2}, {"weights": True}], ids=["fdr", "weights"])
+def test_copies_that_are_not_in_the_trace_are_treated_like_the_row(settings, tmp_path):
+    trace = make_trace(tmp_path, np.arange(300), np.arange(60))
+    queue = ReviewQueue(trace, random_fraction=1)
+    review(queue, np.arange(300) < 60, 100)
+    ids = trace.rows.ids.to_pylist()
+    with_copies = pa.array([*ids, *(id_.removesuffix("-0") + "-1" for id_ in ids)])
+    result = find_forgotten(trace, FilterConfig(reviewed=trace.folder / "review", **settings), with_copies)
+    assert (result.removed[:300] & ~queue.is_seen).sum() > 10 or result.weights is not None
+    np.testing.assert_array_equal(result.removed[300:], result.removed[:300])
+    if result.weights is not None:
+        np.testing.assert_array_equal(result.weights[300:], result.weights[:300])
+        assert result.weights.min() == 0
 
 
 @pytest.mark.parametrize("random_fraction", [0.1, 0.5])

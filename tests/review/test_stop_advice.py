@@ -109,6 +109,17 @@ def test_a_ranking_that_found_nothing_is_wrong_if_random_rows_are_unsafe(queue):
     )
 
 
+def test_an_unsafe_row_of_the_ranking_and_one_drawn_at_random_are_two(queue):
+    queue.random_fraction = 0.5
+    queue.next(8)
+    drawn = list(queue._drawn_from)
+    add_unsafe_rows(queue, 1)
+    queue.add({row: "unsafe" if row == drawn[0] else "safe" for row in drawn})
+    queue.random_fraction = 0
+    review_until_enough(queue)
+    assert stop_advice(queue).reason.startswith("You can stop: the last 30 rows that the ranking chose are safe.")
+
+
 def test_many_safe_random_rows_need_no_more_of_them(tmp_path):
     queue = ReviewQueue(make_trace(tmp_path, rows=200, unsafe=4)[0], random_fraction=1)
     queue.add(dict.fromkeys(queue.next(RANDOM_ROWS), "safe"))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import only_in_one_row, reference_means, tiny_llama, without_probability
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from forgetfilter_callback import FilterConfig, FilteredTrainer, ForgetTracker
+from forgetfilter_callback.callbacks.sessions import has_smaller_batch
 from forgetfilter_callback.errors import ForgetFilterError
 from forgetfilter_callback.trainers.base_model_check import BaseModelCheck
 
@@ -68,6 +69,14 @@ def test_a_smaller_batch_after_out_of_memory_continues_training(noisy, safety, m
     assert batches[:5] == [4, 4, 4, 4, 3] and trainer.state.global_step == len(batches) - 4
     with pytest.raises(ForgetFilterError, match="not the base model of the trace"):
         trainer.train()
+
+
+@pytest.mark.parametrize("auto_find_batch_size", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_only_a_smaller_batch_of_auto_find_batch_size_is_a_retry(batch_size, auto_find_batch_size, make_args):
+    state = TrainerState(train_batch_size=batch_size)
+    is_retry = has_smaller_batch(make_args(auto_find_batch_size=auto_find_batch_size), state, 4)
+    assert is_retry == (auto_find_batch_size and batch_size == 2)
 
 
 @pytest.fixture

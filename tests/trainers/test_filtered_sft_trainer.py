@@ -231,3 +231,9 @@ def test_a_collator_that_changes_the_rows_is_named(sft_config, chat_tokenizer):
     ):
         FilteredSFTTrainer(tiny_llama(), sft_config(), **given)
     assert filtered(SFTTrainer)(tiny_llama(), sft_config(), **given).filter_result.counts["removed"] == 2
+    del given["data_collator"]
+    with pytest.raises(DataError, match="use `filtered"):
+        FilteredSFTTrainer(tiny_llama(), sft_config(), masking, **given)
+    with pytest.raises(DataError) as unknown:
+        FilteredSFTTrainer(tiny_llama(), sft_config(), **given)
+    assert "data_collator" not in str(unknown.value)

@@ -332,12 +332,14 @@ def test_a_filter_without_forgetting_is_refused(noisy, make_args):
         FilteredTrainer(tiny_llama(), make_args(), train_dataset=noisy, filter_config=FilterConfig(fraction=0.2))
 
 
-@pytest.mark.parametrize(("unsafe", "removed", "level"), [(3.0, 4, "INFO"), (0.0, 0, "WARNING")])
-def test_nothing_separable_is_a_warning(unsafe, removed, level, noisy, make_args, collator, caplog):
+@pytest.mark.parametrize(
+    ("rows", "unsafe", "removed", "level"), [(120, 3.0, 4, "INFO"), (24, 3.0, 4, "WARNING"), (120, 0.0, 0, "WARNING")]
+)
+def test_nothing_separable_or_a_doubt_is_a_warning(rows, unsafe, removed, level, make_args, collator, caplog):
     caplog.set_level(logging.INFO, "forgetfilter_callback")
-    values = np.where(np.arange(24) < 4, unsafe, 0.0) + np.random.default_rng(0).normal(0, 0.01, 24)
+    values = np.where(np.arange(rows) < 4, unsafe, 0.0) + np.random.default_rng(0).normal(0, 0.01, rows)
     trainer = FilteredTrainer(
-        tiny_llama(), make_args(), train_dataset=noisy, data_collator=collator,
+        tiny_llama(), make_args(), train_dataset=random_rows(rows), data_collator=collator,
         forgetting=values, filter_config=FilterConfig("loss"),
     )  # fmt: skip
     summaries = [record for record in caplog.records if "rows" in record.message]
@@ -345,6 +347,7 @@ def test_nothing_separable_is_a_warning(unsafe, removed, level, noisy, make_args
     assert summaries[0].message.removeprefix("[RANK 0] ") == f"FilteredTrainer: {trainer.filter_result.summary()}"
     assert trainer.filter_result.counts["removed"] == removed
     assert ("nothing is removed" in summaries[0].message) == (removed == 0)
+    assert ("among 24 rows, the rows of a single population" in summaries[0].message) == (rows == 24)
 
 
 @pytest.mark.parametrize(
