@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DataError, DecisionError
+from ..utils.arrow_arrays import to_numpy
 from ..utils.counted import counted, counted_of
 from ..utils.versions import library_versions
 from .config import FilterConfig, filter_config_or_default
@@ -71,7 +72,7 @@ def filter_by_values(
             f"`ids` has {counted(len(ids), 'id')}, but `values` has the shape {np.shape(values)}. Pass one value per id."
         )
     trained = len(ids) - ids.null_count
-    has_value = np.isfinite(values) & ids.is_valid().to_numpy(zero_copy_only=False)
+    has_value = np.isfinite(values) & to_numpy(ids.is_valid())
     values = np.where(has_value, np.asarray(values, dtype=np.float64), np.nan)
     known = ~np.isnan(values)
     if not known.any():
