@@ -132,7 +132,7 @@ def test_the_reviews_that_ended_by_what_they_found(tables):
     rows = [row for row in cells(tables.TABLES["few_trust"]()) if row[0] == "toxicity"]
     assert [row[1] for row in rows] == ["none or one", "two or more"]
     for row, chosen in zip(rows, (frame[is_none_or_one], frame[~is_none_or_one]), strict=True):
-        assert int(row[2]) == len(chosen)
+        assert int(row[2]) == len(chosen) and int(row[5]) == (chosen.found >= 0.73).sum()
         assert float(row[4].split(" (")[0]) == pytest.approx(chosen.found.mean(), abs=6e-3)
         assert float(row[4].split("–")[1].removesuffix(")")) == pytest.approx(chosen.found.max(), abs=6e-3)
 

@@ -77,7 +77,8 @@ def begin_session(
         )
     )
     digest = digest_of_rows(training_rows) if training_rows is not None else None
-    begun = run_on_main(partial(trace.begin_session, session, output_dir, state.max_steps, digest))
+    begin = partial(trace.begin_session, session, output_dir, state.max_steps, digest, args.load_best_model_at_end)
+    begun = run_on_main(begin)
     if session == "safety" and resumed and Record("safety", 0) not in records:
         logger.warning(
             f"The safety session resumes at step {state.global_step}, but the trace in {trace.folder} has no record of its "

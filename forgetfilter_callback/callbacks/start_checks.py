@@ -20,8 +20,9 @@ MAX_SAME_MODEL = 0.01
 
 
 def check_learned(trace: Trace, now: np.ndarray) -> None:
-    """Check that the safety session starts from the model of the noisy session, if `trace` has records of that one. It may
-    be an earlier checkpoint, which `load_best_model_at_end` loads.
+    """Check that the safety session starts from the model of the noisy session, if `trace` has records of that one.
+
+    With `load_best_model_at_end`, that is an earlier checkpoint, so it may have learned much less than the last record.
 
     Samples whose loss is not finite under one of the models are not compared.
 
@@ -32,7 +33,7 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
             Mean losses at the beginning of the safety session, in nats per token.
 
     Raises:
-        TraceError: if it starts from a model that has not learned the noisy set, or if no sample can be compared.
+        TraceError: if it starts from another model, or if no sample can be compared.
     """
     noisy_records = [record for record in trace.records() if record.session == "noisy"]
     if len(noisy_records) < 2 or noisy_records[0] != BASE_RECORD:
@@ -69,18 +70,31 @@ def check_learned(trace: Trace, now: np.ndarray) -> None:
             f"The model has hardly learned the noisy set ({figures}), so there is little to forget. Run noisy "
             "finetuning longer, or with a higher learning rate."
         )
+    elif mean_before - mean_now > 0.25 * (mean_before - mean_learned):
+        return
+    elif not _loads_best(trace):
+        raise TraceError(
+            f"The safety session must start from the model after noisy finetuning, but does not ({figures}). "
+            "Pass the same model object, or load its last checkpoint."
+        )
     elif mean_before - mean_now < MIN_LEARNED:
         raise TraceError(
-            "The safety session must start from the model after noisy finetuning, but this model has not learned the noisy "
-            f"set ({figures}). Pass the same model object, or load its last checkpoint. If `load_best_model_at_end` has "
-            "loaded an early checkpoint, set it to `False`: rows that were not learned cannot be forgotten."
+            f"The safety session must start from a model that has learned the noisy set, but does not ({figures}). Pass the "
+            "same model object. If it is the checkpoint that `load_best_model_at_end` has loaded, run noisy finetuning with "
+            "`load_best_model_at_end=False`: rows that were not learned cannot be forgotten."
         )
-    elif mean_before - mean_now <= 0.25 * (mean_before - mean_learned):
+    else:
         logger.warning(
-            "The safety session starts from a model that has learned much less than the model after noisy finetuning "
-            f"({figures}). If `load_best_model_at_end` has loaded an early checkpoint, set it to `False`: rows that were "
-            "not learned cannot be forgotten. Otherwise pass the same model object, or load its last checkpoint."
+            "The safety session starts from a checkpoint that has learned much less than the model at the end of noisy "
+            f"finetuning ({figures}). Set `load_best_model_at_end=False` there: rows that were not learned cannot be "
+            "forgotten."
         )
+
+
+def _loads_best(trace: Trace) -> bool:
+    """Whether the noisy session has ended with its best checkpoint. Older traces do not say so."""
+    entries = trace.manifest["sessions"]
+    return any(entry["session"] == "noisy" and entry.get("loads_best", False) for entry in entries)
 
 
 def warn_if_start_differs(record: Record, earlier: np.ndarray, now: np.ndarray) -> None:

@@ -168,10 +168,10 @@ class Trace:
         return cls(folder, read_rows(folder, manifest), manifest)
 
     def begin_session(
-        self, session: Session, output_dir: str, max_steps: int, rows: str | None = None
+        self, session: Session, output_dir: str, max_steps: int, rows: str | None = None, loads_best: bool = False
     ) -> list[Session]:
         """Add a session to the manifest. An earlier entry of the same session is replaced. `rows` is a hash of the rows
-        that the run trains on, if they could be encoded.
+        that the run trains on, if they could be encoded. `loads_best` is `load_best_model_at_end` of the run.
 
         Returns:
             `list[str]`: the sessions that had begun before.
@@ -179,7 +179,7 @@ class Trace:
         begun = [entry["session"] for entry in self.manifest["sessions"]]
         others = [entry for entry in self.manifest["sessions"] if entry["session"] != session]
         entry = {"session": session, "output_dir": os.path.abspath(output_dir), "max_steps": max_steps}
-        self.manifest["sessions"] = [*others, entry | {"training_rows": rows}]
+        self.manifest["sessions"] = [*others, entry | {"training_rows": rows, "loads_best": loads_best}]
         self._write_manifest()
         return begun
 

@@ -76,7 +76,7 @@ def test_the_tracker_works_with_the_right_model_after_an_error(noisy, safety, ma
     args = make_args("noisy", num_train_epochs=10)
     Trainer(model, args, train_dataset=noisy, data_collator=collator, callbacks=[tracker]).train()
     learned = reference_means(model.eval(), noisy)
-    with pytest.raises(TraceError, match="must start from the model after noisy finetuning, but this model has not"):
+    with pytest.raises(TraceError, match="must start from the model after noisy finetuning, but does not"):
         train_tracked(safety, make_args, collator, tracker)
     assert Record("safety", 0) not in tracker.trace.records()
     Trainer(model, make_args("safety"), train_dataset=safety, data_collator=collator, callbacks=[tracker]).train()

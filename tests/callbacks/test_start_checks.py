@@ -82,10 +82,36 @@ def test_the_best_checkpoint_may_begin_the_safety_session(noisy, safety, make_ar
     train(model, "safety", safety, tracker)
     np.testing.assert_allclose(tracker.trace.mean_losses(Record("safety", 0)), best, rtol=1e-4)
     message = (
-        f"starts from a model that has learned much less than the model after noisy finetuning (mean loss of the noisy set: "
+        "starts from a checkpoint that has learned much less than the model at the end of noisy finetuning (mean loss of "
+        "the noisy set: "
         f"{before:.3f} nats per token before noisy finetuning, {learned:.3f} after it, {best.mean():.3f} now)"
     )
     assert message in caplog.text
+
+
+def test_an_early_checkpoint_is_refused_without_load_best_model_at_end(noisy, safety, make_args, collator, train):
+    early, tracker = tiny_llama(), ForgetTracker()
+    Trainer(early, make_args("early", max_steps=6), train_dataset=noisy, data_collator=collator).train()
+    train(tiny_llama(), "noisy", noisy, tracker, num_train_epochs=20)
+    before, learned = tracker.trace.losses().mean(axis=1)
+    now = reference_means(early.eval(), noisy).mean()
+    assert 0.1 < before - now <= 0.25 * (before - learned)
+    with pytest.raises(TraceError, match=rf"must start from the model after noisy finetuning.* {now:.3f} now"):
+        train(early, "safety", safety, tracker)
+
+
+@pytest.mark.parametrize("load_best_model_at_end", [False, True])
+def test_a_model_that_has_not_learned_is_refused(load_best_model_at_end, noisy, safety, train):
+    tracker, settings = ForgetTracker(), {}
+    if load_best_model_at_end:
+        settings = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "best",
+                    "metric_for_best_model": "loss"}  # fmt: skip
+    train(tiny_llama(), "noisy", noisy, tracker, num_train_epochs=20, **settings)
+    message = (
+        "must start from a model that has learned" if load_best_model_at_end else "must start from the model after"
+    )
+    with pytest.raises(TraceError, match=message):
+        train(tiny_llama(), "safety", safety, tracker)
 
 
 def test_noisy_finetuning_that_diverged_is_named(noisy, safety, train):

@@ -55,12 +55,13 @@ def test_the_manifest_describes_the_trace(trace, rows):
     assert json.loads((trace.folder / "manifest.json").read_text(encoding="utf-8")) == expected
     trace.begin_session("noisy", "out", 6)
     trace.begin_session("safety", "/safe", 8)
-    trace.begin_session("noisy", "again", 7, "a hash")
+    trace.begin_session("noisy", "again", 7, "a hash", loads_best=True)
     trace.set_source("rows.jsonl", "abc", 3, "vendor")
     sessions = [
-        {"session": "safety", "output_dir": "/safe", "max_steps": 8, "training_rows": None},
+        {"session": "safety", "output_dir": "/safe", "max_steps": 8, "training_rows": None, "loads_best": False},
         {
-            "session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7, "training_rows": "a hash"
+            "session": "noisy", "output_dir": os.path.abspath("again"), "max_steps": 7, "training_rows": "a hash",
+            "loads_best": True,
         },
     ]  # fmt: skip
     again = Trace.open(trace.folder)
