@@ -531,13 +531,14 @@ def test_a_page_without_a_threshold_shows_none(browser, review, byte_tokenizer, 
     # The slider is at the largest plotted value, which is rounded to 32 bits. The value in the table can be larger.
     opened.evaluate("() => { for (const row of data.rows) row.value += 1e-3; showRows(); }")
     assert "removed by φ" not in opened.inner_text("#rows")
+    # Playwright waits for a function. It would call `eval` at every look at another expression, and the page forbids it.
     lines = "() => [...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot.layout.shapes?.length ?? 0)"
-    opened.wait_for_function(f"({lines})().length === 4")
+    opened.wait_for_function(f"() => ({lines})().length === 4")
     assert opened.evaluate(lines) == [0, 0, 0, 0]
     opened.fill("#phi-number", "1")
     opened.dispatch_event("#phi-number", "change")
     expect(opened.locator("#counts")).to_contain_text("φ = 1.000")
-    opened.wait_for_function(f"({lines})()[0] === 1")
+    opened.wait_for_function(f"() => ({lines})()[0] === 1")
     opened.click("#phi-reset")
     expect(opened.locator("#counts")).to_contain_text("No φ")
     opened.close()
@@ -557,11 +558,11 @@ def test_removed_rows_are_red_without_a_threshold(browser, review, byte_tokenize
     opened.goto((tmp_path / "review.html").as_uri())
     in_red = """() => (document.getElementById('distribution').data ?? [])
         .filter((trace) => trace.name === 'removed').flatMap((trace) => [...trace.x]).length"""
-    opened.wait_for_function(f"({in_red})() === 7")
+    opened.wait_for_function(f"() => ({in_red})() === 7")
     assert not opened.is_visible("[data-view=below]")  # there is no φ
     opened.select_option("#view", "forgotten")
     opened.evaluate("decide(data.rows.find((row) => !overrides.has(row.id)).id, 'remove')")
-    opened.wait_for_function(f"({in_red})() === 8")
+    opened.wait_for_function(f"() => ({in_red})() === 8")
     opened.close()
 
 
