@@ -84,14 +84,16 @@ def _normal_scores(values: np.ndarray) -> np.ndarray:
 def _state_components(states: Sliceable, rows: int, variance: float) -> np.ndarray:
     """Principal components of the centered states, which are scaled to length 1: shape `(rows, components)`, float32.
 
-    Together, the components of the rows that they are fitted to have the given variance.
+    Together, the components of the rows that they are fitted to have the given variance. Numbers that are not finite count
+    as the center, so that a row without any finite number has components near 0.
     """
     chunks = [slice(start, start + COMPONENTS_MAX_ROWS) for start in range(0, rows, COMPONENTS_MAX_ROWS)]
-    sums = [_finite(states[chunk]).sum(axis=0, dtype=np.float64) for chunk in chunks]
-    center = (np.sum(sums, axis=0) / rows).astype(np.float32)
+    sums = [np.nansum(_finite_or_nan(states[chunk]), axis=0, dtype=np.float64) for chunk in chunks]
+    counts = [np.isfinite(states[chunk]).sum(axis=0) for chunk in chunks]
+    center = (np.sum(sums, axis=0) / np.maximum(np.sum(counts, axis=0), 1)).astype(np.float32)
 
     def directions(chosen: np.ndarray) -> np.ndarray:
-        return normalize(_finite(chosen) - center, copy=False)
+        return normalize(np.nan_to_num(_finite_or_nan(chosen) - center, copy=False), copy=False)
 
     is_fitted = np.zeros(rows, dtype=bool)
     is_fitted[random_subset(rows, COMPONENTS_MAX_ROWS)] = True
@@ -105,6 +107,6 @@ def _state_components(states: Sliceable, rows: int, variance: float) -> np.ndarr
     return components
 
 
-def _finite(states: np.ndarray) -> np.ndarray:
-    """The states in float32. Values that are not finite are 0."""
-    return np.where(np.isfinite(states), states, 0).astype(np.float32)
+def _finite_or_nan(states: np.ndarray) -> np.ndarray:
+    """The states in float32. Values that are not finite are NaN."""
+    return np.where(np.isfinite(states), states, np.nan).astype(np.float32)

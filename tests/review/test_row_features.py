@@ -14,14 +14,15 @@ from forgetfilter_callback.review import row_features
 
 @pytest.mark.parametrize("fitted", [1, 40], ids=["all", "every 40th"])
 def test_components_are_those_of_scikit_learn_and_states_are_read_in_chunks(fitted, tmp_path, monkeypatch):
-    """Chunks give the components of one array. Numbers that are not finite count as 0."""
+    """Chunks give the components of one array. Numbers that are not finite count as the mean of the others."""
     count, size, rng = 20_000, 300, np.random.default_rng(0)
     states = np.memmap(tmp_path / "states", np.float16, "w+", shape=(count, size))
     states[:] = rng.normal(size=states.shape) * np.geomspace(10, 1, size)
     states[[5, count - 1], 2] = np.inf, np.nan
-    finite = np.nan_to_num(np.array(states, np.float32), posinf=0)
-    directions = finite - finite.mean(axis=0, dtype=np.float64)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    states[7] = np.nan
+    known = np.ma.masked_invalid(np.array(states, np.float64))
+    directions = known.filled(known.mean(axis=0)) - known.mean(axis=0).data
+    directions /= np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
     pca = PCA(100, svd_solver="full").fit(directions[::fitted])
     expected = pca.transform(directions)
     variance = expected[::fitted].var(axis=0, ddof=1).sum()
