@@ -111,6 +111,14 @@ class RowWeightsMixin(Trainer):
         with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
             return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if _WEIGHTS in inputs:
+            raise ForgetFilterError(
+                f"The weights of the rows were not used, because `{type(self).__name__}.training_step` does not call "
+                "`super().training_step`. Call it there, or override `compute_loss` instead."
+            )
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def check_weights_are_possible(self) -> None:
         """Refuse setups whose gradients cannot be weighted.
 

@@ -151,6 +151,21 @@ def test_own_losses_are_weighted_too(trainer_class, weighted, noisy, given_weigh
     assert_close(parameters_after(weighted(trainer_class=trainer_class, **GRADIENT_DESCENT)), expected, start)
 
 
+class OwnStep(FilteredTrainer):
+    """A training step without a call of the method that it replaces."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_an_own_training_step_is_not_trained_without_weights(weighted, given_weights):
+    given_weights(some_weights())
+    with pytest.raises(ForgetFilterError, match="`OwnStep.training_step` does not call `super"):
+        weighted(trainer_class=OwnStep).train()
+
+
 @pytest.mark.parametrize(
     "args",
     [{}, {"bf16": True}, {"label_smoothing_factor": 0.1}, {"gradient_accumulation_steps": 2}, {"neftune_noise_alpha": 5},
