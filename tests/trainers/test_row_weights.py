@@ -162,7 +162,7 @@ class OwnStep(FilteredTrainer):
 
 def test_an_own_training_step_is_not_trained_without_weights(weighted, given_weights):
     given_weights(some_weights())
-    with pytest.raises(ForgetFilterError, match="`OwnStep.training_step` does not call `super"):
+    with pytest.raises(ForgetFilterError, match=r"`OwnStep\.training_step` does not call `super"):
         weighted(trainer_class=OwnStep).train()
 
 
