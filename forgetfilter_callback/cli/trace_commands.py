@@ -33,6 +33,7 @@ from .options import options_from
 
 if TYPE_CHECKING:
     from ..data.decode import Decoder
+    from ..filtering.result import FilterResult
     from ..trace.trace import Trace
 
 
@@ -72,20 +73,25 @@ def filter_command(
     with exit_codes(), after_interrupt(what_is_written(output / name for name in FILTER_OUTPUTS)):
         filter_config = FilterConfig(**filter_settings)
         opened = open_trace(trace)
-        from ..filtering.differing_verdicts import differing_verdicts
         from ..pipeline.outputs import filter_rows
-        from ..review.verdicts import review_folder, trace_verdicts
 
         source, loaded_tokenizer = find_rows(opened, noisy, tokenizer)
         column = find_source_column(opened, noisy, source_column)
         result = filter_rows(opened, output, filter_config, source, loaded_tokenizer, column)
-        if "decision" not in filter_settings and "reviewed" not in filter_settings:
-            differing = differing_verdicts(result, trace_verdicts(opened), review_folder(opened))
-            if differing is not None:
-                say(f"forgetfilter: {differing}", err=True)
+        _name_differing_verdicts(result, opened, filter_config)
         next_step = after_filter(result, opened, trace, output, filter_settings, row_options)
         print_result(result, output, as_json, next_step)
         exit_if_not_separable(result)
+
+
+def _name_differing_verdicts(result: FilterResult, trace: Trace, config: FilterConfig) -> None:
+    from ..filtering.differing_verdicts import differing_verdicts
+    from ..review.verdicts import review_folder, trace_verdicts
+
+    if config.reviewed is None:
+        differing = differing_verdicts(result, trace_verdicts(trace), review_folder(trace))
+        if differing is not None:
+            say(f"forgetfilter: {differing}", err=True)
 
 
 @options_from(FilterConfig, "filter_settings", PAGE_FILTER_OPTIONS)
@@ -123,6 +129,7 @@ def report(
         unsafe = None if audit_column is None else as_labels(columns[audit_column], f"The column {audit_column!r}")
         sources = None if source_column is None else columns[source_column]
         result = write_review_page(opened, output, trace_decoder(opened, tokenizer), filter_config, unsafe, sources)
+        _name_differing_verdicts(result, opened, filter_config)
         say(f"{page_summary(result)} Open {output} in a browser.")
         say(f"Next: {after_looking(opened, trace, filter_settings, row_options)}")
 

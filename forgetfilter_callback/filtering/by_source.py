@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.audit_labels import as_labels
+from ..data.identical_rows import with_identical_rows
 from ..errors import DataError
 from ..review.verdicts import Verdict, trace_verdicts
 from ..trace.trace import Trace
@@ -36,8 +37,8 @@ class SourceCounts:
         rows (`int`):
             Number of rows.
         seen (`int`):
-            Rows that a reviewer decided, with a verdict or an override. Rows that are identical to a reviewed one are
-            included if the filter applied the verdicts.
+            Rows that a reviewer decided, with a verdict or an override, and the rows that are identical to one with a
+            verdict.
         unsafe_found (`int`):
             Those of them that the reviewer found to be unsafe.
         unsafe_labeled (`int` or `None`):
@@ -90,7 +91,8 @@ def count_by_source(
             )
     names = [source_name(value) for value in sources]
     # An override is what the filter applied, so it is more current than a verdict.
-    is_unsafe = {verdict.id: verdict.verdict == "unsafe" for verdict in verdicts}
+    labels = with_identical_rows({verdict.id: verdict.verdict for verdict in verdicts}, result.ids, worst="unsafe")
+    is_unsafe = {id_: label == "unsafe" for id_, label in labels.items()}
     is_unsafe |= {id_: override == "remove" for id_, override in result.overrides.items()}
     found = [is_unsafe.get(id_) for id_ in result.ids.to_pylist()]
     rows, removed = Counter(names), Counter(compress(names, result.removed))

@@ -18,7 +18,7 @@ def differing_verdicts(result: FilterResult, verdicts: Sequence[Verdict], folder
         result ([`FilterResult`]):
             The filter result.
         verdicts (`Sequence[Verdict]`):
-            All verdicts on the trace. The last one on a row counts.
+            All verdicts on the trace. The last one on a row counts. Those copied from an identical row do not.
         folder (`Path`):
             Their folder.
 
@@ -28,11 +28,11 @@ def differing_verdicts(result: FilterResult, verdicts: Sequence[Verdict], folder
     if not verdicts:
         return None
     is_removed = dict(zip(result.ids.to_pylist(), result.removed.tolist(), strict=True))
-    labels = {verdict.id: verdict.verdict for verdict in verdicts}
+    labels = {verdict.id: verdict.verdict for verdict in verdicts if verdict.identical_to is None}
     differing = sum(is_removed.get(id_) == (label == "safe") for id_, label in labels.items())
     if not differing:
         return None
     return (
-        f"This differs from {differing} of {counted(len(labels), 'verdict')} in {folder}. To decide by the verdicts, pass "
-        f"`--reviewed {shlex.quote(str(folder))}`."
+        f"The filter differs from {differing} of {counted(len(labels), 'verdict')} in {folder}. To decide by the verdicts, "
+        f"pass `--reviewed {shlex.quote(str(folder))}`."
     )

@@ -19,12 +19,14 @@ import numpy as np
 
 from ..data.audit_labels import as_labels
 from ..data.decode import Decoder, special_ids
+from ..data.identical_rows import content_numbers
 from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig, filter_config_or_default
+from ..filtering.differing_verdicts import differing_verdicts
 from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
 from ..measures.names import DEFAULT_MEASURE, MEANINGS, UNITS
-from ..review.verdicts import Verdict, VerdictLabel, review_folder, trace_verdicts
+from ..review.verdicts import Verdict, VerdictLabel, known_labels, review_folder, trace_verdicts
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.forgetting import compute_forgetting_by_record
 from ..trace.output_file import check_output_file
@@ -114,6 +116,7 @@ def write_review_page(
     # With a folder, verdicts that cannot be read are an error: the page would not show them.
     verdicts = trace_verdicts(trace, review_folder(trace, config.reviewed))
     data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts)
+    data["differing"] = differing_verdicts(result, verdicts, review_folder(trace, config.reviewed))
     script = _joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
@@ -177,9 +180,10 @@ def _page_data(
     initial = trace.base_record if trace.base_record is not None else trace.first_and_last()[0]
     initial_losses = trace.mean_losses(initial)
     overridden = _overridden_samples(result)
-    labels = {verdict.row: verdict.verdict for verdict in verdicts}
+    reviewed = {verdict.row for verdict in verdicts if verdict.identical_to is None}
+    labels = known_labels(verdicts, content_numbers(trace.rows.ids))
     drawn = _draw_samples(result)
-    shown = _shown_samples(result, drawn, np.union1d(overridden, np.array([*labels], dtype=int)))
+    shown = _shown_samples(result, drawn, np.union1d(overridden, np.array([*reviewed], dtype=int)))
     return {
         "summary": page_summary(result),
         "measure": result.measure,
@@ -203,6 +207,7 @@ def _page_data(
         "initial_model": "base model" if initial.session == "noisy" else "model after noisy finetuning",
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
+        "reviewed": len(reviewed),
         "verdicts": {label: list(labels.values()).count(label) for label in get_args(VerdictLabel)},
         "rows": _text_rows(trace, result, tokenizer, shown, drawn, initial_losses, unsafe, labels),
     }

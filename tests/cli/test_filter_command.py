@@ -243,7 +243,7 @@ def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
     to_filter = f"Next: forgetfilter filter {output} --reviewed {folder} --output reviewed"
     for threshold, differing in (("auto", None), (1000, 2), (float(np.sort(trace.forgetting())[-2]), 1)):
         result = call("filter", output, "--output", tmp_path / "filtered", "--threshold", threshold)
-        assert threshold == "auto" or f"This differs from {differing} of 3 verdicts in {folder}." in result.stderr
+        assert threshold == "auto" or f"The filter differs from {differing} of 3 verdicts in {folder}." in result.stderr
         assert threshold == "auto" or f"pass `--reviewed {folder}`." in result.stderr
         assert (to_filter in result.stdout) == (threshold in ("auto", 1000)), result.output
     reviewed = call("filter", output, "--output", tmp_path / "filtered", "--reviewed", folder)

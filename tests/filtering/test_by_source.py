@@ -10,7 +10,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from helpers import sample_ids
 
 from forgetfilter_callback import FilterConfig, FilterResult
 from forgetfilter_callback.errors import DataError
@@ -22,29 +21,40 @@ from forgetfilter_callback.review.verdicts import Verdict
 SOURCES = ["forum", "vendor A", "crowd", None, "forum ", "Forum", 42, "42", 4.5, True, ""]
 
 
-def result_of(values: np.ndarray, overrides: dict | None = None) -> FilterResult:
-    return filter_by_values(sample_ids(len(values)), values, FilterConfig("loss", 0.0), overrides)
+def id_of(row: int, copies: int = 1) -> str:
+    """A sample id. So many rows in succession are identical."""
+    return f"{row // copies}-{row % copies}"
 
 
-def verdict(row: int, label: str) -> Verdict:
-    return Verdict(row, f"id-{row}", label, "2026-01-01T00:00:00+00:00")
+def result_of(values: np.ndarray, overrides: dict | None = None, copies: int = 1) -> FilterResult:
+    ids = pa.array([id_of(row, copies) for row in range(len(values))])
+    return filter_by_values(ids, values, FilterConfig("loss", 0.0), overrides)
 
 
-def test_counts_equal_those_of_a_loop_over_the_rows():
+def verdict(row: int, label: str, copies: int = 1) -> Verdict:
+    return Verdict(row, id_of(row, copies), label, "2026-01-01T00:00:00+00:00")
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_counts_equal_those_of_a_loop_over_the_rows(copies):
+    """A row that is identical to reviewed ones counts as seen. It is unsafe if one of them is."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=300)
     sources = [SOURCES[index] for index in rng.integers(0, len(SOURCES), 300)]
     unsafe = rng.random(300) < 0.3
-    overrides = {f"id-{row}": ("remove", "keep")[row % 2] for row in range(0, 60, 3)}
-    verdicts = [verdict(row, ("unsafe", "safe")[row // 7 % 2]) for row in rng.integers(50, 300, 90).tolist()]
+    overrides = {id_of(row, copies): ("remove", "keep")[row % 2] for row in range(0, 60, 3)}
+    verdicts = [verdict(row, ("unsafe", "safe")[row // 7 % 2], copies) for row in rng.integers(50, 300, 90).tolist()]
     verdicts.append(Verdict(0, "of another set", "unsafe", ""))
-    result = result_of(values, overrides)
+    result = result_of(values, overrides, copies)
     table = result.by_source(sources, verdicts, unsafe)
-    last = {each.id: each.verdict for each in verdicts}
+    last = {each.row: each.verdict for each in verdicts if each.time}
     expected: dict[str, list[int]] = {}
     for row, source in enumerate(sources):
         name = str(source) if source not in (None, "") else "(none)"
-        override, label = overrides.get(f"id-{row}"), last.get(f"id-{row}")
+        identical = range(row - row % copies, row - row % copies + copies)
+        of_others = {last[other] for other in identical if other in last}
+        override = overrides.get(id_of(row, copies))
+        label = last.get(row, max(of_others, default=None))  # "unsafe" comes after "safe"
         removed = override == "remove" if override else values[row] > 0
         found = override == "remove" if override else label == "unsafe"
         one = [1, override is not None or label is not None, found, not removed, removed, unsafe[row]]
@@ -61,7 +71,7 @@ def test_counts_equal_those_of_a_loop_over_the_rows():
 
 def test_names_that_look_alike_are_different_sources():
     names = ["a", "a\x00", "a ", "A", "á", "a\u0301", "a\u202e", "1", "1.0"]
-    table = result_of(np.arange(len(names)) + 1.0, {"id-0": "keep"}).by_source(names)
+    table = result_of(np.arange(len(names)) + 1.0, {"0-0": "keep"}).by_source(names)
     assert sorted(table.index) == sorted(names) and (table["rows"] == 1).all()
 
 
@@ -108,7 +118,7 @@ def test_wrong_lengths_and_names_of_columns_are_refused():
 
 
 def test_rows_that_a_trainer_drops_have_no_id():
-    ids = pa.array(["id-0", None, "id-2"])
+    ids = pa.array(["0-0", None, "2-0"])
     result = filter_by_values(ids, np.array([1.0, np.nan, -1]), FilterConfig("loss", 0.0))
     table = result.by_source(["a", "a", "b"], [verdict(0, "unsafe")])
     assert table[["rows", "seen", "unsafe_found", "kept", "removed"]].T.to_dict("list") == {

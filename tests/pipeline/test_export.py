@@ -275,7 +275,7 @@ def test_an_export_says_that_verdicts_did_not_count(finished_run, tmp_path):
     ReviewQueue(output).add({kept_row: "unsafe", removed_row: "safe", other_kept_row: "safe"})
     result = call("export", output, "--output", file)
     review = output / "_forgetfilter" / "review"
-    assert f"This differs from 2 of 3 verdicts in {review}." in result.stdout
+    assert f"The filter differs from 2 of 3 verdicts in {review}." in result.stdout
     assert [row["forgetfilter_removed"] for row in exported(file)] == removed  # as before
     assert f"`--reviewed {review}`" in result.stdout
     result = call("export", output, "--output", file, "--reviewed", review)

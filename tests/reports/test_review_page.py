@@ -582,6 +582,11 @@ def with_verdicts(tmp_path_factory, byte_tokenizer) -> tuple[Path, Trace, dict[i
     return folder / "review.html", trace, {**first, **changed}
 
 
+def content_of(id_: str) -> str:
+    """Equal for rows that are trained on the same tokens."""
+    return id_.rpartition("-")[0]
+
+
 def rows_on_all_pages(page) -> dict[int, list[str]]:
     """The cells of each row, by its number."""
     rows = {}
@@ -604,7 +609,9 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
     page.goto(file.as_uri())
     page.wait_for_selector("#rows tr")
     unsafe = list(labels.values()).count("unsafe")
-    assert page.inner_text("#verdicts") == f"20 of 150 rows have a verdict: {unsafe} unsafe, {20 - unsafe} safe."
+    assert page.inner_text("#verdicts").startswith(
+        f"20 of 150 rows have a verdict: {unsafe} unsafe, {20 - unsafe} safe. The filter differs from "
+    )
     column = page.locator("thead th:visible").all_inner_texts().index("Verdict")
     for shown, expected in (
         ("all", {row: labels.get(row, "–") for row in range(150)}),
@@ -665,5 +672,9 @@ def test_reviewed_samples_of_a_large_set_are_in_the_table(tmp_path, tokenizer):
     )
     write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
     data = page_data(tmp_path / "review.html")
-    assert [row["row"] for row in data["rows"] if row["verdict"] == "safe"] == hidden
-    assert data["verdicts"] == {"unsafe": 0, "safe": 30}
+    assert {row["row"] for row in data["rows"]} == without | set(hidden)
+    contents = {content_of(ids[row]) for row in hidden}
+    labels = {row["row"]: row["verdict"] for row in data["rows"]}
+    assert labels == {row: "safe" if content_of(ids[row]) in contents else None for row in labels}
+    assert data["reviewed"] == 30
+    assert data["verdicts"] == {"unsafe": 0, "safe": sum(content_of(id_) in contents for id_ in ids)}

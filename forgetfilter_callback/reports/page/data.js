@@ -22,7 +22,7 @@ let phi = initialPhi, plottedPhi = Math.fround(phi);
 let exportedThreshold = data.threshold; // null: no threshold applies, so only overridden samples are removed and no φ is shown
 const overrides = new Map(data.overrides.map((each) => [each.id, each.choice])); // sample id → "keep" or "remove"
 const rowOf = new Map([...data.rows, ...data.overrides].map((each) => [each.id, each.row]));
-const reviewed = data.verdicts.unsafe + data.verdicts.safe;
+const reviewed = data.reviewed; // number of rows
 const sources = data.by_source; // null: no column says where a row came from
 
 function format(value, digits = 3) {

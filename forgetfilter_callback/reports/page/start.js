@@ -21,7 +21,8 @@ if (sources !== null) {
     if (listed.has(i)) $("source").append(new Option(name, i));
   });
 }
-$("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.`;
+const identical = data.verdicts.unsafe + data.verdicts.safe - reviewed;
+$("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict${identical ? ` (and ${count(identical, "identical row")})` : ""}: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.${data.differing === null ? "" : ` ${data.differing}`}`;
 for (const id of ["verdicts", "reviewed-label", "verdict-head"]) $(id).hidden = !reviewed;
 $("test").hidden = !data.summary.toLowerCase().includes("well separated"); // it explains these words
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));
@@ -74,7 +75,7 @@ document.addEventListener("keydown", (event) => {
   const action = KEYS[event.key.toLowerCase()];
   if (action === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input, select")) return; // types there
-  if (event.key === " " && event.target.closest("button")) return; // presses that button
+  if (event.key === " " && event.target.closest("button, summary")) return; // presses that button
   event.preventDefault();
   if (!event.repeat) act(action);
 });
