@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.decode import Decoder, decode
+from ..data.decode import Decoder, decode, special_ids
 
 
 MAX_TEXT_LENGTH = 2_000  # characters; bounds the size of the review page
@@ -41,8 +41,9 @@ def split_text(
 ) -> tuple[list[Piece], list[Piece]]:
     """Splits a sample into the pieces of its prompt and of its completion.
 
-    The prompt ends before the first loss token. Its pieces are the special tokens and the texts between them. A piece of
-    the completion is the text of one token, or of several tokens if they form a single character together.
+    The prompt ends before the first loss token. Its pieces are the special tokens and the texts between them. If every token
+    can contribute to the loss, nothing predicts the first one. It is part of the completion then, and there is no prompt. A
+    piece of the completion is the text of one token, or of several tokens if they form a single character together.
 
     Args:
         tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
@@ -63,6 +64,8 @@ def split_text(
         with " […]".
     """
     start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
+    if start == 1:
+        start = 0
     all_rises = np.full(len(tokens), np.nan)
     all_rises[loss_mask] = rises
     token_rises = all_rises.tolist()
@@ -83,6 +86,15 @@ def split_text(
             pieces.append(Piece(" […]", None, False))
             break
     return _split_prompt(tokenizer, token_ids[:start], special), pieces
+
+
+def shown_completion(tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray) -> str:
+    """The text of a completion without special tokens. If there is no prompt, it is the last turn of the conversation."""
+    if not loss_mask[1:2].all():
+        return decode(tokenizer, tokens[loss_mask].tolist(), skip_special_tokens=True)
+    turns = np.split(tokens, np.flatnonzero(np.isin(tokens, list(special_ids(tokenizer)))))
+    texts = (decode(tokenizer, turn.tolist(), skip_special_tokens=True) for turn in reversed(turns))
+    return next((text for text in texts if text.strip()), "")
 
 
 def last_characters(prompt: list[Piece], length: int) -> tuple[list[Piece], int]:

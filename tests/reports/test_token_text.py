@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from forgetfilter_callback.data.decode import special_ids
-from forgetfilter_callback.reports.token_text import Piece, last_characters, split_text
+from forgetfilter_callback.reports.token_text import Piece, last_characters, shown_completion, split_text
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,3 +56,19 @@ def test_the_last_characters_of_a_prompt_begin_with_a_word():
     assert last_characters(prompt, 3) == (prompt[2:], 14)
     assert last_characters(prompt, 9) == ([Piece("sat", None, False), Piece("<e>", None, True)], 11)
     assert last_characters([Piece("x" * 50, None, False)], 10) == ([Piece("x" * 10, None, False)], 40)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "tokenizers"])
+def test_a_row_that_is_trained_on_as_a_whole(kind, byte_tokenizer):
+    """Nothing predicts its first token, but it is no prompt. A list of rows shows the last turn of a conversation."""
+    tokenizer = byte_tokenizer if kind == "transformers" else byte_tokenizer.backend_tokenizer
+    tokens = np.array(byte_tokenizer("<eos>user the cat?<eos><eos>assistant the mat<eos> <eos>")["input_ids"], np.int32)
+    loss_mask = np.arange(len(tokens)) > 0
+    rises = np.ones(len(tokens) - 1, np.float32)
+    prompt, pieces = split_text(tokenizer, tokens, loss_mask, rises, special_ids(tokenizer))
+    assert prompt == [] and "".join(piece.text for piece in pieces) == byte_tokenizer.decode(tokens)
+    assert pieces[0] == Piece("<eos>", None, True) and {piece.rise for piece in pieces[1:]} == {1.0}
+    assert shown_completion(tokenizer, tokens, loss_mask) == "assistant the mat"
+    assert shown_completion(tokenizer, tokens[:1], loss_mask[:1]) == ""
+    loss_mask[1] = False
+    assert shown_completion(tokenizer, tokens, loss_mask) == byte_tokenizer.decode(tokens[2:], skip_special_tokens=True)
