@@ -54,7 +54,7 @@ def review(
         with review_server(opened, decoder, to_filter, port, reviewer, round_size, random_fraction, sources) as running:
             typer.echo(f"Review rows at {running.address}")
             tunnel = f"ssh -L {running.port}:127.0.0.1:{running.port} {socket.gethostname()}"
-            typer.echo(f"If this machine is remote, first run on your own: {tunnel}")
+            typer.echo(f"If this machine is remote, first run this on your own computer: {tunnel}")
             typer.echo("Every verdict is stored at once. Press Ctrl-C to end.")
             if browser and _has_display():
                 webbrowser.open(running.address)

@@ -40,7 +40,7 @@ def dataset_card(result: FilterResult, trace: Trace) -> str:
         rule = "none, except rows overridden to 'remove'"
     how = "the rows that it forgot most were removed. No harm classifier read the rows."
     if result.method in ("reviewed", "fdr", "weights"):
-        how = "the rows that it forgot most were reviewed."
+        how = "a person reviewed rows: those that it forgot most, those similar to unsafe ones, and random ones."
     overrides = list(result.overrides.values())
     lines = [
         "## Filtering",

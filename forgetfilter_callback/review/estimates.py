@@ -47,7 +47,7 @@ class ReviewEstimate:
     def __str__(self) -> str:
         reviewed = f"{self.seen:,} of {counted(self.rows, 'row')} reviewed"
         if self.identical:
-            reviewed += f" ({self.identical:,} more are identical to them)"
+            reviewed += f" (and {counted(self.identical, 'identical row')})"
         return f"{reviewed}, {self.unsafe_found:,} unsafe. {self.errors}"
 
     @property

@@ -38,7 +38,7 @@ def stop_advice(queue: ReviewQueue) -> StopAdvice:
     drawn = {verdict.row for verdict in queue.verdicts if verdict.drawn_from is not None}
     if queue.random_fraction == 1:
         return StopAdvice(
-            False, f"All rows are drawn at random (so far {len(drawn)}). Each verdict makes the interval narrower."
+            False, f"Every row is drawn at random ({len(drawn)} so far). Each verdict makes the interval narrower."
         )
     labels = queue.labels
     ranked = [label for row, label in labels.items() if row not in drawn]

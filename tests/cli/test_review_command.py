@@ -67,7 +67,7 @@ def test_review_stores_verdicts_refuses_a_second_review_and_ends_with_ctrl_c(pro
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in rest, rest
     assert "1 of 12 rows reviewed" in rest and token not in rest
-    assert "All rows are drawn at random (so far 1)." in rest and "To go on, type the same command again." in rest
+    assert "Every row is drawn at random (1 so far)." in rest and "To go on, type the same command again." in rest
     command = (
         f"forgetfilter filter {output} --reviewed {output}/_forgetfilter/review --source-column note --output reviewed"
     )

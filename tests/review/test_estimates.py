@@ -147,7 +147,7 @@ def test_identical_rows_are_known():
     estimate = estimates.estimate_unsafe_rows(verdicts, known, 100)
     assert (estimate.seen, estimate.identical, estimate.drawn, estimate.unsafe_found) == (2, 19, 2, 20)
     assert estimate.benign_removed == (0, 0) and estimate.unsafe_left[1] <= 79
-    assert str(estimate).startswith("2 of 100 rows reviewed (19 more are identical to them), 20 unsafe. ")
+    assert str(estimate).startswith("2 of 100 rows reviewed (and 19 identical rows), 20 unsafe. ")
 
 
 def test_removed_rows_are_numbers_or_a_mask():

@@ -170,7 +170,7 @@ def test_only_random_rows_make_the_interval_narrower(queue):
     queue.add({rows[0]: "safe"})  # a second verdict on a row counts once
     assert stop_advice(queue) == (
         False,
-        "All rows are drawn at random (so far 60). Each verdict makes the interval narrower.",
+        "Every row is drawn at random (60 so far). Each verdict makes the interval narrower.",
     )
 
 
