@@ -211,6 +211,7 @@ def test_the_sources_sort(page):
 def test_the_keys_decide_rows_as_in_the_review(page, written, tmp_path):
     ids = written[1].ids.to_pylist()
     order = np.argsort(-written[1].values).tolist()
+    page.click("[data-view=forgotten]")
     assert current(page) == order[0]
     page.keyboard.press("s")
     page.keyboard.press("u")
@@ -224,12 +225,36 @@ def test_the_keys_decide_rows_as_in_the_review(page, written, tmp_path):
     page.keyboard.press("z")
     assert current(page) == order[0] and overrides(page, tmp_path) == {}
     assert page.is_disabled("#undo")
+    page.click("[data-view=forgotten]")  # the export has scrolled the page
     for _ in range(25):
         page.keyboard.press("Space")
     assert current(page) == order[25] and page.inner_text("#page").startswith("Page 2")
     page.click("#unsafe")
     page.keyboard.press("z")
     assert current(page) == order[25]
+
+
+@pytest.mark.parametrize("where", [0, 1_000_000], ids=["above the table", "at the end of the page"])
+@pytest.mark.parametrize("key", ["s", "u", "Space"])
+def test_no_row_is_decided_before_it_is_visible(page, written, tmp_path, where, key):
+    """The first press only shows the row."""
+    first = np.argsort(-written[1].values)[0]
+    page.evaluate(f"scrollTo(0, {where})")
+    row = page.locator("#rows tr.current")
+    expect(row).not_to_be_in_viewport(ratio=0.5)
+    page.keyboard.press(key)
+    expect(row).to_be_in_viewport(ratio=0.9)
+    assert current(page) == first and page.is_disabled("#undo")
+    page.keyboard.press(key)
+    assert current(page) != first and page.is_enabled("#undo") == (key != "Space")
+
+
+def test_the_space_bar_opens_the_explanations(page):
+    page.click("[data-view=forgotten]")
+    page.focus("summary >> nth=0")
+    first = current(page)
+    page.keyboard.press("Space")
+    assert page.get_attribute("details >> nth=0", "open") is not None and current(page) == first
 
 
 def test_the_space_bar_does_not_press_a_clicked_button_again(page, written, tmp_path):
@@ -251,6 +276,7 @@ def test_keys_that_are_typed_into_the_search_decide_nothing(page, tmp_path):
 
 def test_a_row_that_leaves_the_view_makes_room_for_the_next(page, written):
     order = np.argsort(-written[1].values).tolist()
+    page.click("[data-view=forgotten]")
     for _ in range(3):
         page.keyboard.press("s")
     page.select_option("#view", "overridden")
@@ -267,20 +293,25 @@ def test_shaded_texts_are_readable(browser, written, width, scheme):
     opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     opened.goto(written[0].as_uri())
     opened.wait_for_selector("#rows tr")
-    opened.evaluate("appendPieces(document.querySelector('.completion'), [['x', 100, false], ['y', -100, false]])")
-    shades, ink, paper = opened.evaluate(
+    opened.evaluate(
+        "appendPieces(document.querySelector('.completion'),"
+        " [['x', 100, false], ['y', -100, false], ['<x>', 100, true], ['<y>', -100, true], ['<z>', null, true]])"
+    )
+    shades, inks, paper = opened.evaluate(
         """() => {
             const color = (element, name) => getComputedStyle(element)[name].match(/[\\d.]+/g).map(Number);
-            const pieces = [...document.querySelector('.completion').children].slice(-2);
-            const shades = pieces.map((each) => color(each, 'backgroundColor'));
-            return [shades, color(pieces[0], 'color'), color(document.body, 'backgroundColor')];
+            const shown = [...document.querySelector('.completion').children].slice(-5);
+            const shades = shown.map((each) => color(each, 'backgroundColor'));
+            return [shades, shown.map((each) => color(each, 'color')), color(document.body, 'backgroundColor')];
         }"""
     )
-    assert len({tuple(shade) for shade in shades}) == 2
-    for shade in shades:
+    assert len({tuple(shade) for shade in shades}) == 3 and shades[4][3] == 0
+    for shade, ink in zip(shades, inks, strict=True):
+        assert len(ink) == 3  # without transparency
         behind = shade[3] * np.array(shade[:3]) + (1 - shade[3]) * np.array(paper[:3])
-        dark, light = sorted((luminance(np.array(ink[:3])), luminance(behind)))
-        assert shade[3] > 0.5 and (light + 0.05) / (dark + 0.05) >= 4.5
+        dark, light = sorted((luminance(np.array(ink)), luminance(behind)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert min(shade[3] for shade in shades[:4]) > 0.5
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     opened.close()
 

@@ -559,6 +559,7 @@ def test_reviewing_with_the_keyboard(page, trace):
     page.keyboard.press("z")
     expect(page.locator("#row-title")).to_have_text(f"Row {rows[1]}")
     expect(page.locator("#previous")).to_have_text("Your verdict was: safe. A new one replaces it; space keeps it.")
+    expect(page.locator("#round")).to_have_text("8 rows until the next ranking")  # without the one that has a verdict
     page.keyboard.press("Control+u")  # a shortcut of the browser
     page.keyboard.press("U")
     expect(page.locator("#counts")).to_have_text("2 of 120 rows reviewed, 2 unsafe")
@@ -670,11 +671,139 @@ def test_similar_rows_show_their_answers_first(page):
     page.keyboard.press("Space")
     expect(page.locator("#row-title")).not_to_have_text(f"Row {row}")
     boxes = page.evaluate(
-        "[...document.querySelectorAll('#similar .text')].map((box) => [box.clientHeight, box.scrollHeight, box.scrollTop])"
+        "[...document.querySelectorAll('#similar .text')]"
+        ".map((box) => [box.clientHeight, box.scrollHeight, box.scrollTop, box.lastChild.offsetTop])"
     )
     assert len(boxes) == 2
-    for height, whole, top in boxes:
-        assert whole > height + 10 and top + height == pytest.approx(whole, abs=1)
+    for height, whole, top, answer in boxes:
+        assert whole > height + 10 and answer > 10 and top == pytest.approx(min(answer, whole - height), abs=1)
+
+
+def text_trace(rows: list[dict], tokenizer, folder) -> Trace:
+    """A trace of a few rows that the model finds equally similar."""
+    encoded = encode_rows(rows, tokenizer, disable_tqdm=True)
+    trace = Trace.create(folder, encoded, "tiny", None, None)
+    for step in (0, 4):
+        losses = np.random.default_rng(step).random(encoded.loss_offsets[-1], np.float32)
+        trace.append(Record("safety", step), [Scores(losses, np.eye(len(rows), 4, dtype=np.float16))])
+    return trace
+
+
+@needs_chromium
+def test_a_row_without_a_prompt_is_one_text(browser, byte_tokenizer, tmp_path):
+    """If the model is trained on a whole conversation, its first token is no prompt."""
+    turns = ["<eos>user\nHello", "<eos>assistant\nHi"]
+    rows = [{"text": "".join(turns[: 1 + row % 2]) + f" {row}<eos>"} for row in range(4)]
+    with served(text_trace(rows, byte_tokenizer, tmp_path / "trace"), byte_tokenizer) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        expect(opened.locator("#row-title")).not_to_be_empty()
+        row = shown_row(opened)
+        text = opened.get_by_role("region", name="Text (the model is trained on all of it)")
+        expect(text).to_have_text(rows[row]["text"])
+        expect(opened.locator("#with-prompt")).to_be_hidden()
+        opened.close()
+
+
+@needs_chromium
+def test_the_parts_of_a_row_have_names(page):
+    """A screen reader says which box has the focus."""
+    for name in ("Prompt", "Answer", re.compile(r"Text of row \d+")):
+        expect(page.get_by_role("region", name=name, exact=True).first).to_be_visible()
+
+
+@needs_chromium
+def test_an_empty_answer_says_so(browser, byte_tokenizer, tmp_path):
+    rows = [{"prompt": f"Question {row}?", "completion": "<eos>"} for row in range(3)]
+    with served(text_trace(rows, byte_tokenizer, tmp_path / "trace"), byte_tokenizer) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        expect(opened.locator("#answer")).to_have_text("(empty) <eos>")
+        opened.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("size", [(1280, 800), (1024, 600), (390, 844), (640, 400)], ids=str)
+def test_the_answer_to_a_long_prompt_is_visible_without_scrolling(size, browser, byte_tokenizer, tmp_path):
+    width, height = size
+    rows = [{"prompt": f"Why {row}?\n" * 100, "completion": "No. " * 500} for row in range(30)]
+    with served(text_trace(rows, byte_tokenizer, tmp_path / "trace"), byte_tokenizer, ["books"] * 30) as address:
+        opened = browser.new_page(viewport={"width": width, "height": height})
+        opened.goto(address)
+        for number in range(3):
+            expect(opened.locator("#counts")).to_contain_text(f"{number} of 30 rows reviewed")
+            top = opened.locator("#answer").bounding_box()["y"]
+            assert 0 <= top < opened.locator("footer").bounding_box()["y"] - 60
+            opened.locator("summary").evaluate("summary => { summary.parentElement.open = true; }")
+            opened.keyboard.press("End")
+            opened.wait_for_function("() => scrollY + innerHeight > document.documentElement.scrollHeight - 2")
+            answer, footer = opened.locator("#answer").bounding_box(), opened.locator("footer").bounding_box()
+            assert answer["y"] + answer["height"] < footer["y"]  # the footer never hides its end
+            opened.keyboard.press("s")
+        opened.close()
+
+
+@needs_chromium
+def test_right_to_left_texts_begin_on_the_right(browser, byte_tokenizer, tmp_path):
+    rows = [{"prompt": "?", "completion": "باريس Paris\nParis باريس"}] * 3
+    with served(text_trace(rows, byte_tokenizer, tmp_path / "trace"), byte_tokenizer) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        expect(opened.locator("#answer")).to_contain_text("Paris")
+        words = opened.evaluate(
+            """() => {
+                const box = document.getElementById('answer').getBoundingClientRect();
+                const pieces = [...document.querySelectorAll('#answer .piece')];
+                const line = pieces.findIndex((each) => each.textContent === '\\n');
+                return [pieces[0], pieces[line + 1]].map((each) => each.getBoundingClientRect().x - box.x > box.width / 2);
+            }"""
+        )
+        assert words == [True, False]
+        opened.close()
+
+
+@needs_chromium
+def test_a_lost_server_is_noticed_wherever_the_page_is_scrolled(browser, running):
+    opened = browser.new_page(viewport={"width": 800, "height": 400})
+    opened.goto(running)
+    expect(opened.locator("#row-title")).not_to_be_empty()
+    opened.route("**/verdict", lambda route: route.abort())
+    opened.evaluate("scrollTo(0, 100000)")
+    opened.keyboard.press("u")
+    expect(opened.locator("#problem")).to_contain_text("The review does not answer.")
+    expect(opened.locator("#problem")).to_be_in_viewport(ratio=1)
+    opened.close()
+
+
+@needs_chromium
+def test_the_space_bar_opens_the_table_by_source(browser, trace, byte_tokenizer):
+    with served(trace, byte_tokenizer, ["books"] * ROWS) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        expect(opened.locator("#row-title")).not_to_be_empty()
+        row = shown_row(opened)
+        opened.focus("summary")
+        opened.keyboard.press("Space")
+        expect(opened.locator("#by-source table")).to_be_visible()
+        assert shown_row(opened) == row
+        opened.close()
+
+
+@needs_chromium
+def test_a_row_with_another_system_prompt_does_not_bring_the_template_back(browser, byte_tokenizer, tmp_path):
+    begin, end = "<eos>system\nBe brief.<eos>\n<eos>user\n", "<eos>\n<eos>assistant\n"
+    starts = [begin if row else "<eos>system\nBe rude.<eos>\n<eos>user\n" for row in range(5)]
+    rows = [{"prompt": f"{starts[row]}Question {row}?{end}", "completion": "Yes<eos>"} for row in range(5)]
+    with served(text_trace(rows, byte_tokenizer, tmp_path / "trace"), byte_tokenizer) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        for number in range(5):
+            expect(opened.locator("#counts")).to_contain_text(f"{number} of 5 rows reviewed")
+            row = shown_row(opened)
+            shown = f"Question {row}?" if row else f"{starts[0]}Question 0?"
+            assert opened.evaluate("document.getElementById('prompt').textContent") == shown
+            opened.keyboard.press("s")
+        opened.close()
 
 
 @needs_chromium

@@ -1,6 +1,7 @@
 // The table of rows: views, search, sorting, pages, decisions and the keyboard.
 
 const SHOWN_END = 300, SHOWN_COMPLETION = 600; // characters of a prompt's end and of a completion before "show all"
+const MIN_VISIBLE = 40; // pixels of a row
 const VIEWS = {
   forgotten: { includes: () => true, sort: { key: "value", descending: true } },
   below: { includes: (row) => row.value !== null && !isAbove(row), sort: { key: "distance", descending: false } },
@@ -17,11 +18,10 @@ const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
 
 // ---- texts ----
 
-const templateStart = templateStartOf(data.rows.filter((row) => !row.is_cut)), templateEnd = templateEndOf(data.rows);
+const template = templateOf(data.rows.filter((row) => !row.is_cut), data.rows);
 
 // Where the shown end of a prompt begins: after the template, or else at the beginning of a word.
-function shownStart(prompt, first) {
-  const end = prompt.length - templateEnd;
+function shownStart(prompt, first, end) {
   if (end - first <= SHOWN_END) return Math.min(first, Math.max(end, 0));
   const start = end - SHOWN_END, space = prompt.slice(start, end).search(/\s/);
   return space < 0 ? start : start + space + 1;
@@ -30,20 +30,29 @@ function shownStart(prompt, first) {
 function showText(td, row) {
   const prompt = element("div", "prompt"), completion = element("div", "completion");
   const whole = textOf(row.prompt), answer = textOf(row.pieces);
-  const first = row.is_cut ? 0 : templateStart, start = shownStart(whole, first);
+  const first = !row.is_cut && whole.startsWith(template.start) ? template.start.length : 0;
+  const end = whole.length - (whole.endsWith(template.end) ? template.end.length : 0), start = shownStart(whole, first, end);
   const isLong = answer.length > SHOWN_COMPLETION * 1.2;
+  // A row without a prompt is a whole text. If it is a conversation, its last turn is at the end.
+  const isConversation = whole === "" && row.pieces.some(([, , isSpecial]) => isSpecial);
   if (expanded.has(row.id)) {
     if (row.is_cut) prompt.append(element("p", "muted", "(The beginning of the prompt is not on this page.)"));
     appendPieces(prompt, row.prompt);
-    appendPieces(completion, row.pieces);
+    showAnswer(completion, row.pieces);
   } else {
     if (start > first || row.is_cut) prompt.append("… ");
-    appendPieces(prompt, slicePieces(row.prompt, start, whole.length - templateEnd));
-    appendPieces(completion, isLong ? slicePieces(row.pieces, 0, SHOWN_COMPLETION) : row.pieces);
-    if (isLong) completion.append(" …");
+    appendPieces(prompt, slicePieces(row.prompt, start, end));
+    if (!isLong) showAnswer(completion, row.pieces);
+    else if (isConversation) {
+      appendPieces(completion, slicePieces(row.pieces, answer.length - SHOWN_COMPLETION, answer.length));
+      completion.prepend("… ");
+    } else {
+      appendPieces(completion, slicePieces(row.pieces, 0, SHOWN_COMPLETION));
+      completion.append(" …");
+    }
   }
   td.append(prompt, completion);
-  if (isLong || start > 0 || templateEnd > 0) {
+  if (isLong || start > 0 || end < whole.length) {
     const isCut = isLong || start > first;
     const more = isCut ? `show all ${count(whole.length + answer.length)} characters` : "show the chat template";
     const button = element("button", "expand", expanded.has(row.id) ? "show less" : more);
@@ -184,7 +193,14 @@ function restart() {
 function goTo(id) {
   current = id;
   showRows();
+  scrollToCurrent();
+}
+function scrollToCurrent() {
   $("rows").querySelector("tr.current")?.scrollIntoView({ block: "nearest" });
+}
+function isCurrentVisible() {
+  const { top, bottom } = $("rows").querySelector("tr.current").getBoundingClientRect();
+  return bottom > MIN_VISIBLE && top < document.querySelector("footer").getBoundingClientRect().top - MIN_VISIBLE;
 }
 function goToNext() {
   const rows = matching(), next = rows.findIndex((row) => row.id === current) + 1;
@@ -203,6 +219,7 @@ function act(action) {
     goTo(id);
     return;
   }
+  if (!isCurrentVisible()) return scrollToCurrent(); // nobody decides a row without seeing it
   const decided = current, row = matching().findIndex((each) => each.id === decided);
   if (action !== "skip") decide(decided, action === "unsafe" ? "remove" : "keep");
   // A row that the view no longer includes has made room for the next one.

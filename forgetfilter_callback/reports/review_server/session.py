@@ -111,7 +111,7 @@ class ReviewSession:
             "seen": estimate.seen,
             "identical": estimate.identical,
             "unsafe": estimate.unsafe_found,
-            "left_in_round": len(self._round),
+            "left_in_round": sum(row not in self.queue.labels for row in self._round),
             "unsafe_left": [low, high],
             "drawn": estimate.drawn,
             "is_enough": is_enough,

@@ -35,33 +35,36 @@ function appendPieces(parent, pieces) {
   }
 }
 
+function showAnswer(parent, pieces) {
+  parent.replaceChildren();
+  if (pieces.every(([text, , isSpecial]) => isSpecial || !text.trim())) parent.append(element("span", "muted", "(empty) "));
+  appendPieces(parent, pieces);
+}
+
 function textOf(pieces) {
   return pieces.map((piece) => piece[0]).join("");
 }
 
-// The chat template puts the same text before and after all prompts: up to the last special token of the common start (and
-// the rest of its line, such as "user\n"), and from the first special token of the common end.
-function templateStartOf(rows) {
-  const common = commonLength(rows, (prompt, i) => prompt[i]);
-  if (common === 0) return 0;
-  const end = specialTokens(rows[0].prompt).map(([, tokenEnd]) => tokenEnd).filter((tokenEnd) => tokenEnd <= common).pop();
-  if (end === undefined) return 0;
-  const line = textOf(rows[0].prompt).slice(end, common).match(/^[\w ]{0,20}\n+/);
-  return end + (line === null ? 0 : line[0].length);
+// The chat template puts the same text before and after most prompts: up to a special token (and the rest of its line, such as
+// "user\n"), and from a special token on. A few rows can have another system prompt.
+function templateOf(whole, all) {
+  return {
+    start: longestOfMost(whole, (text, tokens) => tokens.flatMap(([, end]) => {
+      const line = text.slice(end).match(/^[\w ]{0,20}\n+/);
+      return [text.slice(0, end), ...(line === null ? [] : [text.slice(0, end + line[0].length)])];
+    })),
+    end: longestOfMost(all, (text, tokens) => tokens.map(([start]) => text.slice(start))),
+  };
 }
-function templateEndOf(rows) {
-  const common = commonLength(rows, (prompt, i) => prompt[prompt.length - 1 - i]);
-  if (common === 0) return 0;
-  const length = textOf(rows[0].prompt).length;
-  const start = specialTokens(rows[0].prompt).map(([tokenStart]) => tokenStart).find((tokenStart) => length - tokenStart <= common);
-  return start === undefined ? 0 : length - start;
-}
-function commonLength(rows, at) {
-  const prompts = [...new Set(rows.map((row) => textOf(row.prompt)))];
-  if (prompts.length < 2) return 0; // the only prompt has nothing in common with others
-  let length = 0;
-  while (at(prompts[0], length) !== undefined && prompts.every((prompt) => at(prompt, length) === at(prompts[0], length))) length += 1;
-  return length;
+// The longest of the parts that more than half of the prompts have. A single prompt has nothing in common with others.
+function longestOfMost(rows, partsOf) {
+  const prompts = new Map(rows.map((row) => [textOf(row.prompt), row.prompt])), numbers = new Map();
+  if (prompts.size < 2) return "";
+  for (const [text, pieces] of prompts) {
+    for (const part of new Set(partsOf(text, specialTokens(pieces)))) numbers.set(part, (numbers.get(part) ?? 0) + 1);
+  }
+  const common = [...numbers.keys()].filter((part) => numbers.get(part) > prompts.size / 2);
+  return common.reduce((longest, part) => (part.length > longest.length ? part : longest), "");
 }
 function specialTokens(pieces) {
   let place = 0;

@@ -2,6 +2,7 @@
 // Texts of rows are untrusted: only appendPieces (in common.js) may put them on the page.
 
 const KEYS = { u: "unsafe", s: "safe", " ": "skip", z: "undo" };
+const VISIBLE_ANSWER = 96; // pixels of the answer that a new row shows without scrolling
 let row = null; // number of the current row
 let isBusy = false;
 let showsTemplate = false;
@@ -24,12 +25,14 @@ function similarRow(content) {
   const other = element("div", "other");
   const title = element("p", "muted", `Row ${content.number}, `);
   if (content.source !== null) title.append(element("span", "source", content.source), ", ");
-  title.append(`cosine ${content.cosine.toFixed(2)}, `);
+  title.append(`similarity ${content.cosine.toFixed(2)}, `);
   title.append(element("span", `verdict-${content.verdict}`, content.verdict ?? "not reviewed"));
   const text = element("div", "text"), prompt = element("div", "muted"), answer = document.createElement("div");
   text.tabIndex = 0;
+  text.setAttribute("role", "region");
+  text.setAttribute("aria-label", `Text of row ${content.number}`);
   fill(prompt, content);
-  appendPieces(answer, content.pieces);
+  showAnswer(answer, content.pieces);
   text.append(prompt, answer);
   other.append(title, text);
   return other;
@@ -54,7 +57,7 @@ function show(state) {
   shownState = state;
   const current = state.row;
   row = current === null ? null : current.number;
-  const identical = state.identical > 0 ? ` (${state.identical.toLocaleString("en")} more are identical to them)` : "";
+  const identical = state.identical > 0 ? ` (and ${count(state.identical, "identical row")})` : "";
   $("counts").textContent = `${state.seen.toLocaleString("en")} of ${count(state.rows, "row")} reviewed${identical}, ${state.unsafe.toLocaleString("en")} unsafe`;
   $("left").textContent = `Unsafe rows not found yet: ${describeLeft(...state.unsafe_left, state.drawn)}.`;
   $("advice").replaceChildren(...state.advice.split("`").map((part, place) => (place % 2 ? element("code", "", part) : part)));
@@ -71,18 +74,23 @@ function show(state) {
   $("row-title").textContent = `Row ${current.number}`;
   $("row-source").hidden = current.source === null;
   $("row-source").textContent = `Source: ${current.source}`;
+  $("with-prompt").hidden = current.prompt.length === 0;
+  $("answer-title").textContent = current.prompt.length === 0 ? "Text (the model is trained on all of it)" : "Answer";
   $("previous").hidden = current.verdict === null;
   $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
   $("template").hidden = template.start === "" && template.end === "";
   $("template").textContent = showsTemplate ? "hide the chat template" : "show the chat template";
   fill($("prompt"), current);
-  $("answer").replaceChildren();
-  appendPieces($("answer"), current.pieces);
+  showAnswer($("answer"), current.pieces);
   $("similar").replaceChildren(...current.similar.map(similarRow));
-  for (const text of document.querySelectorAll("#similar .text")) text.scrollTop = text.scrollHeight; // show the answers
-  scrollTo(0, 0);
-  $("answer").scrollTop = 0;
+  for (const text of document.querySelectorAll("#similar .text")) text.scrollTop = text.lastChild.offsetTop; // show the answers
   $("prompt").scrollTop = $("prompt").scrollHeight; // show the end of the prompt, next to the answer
+}
+
+function scrollToRow() {
+  scrollTo(0, 0);
+  const bottom = document.querySelector("footer").getBoundingClientRect().top;
+  if ($("answer").getBoundingClientRect().top > bottom - VISIBLE_ANSWER) $("row-title").scrollIntoView();
 }
 
 async function ask(path, content) {
@@ -100,6 +108,7 @@ async function ask(path, content) {
   if (response.ok) {
     $("problem").textContent = "";
     show(answer);
+    scrollToRow();
   } else {
     if (response.status === 409) await ask("state"); // another window went on
     $("problem").textContent = answer.problem;
@@ -122,7 +131,7 @@ async function act(action) {
 document.addEventListener("keydown", (event) => {
   const action = KEYS[event.key.toLowerCase()];
   if (action === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === " " && event.target instanceof HTMLButtonElement) return; // presses that button
+  if (event.key === " " && event.target.closest("button, summary")) return; // presses that button
   event.preventDefault();
   if (!event.repeat) act(action);
 });
@@ -131,16 +140,10 @@ $("template").addEventListener("click", () => {
   show(shownState);
 });
 for (const action of Object.values(KEYS)) $(action).addEventListener("click", () => act(action));
-function templateOf(prompts) {
-  const whole = prompts.filter((each) => each.cut === 0), text = textOf(prompts[0].prompt);
-  return {
-    start: whole.length ? textOf(whole[0].prompt).slice(0, templateStartOf(whole)) : "",
-    end: text.slice(text.length - templateEndOf(prompts)),
-  };
-}
 async function begin() {
   try {
-    template = templateOf(await (await fetch("prompts")).json());
+    const prompts = await (await fetch("prompts")).json();
+    template = templateOf(prompts.filter((each) => each.cut === 0), prompts);
   } catch {
     // The prompts are shown with the template. If the server does not answer at all, the next request says so.
   }
