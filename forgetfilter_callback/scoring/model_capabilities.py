@@ -22,6 +22,13 @@ from .packing import needed_lengths
 _OWN_POSITIONS = {"gemma2", "gpt2", "llama", "mistral", "qwen2"}
 
 
+# Model types of `AutoModelForCausalLM` whose loss compares each position with its own token, or that need other inputs.
+_NOT_NEXT_TOKEN = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus", "plbart",
+    "prophetnet", "trocr", "whisper", "xlm", "xlnet",
+}  # fmt: skip
+
+
 def can_reuse_prefixes(model: nn.Module, rows: EncodedRows) -> bool:
     """Return whether `model` can run packs of several `rows`: all its layers use our positions and attention masks."""
     config = cast(PreTrainedConfig, model.config)
@@ -91,7 +98,7 @@ def check_is_causal(model: nn.Module) -> None:
     """Check that `model` is a causal language model.
 
     Raises:
-        ScoringError: if it has an encoder, or if it is a masked language model.
+        ScoringError: if it has an encoder, if it is a masked language model, or if its labels are not shifted.
     """
     model = unwrapped(model)
     base = _without_adapter(model)
@@ -100,6 +107,8 @@ def check_is_causal(model: nn.Module) -> None:
         kind = "an encoder-decoder model"
     elif vars(base).get("loss_type") == "ForMaskedLM":
         kind = "a masked language model"
+    elif config.model_type in _NOT_NEXT_TOKEN:
+        kind = "a model that does not predict the next token at each position"
     else:
         return
     raise ScoringError(

@@ -11,6 +11,8 @@ from datasets import Dataset
 from helpers import VOCABULARY, call, random_rows, reference_means, refused, run_options, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -23,6 +25,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    XLNetConfig,
+    XLNetLMHeadModel,
     default_data_collator,
 )
 
@@ -30,7 +34,7 @@ from forgetfilter_callback import FilterConfig, FilteredSFTTrainer, FilteredTrai
 from forgetfilter_callback.errors import ScoringError
 from forgetfilter_callback.measures.common import mean_losses
 from forgetfilter_callback.scoring import token_losses as token_losses_module
-from forgetfilter_callback.scoring.model_capabilities import takes_use_cache
+from forgetfilter_callback.scoring.model_capabilities import _NOT_NEXT_TOKEN, check_is_causal, takes_use_cache
 from forgetfilter_callback.scoring.token_losses import token_losses
 
 
@@ -61,11 +65,16 @@ def bert() -> BertForMaskedLM:
     return BertForMaskedLM(config).eval()
 
 
+def xlnet() -> XLNetLMHeadModel:
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=2, d_inner=32)).eval()
+
+
 KINDS = {
     bart: "BartForConditionalGeneration is an encoder-decoder model",
     bart_with_adapter: "BartForConditionalGeneration is an encoder-decoder model",
     t5: "T5ForConditionalGeneration is an encoder-decoder model",
     bert: "BertForMaskedLM is a masked language model",
+    xlnet: "XLNetLMHeadModel is a model that does not predict the next token at each position",
 }
 
 
@@ -84,6 +93,17 @@ def test_models_that_are_not_causal_are_refused(make_model, noisy, make_args, co
         )
     with pytest.raises(ScoringError, match=message):
         token_losses(model, encode_rows(noisy), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("model_type", sorted(_NOT_NEXT_TOKEN))
+def test_causal_models_with_unshifted_labels_are_refused(model_type):
+    """They compare each position with its own token, so another loss than theirs would be recorded."""
+    config = AutoConfig.for_model(model_type)
+    config.is_decoder = True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ScoringError, match=f"{type(model).__name__} is "):
+        check_is_causal(model)
 
 
 @pytest.mark.parametrize("make_model", [bart, t5], ids=lambda f: f.__name__)
