@@ -102,6 +102,8 @@ class FilteredSFTTrainer(FilterMixin, SFTTrainer):
         if self._forgetting is not None and dataset_name == "train" and self.filter_result is None:
             if not isinstance(dataset, Dataset):
                 raise EncodingError("FilteredSFTTrainer needs a map-style `Dataset`: rows of a stream have no ids.")
+            if _INDEX_COLUMN in dataset.column_names:
+                raise EncodingError(f"FilteredSFTTrainer needs the column name `{_INDEX_COLUMN}`. Rename that column.")
             if (packing or args.padding_free) and self._filter_config.weights:
                 raise ValueError(
                     "`weights` needs one sequence per row, but packing and padding-free batches join rows. Disable "

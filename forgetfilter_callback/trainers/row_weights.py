@@ -111,16 +111,8 @@ class RowWeightsMixin(Trainer):
         with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if _WEIGHTS in inputs:
-            raise ForgetFilterError(
-                f"The weights of the rows were not used, because `{type(self).__name__}.training_step` does not call "
-                "`super().training_step`. Call it there, or override `compute_loss` instead."
-            )
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
     def check_weights_are_possible(self) -> None:
-        """Refuse setups whose gradients cannot be weighted.
+        """Refuse setups whose gradients cannot be weighted. The model then refuses batches whose weights were not used.
 
         Raises:
             ForgetFilterError: if the model is compiled or replicated.
@@ -135,6 +127,16 @@ class RowWeightsMixin(Trainer):
             raise ForgetFilterError(
                 "`weights` does not work with `torch.nn.DataParallel`. Start the program with `torchrun`, or use one GPU."
             )
+        model.register_forward_pre_hook(_refuse_unused_weights, with_kwargs=True)
+
+
+def _refuse_unused_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Many models accept unknown inputs without an error."""
+    if _WEIGHTS in kwargs:
+        raise ForgetFilterError(
+            "The weights of the rows were not used, because the trainer's `training_step` does not call "
+            "`super().training_step`. Call it there, or override `compute_loss` instead."
+        )
 
 
 @contextmanager

@@ -136,6 +136,15 @@ def test_rows_dropped_by_sfttrainer_are_kept_and_unknown(sft_config, chat_tokeni
     assert again.ids == result.ids and again.ids.null_count == 1
 
 
+def test_a_column_with_the_name_of_our_own_is_refused(sft_config, chat_tokenizer):
+    rows = rows_of("text").add_column("forgetfilter_index", range(9))
+    with pytest.raises(EncodingError, match="needs the column name `forgetfilter_index`"):
+        FilteredSFTTrainer(
+            tiny_llama(), sft_config(), train_dataset=rows, processing_class=chat_tokenizer,
+            forgetting=np.arange(9.0), filter_config=FilterConfig("loss", 7.5),
+        )  # fmt: skip
+
+
 def test_an_evaluation_set_named_train_is_left_alone(tracker, sft_config, chat_tokenizer):
     rows = rows_of("prompt and completion")
     trainer = FilteredSFTTrainer(

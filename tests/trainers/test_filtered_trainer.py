@@ -257,7 +257,7 @@ def test_further_copies_of_a_tracked_row_are_treated_like_it(noisy, tracker, mak
 
 
 def test_other_rows_are_refused(tracker, make_args, collator):
-    with pytest.raises(DataError, match=r"24 of 24 rows.*max_length, chat template"):
+    with pytest.raises(DataError, match=r"24 of 24 rows.*max_length, collator, tokenizer"):
         FilteredTrainer(
             tiny_llama(), make_args(), train_dataset=random_rows(24, seed=9), data_collator=collator, forgetting=tracker
         )

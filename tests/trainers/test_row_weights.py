@@ -155,15 +155,25 @@ class OwnStep(FilteredTrainer):
     """A training step without a call of the method that it replaces."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss = self.loss_of(model, self._prepare_inputs(inputs))
         self.accelerator.backward(loss)
         return loss.detach()
 
+    def loss_of(self, model, inputs):
+        return self.compute_loss(model, inputs)
 
-def test_an_own_training_step_is_not_trained_without_weights(weighted, given_weights):
+
+class OwnStepAndLoss(OwnStep):
+    def loss_of(self, model, inputs):
+        return model(**inputs).loss
+
+
+@pytest.mark.parametrize("trainer_class", [OwnStep, OwnStepAndLoss])
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_lora])
+def test_an_own_training_step_is_not_trained_without_weights(make_model, trainer_class, weighted, given_weights):
     given_weights(some_weights())
-    with pytest.raises(ForgetFilterError, match=r"`OwnStep\.training_step` does not call `super"):
-        weighted(trainer_class=OwnStep).train()
+    with pytest.raises(ForgetFilterError, match=r"`training_step` does not call `super"):
+        weighted(make_model(), trainer_class=trainer_class).train()
 
 
 @pytest.mark.parametrize(
