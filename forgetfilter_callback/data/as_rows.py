@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set, Sized, ValuesView
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -49,6 +50,15 @@ def as_rows(rows: Any, name: str) -> Any:
     if isinstance(rows, Sized) and not len(rows):
         raise EncodingError(f"{name} has no rows. Pass at least one.")
     return rows
+
+
+def with_lists(value: Any) -> Any:
+    """Replace arrays of objects by lists, at every depth. pandas reads the lists in a Parquet file as such arrays."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [with_lists(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: with_lists(each) for name, each in value.items()}
+    return [with_lists(each) for each in value] if isinstance(value, list) else value
 
 
 def each_row(rows: Any) -> Iterator[Any]:

@@ -102,9 +102,11 @@ def encode_collated(
         try:
             batch = collate_fn([row])
         except Exception as error:  # the user's code, which may assert that there are several rows
+            advice = "Use a collator that accepts a list of one row."
+            if isinstance(row, Mapping):
+                advice += f" If it cannot collate one of the columns ({', '.join(map(str, row))}), remove that column."
             raise UnsupportedDatasetError(
-                f"the collator cannot collate a single row ({type(error).__name__}: {error}). Use a collator that "
-                "accepts a list of one row."
+                f"the collator cannot collate a single row ({type(error).__name__}: {error}). {advice}"
             ) from error
         if not isinstance(batch, Mapping):
             raise UnsupportedDatasetError(
@@ -137,9 +139,10 @@ def sample_of_batch(batch: Mapping[str, Any], model: nn.Module | None = None) ->
         inputs = _without_padding(inputs)
     if len(input_ids) != 1 or _is_packed(batch, inputs):
         raise UnsupportedDatasetError(
-            "one row of the training set holds several samples (packing), so their losses cannot be told apart. "
-            "Disable packing. Only a safety session may be packed, and only if the noisy rows are passed: "
-            "`ForgetTracker(noisy)`."
+            "one row of the training set holds several samples (packing), so their losses cannot be told apart. Pass the "
+            "noisy rows to a tracker: `ForgetTracker(noisy)` for a packed safety session, and `ForgetTracker(noisy, "
+            "session='noisy')` for a packed noisy session. To remove rows before packing, use `FilteredSFTTrainer`. "
+            "Otherwise, disable packing."
         )
     return sample_of_inputs(**inputs)
 

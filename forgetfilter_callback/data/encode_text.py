@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import EncodingError, UnsupportedDatasetError
-from .as_rows import as_rows, each_row
+from .as_rows import as_rows, each_row, with_lists
 from .encode_each import encode_each
 from .encoded_rows import IGNORE_INDEX, EncodedRows, common_prefix_length
 from .messages import (
@@ -98,7 +98,12 @@ def encode_rows(
 
     def encode_one(row: Mapping[str, Any]) -> Sample:
         if not isinstance(row, Mapping):
-            raise EncodingError(f"a row must be a dict, but this one is {type(row).__name__}.")
+            raise EncodingError(
+                f"a row must be a dict, but this one is {type(row).__name__}. If the rows are a Dataset with another "
+                "format, pass `dataset.with_format(None)`."
+            )
+        if any(isinstance(value, np.ndarray) for value in row.values()):
+            row = with_lists(row)
         if "input_ids" in row:
             refuse_other_inputs(row)
             labels = row["labels"] if "labels" in row else _labels_from_masks(row, completion_only_loss)

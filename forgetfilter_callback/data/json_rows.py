@@ -90,7 +90,9 @@ def _lines_of_objects(path: Path) -> Iterator[str]:
                 try:
                     _check_is_object(json.loads(line))
                 except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
+                    raise ValueError(
+                        f"line {number}: {error}. The file must have one JSON object per line, or one list of them"
+                    ) from None
                 yield line
 
 

@@ -43,3 +43,21 @@ def test_a_dictionary_of_splits_is_refused(byte_tokenizer):
 def test_other_kinds_are_refused(rows, byte_tokenizer):
     with pytest.raises(EncodingError, match=f"must be a dataset or a list of rows, but it is {type(rows).__name__}"):
         encode_rows(rows, byte_tokenizer)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_that_pandas_read_from_a_file(column, tmp_path, chat_tokenizer):
+    """They are arrays of dictionaries, and so are the parts of a content."""
+    content = [{"type": "text", "text": "the"}] if column == "messages" else "the"
+    names = ("role", "content") if column == "messages" else ("from", "value")
+    rows = [{column: [dict(zip(names, turn, strict=True)) for turn in (("user", content), ("assistant", content))]}] * 2
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    read = pd.read_parquet(tmp_path / "rows.parquet").to_dict("records")
+    assert not isinstance(read[0][column], list)
+    assert encode_rows(read, chat_tokenizer).ids == encode_rows(rows, chat_tokenizer).ids
+
+
+def test_the_format_of_a_dataset_is_named(byte_tokenizer):
+    rows = Dataset.from_list([{"text": "the cat"}] * 2).with_format("pandas")
+    with pytest.raises(EncodingError, match=r"this one is DataFrame.*`dataset\.with_format\(None\)`"):
+        encode_rows(rows, byte_tokenizer)

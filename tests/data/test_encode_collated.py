@@ -114,3 +114,9 @@ def test_a_collator_that_changes_its_rows_trains_as_without_the_tracker(change, 
         trainer = Trainer(tiny_llama(), args, train_dataset=rows, data_collator=collate, callbacks=callbacks)
         losses.append(trainer.train().training_loss)
     assert losses[0] == losses[1]
+
+
+def test_a_column_that_cannot_be_collated_is_named(noisy, make_args, collator):
+    rows = noisy.add_column("note", ["a"] * len(noisy))
+    with pytest.raises(UnsupportedDatasetError, match=r"one of the columns \(.*, note\), remove that column"):
+        train_tracked(rows, lambda: make_args(remove_unused_columns=False), collator, ForgetTracker())

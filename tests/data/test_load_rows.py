@@ -45,7 +45,11 @@ def test_rows_of_all_file_formats(files, tmp_path):
         ("no-comma.json", '[{"text": "a"} {"text": "b"}]', "the list must go on with a comma or end"),
         ("more.json", '[{"text": "a"}]\n{}', "more text after the end of the list"),
         ("empty-list.json", "[]", "has no rows"),
-        ("columns.json", '{\n"text": ["a"]\n}', "line 1: Expecting property name"),
+        (
+            "columns.json",
+            '{\n"text": ["a"]\n}',
+            r"line 1: Expecting property .* one JSON object per line",
+        ),
         ("utf16.csv", b"\xff\xfea\x00", "utf16.csv cannot be read: its text is not UTF-8"),
         ("latin.csv", "prompt,completion\na,é\n".encode("latin-1"), r"Save the file as UTF-8\.$"),
         ("latin.jsonl", '{"text": "é"}\n'.encode("latin-1"), r"Save the file as UTF-8\.$"),
