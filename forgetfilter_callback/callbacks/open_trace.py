@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..data.as_rows import as_rows, each_row
 from ..data.audit_labels import as_labels
 from ..data.blank_completions import describe_blank_completions
+from ..data.decode import decode
 from ..data.encoded_rows import EncodedRows
 from ..data.tokenizers import unwrap_tokenizer
 from ..errors import DataError, TraceError, UnsupportedDatasetError
@@ -112,6 +114,11 @@ def open_trace(
     for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
         if description is not None:
             logger.warning(description)
+    if tokenizer is not None and _contains_date(tokenizer, rows):
+        logger.warning(
+            "The chat template prints today's date (`strftime_now`). Rows that are prepared on another day are other rows: "
+            "training cannot be resumed with them, and they cannot be filtered. Write a date into the template."
+        )
     names = model_and_tokenizer_names(model, tokenizer)
 
     def create_manifest() -> dict[str, Any] | None:
@@ -133,6 +140,12 @@ def open_trace(
             "choose another `trace_dir` or `output_dir`."
         )
     return trace, rows
+
+
+def _contains_date(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows) -> bool:
+    """Whether the chat template has printed a date into the first row. It does not if the rows are texts."""
+    year = str(datetime.now().year)
+    return "strftime_now" in str(tokenizer.chat_template) and year in decode(tokenizer, rows.sample(0)[0].tolist())
 
 
 def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:

@@ -176,8 +176,9 @@ def sft_encoding_options(
     """Arguments of [`encode_rows`] that encode rows as this trainer does. They are stored in the trace."""
     if not is_sft_config(args):
         return {}
-    # The tokenizer inside a processor may have another template or none.
-    chat_template = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
+    # The tokenizer that is loaded later may have another template or none, such as the one inside a processor.
+    given = None if processing_class is None else processing_class.chat_template
+    chat_template = given if isinstance(given, str) else None
     if args.assistant_only_loss and processing_class is not None:
         chat_template = _training_chat_template(processing_class) or chat_template
     return {

@@ -162,7 +162,9 @@ def align_values(ids: pa.StringArray, known_ids: pa.StringArray, known_values: n
     if unknown > MAX_UNKNOWN_FRACTION * total:
         raise UnknownRowsError(
             f"{counted_of(unknown, total, 'row', 'have')} no forgetting value (more than {MAX_UNKNOWN_FRACTION:.0%}), so "
-            "these are not the rows that were tracked. The usual causes are a different max_length, chat template, "
-            "tokenizer or collator. Prepare the rows exactly as in the tracked sessions."
+            "these are not the rows that were tracked. The usual causes are a different max_length, collator, tokenizer "
+            "(such as another EOS token, or tokens that were added in memory) or chat template (such as one that prints "
+            "today's date). Prepare the rows exactly as in the tracked sessions. In a command, pass the folder of the saved "
+            "tokenizer as `--tokenizer`."
         )
     return pc.take(pa.array(known_values), indices).to_numpy(zero_copy_only=False)

@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from trl import SFTTrainer
 
 from forgetfilter_callback import FilterConfig, ForgetTracker, encode_rows, filtered
-from forgetfilter_callback.callbacks.session_rows import encode_training_rows
+from forgetfilter_callback.callbacks.session_rows import encode_training_rows, sft_encoding_options
 from forgetfilter_callback.data.encoded_dataset import EncodedDataset
 from forgetfilter_callback.errors import EncodingError, RandomRowsError, TraceError, UnsupportedDatasetError
 from forgetfilter_callback.trace.records import Record
@@ -323,3 +323,37 @@ def test_padding_of_given_rows_is_not_scored(safety, make_args, collator):
     train_tracked(safety, make_args, collator, tracker)
     real = {"input_ids": [9, 8, 7], "labels": [9, 8, 7]}
     np.testing.assert_allclose(tracker.trace.losses()[0], reference_means(tiny_llama(), [real]), rtol=1e-5)
+
+
+@pytest.fixture
+def dated_tokenizer(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("prints_date", [True, False])
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_a_template_that_prints_the_date_is_named(kind, prints_date, sft_config, dated_tokenizer, caplog):
+    """Texts need no template. The template is stored, because the tokenizer that a command loads can have another one."""
+    if not prints_date:
+        dated_tokenizer.chat_template = dated_tokenizer.chat_template.replace("%Y", "")
+    turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
+    rows = Dataset.from_list([{"messages": turns} if kind == "messages" else {"text": "the cat"}] * 4)
+    model, args, tracker = tiny_llama(vocab_size=len(dated_tokenizer)), sft_config(max_steps=1), ForgetTracker()
+    SFTTrainer(model, args, train_dataset=rows, processing_class=dated_tokenizer, callbacks=[tracker]).train()
+    is_named = "The chat template prints today's date (`strftime_now`)." in caplog.text
+    assert is_named == (prints_date and kind == "messages")
+    encoding = tracker.trace.manifest["encoding"]
+    assert encoding["chat_template"] == dated_tokenizer.chat_template
+    loaded = copy.deepcopy(dated_tokenizer)
+    loaded.chat_template = None
+    assert encode_rows(rows, loaded, disable_tqdm=True, **encoding).ids == tracker.trace.rows.ids
+
+
+def test_one_of_several_templates_is_not_stored(chat_tokenizer, sft_config):
+    """The trainer uses the one named "default", and so does a tokenizer that is loaded again."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    assert sft_encoding_options(sft_config(), tokenizer)["chat_template"] is None
