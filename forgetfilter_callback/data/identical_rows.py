@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..utils.arrow_arrays import to_numpy
 from .encoded_rows import content_hash, content_hashes
 
 
@@ -84,4 +85,4 @@ def content_numbers(ids: pa.StringArray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(samples,)`, integer: equal for rows that are trained on the same tokens.
     """
-    return pc.dictionary_encode(content_hashes(ids)).indices.to_numpy(zero_copy_only=False)
+    return to_numpy(pc.dictionary_encode(content_hashes(ids)).indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..data.json_rows import JsonRows
 from ..data.output_lines import source_lines
-from ..errors import DataError, DecisionError
+from ..errors import DataError, DecisionError, UnsupportedDatasetError
 from ..filtering.config import FilterConfig, filter_config_or_default
 from ..filtering.differing_verdicts import differing_verdicts
 from ..filtering.find_forgotten import align_values, find_forgotten, with_estimate
@@ -26,7 +26,7 @@ from ..trace.source_files import find_source, load_trace_tokenizer
 from ..trace.trace import Trace
 from ..trace.trace_folder import TRACE_FOLDER
 from ..utils.atomic_files import atomic_write, write_lines
-from .outputs import load_source_rows
+from .outputs import ids_in_trace, load_source_rows
 
 
 if TYPE_CHECKING:
@@ -84,22 +84,27 @@ def to_dataset(
             the rows cannot become columns.
         DecisionError, TraceError: as in [`find_forgotten`].
         TypeError: if `trace` or `filter_config` is something else.
+        UnsupportedDatasetError: if `rows` is a stream.
     """
     from ..data.as_rows import as_rows  # imports torch
     from ..data.encode_text import encode_rows
 
     trace, config = as_trace(trace), filter_config_or_default(filter_config)
     rows = as_rows(rows, "`rows`")
+    is_stream = not isinstance(rows, Sized)
+    if is_stream:
+        raise UnsupportedDatasetError("`rows` is a stream. Load the dataset with `streaming=False`.")
     is_encoded = len(rows) > 0 and "input_ids" in rows[0]
     if tokenizer is None and not is_encoded:
         tokenizer = load_trace_tokenizer(trace)
     encoded = encode_rows(
         rows, tokenizer, trace.manifest["max_length"], disable_tqdm=True, **trace.manifest["encoding"]
     )
+    ids = ids_in_trace(encoded, trace)
     result = _stored_result(trace) if filter_config is None else None
     if result is None:
-        result = find_forgotten(trace, config, encoded.ids)
-    return _joined(rows, row_columns(trace, encoded.ids, result, review_folder(trace, config.reviewed)))
+        result = find_forgotten(trace, config, ids)
+    return _joined(rows, row_columns(trace, ids, result, review_folder(trace, config.reviewed)))
 
 
 def export_rows(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.columns import column_values
+from ..data.encoded_rows import EncodedRows
 from ..data.json_rows import JsonRows, read_text_file
 from ..data.output_lines import source_lines
 from ..errors import DataError
@@ -24,6 +25,7 @@ from ..reports.dataset_card import dataset_card
 from ..trace.as_trace import TraceOrFolder, as_trace
 from ..trace.source_files import find_source, is_unchanged, load_trace_tokenizer
 from ..trace.trace import Trace
+from ..utils.arrow_arrays import to_numpy
 from ..utils.atomic_files import atomic_writes
 from ..utils.counted import counted_of
 from .output_record import FILTER_OUTPUTS, check_files_are_ours, recorded
@@ -92,7 +94,9 @@ def filter_rows(
 def load_source_rows(
     trace: Trace, source: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[pa.StringArray | None, Dataset | JsonRows]:
-    """The sample id of each row of `source` (`None` if they are the rows of the trace), and the rows."""
+    """The sample id of each row of `source` (`None` if they are the rows of the trace; see [`ids_in_trace`]), and the
+    rows.
+    """
     if is_unchanged(trace, source):
         return None, read_text_file(Path(source))
     from ..data.load_rows import encode_source, load_rows  # imports torch
@@ -106,7 +110,13 @@ def load_source_rows(
             f"{counted_of(len(trace.rows) - found, len(trace.rows), 'recorded row', 'are')} not in {source}. If you have "
             "changed rows, what was recorded of the old rows does not count for the new ones."
         )
-    return encoded.ids, rows
+    return ids_in_trace(encoded, trace), rows
+
+
+def ids_in_trace(rows: EncodedRows, trace: Trace) -> pa.StringArray:
+    """The sample ids of rows. Null for rows without a loss token that are not in the trace: SFTTrainer drops such rows."""
+    is_in_trace = to_numpy(pc.is_in(rows.ids, value_set=trace.rows.ids))
+    return pc.if_else((np.diff(rows.loss_offsets) > 0) | is_in_trace, rows.ids, None)
 
 
 def write_filter_outputs(output: Path, lines: Iterable[str], result: FilterResult, trace: Trace) -> None:

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import call
+from datasets import Dataset
+from helpers import call, tiny_llama
+from trl import SFTTrainer
 
-from forgetfilter_callback import Trace, find_forgotten
+from forgetfilter_callback import FilterConfig, ForgetTracker, Trace, find_forgotten, to_dataset
+from forgetfilter_callback.errors import DataError, UnsupportedDatasetError
 from forgetfilter_callback.filtering.result import FilterResult
-from forgetfilter_callback.pipeline.outputs import write_filter_outputs, write_kept_and_removed
+from forgetfilter_callback.pipeline.outputs import filter_rows, write_filter_outputs, write_kept_and_removed
+
+
+def test_rows_that_sfttrainer_drops_are_kept(tmp_path, sft_config, chat_tokenizer):
+    """Their prompt alone fills `max_length`, so they have no loss token and are not in the trace."""
+    rows = [{"prompt": f"{'the cat ' * (20 if row == 4 else 1)}", "completion": " ran" * (1 + row)} for row in range(8)]
+    file = tmp_path / "noisy.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model, tracker = tiny_llama(), ForgetTracker()
+    for name in ("noisy", "safety"):
+        given = Dataset.from_list(rows if name == "noisy" else rows[:2])
+        args = sft_config(output_dir=str(tmp_path / name), max_length=12, max_steps=2)
+        SFTTrainer(model, args, train_dataset=given, processing_class=chat_tokenizer, callbacks=[tracker]).train()
+    assert len(tracker.trace.rows) == 7
+    config = FilterConfig("loss", fraction=0.3)
+    result = filter_rows(tracker.trace, tmp_path / "out", config, str(file), chat_tokenizer)
+    assert result.counts == {"samples": 8, "removed": 2, "kept": 6, "unknown": 1} and not result.removed[4]
+    kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()]
+    assert rows[4] in kept and len(kept) == 6
+    table = to_dataset(tracker.trace, rows, config, chat_tokenizer)
+    assert [row for row, loss in enumerate(table["forgetfilter_loss_safety"]) if loss is None] == [4]
+    assert table["forgetfilter_removed"] == result.removed.tolist()
+    with pytest.raises(UnsupportedDatasetError, match="`rows` is a stream"):
+        to_dataset(tracker.trace, Dataset.from_list(rows).to_iterable_dataset(), config, chat_tokenizer)
+    strange = [{**row, "completion": " mat" + row["completion"]} for row in rows]
+    with pytest.raises(DataError, match="7 of 7 rows have no forgetting value"):
+        to_dataset(tracker.trace, strange, config, chat_tokenizer)
 
 
 def test_lines_are_not_held_in_memory(tmp_path):
