@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..data.decode import decode
+from ..data.decode import completion_text, decode, prompt_length
 from ..errors import TraceError
 from ..filtering.thresholds import find_threshold
 from ..measures.names import DEFAULT_MEASURE
@@ -219,11 +219,9 @@ def most_forgotten_rows(
     rows = []
     for index in np.argsort(-np.nan_to_num(forgetting, nan=-np.inf))[:count].tolist():
         tokens, loss_mask = trace.rows.sample(index)
-        start = int(np.argmax(loss_mask))
-        texts = ["", ""]
+        prompt = completion = ""
         if tokenizer is not None:
-            texts = [
-                decode(tokenizer, part.tolist(), skip_special_tokens=True) for part in (tokens[:start], tokens[start:])
-            ]
-        rows.append([index, float(forgetting[index]), texts[0][-MAX_TEXT_LENGTH:], texts[1][:MAX_TEXT_LENGTH]])
+            prompt = decode(tokenizer, tokens[: prompt_length(loss_mask)].tolist(), skip_special_tokens=True)
+            completion = completion_text(tokenizer, tokens, loss_mask)
+        rows.append([index, float(forgetting[index]), prompt[-MAX_TEXT_LENGTH:], completion[:MAX_TEXT_LENGTH]])
     return rows

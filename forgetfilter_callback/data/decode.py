@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from .source_paths import check_model
@@ -46,14 +48,63 @@ def _tokenizer_file(name: str) -> str | None:
 
 
 def decode(tokenizer: Decoder, tokens: list[int], skip_special_tokens: bool = False) -> str:
-    """Decode token ids as they are, without removing spaces before punctuation."""
+    """Decode token ids as they are, without removing spaces before punctuation.
+
+    A token that a fast tokenizer does not know, because it was added in memory, becomes its id: `[49152]`. Otherwise, nobody
+    would notice that a part of the text is missing.
+    """
+    unknown = _unknown_ids(tokenizer, tokens)
+    if unknown:
+        parts = (
+            "".join(f"[{token}]" for token in group)
+            if is_unknown
+            else decode(tokenizer, list(group), skip_special_tokens)
+            for is_unknown, group in groupby(tokens, unknown.__contains__)
+        )
+        return "".join(parts)
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
     text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return cast(str, text)
 
 
+def _unknown_ids(tokenizer: Decoder, tokens: list[int]) -> set[int]:
+    if isinstance(tokenizer, Tokenizer):
+        backend = tokenizer
+    elif tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+    else:
+        return set()
+    return {token for token in set(tokens) if backend.id_to_token(token) is None}
+
+
 def special_ids(tokenizer: Decoder) -> frozenset[int]:
     """Ids of the special tokens of a tokenizer, such as the marks of a chat template."""
     added = tokenizer.get_added_tokens_decoder() if isinstance(tokenizer, Tokenizer) else tokenizer.added_tokens_decoder
     return frozenset(id_ for id_, token in added.items() if token.special)
+
+
+def prompt_length(loss_mask: np.ndarray) -> int:
+    """Number of tokens before the first loss token of a row, but 0 instead of 1.
+
+    Nothing predicts the first token, so a row that is trained on as a whole has its first loss at the second one.
+    """
+    start = int(np.argmax(loss_mask)) if loss_mask.any() else len(loss_mask)
+    return 0 if start == 1 else start
+
+
+def is_conversation(tokens: np.ndarray, special: frozenset[int]) -> bool:
+    """Whether there are special tokens within a text, such as those between the turns of a conversation."""
+    return bool(np.isin(tokens[1:-1], list(special)).any())
+
+
+def completion_text(tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray) -> str:
+    """The text of a completion without special tokens. If there is no prompt, it is the last turn of the conversation."""
+    special = special_ids(tokenizer)
+    if prompt_length(loss_mask):
+        return decode(tokenizer, tokens[loss_mask].tolist(), skip_special_tokens=True)
+    if not is_conversation(tokens, special):
+        return decode(tokenizer, tokens.tolist(), skip_special_tokens=True)
+    turns = np.split(tokens, np.flatnonzero(np.isin(tokens, list(special))))
+    texts = (decode(tokenizer, turn.tolist(), skip_special_tokens=True) for turn in reversed(turns))
+    return next((text for text in texts if text.strip()), "")

@@ -18,11 +18,11 @@ from typing import Any, get_args
 import numpy as np
 
 from ..data.audit_labels import as_labels
-from ..data.decode import Decoder, special_ids
+from ..data.decode import Decoder, is_conversation, special_ids
 from ..data.identical_rows import content_numbers
 from ..filtering.by_source import with_source_counts
 from ..filtering.config import FilterConfig, filter_config_or_default
-from ..filtering.differing_verdicts import differing_verdicts
+from ..filtering.differing_verdicts import count_differing_verdicts
 from ..filtering.find_forgotten import decide, with_decision
 from ..filtering.result import FilterResult
 from ..measures.names import DEFAULT_MEASURE, MEANINGS, UNITS
@@ -116,7 +116,8 @@ def write_review_page(
     # With a folder, verdicts that cannot be read are an error: the page would not show them.
     verdicts = trace_verdicts(trace, review_folder(trace, config.reviewed))
     data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts)
-    data["differing"] = differing_verdicts(result, verdicts, review_folder(trace, config.reviewed))
+    if config.reviewed is None:
+        data["differing"], _ = count_differing_verdicts(result, verdicts)
     script = _joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
@@ -208,6 +209,7 @@ def _page_data(
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
         "reviewed": len(reviewed),
+        "differing": 0,
         "verdicts": {label: list(labels.values()).count(label) for label in get_args(VerdictLabel)},
         "rows": _text_rows(trace, result, tokenizer, shown, drawn, initial_losses, unsafe, labels),
     }
@@ -291,6 +293,7 @@ def _text_rows(
                 "drawn": order_of.get(index),
                 "prompt": prompt,
                 "is_cut": cut > 0,
+                "shows_end": not prompt and is_conversation(tokens, special),
                 "pieces": pieces,
             }
         )

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.decode import Decoder
+from ..data.decode import Decoder, completion_text
 from ..filtering.by_source import SourceCounts
 from ..filtering.result import FilterResult
 from ..measures.names import MEANINGS, UNITS
@@ -16,7 +16,6 @@ from ..utils.paths import short_model_name
 from ..utils.sanitize_text import sanitize
 from .source_table import source_table
 from .summary import page_summary
-from .token_text import shown_completion
 
 
 BINS = 20
@@ -79,7 +78,7 @@ def show(
     lengths = np.diff(trace.rows.loss_offsets)
     for index in np.argsort(-np.nan_to_num(result.values, nan=-np.inf))[:head].tolist():
         tokens, loss_mask = trace.rows.sample(index)
-        text = "" if tokenizer is None else shown_completion(tokenizer, tokens, loss_mask)
+        text = "" if tokenizer is None else completion_text(tokenizer, tokens, loss_mask)
         decision = "removed" if result.removed[index] else "kept"
         table.add_row(
             str(index),

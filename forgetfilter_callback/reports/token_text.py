@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.decode import Decoder, decode, special_ids
+from ..data.decode import Decoder, decode, is_conversation, prompt_length
 
 
 MAX_TEXT_LENGTH = 2_000  # characters; bounds the size of the review page
@@ -41,9 +41,9 @@ def split_text(
 ) -> tuple[list[Piece], list[Piece]]:
     """Splits a sample into the pieces of its prompt and of its completion.
 
-    The prompt ends before the first loss token. Its pieces are the special tokens and the texts between them. If every token
-    can contribute to the loss, nothing predicts the first one. It is part of the completion then, and there is no prompt. A
-    piece of the completion is the text of one token, or of several tokens if they form a single character together.
+    The prompt ends before the first loss token (see [`prompt_length`]). Its pieces are the special tokens and the texts
+    between them. A piece of the completion is the text of one token, or of several tokens if they form a single character
+    together.
 
     Args:
         tokenizer ([`tokenizers.Tokenizer`] or [`~transformers.PreTrainedTokenizerBase`]):
@@ -61,19 +61,19 @@ def split_text(
 
     Returns:
         `tuple[list[Piece], list[Piece]]`: the prompt and the completion. Pieces beyond `max_length` characters are replaced
-        with " […]".
+        with "[…]". A conversation without a prompt loses its beginning, and other completions their end.
     """
-    start = int(np.argmax(loss_mask)) if loss_mask.any() else len(tokens)
-    if start == 1:
-        start = 0
+    start = prompt_length(loss_mask)
+    keeps_end = start == 0 and is_conversation(tokens, special)
     all_rises = np.full(len(tokens), np.nan)
     all_rises[loss_mask] = rises
     token_rises = all_rises.tolist()
     token_ids = tokens.tolist()
     pieces: list[Piece] = []
-    piece_start = start
+    first = max(0, len(tokens) - max_length) if keeps_end else start  # few tokens have no character
+    piece_start = first
     characters = 0
-    for end in range(start + 1, len(tokens) + 1):
+    for end in range(first + 1, len(tokens) + 1):
         text = _text_between(tokenizer, token_ids, piece_start, end)
         is_special = token_ids[piece_start] in special
         if text.endswith("\ufffd") and not is_special and end < len(tokens) and end - piece_start < _MAX_PIECE_TOKENS:
@@ -82,19 +82,14 @@ def split_text(
         pieces.append(Piece(text, round(sum(known) / len(known), 3) if known else None, is_special))
         piece_start = end
         characters += len(text)
-        if characters > max_length:
+        if characters > max_length and not keeps_end:
             pieces.append(Piece(" […]", None, False))
             break
+    if keeps_end:
+        pieces, cut = last_characters(pieces, max_length)
+        if first or cut:
+            pieces.insert(0, Piece("[…] ", None, False))
     return _split_prompt(tokenizer, token_ids[:start], special), pieces
-
-
-def shown_completion(tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray) -> str:
-    """The text of a completion without special tokens. If there is no prompt, it is the last turn of the conversation."""
-    if not loss_mask[1:2].all():
-        return decode(tokenizer, tokens[loss_mask].tolist(), skip_special_tokens=True)
-    turns = np.split(tokens, np.flatnonzero(np.isin(tokens, list(special_ids(tokenizer)))))
-    texts = (decode(tokenizer, turn.tolist(), skip_special_tokens=True) for turn in reversed(turns))
-    return next((text for text in texts if text.strip()), "")
 
 
 def last_characters(prompt: list[Piece], length: int) -> tuple[list[Piece], int]:

@@ -13,9 +13,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
-from forgetfilter_callback import ForgetTracker, encode_rows, find_forgotten
+from forgetfilter_callback import ForgetTracker, Trace, encode_rows, find_forgotten
 from forgetfilter_callback.callbacks import integrations
-from forgetfilter_callback.callbacks.integrations import summarize_forgetting
+from forgetfilter_callback.callbacks.integrations import most_forgotten_rows, summarize_forgetting
 from forgetfilter_callback.errors import DataError
 from forgetfilter_callback.filtering.thresholds import find_threshold
 from forgetfilter_callback.trace.records import Record
@@ -279,6 +279,15 @@ def test_wandb_receives_a_table_of_the_most_forgotten_rows(make_args, wandb_logs
     assert [row[:2] for row in table.data] == [[row, values[row]] for row in order]
     expected = [[noisy_rows[row]["prompt"], noisy_rows[row]["completion"]] for row in order]
     assert [row[2:] for row in table.data] == (expected if has_tokenizer else [["", ""]] * 5)
+
+
+def test_the_table_shows_the_last_turn_of_a_row_without_a_prompt(tmp_path, byte_tokenizer):
+    rows = encode_rows(
+        [{"text": f"<eos>user Why {row}?<eos>assistant No {row}<eos>"} for row in range(3)], byte_tokenizer
+    )
+    trace = Trace.create(tmp_path / "trace", rows, "tiny", None, None)
+    table = most_forgotten_rows(trace, np.arange(3.0), 2, byte_tokenizer)
+    assert table == [[2, 2.0, "", "assistant No 2"], [1, 1.0, "", "assistant No 1"]]
 
 
 def test_a_negative_number_of_rows_is_refused():

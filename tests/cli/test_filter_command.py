@@ -244,8 +244,16 @@ def test_verdicts_that_a_filter_does_not_use_are_named(finished, tmp_path):
     for threshold, differing in (("auto", None), (1000, 2), (float(np.sort(trace.forgetting())[-2]), 1)):
         result = call("filter", output, "--output", tmp_path / "filtered", "--threshold", threshold)
         assert threshold == "auto" or f"The filter differs from {differing} of 3 verdicts in {folder}." in result.stderr
-        assert threshold == "auto" or f"pass `--reviewed {folder}`." in result.stderr
+        assert threshold == "auto" or f"pass `--reviewed {folder}` instead." in result.stderr
         assert (to_filter in result.stdout) == (threshold in ("auto", 1000)), result.output
+    decision = tmp_path / "review_decision.json"
+    decision.write_text(
+        json.dumps({"measure": "loss", "threshold": 1000, "overrides": {}, "trace": trace.identity("loss")})
+    )
+    for command in ("filter", "report"):
+        named = call(command, output, "--output", tmp_path / f"{command}.out", "--decision", decision)
+        assert named.exit_code == 0, named.output
+        assert f"The filter differs from 2 of 3 verdicts in {folder}." in named.stderr
     reviewed = call("filter", output, "--output", tmp_path / "filtered", "--reviewed", folder)
     assert reviewed.stderr == "" and "Next: finetune the base model" in reviewed.stdout, reviewed.output
 

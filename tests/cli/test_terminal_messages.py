@@ -125,7 +125,9 @@ def test_after_a_filter_the_next_step_is_to_finetune(run_folder, tmp_path):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_row_takes_one_line(finished_run, files, width, monkeypatch):
-    monkeypatch.setattr("forgetfilter_callback.reports.terminal.decode", lambda *_, **__: "a b\n" + "word " * 60)
+    monkeypatch.setattr(
+        "forgetfilter_callback.reports.terminal.completion_text", lambda *_, **__: "a b\n" + "word " * 60
+    )
     trace = Trace.open(finished_run / "_forgetfilter")
     console = Console(width=width, file=io.StringIO())
     show(trace, find_forgotten(trace, FilterConfig(fraction=0.25)), console, load_decoder(str(files["model"])), head=10)

@@ -44,10 +44,10 @@ def test_counts_equal_those_of_a_loop_over_the_rows(copies):
     unsafe = rng.random(300) < 0.3
     overrides = {id_of(row, copies): ("remove", "keep")[row % 2] for row in range(0, 60, 3)}
     verdicts = [verdict(row, ("unsafe", "safe")[row // 7 % 2], copies) for row in rng.integers(50, 300, 90).tolist()]
+    last = {each.row: each.verdict for each in verdicts}
     verdicts.append(Verdict(0, "of another set", "unsafe", ""))
     result = result_of(values, overrides, copies)
     table = result.by_source(sources, verdicts, unsafe)
-    last = {each.row: each.verdict for each in verdicts if each.time}
     expected: dict[str, list[int]] = {}
     for row, source in enumerate(sources):
         name = str(source) if source not in (None, "") else "(none)"

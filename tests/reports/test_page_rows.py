@@ -157,6 +157,50 @@ def test_a_template_is_not_guessed_from_prompts_without_special_tokens(browser, 
     opened.close()
 
 
+def opened_page(browser, rows: list[dict], tokenizer, folder: Path):
+    trace = trace_of(encode_rows(rows, tokenizer, disable_tqdm=True), folder / "trace")
+    write_review_page(trace, folder / "review.html", tokenizer, FilterConfig("loss", threshold=0.5))
+    opened = browser.new_page()
+    opened.goto((folder / "review.html").as_uri())
+    opened.wait_for_selector("#rows tr")
+    return opened
+
+
+def test_rows_with_another_template_are_shown_with_it(browser, tmp_path, byte_tokenizer):
+    """The template of most rows stays hidden."""
+    begins = [BEGIN.replace("brief", "rude") if row == 0 else BEGIN for row in range(5)]
+    ends = ["<eos>\n<eos>model\n" if row == 1 else END for row in range(5)]
+    rows = [{"prompt": f"{begins[row]}Question {row}?{ends[row]}", "completion": "Yes<eos>"} for row in range(5)]
+    opened = opened_page(browser, rows, byte_tokenizer, tmp_path)
+    assert row_text(opened, 0, ".prompt") == f"{begins[0]}Question 0?"
+    assert row_text(opened, 1, ".prompt") == f"Question 1?{ends[1]}"
+    for row in (2, 3, 4):
+        assert row_text(opened, row, ".prompt") == f"Question {row}?"
+    opened.close()
+
+
+@pytest.mark.parametrize("words", [200, 900], ids=["cut on the page", "not in the data"])
+def test_conversations_without_a_prompt_show_their_end(words, browser, tmp_path, byte_tokenizer):
+    """The last answer is there. A text with one special token, at its end, is shown from its beginning."""
+    rows = [
+        {"text": f"{BEGIN}{'word ' * words}{END}Answer {row}"}
+        if row < 3
+        else {"text": f"Begin {row} " + "word " * words}
+        for row in range(6)
+    ]
+    opened = opened_page(browser, rows, byte_tokenizer, tmp_path)
+    for row in range(3):
+        shown = row_text(opened, row, ".completion")
+        assert shown.startswith("… ") and shown.endswith(f"Answer {row}<eos>") and 590 < len(shown) < 610
+        assert row_text(opened, row, ".prompt") == ""
+        shown = row_text(opened, row + 3, ".completion")
+        assert shown.startswith(f"Begin {row + 3} word") and shown.endswith(" …")
+    opened.click("tr:has([aria-label='keep row 0']) .expand")
+    whole = row_text(opened, 0, ".completion")
+    assert whole.startswith("<eos>system" if words == 200 else "[…] ") and whole.endswith("Answer 0<eos>")
+    opened.close()
+
+
 def test_a_prompt_that_is_too_long_for_the_page_says_so(browser, tmp_path, byte_tokenizer):
     rows = [{"prompt": f"Begin {row}. " + "word " * 600 + f"End {row}? ", "completion": "I"} for row in range(3)]
     trace = trace_of(encode_rows(rows, byte_tokenizer, disable_tqdm=True), tmp_path / "trace")

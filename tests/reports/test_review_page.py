@@ -610,7 +610,7 @@ def test_verdicts_are_shown_and_filtered(browser, with_verdicts):
     page.wait_for_selector("#rows tr")
     unsafe = list(labels.values()).count("unsafe")
     assert page.inner_text("#verdicts").startswith(
-        f"20 of 150 rows have a verdict: {unsafe} unsafe, {20 - unsafe} safe. The filter differs from "
+        f"20 of 150 rows have a verdict: {unsafe} unsafe, {20 - unsafe} safe. When this page was written, "
     )
     column = page.locator("thead th:visible").all_inner_texts().index("Verdict")
     for shown, expected in (
@@ -667,9 +667,11 @@ def test_reviewed_samples_of_a_large_set_are_in_the_table(tmp_path, tokenizer):
     without = {row["row"] for row in page_data(tmp_path / "review.html")["rows"]}
     hidden = sorted(set(range(MAX_TEXTS + 400)) - without)[:30]
     ids = trace.rows.ids.to_pylist()
-    append_verdicts(
-        [Verdict(row, ids[row], "safe", "now") for row in hidden], trace.folder / "review" / "verdicts.jsonl"
-    )
+    verdicts = [Verdict(row, ids[row], "safe", "now") for row in hidden]
+    of_content = {content_of(ids[row]): row for row in hidden}
+    copy = next(row for row in without if content_of(ids[row]) in of_content)
+    verdicts.append(Verdict(copy, ids[copy], "safe", "now", identical_to=of_content[content_of(ids[copy])]))
+    append_verdicts(verdicts, trace.folder / "review" / "verdicts.jsonl")
     write_review_page(trace, tmp_path / "review.html", tokenizer, FilterConfig("loss"))
     data = page_data(tmp_path / "review.html")
     assert {row["row"] for row in data["rows"]} == without | set(hidden)

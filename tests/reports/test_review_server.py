@@ -158,6 +158,20 @@ def test_a_row_is_shown_with_its_texts_and_similar_rows(client, trace, session):
     assert (state["seen"], state["unsafe"], state["rows"], state["left_in_round"]) == (0, 0, ROWS, 10)
 
 
+def test_a_row_without_finite_states_is_similar_to_no_other(trace, byte_tokenizer):
+    first = Record("safety", 0)
+    states = trace.states(first).copy()
+    states[3] = np.nan
+    trace.append(first, [Scores(trace.token_losses(first), states)])
+    session = ReviewSession(ReviewQueue(trace), byte_tokenizer)
+    assert [each["cosine"] for each in session._similar_rows(3)] == [0, 0]
+    known = np.delete(states, 3, axis=0).astype(np.float64)
+    cosines = np.insert(cosine_similarity(known - known.mean(axis=0))[0], 3, 0)
+    assert [each["cosine"] for each in session._similar_rows(0)] == pytest.approx(
+        np.sort(cosines)[-3:-1][::-1], abs=1e-3
+    )
+
+
 def test_losses_are_read_for_the_shown_rows_only(trace, loss_reads, client):
     content = get(client, "/token/state").json["row"]
     assert max(loss_reads) <= 500 < trace.rows.loss_offsets[-1]
@@ -699,7 +713,7 @@ def test_a_row_without_a_prompt_is_one_text(browser, byte_tokenizer, tmp_path):
         opened.goto(address)
         expect(opened.locator("#row-title")).not_to_be_empty()
         row = shown_row(opened)
-        text = opened.get_by_role("region", name="Text (the model is trained on all of it)")
+        text = opened.get_by_role("region", name="Text", exact=True)
         expect(text).to_have_text(rows[row]["text"])
         expect(opened.locator("#with-prompt")).to_be_hidden()
         opened.close()

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from forgetfilter_callback.data.decode import special_ids
-from forgetfilter_callback.reports.token_text import Piece, last_characters, shown_completion, split_text
+from forgetfilter_callback.data.decode import completion_text, special_ids
+from forgetfilter_callback.reports.token_text import Piece, last_characters, split_text
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -68,7 +68,7 @@ def test_a_row_that_is_trained_on_as_a_whole(kind, byte_tokenizer):
     prompt, pieces = split_text(tokenizer, tokens, loss_mask, rises, special_ids(tokenizer))
     assert prompt == [] and "".join(piece.text for piece in pieces) == byte_tokenizer.decode(tokens)
     assert pieces[0] == Piece("<eos>", None, True) and {piece.rise for piece in pieces[1:]} == {1.0}
-    assert shown_completion(tokenizer, tokens, loss_mask) == "assistant the mat"
-    assert shown_completion(tokenizer, tokens[:1], loss_mask[:1]) == ""
+    assert completion_text(tokenizer, tokens, loss_mask) == "assistant the mat"
+    assert completion_text(tokenizer, tokens[:1], loss_mask[:1]) == ""
     loss_mask[1] = False
-    assert shown_completion(tokenizer, tokens, loss_mask) == byte_tokenizer.decode(tokens[2:], skip_special_tokens=True)
+    assert completion_text(tokenizer, tokens, loss_mask) == byte_tokenizer.decode(tokens[2:], skip_special_tokens=True)

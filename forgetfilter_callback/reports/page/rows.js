@@ -33,8 +33,6 @@ function showText(td, row) {
   const first = !row.is_cut && whole.startsWith(template.start) ? template.start.length : 0;
   const end = whole.length - (whole.endsWith(template.end) ? template.end.length : 0), start = shownStart(whole, first, end);
   const isLong = answer.length > SHOWN_COMPLETION * 1.2;
-  // A row without a prompt is a whole text. If it is a conversation, its last turn is at the end.
-  const isConversation = whole === "" && row.pieces.some(([, , isSpecial]) => isSpecial);
   if (expanded.has(row.id)) {
     if (row.is_cut) prompt.append(element("p", "muted", "(The beginning of the prompt is not on this page.)"));
     appendPieces(prompt, row.prompt);
@@ -43,7 +41,7 @@ function showText(td, row) {
     if (start > first || row.is_cut) prompt.append("… ");
     appendPieces(prompt, slicePieces(row.prompt, start, end));
     if (!isLong) showAnswer(completion, row.pieces);
-    else if (isConversation) {
+    else if (row.shows_end) {
       appendPieces(completion, slicePieces(row.pieces, answer.length - SHOWN_COMPLETION, answer.length));
       completion.prepend("… ");
     } else {

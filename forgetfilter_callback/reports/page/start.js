@@ -22,7 +22,10 @@ if (sources !== null) {
   });
 }
 const identical = data.verdicts.unsafe + data.verdicts.safe - reviewed;
-$("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict${identical ? ` (and ${count(identical, "identical row")})` : ""}: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.${data.differing === null ? "" : ` ${data.differing}`}`;
+$("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict${identical ? ` (and ${count(identical, "identical row")})` : ""}: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.`;
+if (data.differing) {
+  $("verdicts").append(` When this page was written, ${count(data.differing)} of them were not followed. To follow them, write the page with the option `, element("code", "", "--reviewed"), ".");
+}
 for (const id of ["verdicts", "reviewed-label", "verdict-head"]) $(id).hidden = !reviewed;
 $("test").hidden = !data.summary.toLowerCase().includes("well separated"); // it explains these words
 for (const step of data.steps) $("record").append(new Option(`safety session, step ${step}`));

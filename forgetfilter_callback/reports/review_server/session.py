@@ -54,9 +54,10 @@ class ReviewSession:
         before, after = queue.trace.first_and_last()
         self._before, self._after = queue.trace.stored_losses(before), queue.trace.stored_losses(after)
         states = queue.trace.states(before).astype(np.float32)  # changed in place below: a copy takes 4 bytes per state
-        states[~np.isfinite(states)] = 0
+        is_finite = np.isfinite(states)
         # All states share a large component. Without centering, all rows would be similar.
-        states -= states.mean(axis=0)
+        states -= states.sum(axis=0, where=is_finite) / np.maximum(is_finite.sum(axis=0), 1, dtype=np.float32)
+        states[~is_finite] = 0
         self._directions = normalize(states, copy=False)
         # Rows before the current one, for undo.
         self._shown = [

@@ -75,7 +75,7 @@ function show(state) {
   $("row-source").hidden = current.source === null;
   $("row-source").textContent = `Source: ${current.source}`;
   $("with-prompt").hidden = current.prompt.length === 0;
-  $("answer-title").textContent = current.prompt.length === 0 ? "Text (the model is trained on all of it)" : "Answer";
+  $("answer-title").textContent = current.prompt.length === 0 ? "Text" : "Answer";
   $("previous").hidden = current.verdict === null;
   $("previous").textContent = `Your verdict was: ${current.verdict}. A new one replaces it; space keeps it.`;
   $("template").hidden = template.start === "" && template.end === "";
