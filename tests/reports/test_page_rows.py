@@ -191,7 +191,7 @@ def test_conversations_without_a_prompt_show_their_end(words, browser, tmp_path,
     opened = opened_page(browser, rows, byte_tokenizer, tmp_path)
     for row in range(3):
         shown = row_text(opened, row, ".completion")
-        assert shown.startswith("… ") and shown.endswith(f"Answer {row}<eos>") and 590 < len(shown) < 610
+        assert shown.startswith("… word ") and shown.endswith(f"Answer {row}<eos>") and 590 < len(shown) < 610
         assert row_text(opened, row, ".prompt") == ""
         shown = row_text(opened, row + 3, ".completion")
         assert shown.startswith(f"Begin {row + 3} word") and shown.endswith(" …")

@@ -23,7 +23,10 @@ const template = templateOf(data.rows.filter((row) => !row.is_cut), data.rows);
 // Where the shown end of a prompt begins: after the template, or else at the beginning of a word.
 function shownStart(prompt, first, end) {
   if (end - first <= SHOWN_END) return Math.min(first, Math.max(end, 0));
-  const start = end - SHOWN_END, space = prompt.slice(start, end).search(/\s/);
+  return wordStart(prompt, end - SHOWN_END, end);
+}
+function wordStart(text, start, end) {
+  const space = text.slice(start, end).search(/\s/);
   return space < 0 ? start : start + space + 1;
 }
 
@@ -42,7 +45,8 @@ function showText(td, row) {
     appendPieces(prompt, slicePieces(row.prompt, start, end));
     if (!isLong) showAnswer(completion, row.pieces);
     else if (row.shows_end) {
-      appendPieces(completion, slicePieces(row.pieces, answer.length - SHOWN_COMPLETION, answer.length));
+      const shown = wordStart(answer, answer.length - SHOWN_COMPLETION, answer.length);
+      appendPieces(completion, slicePieces(row.pieces, shown, answer.length));
       completion.prepend("… ");
     } else {
       appendPieces(completion, slicePieces(row.pieces, 0, SHOWN_COMPLETION));
