@@ -187,6 +187,7 @@ def sft_encoding_options(
         "assistant_only_loss": args.assistant_only_loss,
         "keep_end": args.truncation_mode == "keep_end",
         "chat_template": chat_template,
+        "eos_token": args.eos_token,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -40,6 +41,7 @@ def encode_rows(
     assistant_only_loss: bool = False,
     keep_end: bool = False,
     chat_template: str | None = None,
+    eos_token: str | None = None,
 ) -> EncodedRows:
     """Encode rows as TRL's `SFTTrainer` prepares them, one sample per row.
 
@@ -77,6 +79,8 @@ def encode_rows(
             Whether to truncate on the left instead of the right.
         chat_template (`str`, *optional*):
             A chat template that replaces the tokenizer's own.
+        eos_token (`str`, *optional*):
+            An EOS token that replaces the tokenizer's own, as `eos_token` in `SFTConfig`.
 
     Returns:
         [`EncodedRows`]: one sample per row, in the order of `rows`.
@@ -88,6 +92,11 @@ def encode_rows(
             missing.
         ValueError: if `max_length` is not an integer of at least 2.
     """
+    if eos_token is not None:
+        processing_class = copy.deepcopy(processing_class)  # the given one stays as it is
+        tokenizer = unwrap_tokenizer(processing_class)
+        if tokenizer is not None:
+            tokenizer.eos_token = eos_token
 
     @cache
     def form_to_pass(forms: tuple[tuple[str, Form], ...]) -> Form | None:
@@ -163,6 +172,7 @@ def encode_rows(
         "assistant_only_loss": assistant_only_loss,
         "keep_end": keep_end,
         "chat_template": chat_template,
+        "eos_token": eos_token,
     }
     encoded = encode_each(each_row(rows), encode_one, len(rows), max_length, disable_tqdm, keep_end)
     return replace(encoded, encoding=encoding)

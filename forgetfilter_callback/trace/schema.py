@@ -39,7 +39,10 @@ _MANIFEST_TYPES: dict[str, type | UnionType] = {
     "versions": dict,
     "sessions": list,
 }
-_ENCODING_KEYS = {"text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template"}
+# `eos_token` is missing in traces of older versions.
+_ENCODING_KEYS = {
+    "text_column", "completion_only_loss", "assistant_only_loss", "keep_end", "chat_template", "eos_token",
+}  # fmt: skip
 # `training_rows` is missing in traces of older versions.
 _SESSION_TYPES: dict[str, type | UnionType] = {
     "session": str,
