@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import has_compiled_regions, is_compiled_module
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.encode_collated import sample_of_batch
 from ..data.encode_each import encode_each
@@ -75,6 +75,26 @@ class WeighingCollator:
         return batch
 
 
+class UsesWeights(TrainerCallback):
+    """Ends training if a step has not used the weights of its rows.
+
+    Attributes:
+        is_used (`bool`):
+            Whether the current step has used them. [`RowWeightsMixin`] says so.
+    """
+
+    def __init__(self) -> None:
+        self.is_used = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.is_used:
+            raise ForgetFilterError(
+                "The weights of the rows were not used, because the trainer's `training_step` does not call "
+                "`super().training_step`. Call it there, or override `compute_loss` instead."
+            )
+        self.is_used = False
+
+
 class RowWeightsMixin(Trainer):
     """A `Trainer` that multiplies the loss of each token by the weight of its row.
 
@@ -88,6 +108,7 @@ class RowWeightsMixin(Trainer):
     """
 
     _weighing: Callable[[Callable[[list[Any]], Any]], WeighingCollator] | None = None
+    _uses_weights: UsesWeights | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         if self._weighing is None:
@@ -107,12 +128,14 @@ class RowWeightsMixin(Trainer):
             )
         if weights is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        if self._uses_weights is not None:
+            self._uses_weights.is_used = True
         # Around the whole step, so that it does not matter which class computes the loss.
         with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def check_weights_are_possible(self) -> None:
-        """Refuse setups whose gradients cannot be weighted. The model then refuses batches whose weights were not used.
+        """Refuse setups whose gradients cannot be weighted. In training, refuse steps that do not use the weights.
 
         Raises:
             ForgetFilterError: if the model is compiled or replicated.
@@ -127,16 +150,8 @@ class RowWeightsMixin(Trainer):
             raise ForgetFilterError(
                 "`weights` does not work with `torch.nn.DataParallel`. Start the program with `torchrun`, or use one GPU."
             )
-        model.register_forward_pre_hook(_refuse_unused_weights, with_kwargs=True)
-
-
-def _refuse_unused_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Many models accept unknown inputs without an error."""
-    if _WEIGHTS in kwargs:
-        raise ForgetFilterError(
-            "The weights of the rows were not used, because the trainer's `training_step` does not call "
-            "`super().training_step`. Call it there, or override `compute_loss` instead."
-        )
+        self._uses_weights = UsesWeights()
+        self.add_callback(self._uses_weights)
 
 
 @contextmanager
