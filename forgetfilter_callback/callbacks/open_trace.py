@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
@@ -114,7 +115,8 @@ def open_trace(
     for description in (rows.describe_padding(), describe_left_padding(model, rows), blank_completions):
         if description is not None:
             logger.warning(description)
-    if tokenizer is not None and _contains_date(tokenizer, rows):
+    template = encoding.get("chat_template") or ("" if tokenizer is None else tokenizer.chat_template)
+    if tokenizer is not None and _contains_date(tokenizer, str(template), rows):
         logger.warning(
             "The chat template prints today's date (`strftime_now`). Rows that are prepared on another day are other rows: "
             "training cannot be resumed with them, and they cannot be filtered. Write a date into the template."
@@ -142,10 +144,11 @@ def open_trace(
     return trace, rows
 
 
-def _contains_date(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows) -> bool:
-    """Whether the chat template has printed a date into the first row. It does not if the rows are texts."""
-    year = str(datetime.now().year)
-    return "strftime_now" in str(tokenizer.chat_template) and year in decode(tokenizer, rows.sample(0)[0].tolist())
+def _contains_date(tokenizer: PreTrainedTokenizerBase, template: str, rows: EncodedRows) -> bool:
+    """Whether one of the first rows contains today's date in a format of the chat template."""
+    dates = [datetime.now().strftime(each) for each in re.findall(r"""strftime_now\(\s*['"]([^'"]+)""", template)]
+    texts = [decode(tokenizer, rows.sample(row)[0].tolist()) for row in range(min(len(rows), 10))] if dates else []
+    return any(date in text for date in dates for text in texts)
 
 
 def read_audit_labels(noisy: Any, audit_column: str) -> np.ndarray:

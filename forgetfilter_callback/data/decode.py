@@ -71,10 +71,12 @@ def decode(tokenizer: Decoder, tokens: list[int], skip_special_tokens: bool = Fa
 def _unknown_ids(tokenizer: Decoder, tokens: list[int]) -> set[int]:
     if isinstance(tokenizer, Tokenizer):
         backend = tokenizer
-    elif tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
     else:
-        return set()
+        from transformers import PreTrainedTokenizerFast  # imported already, as the tokenizer is of transformers
+
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return set()
+        backend = tokenizer.backend_tokenizer
     return {token for token in set(tokens) if backend.id_to_token(token) is None}
 
 
@@ -100,9 +102,9 @@ def is_conversation(tokens: np.ndarray, special: frozenset[int]) -> bool:
 
 def completion_text(tokenizer: Decoder, tokens: np.ndarray, loss_mask: np.ndarray) -> str:
     """The text of a completion without special tokens. If there is no prompt, it is the last turn of the conversation."""
-    special = special_ids(tokenizer)
     if prompt_length(loss_mask):
         return decode(tokenizer, tokens[loss_mask].tolist(), skip_special_tokens=True)
+    special = special_ids(tokenizer)
     if not is_conversation(tokens, special):
         return decode(tokenizer, tokens.tolist(), skip_special_tokens=True)
     turns = np.split(tokens, np.flatnonzero(np.isin(tokens, list(special))))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,11 +92,10 @@ def encode_rows(
             missing.
         ValueError: if `max_length` is not an integer of at least 2.
     """
-    if eos_token is not None:
+    given = unwrap_tokenizer(processing_class)
+    if eos_token is not None and given is not None and given.eos_token != eos_token:
         processing_class = copy.deepcopy(processing_class)  # the given one stays as it is
-        tokenizer = unwrap_tokenizer(processing_class)
-        if tokenizer is not None:
-            tokenizer.eos_token = eos_token
+        cast(PreTrainedTokenizerBase, unwrap_tokenizer(processing_class)).eos_token = eos_token
 
     @cache
     def form_to_pass(forms: tuple[tuple[str, Form], ...]) -> Form | None:

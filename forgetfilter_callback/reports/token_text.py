@@ -70,7 +70,8 @@ def split_text(
     token_rises = all_rises.tolist()
     token_ids = tokens.tolist()
     pieces: list[Piece] = []
-    first = max(0, len(tokens) - max_length) if keeps_end else start  # few tokens have no character
+    # A character has up to four bytes, and each can be a token.
+    first = max(0, len(tokens) - 4 * max_length) if keeps_end else start
     piece_start = first
     characters = 0
     for end in range(first + 1, len(tokens) + 1):
@@ -88,7 +89,11 @@ def split_text(
     if keeps_end:
         pieces, cut = last_characters(pieces, max_length)
         if first or cut:
-            pieces.insert(0, Piece("[…] ", None, False))
+            pieces = [
+                Piece("[…] ", None, False),
+                pieces[0]._replace(text=pieces[0].text.lstrip(" \ufffd")),
+                *pieces[1:],
+            ]
     return _split_prompt(tokenizer, token_ids[:start], special), pieces
 
 

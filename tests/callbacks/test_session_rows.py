@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tracemalloc
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -338,9 +339,12 @@ def dated_tokenizer(byte_tokenizer):
 def test_a_template_that_prints_the_date_is_named(kind, prints_date, sft_config, dated_tokenizer, caplog):
     """Texts need no template. The template is stored, because the tokenizer that a command loads can have another one."""
     if not prints_date:
-        dated_tokenizer.chat_template = dated_tokenizer.chat_template.replace("%Y", "")
-    turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
-    rows = Dataset.from_list([{"messages": turns} if kind == "messages" else {"text": "the cat"}] * 4)
+        dated_tokenizer.chat_template = "{% if false %}" + dated_tokenizer.chat_template.replace(
+            "}}", "}}{% endif %}", 1
+        )
+    text = f"the cat {datetime.now().year}"
+    turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": text}]
+    rows = Dataset.from_list([{"messages": turns} if kind == "messages" else {"text": text}] * 4)
     model, args, tracker = tiny_llama(vocab_size=len(dated_tokenizer)), sft_config(max_steps=1), ForgetTracker()
     SFTTrainer(model, args, train_dataset=rows, processing_class=dated_tokenizer, callbacks=[tracker]).train()
     is_named = "The chat template prints today's date (`strftime_now`)." in caplog.text

@@ -95,6 +95,29 @@ def test_models_that_are_not_causal_are_refused(make_model, noisy, make_args, co
         token_losses(model, encode_rows(noisy), disable_tqdm=True)
 
 
+@pytest.mark.parametrize(
+    "model_type",
+    ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr",
+     "whisper"],
+)  # fmt: skip
+def test_the_labels_of_refused_decoders_are_not_shifted(model_type):
+    """Their own loss is the one of predicting each token from itself."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+        encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, is_decoder=True, is_encoder_decoder=False,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(5, VOCABULARY, (1, 12))
+    output = model(input_ids=tokens, labels=tokens)
+    unshifted = torch.nn.functional.cross_entropy(output.logits[0].float(), tokens[0])
+    shifted = torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:])
+    assert output.loss.item() == pytest.approx(unshifted.item(), rel=1e-4)
+    assert output.loss.item() != pytest.approx(shifted.item(), rel=1e-4)
+    assert model_type in _NOT_NEXT_TOKEN
+
+
 @pytest.mark.parametrize("model_type", sorted(_NOT_NEXT_TOKEN))
 def test_causal_models_with_unshifted_labels_are_refused(model_type):
     """They compare each position with its own token, so another loss than theirs would be recorded."""

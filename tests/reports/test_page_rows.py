@@ -201,6 +201,16 @@ def test_conversations_without_a_prompt_show_their_end(words, browser, tmp_path,
     opened.close()
 
 
+def test_texts_without_spaces_show_their_end(browser, tmp_path, byte_tokenizer):
+    rows = [{"text": f"{BEGIN}{'字' * 250}{row}<eos>\n"} for row in range(2)]
+    rows += [{"prompt": "字" * 350 + f"{row}? ", "completion": "I"} for row in range(2)]
+    opened = opened_page(browser, rows, byte_tokenizer, tmp_path)
+    opened.evaluate("data.rows[0].pieces[3] = ['字'.repeat(800), null, false]; showRows();")
+    assert row_text(opened, 0, ".completion").count("字") > 500
+    assert row_text(opened, 2, ".prompt").count("字") > 250
+    opened.close()
+
+
 def test_a_prompt_that_is_too_long_for_the_page_says_so(browser, tmp_path, byte_tokenizer):
     rows = [{"prompt": f"Begin {row}. " + "word " * 600 + f"End {row}? ", "completion": "I"} for row in range(3)]
     trace = trace_of(encode_rows(rows, byte_tokenizer, disable_tqdm=True), tmp_path / "trace")

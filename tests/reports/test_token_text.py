@@ -72,3 +72,17 @@ def test_a_row_that_is_trained_on_as_a_whole(kind, byte_tokenizer):
     assert completion_text(tokenizer, tokens[:1], loss_mask[:1]) == ""
     loss_mask[1] = False
     assert completion_text(tokenizer, tokens, loss_mask) == byte_tokenizer.decode(tokens[2:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", ["the cat " * 50, "ก" * 400, "👩" * 400], ids=["words", "three bytes", "four bytes"])
+def test_a_long_conversation_without_a_prompt_loses_its_beginning(text, byte_tokenizer):
+    tokens = np.array(byte_tokenizer(f"<eos>user hi<eos>assistant {text}<eos>")["input_ids"], np.int32)
+    loss_mask = np.arange(len(tokens)) > 0
+    rises = np.ones(len(tokens) - 1, np.float32)
+    special = special_ids(byte_tokenizer)
+    prompt, (first, *pieces) = split_text(byte_tokenizer, tokens, loss_mask, rises, special, max_length=100)
+    shown = "".join(piece.text for piece in pieces)
+    assert prompt == [] and first == Piece("[…] ", None, False)
+    assert f"{text}<eos>".endswith(shown) and 90 <= len(shown) <= 100 and not shown.startswith(" ")
+    whole = split_text(byte_tokenizer, tokens, loss_mask, rises, special, max_length=10_000)[1]
+    assert "".join(piece.text for piece in whole) == byte_tokenizer.decode(tokens)

@@ -2,6 +2,7 @@
 
 const SHOWN_END = 300, SHOWN_COMPLETION = 600; // characters of a prompt's end and of a completion before "show all"
 const MIN_VISIBLE = 40; // pixels of a row
+const MAX_WORD = 40; // characters; some scripts have no spaces between words
 const VIEWS = {
   forgotten: { includes: () => true, sort: { key: "value", descending: true } },
   below: { includes: (row) => row.value !== null && !isAbove(row), sort: { key: "distance", descending: false } },
@@ -26,7 +27,7 @@ function shownStart(prompt, first, end) {
   return wordStart(prompt, end - SHOWN_END, end);
 }
 function wordStart(text, start, end) {
-  const space = text.slice(start, end).search(/\s/);
+  const space = text.slice(start, Math.min(end, start + MAX_WORD)).search(/\s/);
   return space < 0 ? start : start + space + 1;
 }
 

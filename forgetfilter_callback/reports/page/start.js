@@ -24,7 +24,7 @@ if (sources !== null) {
 const identical = data.verdicts.unsafe + data.verdicts.safe - reviewed;
 $("verdicts").textContent = `${count(reviewed)} of ${count(data.samples)} rows have a verdict${identical ? ` (and ${count(identical, "identical row")})` : ""}: ${count(data.verdicts.unsafe)} unsafe, ${count(data.verdicts.safe)} safe.`;
 if (data.differing) {
-  $("verdicts").append(` When this page was written, ${count(data.differing)} of them were not followed. To follow them, write the page with the option `, element("code", "", "--reviewed"), ".");
+  $("verdicts").append(` When this page was written, ${count(data.differing, "verdict")} ${data.differing === 1 ? "was" : "were"} not followed. To follow all verdicts, write the page with the option `, element("code", "", "--reviewed"), ".");
 }
 for (const id of ["verdicts", "reviewed-label", "verdict-head"]) $(id).hidden = !reviewed;
 $("test").hidden = !data.summary.toLowerCase().includes("well separated"); // it explains these words
