@@ -110,7 +110,7 @@ def encode_rows(
                 f"a row must be a dict, but this one is {type(row).__name__}. If the rows are a Dataset with another "
                 "format, pass `dataset.with_format(None)`."
             )
-        if any(isinstance(value, np.ndarray) for value in row.values()):
+        if any(isinstance(value, np.ndarray) and value.dtype == object for value in row.values()):
             row = with_lists(row)
         if "input_ids" in row:
             refuse_other_inputs(row)

@@ -115,9 +115,8 @@ def write_review_page(
         result = with_source_counts(result, trace, sources, unsafe, config.reviewed)
     # With a folder, verdicts that cannot be read are an error: the page would not show them.
     verdicts = trace_verdicts(trace, review_folder(trace, config.reviewed))
-    data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts)
-    if config.reviewed is None:
-        data["differing"], _ = count_differing_verdicts(result, verdicts)
+    differing = count_differing_verdicts(result, verdicts)[0] if config.reviewed is None else 0
+    data = _page_data(trace, result, steps, values, tokenizer, unsafe, sources, verdicts) | {"differing": differing}
     script = _joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("forgetfilter_callback.reports", "page"), autoescape=True, undefined=StrictUndefined
@@ -209,7 +208,6 @@ def _page_data(
         "unsafe": None if unsafe is None else _packed(unsafe[plotted]),
         "by_source": None if sources is None else page_sources(result, sources, shown, len(plotted) < samples),
         "reviewed": len(reviewed),
-        "differing": 0,
         "verdicts": {label: list(labels.values()).count(label) for label in get_args(VerdictLabel)},
         "rows": _text_rows(trace, result, tokenizer, shown, drawn, initial_losses, unsafe, labels),
     }

@@ -75,7 +75,7 @@ class WeighingCollator:
         return batch
 
 
-class UsesWeights(TrainerCallback):
+class RowWeightsCheck(TrainerCallback):
     """Ends training if a step has not used the weights of its rows.
 
     Attributes:
@@ -108,7 +108,7 @@ class RowWeightsMixin(Trainer):
     """
 
     _weighing: Callable[[Callable[[list[Any]], Any]], WeighingCollator] | None = None
-    _uses_weights: UsesWeights | None = None
+    _weights_check: RowWeightsCheck | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         if self._weighing is None:
@@ -128,8 +128,8 @@ class RowWeightsMixin(Trainer):
             )
         if weights is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if self._uses_weights is not None:
-            self._uses_weights.is_used = True
+        if self._weights_check is not None:
+            self._weights_check.is_used = True
         # Around the whole step, so that it does not matter which class computes the loss.
         with weighted_gradients(cast(PreTrainedModel, self.accelerator.unwrap_model(model)), weights):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -150,8 +150,8 @@ class RowWeightsMixin(Trainer):
             raise ForgetFilterError(
                 "`weights` does not work with `torch.nn.DataParallel`. Start the program with `torchrun`, or use one GPU."
             )
-        self._uses_weights = UsesWeights()
-        self.add_callback(self._uses_weights)
+        self._weights_check = RowWeightsCheck()
+        self.add_callback(self._weights_check)
 
 
 @contextmanager
